@@ -1,0 +1,1 @@
+"""Machines: Ray actors, collectives, sharded experts, checkpoints."""

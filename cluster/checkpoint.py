@@ -1,0 +1,103 @@
+"""Sharded saves that any number of ranks can read back.
+
+A save is a folder of safetensors, one file a rank. Stacked experts are split into one tensor per
+expert under `<name>#<global expert>`, so a reader with another slice takes just the experts it
+holds. `complete.json`, written last by rank 0, makes the folder a save.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from configs.errors import ArtifactError
+
+COMPLETE = "complete.json"
+
+
+def save_shard(
+    folder: Path, tensors: Mapping[str, Tensor], experts: Mapping[str, range], *, rank: int, world: int
+) -> None:
+    """Write one rank's tensors; names under a key of `experts` are split by expert."""
+    folder.mkdir(parents=True, exist_ok=True)
+    split: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        local = _range_of(name, experts)
+        if local is None:
+            split[name] = tensor.detach().contiguous()
+        else:
+            rows = zip(local, tensor.detach(), strict=True)
+            split |= {f"{name}#{expert}": row.clone() for expert, row in rows}
+    path = folder / f"rank-{rank}-of-{world}.safetensors"
+    draft = path.with_suffix(".draft")
+    save_file(split, draft)
+    os.replace(draft, path)
+
+
+def load_shards(folder: Path, experts: Mapping[str, range] | None = None) -> dict[str, Tensor]:
+    """All tensors of a save; of stacked experts only the given ranges, or all when there are none.
+
+    ArtifactError names an expert that no rank's file holds.
+    """
+    found: dict[str, Tensor] = {}
+    pieces: dict[str, dict[int, Tensor]] = {}
+    for path in sorted(folder.glob("rank-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                name, _, expert = key.partition("#")
+                if not expert:
+                    found[name] = file.get_tensor(key)
+                elif experts is None or int(expert) in (_range_of(name, experts) or ()):
+                    pieces.setdefault(name, {})[int(expert)] = file.get_tensor(key)
+    for name, by_expert in pieces.items():
+        wanted = range(len(by_expert)) if experts is None else _range_of(name, experts)
+        missing = [expert for expert in wanted or () if expert not in by_expert]
+        if missing:
+            raise ArtifactError(f"{folder}: no file holds expert {missing[0]} of {name}")
+        found[name] = torch.stack([by_expert[expert] for expert in sorted(by_expert)])
+    return found
+
+
+def mark_complete(folder: Path, facts: Mapping[str, object]) -> None:
+    """Make `folder` a save; `facts` must hold its `step`."""
+    draft = folder / f"{COMPLETE}.draft"
+    draft.write_text(json.dumps(dict(facts)))
+    os.replace(draft, folder / COMPLETE)
+
+
+def latest(root: Path) -> tuple[Path, dict[str, object]] | None:
+    """The complete save under `root` with the highest step, and its facts."""
+    saves = []
+    for marker in root.glob(f"*/{COMPLETE}"):
+        facts = json.loads(marker.read_text())
+        saves.append((int(facts["step"]), marker.parent, facts))
+    if not saves:
+        return None
+    _, folder, facts = max(saves, key=lambda save: save[0])
+    return folder, facts
+
+
+def prune(root: Path, *, keep: int) -> None:
+    """Delete all but the `keep` newest complete saves, and incomplete ones older than those."""
+    marked = sorted(root.glob("step-*"), key=lambda path: path.name)
+    complete = [path for path in marked if (path / COMPLETE).is_file()]
+    for path in marked:
+        if complete[-keep:] and path.name < complete[-keep:][0].name:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Where the save of `step` stands."""
+    return root / f"step-{step:08d}"
+
+
+def _range_of(name: str, experts: Mapping[str, range]) -> range | None:
+    """The expert range of a parameter or moment name, if it belongs to a stacked module."""
+    parameter = name.rpartition("/")[2]
+    return experts.get(parameter.rpartition(".")[0])

@@ -1,0 +1,122 @@
+"""The dispatcher over the expert axis: one all-to-all carries tokens out, one brings them back.
+
+Each rank holds an equal, contiguous slice of every layer's experts. Counts travel first, then all
+token copies in one exchange, sorted by expert; the receiver sorts what came from several ranks so
+that each of its experts has its rows together.
+
+Axes: T tokens on this rank, K choices, N copies (sent or received), W ranks, E experts, D width.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from configs.errors import ConfigError
+from model.dispatch import Dispatched, gather_copies, sort_by_expert, unsort, weigh
+
+
+@dataclass(frozen=True, slots=True)
+class _Ticket:
+    """What `combine` needs to undo a dispatch."""
+
+    order_N: Tensor
+    """Send order of this rank's own copies."""
+    arrival_N: Tensor
+    """Order that sorted the received rows by expert."""
+    sent: list[int]
+    received: list[int]
+
+
+class AllToAllDispatcher:
+    """A TokenDispatcher over a process group."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.world = dist.get_world_size(group)
+
+    def local_experts(self, num_experts: int) -> range:
+        """This rank's slice; ConfigError if the experts do not divide over the ranks."""
+        if num_experts % self.world:
+            raise ConfigError(
+                f"{num_experts} experts do not divide over {self.world} ranks; change either"
+            )
+        each = num_experts // self.world
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def dispatch(
+        self, x_TD: Float[Tensor, "T D"], experts_TK: Int[Tensor, "T K"], num_experts: int
+    ) -> Dispatched:
+        """Send each token's copies to the ranks of its experts."""
+        order_N, counts_E = sort_by_expert(experts_TK, num_experts)
+        counts_WL = counts_E.unflatten(0, (self.world, -1))
+        arriving_WL = torch.empty_like(counts_WL)
+        dist.all_to_all_single(arriving_WL, counts_WL.contiguous(), group=self.group)
+        sent = counts_WL.sum(1).tolist()
+        received = arriving_WL.sum(1).tolist()
+        outgoing_ND = gather_copies(x_TD, order_N, experts_TK.shape[1])
+        incoming_ND = _exchange(outgoing_ND, sent, received, self.group)
+        # Rows arrive by rank, then by expert; number each row's expert and sort stably.
+        local = torch.arange(arriving_WL.shape[1]).repeat(self.world)
+        expert_N = local.repeat_interleave(arriving_WL.flatten())
+        arrival_N = expert_N.argsort(stable=True)
+        ticket = _Ticket(order_N, arrival_N, sent, received)
+        x_ND = gather_copies(incoming_ND, arrival_N, 1)
+        return Dispatched(x_ND, arriving_WL.sum(0), ticket)
+
+    def combine(
+        self, y_ND: Float[Tensor, "N D"], gates_TK: Float[Tensor, "T K"], sent: Dispatched
+    ) -> Float[Tensor, "T D"]:
+        """Send results back to the tokens' ranks and sum them with their gates."""
+        ticket: _Ticket = sent.ticket
+        by_rank_ND = unsort(y_ND, ticket.arrival_N)
+        home_ND = _exchange(by_rank_ND, ticket.received, ticket.sent, self.group)
+        return weigh(unsort(home_ND, ticket.order_N), gates_TK)
+
+
+def _exchange(
+    x_ND: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None
+) -> Tensor:
+    exchanged: Tensor = _AllToAll.apply(x_ND, sent, received, group)
+    return exchanged
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows out by `sent`, in by `received`; gradients travel the other way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, sent: list[int], received: list[int], group: Any
+    ) -> Tensor:
+        ctx.splits = (sent, received, group)
+        return _all_to_all(x, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        sent, received, group = ctx.splits
+        return _all_to_all(grads[0], received, sent, group), None, None, None
+
+
+def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+    out = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+    return out
+
+
+def join_group(rendezvous: str, rank: int, world: int, timeout_seconds: float) -> None:
+    """Make this process rank `rank` of `world`; `rendezvous` is `tcp://host:port`.
+
+    Every later collective fails after `timeout_seconds` instead of hanging.
+    """
+    dist.init_process_group(
+        "gloo",
+        init_method=rendezvous,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout_seconds),
+    )

@@ -1,0 +1,183 @@
+"""The long SPMD loop: the same steps on every rank, under Ray Train's supervision.
+
+Ray Train places the ranks, restarts them when one dies, and does nothing else here: ranks write
+their own sharded saves into the slot, and a restarted group continues from the newest complete
+one. Losses are reproduced to the last bit, because a batch is a pure function of its step.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cluster import checkpoint
+from cluster.session import ensure_ray, worker_env
+from cluster.trainer import Batch, LossSpec, Trainer
+from configs import errors
+from configs.errors import IngotError, MachineError, TrainingError
+from configs.model import ModelConfig
+from configs.parallel import ClusterConfig
+from configs.train import BalanceConfig, OptimConfig, Precision
+
+_FAILURE = "failure.json"
+
+
+@runtime_checkable
+class StepSource(Protocol):
+    """Batches as a pure function of the step. Travels to the workers by value."""
+
+    def batch(self, step: int, *, rank: int, world: int) -> Batch:
+        """This rank's part of the batch of `step` (1, 2, ...)."""
+
+
+@runtime_checkable
+class StepLog(Protocol):
+    """Where rank 0 records each step."""
+
+    def append(self, metrics: dict[str, Any], *, step: int) -> None:
+        """Record one step."""
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """All that a rank needs. Every callable must be importable on the workers."""
+
+    model: ModelConfig
+    optim: OptimConfig
+    balance: BalanceConfig
+    precision: Precision
+    seed: int
+    steps: int
+    tokens_per_step: int
+    checkpoint_every_steps: int
+    learning_rate: Callable[[int], float]
+    source: StepSource
+    loss: LossSpec
+    saves: str
+    """Folder of the sharded saves."""
+    open_log: Callable[[int], StepLog]
+    """Opens the step log for a run that continues after the given step."""
+    may_write: Callable[[], None]
+    """Raises LeaseLost when this build must not write any more."""
+    threads: int
+
+
+def fit(job: FitJob, machines: ClusterConfig, home: str) -> Path:
+    """Train until `job.steps` are done; the final save. Continues an interrupted run.
+
+    TrainingError if the steps were not done; an Ingot error of a rank is raised as itself;
+    MachineError once workers died more than `machines.max_restarts` times.
+    """
+    root = Path(job.saves)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / _FAILURE).unlink(missing_ok=True)
+    done = checkpoint.latest(root)
+    if done is None or done[1]["step"] != job.steps:
+        workers = machines.trainers
+        ensure_ray(machines, home, cpus_needed=workers * machines.cpus_per_worker)
+        _run(job, machines, root)
+        done = checkpoint.latest(root)
+    if done is None or done[1]["step"] != job.steps:
+        seen = 0 if done is None else done[1]["step"]
+        raise TrainingError(f"{seen} of {job.steps} steps were done; run again to continue")
+    return done[0]
+
+
+def _run(job: FitJob, machines: ClusterConfig, root: Path) -> None:
+    timeout = math.ceil(machines.step_timeout_seconds)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(machines.placement_timeout_seconds)
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="gloo", timeout_s=timeout),
+        scaling_config=ScalingConfig(
+            num_workers=machines.trainers, resources_per_worker={"CPU": machines.cpus_per_worker}
+        ),
+        run_config=RunConfig(
+            name="ray-train",
+            storage_path=str(root.parent),
+            failure_config=FailureConfig(max_failures=machines.max_restarts),
+            worker_runtime_env={"env_vars": worker_env(machines)},
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        _raise_recorded(root)
+        raise MachineError(f"training workers failed: {_last_line(error)}") from error
+    _raise_recorded(root)
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    """What runs on each rank."""
+    job: FitJob = config["job"]
+    root = Path(job.saves)
+    if (root / _FAILURE).is_file():
+        return  # A previous attempt failed for a reason that trying again will not mend.
+    try:
+        _steps(job, root)
+    except IngotError as error:
+        record = {"error": type(error).__name__, "message": str(error)}
+        (root / _FAILURE).write_text(json.dumps(record))
+        raise
+
+
+def _steps(job: FitJob, root: Path) -> None:
+    torch.set_num_threads(job.threads)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    trainer = Trainer(
+        job.model, optim=job.optim, balance=job.balance, precision=job.precision, seed=job.seed
+    )
+    if resume := checkpoint.latest(root):
+        folder, facts = resume
+        trainer.load(folder, step=int(str(facts["step"])))
+    dist.barrier()  # All ranks have chosen the same save before any of them writes another.
+    log = job.open_log(trainer.step) if rank == 0 else None
+    for step in range(trainer.step + 1, job.steps + 1):
+        begin = time.perf_counter()
+        metrics: dict[str, Any] = dict(
+            trainer.forward_backward(job.source.batch(step, rank=rank, world=world), job.loss)
+        )
+        rate = job.learning_rate(step)
+        metrics |= trainer.optim_step(rate) | {"learning_rate": rate}
+        if step % job.checkpoint_every_steps == 0 or step == job.steps:
+            _save(trainer, job, root, loss=metrics["loss"])
+        if log is not None:
+            metrics["tokens_per_second"] = job.tokens_per_step / (time.perf_counter() - begin)
+            log.append(metrics, step=step)
+
+
+def _save(trainer: Trainer, job: FitJob, root: Path, *, loss: float) -> None:
+    job.may_write()
+    folder = checkpoint.step_folder(root, trainer.step)
+    trainer.save(folder)
+    dist.barrier()
+    if trainer.rank == 0:
+        job.may_write()
+        checkpoint.mark_complete(folder, {"step": trainer.step, "loss": loss})
+        checkpoint.prune(root, keep=2)
+
+
+def _raise_recorded(root: Path) -> None:
+    path = root / _FAILURE
+    if not path.is_file():
+        return
+    record = json.loads(path.read_text())
+    path.unlink()
+    kind = getattr(errors, record["error"], TrainingError)
+    raise kind(record["message"])
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,138 @@
+"""A pool of samplers: prompts in, answers out, each token from a policy of known version."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray.actor import ActorHandle
+from torch import Tensor
+
+from cluster.session import ensure_ray
+from cluster.workers import dismiss, gather, spawn
+from configs.errors import MachineError
+from configs.parallel import ClusterConfig
+from configs.train import Precision
+from model import decode
+from model.weights.files import load_pretrained
+
+_ROLE = "sampler"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are drawn."""
+
+    max_new_tokens: int
+    temperature: float
+    """0 takes the likeliest token."""
+    stop_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer and the evidence to train on it."""
+
+    token_ids: list[int]
+    """The stop token included, if it was reached."""
+    logprobs: list[float]
+    """Of each token under the distribution that it was drawn from."""
+    version: int
+    """Version of the weights that drew every token of this answer."""
+    stopped: bool
+
+
+class GenerationPool:
+    """Samplers with equal weights; prompts are divided over them in order."""
+
+    def __init__(self, actors: list[ActorHandle], machines: ClusterConfig) -> None:
+        self.actors = actors
+        self.machines = machines
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Sample]:
+        """One answer for each prompt, in order; answer i depends on `seeds[i]` and the weights.
+
+        Which sampler serves a prompt bears on nothing but speed.
+        """
+        share = -(-len(prompts) // len(self.actors))
+        refs = []
+        for index, actor in enumerate(self.actors):
+            part = slice(index * share, (index + 1) * share)
+            refs.append(
+                actor.sample.remote([list(p) for p in prompts[part]], sampling, list(seeds[part]))
+            )
+        parts = gather(refs, self.machines, role=_ROLE)
+        return [sample for part in parts for sample in part]
+
+    def update_weights(self, version: int, shards: Sequence[Any]) -> None:
+        """Replace every sampler's weights by `shards` (see `TrainerPool.weights`).
+
+        Returns once all samplers hold `version`; MachineError if one holds another.
+        """
+        refs = [actor.update_weights.remote(version, *shards) for actor in self.actors]
+        held = gather(refs, self.machines, role=_ROLE)
+        if set(held) != {version}:
+            raise MachineError(f"samplers hold versions {held} after an update to {version}")
+
+
+@contextmanager
+def open_generation(
+    machines: ClusterConfig, checkpoint: Path, *, precision: Precision = "high"
+) -> Iterator[GenerationPool]:
+    """A pool of `machines.samplers` that holds `checkpoint` as version 0, closed afterwards."""
+    ensure_ray(
+        machines, str(checkpoint), cpus_needed=machines.samplers * machines.cpus_per_worker
+    )
+    arguments = (str(checkpoint), precision, machines.threads_per_worker)
+    actors = spawn(_Sampler, machines, machines.samplers, role=_ROLE, arguments=arguments)
+    try:
+        yield GenerationPool(actors, machines)
+    finally:
+        dismiss(actors)
+
+
+class _Sampler:
+    """One actor of the pool."""
+
+    def __init__(self, checkpoint: str, precision: Precision, threads: int, rank: int) -> None:
+        torch.set_num_threads(threads)
+        self.rank = rank
+        self.version = 0
+        self.model = load_pretrained(Path(checkpoint), precision=precision)
+
+    def ready(self) -> int:
+        return self.rank
+
+    def sample(
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]
+    ) -> list[Sample]:
+        answers = decode.sample(
+            self.model,
+            prompts,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            stop_token=sampling.stop_token,
+            seeds=seeds,
+        )
+        return [Sample(a.token_ids, a.logprobs, self.version, a.stopped) for a in answers]
+
+    def update_weights(self, version: int, *shards: dict[str, Tensor]) -> int:
+        merged = merge_shards(list(shards))
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(merged[name])
+        self.version = version
+        return self.version
+
+
+def merge_shards(shards: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors from each rank's part, in rank order: experts are stacked slices."""
+    merged = dict(shards[0])
+    for shard in shards[1:]:
+        for name, tensor in shard.items():
+            merged[name] = torch.cat([merged[name], tensor])
+    return merged

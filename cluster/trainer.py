@@ -1,0 +1,209 @@
+"""One rank of training: forward_backward, optim_step, save, load.
+
+Dense parameters are replicated and their gradients summed over the ranks; experts are sharded and
+see every rank's tokens through the dispatcher, so their gradients are whole already.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cluster.checkpoint import load_shards, save_shard
+from cluster.expert_parallel import AllToAllDispatcher
+from configs.errors import TrainingError
+from configs.model import ModelConfig
+from configs.train import BalanceConfig, OptimConfig, Precision
+from model.balance import imbalance, updated_bias
+from model.dispatch import LocalDispatcher
+from model.moe import RoutedExperts
+from model.optim import adamw, moments, restore_moments
+from model.transformer import Transformer
+from model.weights import v3
+
+Batch = Mapping[str, Tensor]
+"""This rank's part of a batch, by field name."""
+
+
+@runtime_checkable
+class LossSpec(Protocol):
+    """What is minimised. Both methods see one rank's part; sums over ranks are the whole."""
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """This rank's contribution to each normaliser."""
+
+    def __call__(
+        self, model: Transformer, batch: Batch, totals: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """(loss, metrics): both add up over ranks to those of the whole batch.
+
+        `totals` holds the sums of `counts` over all ranks.
+        """
+
+
+class Trainer:
+    """A model with its optimiser on one rank."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        optim: OptimConfig,
+        balance: BalanceConfig,
+        precision: Precision,
+        seed: int,
+    ) -> None:
+        """Join the current process group's experts, or hold all of them where there is none."""
+        self.parallel = dist.is_initialized() and dist.get_world_size() > 1
+        self.rank = dist.get_rank() if self.parallel else 0
+        self.world = dist.get_world_size() if self.parallel else 1
+        self.optim, self.balance = optim, balance
+        dispatcher = AllToAllDispatcher() if self.parallel else LocalDispatcher()
+        self.model = Transformer(config, precision=precision, dispatcher=dispatcher)
+        self.model.initialize(seed).train()
+        self.optimizer = adamw(self.model, optim)
+        self.step = 0
+        sharded = expert_parameter_names(self.model)
+        named = dict(self.model.named_parameters())
+        self.experts = [named[name] for name in sorted(sharded)]
+        self.dense = [parameter for name, parameter in named.items() if name not in sharded]
+
+    def forward_backward(self, batch: Batch, loss: LossSpec) -> dict[str, float]:
+        """Add the gradients of `loss` on this rank's part; metrics of the whole batch."""
+        totals = self._sum(loss.counts(batch))
+        value, metrics = loss(self.model, batch, totals)
+        value.backward()
+        for block in self.model.moe_layers().values():
+            block.routing = None
+        metrics = self._sum({"loss": float(value.detach()), **metrics})
+        if not all(torch.isfinite(torch.tensor(list(metrics.values())))):
+            raise TrainingError(
+                f"step {self.step + 1}: not finite: {metrics}; lower the learning rate, or look at "
+                "the batch"
+            )
+        return metrics
+
+    def optim_step(self, learning_rate: float) -> dict[str, Any]:
+        """Sum and clip gradients, step AdamW, move the routing bias.
+
+        Returns `grad_norm` before clipping, `imbalance` (worst layer) and `expert_load`, each
+        layer's share of token copies by expert.
+        """
+        for parameter in [*self.dense, *self.experts]:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.parallel:
+            self._all_reduce([grad_of(parameter) for parameter in self.dense])
+        norm = self._grad_norm()
+        factor = min(1.0, self.optim.max_grad_norm / (norm + 1e-6))
+        for parameter in [*self.dense, *self.experts]:
+            grad_of(parameter).mul_(factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return {"grad_norm": norm} | self._rebalance()
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's part of the weights: its experts and, on rank 0, everything else."""
+        mine = expert_parameter_names(self.model)
+        state = self.model.state_dict()
+        return {n: t for n, t in state.items() if n in mine or self.rank == 0}
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's shard of the weights and moments."""
+        mine = expert_parameter_names(self.model)
+        kept = {n: t for n, t in self.model.named_parameters() if n in mine or self.rank == 0}
+        tensors = self.state() | moments(self.optimizer, kept.items())
+        save_shard(folder, tensors, self.expert_ranges(), rank=self.rank, world=self.world)
+
+    def load(self, folder: Path, *, step: int) -> None:
+        """Read a sharded save, whatever number of ranks wrote it."""
+        tensors = load_shards(folder, self.expert_ranges())
+        self.load_weights(tensors)
+        restore_moments(self.optimizer, self.model.named_parameters(), tensors, step)
+        self.step = step
+
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy weights by Ingot name; experts must be this rank's slice already."""
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(tensors[name])
+
+    def load_whole(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take this rank's part of a whole model under Hugging Face names."""
+        state = v3.from_hf(self.model.config, tensors)
+        for prefix, local in self.expert_ranges().items():
+            for name in [name for name in state if name.startswith(f"{prefix}.")]:
+                state[name] = state[name][local.start : local.stop]
+        self.load_weights(state)
+
+    def expert_ranges(self) -> dict[str, range]:
+        """Module names of stacked experts -> the global experts this rank holds."""
+        return {
+            name: module.local
+            for name, module in self.model.named_modules()
+            if isinstance(module, RoutedExperts)
+        }
+
+    def _rebalance(self) -> dict[str, Any]:
+        blocks = list(self.model.moe_layers().values())
+        if not blocks:
+            return {}
+        load_LE = torch.stack([block.load_E for block in blocks])
+        if self.parallel:
+            dist.all_reduce(load_LE)
+        for block, load_E in zip(blocks, load_LE, strict=True):
+            bias = block.gate.e_score_correction_bias
+            bias.copy_(updated_bias(bias, load_E, self.balance.bias_update_speed))
+            block.load_E.zero_()
+        share_LE = load_LE / load_LE.sum(1, keepdim=True)
+        worst = max(imbalance(load_E) for load_E in load_LE)
+        load = [[round(share, 5) for share in row] for row in share_LE.tolist()]
+        return {"imbalance": worst, "expert_load": load}
+
+    def _grad_norm(self) -> float:
+        dense = sum(float(grad_of(p).double().square().sum()) for p in self.dense)
+        experts = torch.tensor(
+            sum(float(grad_of(p).double().square().sum()) for p in self.experts),
+            dtype=torch.float64,
+        )
+        if self.parallel:
+            dist.all_reduce(experts)
+        return float((dense + experts) ** 0.5)
+
+    def _all_reduce(self, tensors: list[Tensor]) -> None:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        offset = 0
+        for tensor in tensors:
+            tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
+            offset += tensor.numel()
+
+    def _sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums over ranks, in float64, by key."""
+        keys = sorted(values)
+        total = torch.tensor([values[key] for key in keys], dtype=torch.float64)
+        if self.parallel:
+            dist.all_reduce(total)
+        return dict(zip(keys, total.tolist(), strict=True))
+
+
+def grad_of(parameter: nn.Parameter) -> Tensor:
+    """The gradient, which must be there."""
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def expert_parameter_names(model: Transformer) -> set[str]:
+    """Names of the parameters that are sharded over the expert axis."""
+    return {
+        f"{name}.{leaf}"
+        for name, module in model.named_modules()
+        if isinstance(module, RoutedExperts)
+        for leaf, _ in module.named_parameters()
+    }

@@ -1,0 +1,107 @@
+"""What the corpus is made of: sources, quality rules, tokenizer, packing."""
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from configs.base import Frozen
+
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+"""Names a folder of the corpus, so it holds letters, digits, `_` and `-` only."""
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class StdlibSource(Frozen):
+    """Source code and docstrings of the running Python's standard library."""
+
+    type: Literal["stdlib"] = "stdlib"
+    share: Share
+    """Part of the training tokens that this source supplies."""
+    max_bytes: PositiveInt = 8_000_000
+    """Read at most this much text, from a seeded shuffle of the files."""
+
+
+class ArithmeticSource(Frozen):
+    """Generated arithmetic with checkable answers, as `37+45=` and its answer."""
+
+    type: Literal["arithmetic"] = "arithmetic"
+    share: Share
+    operations: tuple[Literal["+", "-", "*"], ...] = ("+",)
+    digits: Annotated[int, Field(ge=1, le=6)] = 2
+    """Digits of the larger operands."""
+    zero_padded: bool = True
+    """Write both operands and the answer with leading zeros, so that columns align."""
+    answer_order: Literal["most-significant-first", "least-significant-first"] = (
+        "least-significant-first"
+    )
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Part of all distinct problems that training never sees."""
+    max_problems: Annotated[int, Field(ge=10)] = 100_000
+    """Where more distinct problems exist, this many are drawn by seed, as many each operation."""
+
+
+class FilesSource(Frozen):
+    """Text from files: `.txt`, `.jsonl` or `.parquet`, by glob or any fsspec URL."""
+
+    provenance_fields: ClassVar[frozenset[str]] = frozenset({"glob"})
+    type: Literal["files"] = "files"
+    share: Share
+    glob: str = Field(min_length=1)
+    text_field: str = "text"
+    """Column or key that holds the text (jsonl, parquet)."""
+    max_bytes: PositiveInt = 100_000_000
+    """Read at most this much text, files in the order of their names."""
+
+
+Source = Annotated[StdlibSource | ArithmeticSource | FilesSource, Field(discriminator="type")]
+
+
+class QualityConfig(Frozen):
+    """Thresholds of the quality rules; a document that fails one is dropped with the reason."""
+
+    min_chars: int = Field(default=64, ge=0)
+    max_chars: PositiveInt = 1_000_000
+    max_control_share: float = Field(default=0.001, ge=0, le=1)
+    """Control characters other than tab and line breaks, and replacement characters."""
+    max_repeated_line_share: float = Field(default=0.5, ge=0, le=1)
+    """Non-empty lines that repeat an earlier line of the same document."""
+    min_letter_share: float = Field(default=0.2, ge=0, le=1)
+    max_line_chars: PositiveInt = 5_000
+
+
+class TokenizerConfig(Frozen):
+    """A byte-level BPE with digits split singly."""
+
+    vocab_size: Annotated[int, Field(ge=260)] = 1024
+    """Upper bound: 256 bytes, two special tokens, merges. A small corpus may need fewer."""
+    training_bytes: PositiveInt = 4_000_000
+
+
+class DataConfig(Frozen):
+    """The corpus: a mixture by tokens, packed into rows of one length."""
+
+    sources: dict[SourceName, Source] = Field(min_length=1)
+    train_tokens: PositiveInt
+    """Tokens to pack for training. Arithmetic is drawn as often as needed; text never repeats."""
+    sequence_tokens: Annotated[int, Field(ge=8)] = 256
+    held_out_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    """Part of the text documents held out, decided by each document's hash."""
+    max_held_out_tokens: PositiveInt = 100_000
+    """Held-out tokens to pack for each source."""
+    quality: QualityConfig = QualityConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+
+    @model_validator(mode="after")
+    def _shares_add_up(self) -> Self:
+        total = sum(source.share for source in self.sources.values())
+        if abs(total - 1) > 1e-6:
+            shares = ", ".join(f"{name} {source.share}" for name, source in self.sources.items())
+            raise ValueError(f"sources: shares add up to {total:g}, not 1 ({shares})")
+        return self
+
+
+class DataSpec(Frozen):
+    """The data stage's whole config."""
+
+    seed: int
+    data: DataConfig

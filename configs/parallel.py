@@ -1,0 +1,45 @@
+"""Machines: where the line runs. Nothing here bears on what is built."""
+
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
+
+from configs.base import Frozen
+
+
+class ClusterConfig(Frozen):
+    """The Ray cluster and the worker groups on it."""
+
+    address: str | None = None
+    """A running Ray cluster; none starts a local one for the run."""
+    trainers: PositiveInt = 2
+    """Expert-parallel training workers; experts and batches are divided over them."""
+    samplers: PositiveInt = 2
+    """Generation workers of post-training."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 0.5
+    """CPUs that each worker reserves; fractions let trainers and samplers share a small machine."""
+    threads_per_worker: PositiveInt = 1
+    max_restarts: int = Field(default=3, ge=0)
+    """How often a worker group is rebuilt after a worker dies, before the run gives up."""
+    placement_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
+    step_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """Longest wait for one call on a worker, or for one collective."""
+
+
+class TrackingConfig(Frozen):
+    """Where runs are recorded."""
+
+    uri: str | None = None
+    """MLflow tracking URI; none means a SQLite file inside the store."""
+    experiment: str = Field(default="ingot", min_length=1)
+    registered_model: str = Field(default="ingot", min_length=1)
+    timeout_seconds: Annotated[float, Field(gt=0)] = 5.0
+
+
+class StoreConfig(Frozen):
+    """Where artifacts live."""
+
+    url: str = ".ingot"
+    """A folder (any fsspec URL with a local file system today)."""
+    min_free_bytes: int = Field(default=500_000_000, ge=0)
+    """A build does not start with less free disk than this."""

@@ -1,0 +1,213 @@
+"""Recipes: TOML read left to right, merged deeply, validated whole."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Self, Union, get_args, get_origin
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from configs.base import Frozen
+from configs.data import ArithmeticSource, DataConfig
+from configs.delivery import EvaluateConfig, ExportConfig
+from configs.errors import ConfigError
+from configs.model import ModelConfig
+from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
+from configs.rl import PosttrainConfig
+from configs.train import PretrainConfig
+
+
+class NodeConfig(Frozen):
+    """A node that the recipe adds to the line: a stage by import path, inputs by node name."""
+
+    use: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """`package.module:stage`."""
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """The stage's input names to the nodes that supply them."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The stage's own config table; its schema is the stage's, checked when the line is planned."""
+
+
+class Recipe(Frozen):
+    """Everything one run of the line asks for."""
+
+    name: str = Field(min_length=1)
+    seed: int = Field(default=0, ge=0)
+    model: ModelConfig
+    data: DataConfig
+    pretrain: PretrainConfig
+    posttrain: PosttrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    store: StoreConfig = StoreConfig()
+    nodes: dict[str, NodeConfig] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        workers = self.cluster.trainers
+        if self.model.n_routed_experts % workers:
+            raise ValueError(
+                f"model.n_routed_experts = {self.model.n_routed_experts} does not divide over "
+                f"cluster.trainers = {workers}; choose a divisor"
+            )
+        if self.pretrain.batch_sequences % workers:
+            raise ValueError(
+                f"pretrain.batch_sequences = {self.pretrain.batch_sequences} does not divide over "
+                f"cluster.trainers = {workers}; choose a multiple"
+            )
+        minibatch = self.posttrain.prompts_per_step // self.posttrain.minibatches
+        if minibatch * self.posttrain.group_size % workers:
+            raise ValueError(
+                f"posttrain.prompts_per_step / minibatches * group_size = "
+                f"{minibatch * self.posttrain.group_size} answers do not divide over "
+                f"cluster.trainers = {workers}; choose a multiple"
+            )
+        if self.model.vocab_size < self.data.tokenizer.vocab_size:
+            raise ValueError(
+                f"model.vocab_size = {self.model.vocab_size} is below data.tokenizer.vocab_size = "
+                f"{self.data.tokenizer.vocab_size}; raise the first"
+            )
+        if self.model.max_position_embeddings < self.data.sequence_tokens:
+            raise ValueError(
+                f"model.max_position_embeddings = {self.model.max_position_embeddings} is below "
+                f"data.sequence_tokens = {self.data.sequence_tokens}; raise the first"
+            )
+        if not any(isinstance(s, ArithmeticSource) for s in self.data.sources.values()):
+            raise ValueError(
+                "data.sources has no source of checkable problems, which posttrain and evaluate "
+                'need; add one of type = "arithmetic"'
+            )
+        return self
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes inside the package."""
+    folder = resources.files("configs") / "recipes"
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name: str, overlays: Sequence[str] = (), sets: Sequence[str] = ()) -> Recipe:
+    """The recipe `name` (shipped name or path) under overlays and `a.b=c` settings, validated.
+
+    Tables merge key by key, later files win; lists and scalars replace. Raises ConfigError with
+    the field's path, its value and the nearest valid spelling.
+    """
+    tree = _read(name)
+    for overlay in overlays:
+        tree = _merge(tree, _read(overlay))
+    for assignment in sets:
+        tree = _merge(tree, _parse_set(assignment))
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(explain(error, Recipe, origin=name)) from None
+
+
+def explain(error: ValidationError, schema: type[BaseModel], *, origin: str) -> str:
+    """One line per fault: the field's path, the value seen, what is allowed, the nearest name."""
+    lines = []
+    for fault in error.errors():
+        path = list(fault["loc"])
+        where = _spelling(path) or origin
+        match fault["type"]:
+            case "extra_forbidden":
+                allowed = _fields_at(schema, path[:-1])
+                near = difflib.get_close_matches(str(path[-1]), allowed, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
+                lines.append(f"{where} = {_short(fault['input'])}: no such field; {hint}")
+            case "missing":
+                lines.append(f"{where}: missing; add it to the recipe")
+            case "value_error":
+                lines.append(f"{where}: {fault['msg'].removeprefix('Value error, ')}")
+            case _:
+                lines.append(f"{where} = {_short(fault['input'])}: {fault['msg'].lower()}")
+    return f"recipe {origin}: " + "\n".join(lines)
+
+
+def _spelling(path: Sequence[Any]) -> str:
+    """A location as a recipe spells it: without the tag that follows a source's name."""
+    tags = {index + 2 for index, part in enumerate(path) if part == "sources"}
+    return ".".join(str(part) for index, part in enumerate(path) if index not in tags)
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = Path(name)
+    shipped = resources.files("configs") / "recipes" / f"{name}.toml"
+    if path.suffix == ".toml" and path.is_file():
+        text = path.read_text()
+    elif shipped.is_file():
+        text = shipped.read_text()
+    else:
+        near = difflib.get_close_matches(name, shipped_recipes(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"shipped: {', '.join(shipped_recipes())}"
+        raise ConfigError(f"recipe {name!r}: neither a .toml file nor a shipped recipe; {hint}")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {name!r}: not valid TOML: {error}") from None
+
+
+def _parse_set(assignment: str) -> dict[str, Any]:
+    key, separator, text = assignment.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {assignment!r}: expected key=value, as pretrain.steps=200")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    tree: Any = value
+    for part in reversed(key.strip().split(".")):
+        tree = {part: tree}
+    return dict(tree)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _fields_at(schema: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    """Field names of the schema that stands at `path`, as pydantic names a location."""
+    candidates: list[Any] = [schema]
+    for part in path:
+        candidates = [inner for one in candidates for inner in _step(one, part)]
+    names = {name for one in candidates if _is_model(one) for name in one.model_fields}
+    return sorted(names)
+
+
+def _step(kind: Any, part: Any) -> list[Any]:
+    if _is_model(kind):
+        if part in kind.model_fields:
+            return _unwrap(kind.model_fields[part].annotation)
+        tag = kind.model_fields.get("type")
+        return [kind] if tag is not None and tag.default == part else []
+    if get_origin(kind) is dict:
+        return _unwrap(get_args(kind)[1])
+    return []
+
+
+def _unwrap(annotation: Any) -> list[Any]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _unwrap(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [inner for one in get_args(annotation) for inner in _unwrap(one)]
+    return [annotation]
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,53 @@
+"""How the model is improved by reinforcement learning."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from configs.base import Frozen
+from configs.train import BalanceConfig, OptimConfig, Precision
+
+
+class GrpoConfig(Frozen):
+    """The objective of DeepSeek-V3.2 (arXiv 2512.02556, section 3.1)."""
+
+    clip_epsilon: float = Field(default=0.2, gt=0)
+    kl_weight: float = Field(default=1e-3, ge=0)
+    """beta of the unbiased KL to the model that post-training started from."""
+    off_policy_delta: float = Field(default=0.5, gt=0)
+    """A sequence of negative advantage whose mean log(pi_old / pi) exceeds this is masked."""
+
+
+class PosttrainConfig(Frozen):
+    """Steps, rollouts and numerics of GRPO."""
+
+    steps: PositiveInt
+    prompts_per_step: PositiveInt = 32
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Answers sampled for each prompt; the advantage is the reward less the group's mean."""
+    max_new_tokens: PositiveInt = 16
+    temperature: float = Field(default=1.0, gt=0)
+    minibatches: PositiveInt = 1
+    """Optimiser steps taken on one step's rollouts."""
+    warmup_steps: int = Field(default=5, ge=0)
+    optim: OptimConfig = OptimConfig(learning_rate=3e-5, weight_decay=0.0)
+    balance: BalanceConfig = BalanceConfig(bias_update_speed=0.0)
+    grpo: GrpoConfig = GrpoConfig()
+    precision: Precision = "fp8"
+    checkpoint_every_steps: PositiveInt = 20
+
+    @model_validator(mode="after")
+    def _minibatches_divide(self) -> Self:
+        if self.prompts_per_step % self.minibatches:
+            raise ValueError(
+                f"prompts_per_step = {self.prompts_per_step} is not divisible by "
+                f"minibatches = {self.minibatches}; change either"
+            )
+        return self
+
+
+class PosttrainSpec(Frozen):
+    """The posttrain stage's whole config."""
+
+    seed: int
+    posttrain: PosttrainConfig

@@ -1,0 +1,68 @@
+"""How the model is pretrained."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from configs.base import Frozen
+from configs.model import ModelConfig
+
+Precision = Literal["fp8", "high"]
+"""`fp8`: block-scaled E4M3 in every Linear and expert GEMM; `high`: the backend's own dtype."""
+
+
+class OptimConfig(Frozen):
+    """AdamW with clipping; defaults are DeepSeek-V3's (section 4.2)."""
+
+    learning_rate: float = Field(default=2.2e-4, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+
+class BalanceConfig(Frozen):
+    """Auxiliary-loss-free balancing and the sequence-wise loss beside it (section 4.2)."""
+
+    bias_update_speed: float = Field(default=1e-3, ge=0)
+    """gamma: how far the routing bias of an over- or underloaded expert moves after a step."""
+    sequence_loss_weight: float = Field(default=1e-4, ge=0)
+    """alpha of the sequence-wise balance loss."""
+
+
+class PretrainConfig(Frozen):
+    """Steps, batch, schedule and numerics of pretraining."""
+
+    steps: PositiveInt
+    batch_sequences: PositiveInt = 16
+    """Sequences a step, over all workers."""
+    warmup_steps: int = Field(default=20, ge=0)
+    decay_share: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Last part of the steps, over which the learning rate falls to `final_learning_rate_share`."""
+    final_learning_rate_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    optim: OptimConfig = OptimConfig()
+    balance: BalanceConfig = BalanceConfig()
+    mtp_loss_weight: float = Field(default=0.3, ge=0)
+    """lambda of the multi-token-prediction loss."""
+    attend_across_documents: bool = False
+    """DeepSeek packs without a mask between documents; small models learn faster with one."""
+    precision: Precision = "fp8"
+    checkpoint_every_steps: PositiveInt = 100
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps} leaves nothing of steps = {self.steps}; "
+                "lower warmup_steps"
+            )
+        return self
+
+
+class PretrainSpec(Frozen):
+    """The pretrain stage's whole config."""
+
+    seed: int
+    model: ModelConfig
+    pretrain: PretrainConfig

@@ -1,0 +1,1 @@
+"""Mathematics on one device: no ray, no mlflow, no process groups."""

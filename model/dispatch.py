@@ -1,0 +1,118 @@
+"""The seam between routing and machines: carry token copies to their experts and back.
+
+Axes: T tokens on this device, K choices a token, N token copies received, D width, E experts.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """Token copies sorted by the experts of this device."""
+
+    x_ND: Tensor
+    counts_E: Tensor
+    """int64: copies for each expert that lives here."""
+    ticket: Any
+    """Read only by the dispatcher that made it."""
+
+
+@runtime_checkable
+class TokenDispatcher(Protocol):
+    """Carries tokens to experts and weighted results back; drops none."""
+
+    def local_experts(self, num_experts: int) -> range:
+        """The routed experts that live on this device, by their global number."""
+
+    def dispatch(
+        self, x_TD: Float[Tensor, "T D"], experts_TK: Int[Tensor, "T K"], num_experts: int
+    ) -> Dispatched:
+        """Send each token to each of its experts."""
+
+    def combine(
+        self, y_ND: Float[Tensor, "N D"], gates_TK: Float[Tensor, "T K"], sent: Dispatched
+    ) -> Float[Tensor, "T D"]:
+        """Bring the copies home and sum them with their gates."""
+
+
+class LocalDispatcher:
+    """All experts on this device: a sort, and its inverse."""
+
+    def local_experts(self, num_experts: int) -> range:
+        """All of them."""
+        return range(num_experts)
+
+    def dispatch(
+        self, x_TD: Float[Tensor, "T D"], experts_TK: Int[Tensor, "T K"], num_experts: int
+    ) -> Dispatched:
+        """Copies sorted by expert; equal experts keep the order of tokens."""
+        order_N, counts_E = sort_by_expert(experts_TK, num_experts)
+        return Dispatched(gather_copies(x_TD, order_N, experts_TK.shape[1]), counts_E, order_N)
+
+    def combine(
+        self, y_ND: Float[Tensor, "N D"], gates_TK: Float[Tensor, "T K"], sent: Dispatched
+    ) -> Float[Tensor, "T D"]:
+        """Undo the sort, then sum each token's K results with its gates."""
+        return weigh(unsort(y_ND, sent.ticket), gates_TK)
+
+
+def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """(order_N, counts_E): order lists flat copies t * K + k by expert, stably."""
+    flat_N = experts_TK.reshape(-1)
+    return flat_N.argsort(stable=True), torch.bincount(flat_N, minlength=num_experts)
+
+
+def gather_copies(x_TD: Tensor, order_N: Tensor, choices: int) -> Tensor:
+    """Row order[n] // choices of x for each n, with a gradient that adds a token's K copies."""
+    gathered: Tensor = _GatherCopies.apply(x_TD, order_N, choices)
+    return gathered
+
+
+def unsort(y_ND: Tensor, order_N: Tensor) -> Tensor:
+    """Undo `y = flat[order]`."""
+    unsorted: Tensor = _Unsort.apply(y_ND, order_N)
+    return unsorted
+
+
+def weigh(flat_ND: Tensor, gates_TK: Tensor) -> Tensor:
+    """Sum of each token's K consecutive rows with its K gates."""
+    return torch.einsum("tkd,tk->td", flat_ND.unflatten(0, gates_TK.shape), gates_TK)
+
+
+def _inverse(order_N: Tensor) -> Tensor:
+    inverse_N = torch.empty_like(order_N)
+    inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
+    return inverse_N
+
+
+class _GatherCopies(torch.autograd.Function):
+    """Backward is a gather and a fixed-order sum: quicker than index_add, and deterministic."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, choices: int) -> Tensor:
+        ctx.save_for_backward(order_N)
+        ctx.choices = choices
+        return x_TD.index_select(0, order_N // choices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (order_N,) = ctx.saved_tensors
+        flat_ND = grads[0].index_select(0, _inverse(order_N))
+        return flat_ND.unflatten(0, (-1, ctx.choices)).sum(1), None, None
+
+
+class _Unsort(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, order_N: Tensor) -> Tensor:
+        ctx.save_for_backward(order_N)
+        return y_ND.index_select(0, _inverse(order_N))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (order_N,) = ctx.saved_tensors
+        return grads[0].index_select(0, order_N), None

@@ -1,0 +1,1 @@
+"""Ingot names to Hugging Face names and back, one table a family."""

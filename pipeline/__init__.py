@@ -1,0 +1,1 @@
+"""Plans, stores, runs, tracks and composes the stages; the command line."""

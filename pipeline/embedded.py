@@ -1,0 +1,54 @@
+"""The embedded tracking store: one SQLite file, its schema made once, served on this machine."""
+
+import fcntl
+import logging
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from configs.parallel import TrackingConfig
+from pipeline.places import SQLITE
+
+
+@contextmanager
+def schema_lock(uri: str) -> Iterator[None]:
+    """Only one process at a time creates or migrates an SQLite store; two would both fail."""
+    if not uri.startswith(SQLITE):
+        yield
+        return
+    path = Path(f"{uri.removeprefix(SQLITE)}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def set_environment(config: TrackingConfig) -> None:
+    """Bound every call, whose own defaults would retry for minutes, and keep libraries quiet."""
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(math.ceil(config.timeout_seconds))
+    # It would make every run that is opened the one it names.
+    os.environ.pop("MLFLOW_RUN_ID", None)
+    # Each retry, and each table made, would otherwise be a line of its own.
+    for library in ("urllib3.connectionpool", "mlflow", "alembic"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def serve(uri: str, store_root: Path, port: int) -> int:
+    """Serve the embedded store on 127.0.0.1 until it is stopped; returns the server's exit code."""
+    artifacts = store_root / "mlflow-artifacts"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", uri, "--artifacts-destination", artifacts.as_uri()]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = subprocess.Popen(command, env=environment)
+    try:
+        return server.wait()
+    except KeyboardInterrupt:
+        server.terminate()
+        server.wait(10)
+        return 0

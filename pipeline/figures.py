@@ -1,0 +1,52 @@
+"""The few numbers by which people know an artifact."""
+
+from collections.abc import Mapping
+
+from stages.artifacts import Artifact, Bundle, Checkpoint, Corpus, Report
+from stages.telemetry import METRICS, read_metrics
+
+_STEP_FIGURES = ("reward", "loss", "tokens_per_second")
+_HEADLINES = ("before_pass_at_1", "after_pass_at_1", "after_bits_per_byte")
+
+
+def key_figures(artifact: Artifact) -> dict[str, float]:
+    """Names and values, the most telling first."""
+    match artifact:
+        case Corpus():
+            tokens = artifact.train_rows * artifact.sequence_tokens
+            return {"train_tokens": tokens, "train_problems": artifact.train_problems}
+        case Checkpoint():
+            last = read_metrics(artifact.path(METRICS))[-1:]
+            found = scalars(last[0]) if last else {}
+            return {k: found[k] for k in _STEP_FIGURES if k in found} or {
+                "loss": artifact.final_loss
+            }
+        case Report():
+            chosen = {k: artifact.headline[k] for k in _HEADLINES if k in artifact.headline}
+            return chosen or dict(list(artifact.headline.items())[:3])
+        case Bundle():
+            return {
+                f"{variant}_top1_agreement": parity.top1_agreement
+                for variant, parity in artifact.parity.items()
+            }
+        case _:
+            return {}
+
+
+def scalars(record: Mapping[str, object]) -> dict[str, float]:
+    """The entries of a step's record that are plain numbers."""
+    return {
+        name: float(value)
+        for name, value in record.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def show_figures(figures: Mapping[str, float]) -> str:
+    """Figures in one line: `loss 1.234, tokens per second 3,900`."""
+    return ", ".join(f"{name.replace('_', ' ')} {show_number(v)}" for name, v in figures.items())
+
+
+def show_number(value: float) -> str:
+    """Four significant digits; large numbers whole, with separators."""
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"

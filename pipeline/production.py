@@ -1,0 +1,116 @@
+"""The whole line, read top to bottom: from raw text to a bundle for each target."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from configs.data import DataSpec
+from configs.delivery import EvaluateSpec, ExportSpec
+from configs.errors import ConfigError, PlanError
+from configs.recipe import NodeConfig, Recipe, explain
+from configs.rl import PosttrainSpec
+from configs.train import PretrainSpec
+from stages.contract import Planned, Stage
+from stages.data.loop import data
+from stages.evaluate.loop import evaluate
+from stages.export.bundle import export
+from stages.posttrain.loop import posttrain
+from stages.pretrain.loop import pretrain
+
+Line = dict[str, Planned[Any]]
+
+
+def production(recipe: Recipe) -> Line:
+    """Plan everything that a recipe asks for. Runs nothing; PlanError if it cannot be wired."""
+    seed = recipe.seed
+
+    corpus = data(DataSpec(seed=seed, data=recipe.data))
+
+    pretrained = pretrain(
+        PretrainSpec(seed=seed, model=recipe.model, pretrain=recipe.pretrain),
+        corpus=corpus,
+    )
+    posttrained = posttrain(
+        PosttrainSpec(seed=seed, posttrain=recipe.posttrain),
+        corpus=corpus,
+        base=pretrained,
+    )
+    report = evaluate(
+        EvaluateSpec(seed=seed, evaluate=recipe.evaluate),
+        corpus=corpus,
+        before=pretrained,
+        after=posttrained,
+    )
+    bundles = {
+        f"export.{target}": export(
+            ExportSpec(seed=seed, target=target, export=recipe.export),
+            corpus=corpus,
+            checkpoint=posttrained,
+        )
+        for target in recipe.export.targets
+    }
+    line: Line = {
+        "data": corpus,
+        "pretrain": pretrained,
+        "posttrain": posttrained,
+        "evaluate": report,
+        **bundles,
+    }
+    return extend(line, recipe.nodes)
+
+
+def extend(line: Line, added: Mapping[str, NodeConfig]) -> Line:
+    """The line with the nodes that a recipe adds, each after those that it is made of."""
+    line, waiting = dict(line), dict(added)
+    if taken := sorted(line.keys() & waiting.keys()):
+        raise PlanError(f"nodes.{taken[0]}: the line has a node of that name; choose another")
+    while waiting:
+        ready = [n for n, node in waiting.items() if all(i in line for i in node.inputs.values())]
+        if not ready:
+            name, node = next(iter(waiting.items()))
+            lacking = next(i for i in node.inputs.values() if i not in line)
+            raise PlanError(
+                f"nodes.{name}.inputs: {lacking!r} is not a node that comes before it; "
+                f"nodes: {', '.join([*line, *waiting])}"
+            )
+        for name in ready:
+            node = waiting.pop(name)
+            inputs = {role: line[supplier] for role, supplier in node.inputs.items()}
+            line[name] = plan_added(name, node, inputs)
+    return line
+
+
+def plan_added(name: str, node: NodeConfig, inputs: Mapping[str, Planned[Any]]) -> Planned[Any]:
+    """Plan one node of a recipe's own: find its stage, check its config by the stage's schema."""
+    stage = load_stage(name, node.use)
+    try:
+        config = stage.config.model_validate(node.config)
+    except ValidationError as error:
+        origin = f"nodes.{name}.config"
+        raise ConfigError(explain(error, stage.config, origin=origin)) from None
+    try:
+        return stage(config, **inputs)
+    except PlanError as error:
+        raise PlanError(f"nodes.{name}: {error}") from None
+
+
+def load_stage(name: str, use: str) -> Stage[Any]:
+    """The stage at `package.module:stage`; PlanError if it cannot be imported or is none."""
+    module_name, _, attribute = use.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise PlanError(
+            f"nodes.{name}.use = {use!r}: cannot import {module_name} ({error}); install the "
+            "package that holds it, or put its folder on PYTHONPATH"
+        ) from None
+    found = getattr(module, attribute, None)
+    if not isinstance(found, Stage):
+        stages = sorted(key for key, value in vars(module).items() if isinstance(value, Stage))
+        raise PlanError(
+            f"nodes.{name}.use = {use!r}: {module_name} has no stage {attribute!r}; "
+            f"its stages: {', '.join(stages) or 'none (decorate a function with @stage)'}"
+        )
+    return found

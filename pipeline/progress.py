@@ -1,0 +1,161 @@
+"""What the user sees while the line runs: one live line, or one log line per interval."""
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.figures import scalars, show_figures, show_number
+from pipeline.graph import Node
+from pipeline.records import Blocked, Built, Failed, Reused, Run
+from pipeline.store import Committed
+
+LOG_SECONDS = 10.0
+_FIGURES = ("tokens_per_second", "reward", "loss")
+_COLOURS = {"built": "green", "reused": "cyan", "failed": "red", "blocked": "yellow"}
+
+
+class Line:
+    """Progress of one node: steps done of how many, rate, time left, the latest key figures."""
+
+    def __init__(self, name: str) -> None:
+        """A line that has heard of no step yet."""
+        self.name = name
+        self._started = self._first_time = time.monotonic()
+        self._steps, self._unit = 0, "step"
+        self._first = self._step = 0
+        self._figures: dict[str, float] = {}
+
+    def start(self, *, steps: int, unit: str) -> None:
+        """How many steps there are."""
+        self._steps, self._unit = steps, unit
+
+    def log(self, metrics: Mapping[str, Any], *, step: int) -> None:
+        """One more step is done."""
+        if self._step == 0:
+            # A resumed build reports its past at once: the rate is measured from here on.
+            self._first, self._first_time = step, time.monotonic()
+        self._step = step
+        found = scalars(metrics)
+        self._figures = {name: found[name] for name in _FIGURES if name in found}
+
+    def text(self) -> str:
+        """The line as it stands: `pretrain 120/400 steps, 3.2/s, 1:28 left, loss 2.31`."""
+        if not self._step:
+            return f"{self.name} {_clock(time.monotonic() - self._started)}"
+        unit = self._unit if self._unit.endswith("s") else f"{self._unit}s"
+        parts = [f"{self.name} {self._step}/{self._steps} {unit}"]
+        elapsed, done = time.monotonic() - self._first_time, self._step - self._first
+        if done > 0 and elapsed > 0:
+            rate = done / elapsed
+            parts.append(f"{show_number(rate)}/s")
+            parts.append(f"{_clock(max(0, self._steps - self._step) / rate)} left")
+        if self._figures:
+            parts.append(show_figures(self._figures))
+        return ", ".join(parts)
+
+
+class Display:
+    """A listener that speaks to the terminal, or to a log when there is none."""
+
+    def __init__(self, console: Console) -> None:
+        """Write to `console`; its being a terminal decides between a live line and log lines."""
+        self.console = console
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, node: Node, inputs: Mapping[str, Committed]) -> "NodeDisplay":
+        """Start the line of a node."""
+        line = Line(node.name)
+        self._stop = threading.Event()
+        target = self._live if self.console.is_terminal else self._log
+        self._thread = threading.Thread(target=target, args=(line, self._stop), daemon=True)
+        self._thread.start()
+        return NodeDisplay(line, self)
+
+    def end(
+        self, node: Node, outcome: Built | Reused | Failed | Blocked, made: Committed | None
+    ) -> None:
+        """Replace the line by what became of the node."""
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None
+        self.console.print(Text(f"{node.name} {_tell(outcome)}"), soft_wrap=True)
+
+    def note(self, message: str) -> None:
+        """One line above the live one."""
+        self.console.print(Text(message), soft_wrap=True)
+
+    def _live(self, line: Line, stop: threading.Event) -> None:
+        with Live(console=self.console, transient=True, auto_refresh=False) as live:
+            while not stop.wait(0.25):
+                live.update(Text(line.text(), no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    def _log(self, line: Line, stop: threading.Event) -> None:
+        while not stop.wait(LOG_SECONDS):
+            self.note(line.text())
+
+    def table(self, run: Run, links: Mapping[str, str]) -> None:
+        """One row a node: outcome, seconds, key figure, and where MLflow shows it."""
+        table = Table(title=f"{run.recipe} {run.id}", title_justify="left")
+        for heading in ("node", "outcome", "seconds", "key figure", "MLflow"):
+            table.add_column(heading, justify="right" if heading == "seconds" else "left")
+        for name, outcome in run.outcomes.items():
+            word = outcome.outcome
+            seconds = "" if isinstance(outcome, Blocked) else f"{outcome.seconds:.1f}"
+            url = links.get(name, "")
+            link = Text(url.rpartition("/")[2][:8], f"link {url}" if url else "")
+            table.add_row(name, Text(word, _COLOURS[word]), seconds, _figure(outcome), link)
+        self.console.print(table)
+
+
+class NodeDisplay:
+    """The tracker of one node's line."""
+
+    def __init__(self, line: Line, display: Display) -> None:
+        """Steps go to `line`, notes to `display`."""
+        self._line, self._display = line, display
+
+    def start(self, *, steps: int, unit: str) -> None:
+        """How many steps follow."""
+        self._line.start(steps=steps, unit=unit)
+
+    def log(self, metrics: Mapping[str, Any], *, step: int) -> None:
+        """One more step."""
+        self._line.log(metrics, step=step)
+
+    def note(self, message: str) -> None:
+        """One line above the live one."""
+        self._display.note(message)
+
+
+def _tell(outcome: Built | Reused | Failed | Blocked) -> str:
+    match outcome:
+        case Built():
+            return f"built in {outcome.seconds:.1f} s: {show_figures(outcome.figures)}"
+        case Reused():
+            return f"reused: {show_figures(outcome.figures)}"
+        case Failed():
+            return f"failed after {outcome.seconds:.1f} s: {outcome.error}"
+        case Blocked():
+            return f"blocked by {outcome.by}"
+
+
+def _figure(outcome: Built | Reused | Failed | Blocked) -> str:
+    match outcome:
+        case Built() | Reused():
+            return show_figures(outcome.figures)
+        case Failed():
+            return outcome.error if len(outcome.error) <= 80 else outcome.error[:77] + "..."
+        case Blocked():
+            return f"needs {outcome.by}"
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S" if seconds >= 3600 else "%M:%S", time.gmtime(seconds))

@@ -1,0 +1,157 @@
+"""What happened: one JSON file a run, `<store>/runs/<id>.json`, rewritten after every node."""
+
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from configs.errors import StoreError
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """The node was built in this run."""
+
+    uri: str
+    fingerprint: str
+    content: str
+    seconds: float
+    figures: Mapping[str, float]
+    """Key figures, the most telling first."""
+    tracking_id: str | None = None
+    """The MLflow run that shows it, if the server answered."""
+    outcome: Literal["built"] = "built"
+
+
+@dataclass(frozen=True, slots=True)
+class Reused:
+    """A committed artifact was taken as it is."""
+
+    uri: str
+    fingerprint: str
+    content: str
+    seconds: float
+    figures: Mapping[str, float]
+    built_by: str | None
+    """Id of the run that built it."""
+    tracking_id: str | None = None
+    outcome: Literal["reused"] = "reused"
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The node was tried and did not succeed; what it wrote is kept for the next attempt."""
+
+    error: str
+    seconds: float
+    tracking_id: str | None = None
+    outcome: Literal["failed"] = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """The node was not tried, since one that it is made of did not succeed."""
+
+    by: str
+    outcome: Literal["blocked"] = "blocked"
+
+
+Outcome = Annotated[Built | Reused | Failed | Blocked, Field(discriminator="outcome")]
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """How the user named the recipe, so that a later command can mean the same one."""
+
+    recipe: str
+    overlays: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One `ingot run`."""
+
+    id: str
+    recipe: str
+    """The recipe's own name; the latest artifact of a node is the latest within one recipe."""
+    invocation: Invocation
+    provenance: Mapping[str, Any]
+    started: float
+    """Seconds since the epoch."""
+    seconds: float = 0.0
+    tracking_id: str | None = None
+    interrupted: bool = False
+    outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+
+    def with_outcome(self, node: str, outcome: "Built | Reused | Failed | Blocked") -> "Run":
+        """This run, with what became of one more node."""
+        return replace(
+            self, outcomes={**self.outcomes, node: outcome}, seconds=time.time() - self.started
+        )
+
+    def with_tracking(self, run: str | None, nodes: Mapping[str, str]) -> "Run":
+        """This run, with the MLflow runs that show it and its nodes."""
+        outcomes = {
+            name: one
+            if isinstance(one, Blocked)
+            else replace(one, tracking_id=nodes.get(name, one.tracking_id))
+            for name, one in self.outcomes.items()
+        }
+        return replace(self, tracking_id=run, outcomes=outcomes)
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether every node that was asked for is there."""
+        done = all(isinstance(one, Built | Reused) for one in self.outcomes.values())
+        return done and not self.interrupted
+
+
+_RUN = TypeAdapter(Run)
+
+
+def new_run_id() -> str:
+    """An id that sorts by time and that no other run has."""
+    return time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3)
+
+
+class Records:
+    """The runs of one store."""
+
+    def __init__(self, folder: Path) -> None:
+        """Records in `folder`, which need not exist yet."""
+        self.folder = folder
+
+    def save(self, run: Run) -> None:
+        """Write or replace the record of `run`, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self.folder / f".{run.id}.draft"
+        draft.write_bytes(_RUN.dump_json(run, indent=1))
+        os.replace(draft, self.folder / f"{run.id}.json")
+
+    def load(self, run_id: str) -> Run:
+        """The record of one run; StoreError if it cannot be read."""
+        path = self.folder / f"{run_id}.json"
+        try:
+            return _RUN.validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise StoreError(f"{path}: not a readable run record: {error}") from None
+
+    def newest_first(self) -> Iterator[Run]:
+        """All runs, the latest first."""
+        names = sorted((path.stem for path in self.folder.glob("*.json")), reverse=True)
+        return (self.load(name) for name in names)
+
+    def latest_artifacts(self) -> dict[tuple[str, str], str]:
+        """Folder of the artifact that each (recipe, node) made or took last and that is there."""
+        latest: dict[tuple[str, str], str] = {}
+        for run in self.newest_first():
+            for node, outcome in run.outcomes.items():
+                if isinstance(outcome, Built | Reused) and Path(outcome.uri).is_dir():
+                    latest.setdefault((run.recipe, node), outcome.uri)
+        return latest

@@ -1,0 +1,119 @@
+"""Plots of a build's step log and of an evaluation report, as PNG files.
+
+The plotting library's global state is never touched, so that a background thread may draw.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from pipeline.figures import scalars
+
+EXPERT_LOAD = "expert_load"
+"""The record entry that the heat map shows: shares of tokens, [layers][experts]."""
+_TOGETHER = (("loss", "mtp_loss"), ("reward", "held_out_accuracy"))
+"""Curves that share one plot."""
+_SIDES = ("before", "after")
+
+
+def plot_steps(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """One plot for each scalar of a step log, and the expert load of each layer as a heat map."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = dict.fromkeys(n for record in records for n in scalars(record) if n != "step")
+    paths = [_plot_curves(records, group, folder) for group in _groups(list(names))]
+    loads = [(r["step"], r[EXPERT_LOAD]) for r in records if r.get(EXPERT_LOAD)]
+    return [*paths, *_plot_load(loads, folder)] if loads else paths
+
+
+def plot_report(report: Path, folder: Path) -> list[Path]:
+    """Bars of every key figure that a report gives for the model before and after."""
+    folder.mkdir(parents=True, exist_ok=True)
+    headline = json.loads(report.read_text())["headline"]
+    shared = [
+        name.removeprefix("before_")
+        for name in headline
+        if name.startswith("before_")
+        and f"after_{name.removeprefix('before_')}" in headline
+        and not name.endswith(("_low", "_high"))
+    ]
+    if not shared:
+        return []
+    figure = Figure(figsize=(3.2 * len(shared), 3.6), layout="constrained")
+    for axes, name in zip(_grid(figure, len(shared)), shared, strict=True):
+        _draw_pair(axes, headline, name)
+    return [_save(figure, folder / "before_after.png")]
+
+
+def _groups(names: list[str]) -> Iterator[list[str]]:
+    together = [[name for name in group if name in names] for group in _TOGETHER]
+    yield from (group for group in together if group)
+    taken = {name for group in together for name in group}
+    yield from ([name] for name in names if name not in taken)
+
+
+def _plot_curves(records: Sequence[Mapping[str, Any]], names: list[str], folder: Path) -> Path:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name in names:
+        points = [(r["step"], scalars(r)[name]) for r in records if name in scalars(r)]
+        kept = [(step, value) for step, value in points if math.isfinite(value)]
+        marker = "o" if len(kept) < 20 else ""
+        axes.plot([p[0] for p in kept], [p[1] for p in kept], label=name, marker=marker)
+    axes.set_xlabel("step")
+    axes.set_title(", ".join(name.replace("_", " ") for name in names))
+    axes.grid(alpha=0.3)
+    if len(names) > 1:
+        axes.legend()
+    return _save(figure, folder / f"{names[0].replace('/', '_')}.png")
+
+
+def _plot_load(loads: Sequence[tuple[int, Sequence[Sequence[float]]]], folder: Path) -> list[Path]:
+    """Steps to the right, experts upwards, one row of the figure for each layer."""
+    layers = len(loads[-1][1])
+    figure = Figure(figsize=(8, 1.2 + 1.8 * layers), layout="constrained")
+    steps = [step for step, _ in loads]
+    peak = max(max(layer) for _, load in loads for layer in load)
+    for number, axes in enumerate(_grid(figure, layers, stacked=True)):
+        image = axes.imshow(
+            [list(column) for column in zip(*(load[number] for _, load in loads), strict=True)],
+            aspect="auto",
+            origin="lower",
+            vmin=0,
+            vmax=peak,
+            extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, len(loads[-1][1][number]) - 0.5),
+        )
+        axes.set_ylabel(f"layer {number}\nexpert")
+        if number == layers - 1:
+            axes.set_xlabel("step")
+            figure.colorbar(image, ax=figure.axes[:layers], label="share of tokens")
+    return [_save(figure, folder / f"{EXPERT_LOAD}.png")]
+
+
+def _draw_pair(axes: Axes, headline: Mapping[str, float], name: str) -> None:
+    values = [headline[f"{side}_{name}"] for side in _SIDES]
+    errors = None
+    if all(f"{side}_{name}_low" in headline for side in _SIDES):
+        low = [v - headline[f"{s}_{name}_low"] for v, s in zip(values, _SIDES, strict=True)]
+        high = [headline[f"{s}_{name}_high"] - v for v, s in zip(values, _SIDES, strict=True)]
+        errors = [[max(0.0, one) for one in low], [max(0.0, one) for one in high]]
+    bars = axes.bar(_SIDES, values, yerr=errors, capsize=4, color=["#9aa5b1", "#2f6f9f"])
+    axes.bar_label(bars, fmt="%.3g", padding=2)
+    axes.margins(y=0.15)
+    axes.set_title(name.replace("_", " "))
+
+
+def _grid(figure: Figure, count: int, *, stacked: bool = False) -> list[Axes]:
+    rows, columns = (count, 1) if stacked else (1, count)
+    return [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=110)
+    return path

@@ -1,0 +1,399 @@
+"""Runs as MLflow shows them: one parent a run, one child a node. The only page that knows MLflow.
+
+Every call is made by one background thread in the order in which things happened. A server that
+does not answer is reported once; its calls are then left out for a while and tried again, and what
+a child has not yet sent goes with the next attempt. Nothing here can fail or hold up a run.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+from mlflow.tracking import MlflowClient
+
+from configs.base import Frozen
+from configs.parallel import TrackingConfig
+from configs.recipe import Recipe
+from pipeline.background import Background
+from pipeline.embedded import schema_lock, set_environment
+from pipeline.figures import key_figures, scalars
+from pipeline.graph import Node
+from pipeline.places import SQLITE, tracking_uri
+from pipeline.plain import DIGEST_CHARS, KEY_CHARS, VALUE_CHARS, flatten, metric_name, small_files
+from pipeline.records import Blocked, Built, Failed, Records, Reused, Run
+from pipeline.report import plot_report, plot_steps
+from pipeline.store import Committed
+from stages.artifacts import Bundle, Checkpoint, Corpus, Report
+from stages.telemetry import METRICS, read_metrics
+
+UI_PORT = 5000
+_METRICS_A_BATCH, _PARAMS_A_BATCH = 1000, 100
+
+
+class Tracking:
+    """A listener that mirrors a run to MLflow."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Run,
+        *,
+        store_root: Path,
+        records: Records,
+        say: Callable[[str], None],
+    ) -> None:
+        """Record `run` of `recipe`; returns at once, whether or not the server is there."""
+        self.config: TrackingConfig = recipe.tracking
+        self.uri = tracking_uri(recipe.tracking, store_root)
+        self._recipe, self._run, self._root = recipe, run, store_root
+        self._records, self._say = records, say
+        self._server = _Server(self.config, self.uri, store_root)
+        self._worker = Background(self._warning, say)
+        self._parent: str | None = None
+        self._children: dict[str, Child] = {}
+        set_environment(self.config)
+        self._worker.submit(self._parent_id)
+
+    def begin(self, node: Node, inputs: Mapping[str, Committed]) -> "Child":
+        """Open the child run of a node that is being built."""
+        child = Child(self._worker, lambda: self._create_child(node, inputs, {}))
+        self._children[node.name] = child
+        child.open()
+        return child
+
+    def end(
+        self, node: Node, outcome: Built | Reused | Failed | Blocked, made: Committed | None
+    ) -> None:
+        """Close a node's child run and show what was made; a reused node links to its builder."""
+        match outcome:
+            case Built():
+                child = self._children[node.name]
+                child.close("FINISHED")
+                self._worker.submit(lambda: self._show_artifact(node, child.id(), made))
+            case Reused():
+                child = Child(self._worker, lambda: self._create_reused(node, outcome))
+                self._children[node.name] = child
+                child.open()
+                child.close("FINISHED")
+            case Failed() if node.name in self._children:
+                status = "KILLED" if outcome.error == "interrupted" else "FAILED"
+                self._children[node.name].fail(outcome.error, status)
+            case Failed() | Blocked():
+                pass
+
+    def note(self, message: str) -> None:
+        """Notes are for the user; MLflow keeps figures."""
+
+    def finish(self, run: Run) -> Run:
+        """Send what is left, within twice the timeout; returns `run` with its MLflow ids."""
+        status = "FINISHED" if run.succeeded else "KILLED" if run.interrupted else "FAILED"
+        self._worker.submit(lambda: self._finish_parent(run, status))
+        self._worker.stop(2 * self.config.timeout_seconds)
+        nodes = {n: c.run_id for n, c in self._children.items() if c.run_id is not None}
+        return run.with_tracking(self._parent, nodes)
+
+    def link(self, run_id: str) -> str:
+        """The page that shows a run; the embedded store has one once `ingot ui` serves it."""
+        base = self.uri if self.uri.startswith("http") else f"http://127.0.0.1:{UI_PORT}"
+        return f"{base.rstrip('/')}/#/experiments/{self._server.experiment_id}/runs/{run_id}"
+
+    def _warning(self, why: str) -> str:
+        return (
+            f"warning: tracking.uri = {self.uri} does not record this run ({why}); the run goes "
+            f"on, and every step is kept in each artifact's {METRICS}"
+        )
+
+    # What follows runs on the background thread.
+
+    def _parent_id(self) -> str:
+        if self._parent is None:
+            client = self._server.client()
+            tags = {"ingot.run": self._run.id, "ingot.recipe": self._recipe.name}
+            opened = client.create_run(
+                self._server.experiment_id,
+                run_name=f"{self._recipe.name} {self._run.id}",
+                tags=tags,
+            )
+            self._parent = opened.info.run_id
+            _log_params(client, self._parent, self._recipe)
+            client.log_text(self._parent, self._recipe.model_dump_json(indent=1), "recipe.json")
+        return self._parent
+
+    def _create_child(
+        self, node: Node, inputs: Mapping[str, Committed], tags: Mapping[str, str]
+    ) -> tuple[MlflowClient, str]:
+        parent, client = self._parent_id(), self._server.client()
+        stage = node.planned.stage
+        run = client.create_run(
+            self._server.experiment_id,
+            run_name=node.name,
+            tags={
+                "mlflow.parentRunId": parent,
+                "ingot.node": node.name,
+                "ingot.stage": f"{stage.name} revision {stage.revision}",
+                "ingot.fingerprint": node.fingerprint,
+                **tags,
+            },
+        )
+        run_id = run.info.run_id
+        _log_params(client, run_id, node.planned.config)
+        corpora = [one for one in inputs.values() if isinstance(one.artifact, Corpus)]
+        if corpora:
+            client.log_inputs(run_id, [_dataset(one, node.planned.stage.name) for one in corpora])
+        return client, run_id
+
+    def _create_reused(self, node: Node, outcome: Reused) -> tuple[MlflowClient, str]:
+        tags = {"ingot.reused": "true", "ingot.uri": outcome.uri}
+        if outcome.built_by is not None:
+            tags["ingot.built_by_run"] = outcome.built_by
+            built = self._built_in(node.name, outcome)
+            if built is not None:
+                tags["ingot.built_by"] = built
+                tags["mlflow.note.content"] = f"Reused: built in [{built}]({self.link(built)})."
+        return self._create_child(node, {}, tags)
+
+    def _built_in(self, node: str, outcome: Reused) -> str | None:
+        """The MLflow run of the build that is reused, if that run's record knows it."""
+        path = self._records.folder / f"{outcome.built_by}.json"
+        if not path.exists():
+            return None
+        for name, one in self._records.load(str(outcome.built_by)).outcomes.items():
+            if isinstance(one, Built) and (name == node or one.uri == outcome.uri):
+                return one.tracking_id
+        return None
+
+    def _show_artifact(self, node: Node, run_id: str, made: Committed | None) -> None:
+        assert made is not None
+        client, artifact = self._server.client(), made.artifact
+        for path in small_files(made):
+            client.log_artifact(run_id, str(path))
+        with tempfile.TemporaryDirectory() as folder:
+            plot_steps(read_metrics(artifact.path(METRICS)), Path(folder))
+            if isinstance(artifact, Report):
+                plot_report(artifact.path("report.json"), Path(folder))
+            client.log_artifacts(run_id, folder, "plots")
+        match artifact:
+            case Checkpoint():
+                self._external_model(node, run_id, made, key_figures(artifact))
+            case Bundle():
+                model = self._external_model(node, run_id, made, key_figures(artifact))
+                self._register(model, run_id, made, artifact.target)
+            case Report():
+                _log_figures(client, run_id, artifact.headline)
+                _log_figures(client, self._parent_id(), artifact.headline)
+
+    def _external_model(
+        self, node: Node, run_id: str, made: Committed, figures: Mapping[str, float]
+    ) -> str:
+        """A logged model that points to the store; no weight is uploaded."""
+        client = self._server.client()
+        facts = flatten(made.artifact.facts())
+        model = mlflow.create_external_model(
+            name=node.name.replace(".", "-"),
+            source_run_id=run_id,
+            params={key: value[:KEY_CHARS] for key, value in islice(facts.items(), 100)},
+            tags={"ingot.uri": made.artifact.uri, "ingot.content": made.manifest.content},
+            model_type=made.artifact.kind,
+            experiment_id=self._server.experiment_id,
+        )
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+        moment = _now_ms()
+        for name, value in figures.items():
+            client.log_metric(
+                run_id, metric_name(name), value, timestamp=moment, model_id=model.model_id
+            )
+        return str(model.model_id)
+
+    def _register(self, model_id: str, run_id: str, made: Committed, target: str) -> None:
+        """A new version of the registered model, which the target's alias then names."""
+        client, name = self._server.client(), self.config.registered_model
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        version = client.create_model_version(
+            name,
+            f"models:/{model_id}",
+            run_id=run_id,
+            tags={"ingot.uri": made.artifact.uri, "ingot.target": target},
+            await_creation_for=0,
+            model_id=model_id,
+        )
+        client.set_registered_model_alias(name, target, version.version)
+
+    def _finish_parent(self, run: Run, status: str) -> None:
+        client, parent = self._server.client(), self._parent_id()
+        for name, outcome in run.outcomes.items():
+            client.set_tag(parent, f"ingot.outcome.{name}", outcome.outcome)
+        client.set_terminated(parent, status)
+
+
+class Child:
+    """The tracker of one node: a child run, filled in the background."""
+
+    def __init__(self, worker: Background, create: Callable[[], tuple[MlflowClient, str]]) -> None:
+        """A child that `create` opens when the server can be reached."""
+        self._worker, self._create = worker, create
+        self._client: MlflowClient | None = None
+        self.run_id: str | None = None
+        self._pending: list[Metric] = []
+        self._seen: set[int] = set()
+        self._monitors: list[BaseMetricsMonitor] | None = None
+        self._samples = 0
+
+    def open(self) -> None:
+        """Have the run created, and its machine watched from now on."""
+        self._worker.submit(self.send)
+        self._worker.watch(self)
+
+    def start(self, *, steps: int, unit: str) -> None:
+        """The number of steps is the terminal's business."""
+
+    def log(self, metrics: Mapping[str, Any], *, step: int) -> None:
+        """Record the scalars of one step; a step that was logged before is not logged again."""
+        if step in self._seen:
+            return
+        self._seen.add(step)
+        moment = _now_ms()
+        self._pending += [
+            Metric(metric_name(name), value, moment, step)
+            for name, value in scalars(metrics).items()
+        ]
+
+    def note(self, message: str) -> None:
+        """Notes are for the user."""
+
+    def close(self, status: str) -> None:
+        """Send what is left and end the run."""
+        self._worker.unwatch(self)
+        self._worker.submit(self.sample)
+        self._worker.submit(lambda: self._end(status))
+
+    def fail(self, error: str, status: str) -> None:
+        """Keep the reason, then end the run."""
+        self._worker.submit(lambda: self._open().set_tag(self.id(), "ingot.error", error[:5000]))
+        self.close(status)
+
+    # What follows runs on the background thread.
+
+    def id(self) -> str:
+        """The run's id, which is created if it must be."""
+        self._open()
+        assert self.run_id is not None
+        return self.run_id
+
+    def _open(self) -> MlflowClient:
+        if self._client is None:
+            self._client, self.run_id = self._create()
+        return self._client
+
+    def sample(self) -> None:
+        """Look at the machine."""
+        if self._monitors is None:
+            self._monitors = list(_monitors())
+        moment = _now_ms()
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            for name, value in monitor.aggregate_metrics().items():
+                self._pending.append(Metric(f"system/{name}", value, moment, self._samples))
+            monitor.clear_metrics()
+        self._samples += 1
+
+    def send(self) -> None:
+        """Send what has come; what cannot be sent stays for the next time."""
+        client, run_id = self._open(), self.id()
+        while batch := self._pending[:_METRICS_A_BATCH]:
+            client.log_batch(run_id, metrics=batch)
+            del self._pending[: len(batch)]
+
+    def _end(self, status: str) -> None:
+        self.send()
+        self._open().set_terminated(self.id(), status)
+
+
+class _Server:
+    """The MLflow store and our experiment in it, opened on first use."""
+
+    def __init__(self, config: TrackingConfig, uri: str, store_root: Path) -> None:
+        self._config, self._uri, self._root = config, uri, store_root
+        self._client: MlflowClient | None = None
+        self.experiment_id = "0"
+
+    def client(self) -> MlflowClient:
+        """The client, once its experiment is there."""
+        if self._client is None:
+            mlflow.set_tracking_uri(self._uri)
+            with schema_lock(self._uri):
+                client = MlflowClient(tracking_uri=self._uri)
+                self.experiment_id = self._experiment(client)
+            self._client = client
+        return self._client
+
+    def _experiment(self, client: MlflowClient) -> str:
+        found = client.get_experiment_by_name(self._config.experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        embedded = self._uri.startswith(SQLITE)
+        location = (self._root / "mlflow-artifacts").as_uri() if embedded else None
+        return str(client.create_experiment(self._config.experiment, artifact_location=location))
+
+
+def make_schema(uri: str) -> None:
+    """Create or migrate an SQLite store, so that a server may start on it."""
+    with schema_lock(uri):
+        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+
+
+def _monitors() -> Iterator[BaseMetricsMonitor]:
+    """What can be measured here: machines differ in the counters that they let one read."""
+    for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
+        try:
+            monitor = kind()
+            monitor.collect_metrics()
+        except Exception:
+            continue
+        yield monitor
+
+
+def _log_params(client: MlflowClient, run_id: str, config: Frozen) -> None:
+    params = [
+        Param(metric_name(key)[:KEY_CHARS], value[:VALUE_CHARS])
+        for key, value in flatten(config.model_dump(mode="json")).items()
+    ]
+    for start in range(0, len(params), _PARAMS_A_BATCH):
+        client.log_batch(run_id, params=params[start : start + _PARAMS_A_BATCH])
+
+
+def _log_figures(client: MlflowClient, run_id: str, figures: Mapping[str, float]) -> None:
+    moment = _now_ms()
+    metrics = [Metric(metric_name(name), value, moment, 0) for name, value in figures.items()]
+    client.log_batch(run_id, metrics=metrics)
+
+
+def _dataset(made: Committed, context: str) -> DatasetInput:
+    source = json.dumps({"uri": made.artifact.uri})
+    dataset = Dataset(
+        name="corpus",
+        digest=made.manifest.content[:DIGEST_CHARS],
+        source_type="local",
+        source=source,
+        profile=json.dumps(made.artifact.facts()),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

@@ -1,0 +1,1 @@
+"""The steps of the line. Each folder is one stage; none imports another."""

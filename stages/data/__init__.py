@@ -1,0 +1,1 @@
+"""From raw sources to packed token shards, problems and a tokenizer."""

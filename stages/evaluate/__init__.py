@@ -1,0 +1,1 @@
+"""Bits per byte and pass@k, before and after post-training."""

@@ -1,0 +1,181 @@
+"""Measure the model before and after post-training on held-out text and problems, side by side."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from cluster.generation import open_generation
+from configs.delivery import EvaluateSpec
+from configs.errors import DataError
+from model.weights.files import load_pretrained
+from stages.artifacts import Checkpoint, Corpus, Report
+from stages.contract import Workspace, stage
+from stages.evaluate.ngram import best_bits, count_pairs
+from stages.evaluate.problems import Answered, answer, choose, pass_rates
+from stages.evaluate.render import (
+    Baseline,
+    Comparison,
+    Findings,
+    Side,
+    headline,
+    render_json,
+    render_markdown,
+)
+from stages.evaluate.text import TextScore, byte_lengths, score_text, size, total
+from stages.prompts import Prompt, answer_text, encode_prompts
+from stages.shards import Rows, consumed_rows
+from stages.verifiers import read_problems
+
+_ROWS_PER_COUNT = 4096
+"""Consumed rows to hold in memory at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """Everything both models are asked, read and checked before either is loaded."""
+
+    text: Mapping[str, NDArray[np.int64]]
+    """Held-out rows [N, S] of each source."""
+    lengths_V: NDArray[np.int64]
+    """Bytes of each token id."""
+    tokenizer: Tokenizer
+    prompts: Sequence[Prompt]
+
+
+@stage(revision=1)
+def evaluate(
+    config: EvaluateSpec, work: Workspace, *, corpus: Corpus, before: Checkpoint, after: Checkpoint
+) -> Report:
+    """Bits per byte beside an n-gram baseline's, and pass@k with 95 % intervals.
+
+    `config.seed` must be the seed that `before` was pretrained with: it fixes which rows of the
+    corpus that model consumed, and the baseline is counted on exactly those.
+    DataError if a problem or row does not fit a model's context, before anything is sampled.
+    """
+    exam = _prepare(config, work, corpus, (before, after))
+    if exam.prompts:
+        work.tracker.start(steps=2 * len(exam.prompts), unit="problem")
+    comparison = Comparison(
+        baseline=_baseline(config, corpus, before, exam),
+        before=_measure(config, work, exam, before, "before"),
+        after=_measure(config, work, exam, after, "after"),
+    )
+    figures = headline(comparison)
+    work.lease.check()
+    out = Path(work.out)
+    (out / "report.json").write_text(render_json(comparison), encoding="utf-8")
+    (out / "report.md").write_text(render_markdown(comparison), encoding="utf-8")
+    return Report(uri=work.out, headline=figures)
+
+
+def _prepare(
+    config: EvaluateSpec, work: Workspace, corpus: Corpus, models: Sequence[Checkpoint]
+) -> Exam:
+    context_tokens = min(model.model.max_position_embeddings for model in models)
+    vocab_size = min(model.model.vocab_size for model in models)
+    if vocab_size < corpus.vocab_size:
+        raise DataError(
+            f"the corpus has a vocabulary of {corpus.vocab_size} tokens, the model one of "
+            f"{vocab_size}; raise model.vocab_size or evaluate on the corpus it was trained on"
+        )
+    if context_tokens < corpus.sequence_tokens:
+        raise DataError(
+            f"held-out rows of {corpus.sequence_tokens} tokens exceed the model's context of "
+            f"{context_tokens}; raise model.max_position_embeddings or pack shorter rows"
+        )
+    text = _held_out_text(config, corpus)
+    tokenizer = Tokenizer.from_file(str(corpus.path("tokenizer.json")))
+    wanted = config.evaluate.problems
+    held_out = (
+        read_problems(corpus.path("problems", "held_out.parquet"))
+        if corpus.held_out_problems
+        else []
+    )
+    if len(held_out) < wanted:
+        work.tracker.note(
+            f"evaluate.problems = {wanted}, but {len(held_out)} are held out: all asked"
+        )
+    prompts = encode_prompts(
+        choose(held_out, wanted, seed=config.seed),
+        tokenizer,
+        context_tokens=context_tokens,
+        max_new_tokens=config.evaluate.max_new_tokens,
+    )
+    lengths_V = byte_lengths(corpus.path("tokenizer.json"))
+    return Exam(text=text, lengths_V=lengths_V, tokenizer=tokenizer, prompts=prompts)
+
+
+def _held_out_text(config: EvaluateSpec, corpus: Corpus) -> dict[str, NDArray[np.int64]]:
+    limit = max(1, config.evaluate.max_held_out_tokens // corpus.sequence_tokens)
+    text = {
+        source: Rows(corpus.path("held_out", source)).take(np.arange(min(count, limit)))
+        for source, count in sorted(corpus.held_out_rows.items())
+        if count
+    }
+    if not text:
+        raise DataError(
+            f"{corpus.uri}: 0 held-out rows in {len(corpus.held_out_rows)} sources, nothing to "
+            "score; raise data.held_out_share"
+        )
+    return text
+
+
+def _baseline(
+    config: EvaluateSpec, corpus: Corpus, before: Checkpoint, exam: Exam
+) -> dict[str, Baseline]:
+    """The n-gram's score of each source, counted on the rows that `before` consumed."""
+    rows = Rows(corpus.path("train"))
+    consumed = consumed_rows(corpus.train_rows, before.sequences_seen, seed=config.seed)
+    parts = np.array_split(consumed, 1 + len(consumed) // _ROWS_PER_COUNT)
+    seen = count_pairs((rows.take(part) for part in parts), vocab_size=corpus.vocab_size)
+    found = {}
+    for source, rows_NS in exam.text.items():
+        bits, weight = best_bits(seen, rows_NS)
+        num_bytes, targets = size(rows_NS, exam.lengths_V)
+        score = TextScore(bits=bits, bytes=num_bytes, targets=targets)
+        found[source] = Baseline(score=score, bigram_weight=weight)
+    return found
+
+
+def _measure(
+    config: EvaluateSpec, work: Workspace, exam: Exam, checkpoint: Checkpoint, side: Side
+) -> Findings:
+    """Everything asked of one model. Its weights leave this process before samplers load theirs."""
+    text = _read_text(exam, checkpoint)
+    bits_per_byte = total(text.values()).bits_per_byte
+    work.tracker.note(f"{side} post-training: {bits_per_byte:.4f} bits per byte of held-out text")
+    answered = _answer_problems(config, work, exam, checkpoint, side) if exam.prompts else []
+    pass_at = pass_rates(answered, config.evaluate.pass_at) if answered else {}
+    return Findings(text=text, answered=answered, pass_at=pass_at)
+
+
+def _read_text(exam: Exam, checkpoint: Checkpoint) -> dict[str, TextScore]:
+    model = load_pretrained(checkpoint.path())
+    return {
+        source: score_text(model, rows_NS, exam.lengths_V) for source, rows_NS in exam.text.items()
+    }
+
+
+def _answer_problems(
+    config: EvaluateSpec, work: Workspace, exam: Exam, checkpoint: Checkpoint, side: Side
+) -> list[Answered]:
+    answered: list[Answered] = []
+    first_step = len(exam.prompts) if side == "after" else 0
+    with open_generation(work.machines, checkpoint.path()) as pool:
+        for part in answer(
+            pool.sample,
+            exam.prompts,
+            config.evaluate,
+            seed=config.seed,
+            answer_text=partial(answer_text, exam.tokenizer),
+        ):
+            answered += part
+            rates = pass_rates(answered, config.evaluate.pass_at)
+            metrics = {f"{side}_pass_at_{k}": rate.mean for k, rate in rates.items()}
+            work.tracker.log(metrics, step=first_step + len(answered))
+    return answered

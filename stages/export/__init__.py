@@ -1,0 +1,1 @@
+"""Bundles for CUDA and Ascend servers, each proved against its source."""

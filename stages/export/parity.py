@@ -1,0 +1,157 @@
+"""Proof that a variant on disk is its source: weight by weight, and logit by logit.
+
+1. `prove_weights` reads every stored tensor back and holds every element to the bound that the
+   format states, half a rounding step; and every source tensor must be there exactly once.
+2. `compare` runs source and reloaded variant on the same held-out rows in float32.
+
+What is compared are weights: activations stay float32 on both sides. A server that quantises
+activations too (FP8 per 1 x 128, W8A8 per token) adds an error of its own, which these figures do
+not contain. The MTP layer takes no part in next-token logits; its weights are proved by 1 alone.
+
+Axes: N rows, S tokens of a row, B rows of a batch, V vocabulary, P positions.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from configs.delivery import ExportConfig
+from configs.errors import ExportError
+from configs.seed import derive
+from model.transformer import Transformer
+from model.weights.files import load_state, read_config
+from stages.artifacts import Corpus, Parity
+from stages.export.formats import Format
+from stages.export.tensors import TensorFolder
+from stages.shards import BOS_ID, Int64, Rows
+
+BATCH_ROWS = 8
+
+
+def held_out_rows(corpus: Corpus, count: int, *, seed: int) -> Int64:
+    """At most `count` held-out rows [N, S], drawn by the seed, as evenly by source as can be.
+
+    ExportError if the corpus has no held-out row at all.
+    """
+    sources = {name: total for name, total in sorted(corpus.held_out_rows.items()) if total}
+    if not sources:
+        raise ExportError(
+            f"{corpus.uri}: no held-out rows, so no bundle can be compared with its source; "
+            "raise data.held_out_share"
+        )
+    taken = dict.fromkeys(sources, 0)
+    for _ in range(min(count, sum(sources.values()))):
+        emptiest = min((n for n in sources if taken[n] < sources[n]), key=lambda n: taken[n])
+        taken[emptiest] += 1
+    parts = []
+    for name, wanted in taken.items():
+        generator = np.random.default_rng(derive(seed, "export", "parity", name))
+        chosen = np.sort(generator.permutation(sources[name])[:wanted])
+        parts.append(Rows(corpus.path("held_out", name)).take(chosen))
+    return np.concatenate(parts)
+
+
+def prove_weights(source: TensorFolder, stored: TensorFolder, form: Format) -> float:
+    """The largest error of any element, as a share of the bound that `form` states (<= 1).
+
+    ExportError names the first tensor that is missing, unknown, misshapen or beyond its bound.
+    """
+    stored.check_index()
+    expected = {part for name in source.names for part in form.parts(name)}
+    if strange := sorted(expected ^ set(stored.names)):
+        state = "is missing" if strange[0] in expected else "stands for no tensor of the source"
+        raise ExportError(f"{form.variant}: tensor {strange[0]} {state}; export again")
+    worst = 0.0
+    for name in source.names:
+        x = source.read(name).float()
+        decoded = form.decode(name, stored.read)
+        if decoded.shape != x.shape:
+            raise ExportError(
+                f"{form.variant}: tensor {name} is {tuple(decoded.shape)} on disk but "
+                f"{tuple(x.shape)} in the source; export again"
+            )
+        error, bound = (decoded.double() - x.double()).abs(), form.error_bound(name, x)
+        if not (error <= bound).all():
+            at = int((error / bound).nan_to_num(math.inf).argmax())
+            raise ExportError(
+                f"{form.variant}: tensor {name}, element {at}: source {x.flatten()[at]:.6g}, on "
+                f"disk {decoded.flatten()[at]:.6g}, apart by more than the format's "
+                f"{bound.flatten()[at]:.3g}; export again"
+            )
+        worst = max(worst, float(torch.where(error == 0, 0.0, error / bound).max()))
+    return worst
+
+
+def reload(stored: TensorFolder, form: Format, names: Iterable[str]) -> Transformer:
+    """The stored variant as a float32 model, from its own config and its tensors `names`.
+
+    ArtifactError if they do not make up the model that the config describes.
+    """
+    model = Transformer(read_config(stored.folder))
+    load_state(model, {name: form.decode(name, stored.read) for name in names})
+    return model.eval()
+
+
+@dataclass(slots=True)
+class _Sums:
+    positions: int = 0
+    agreeing: int = 0
+    kl_nats: float = 0.0
+    max_error: float = 0.0
+
+
+@torch.no_grad()
+def compare(source: Transformer, variant: Transformer, rows_NS: Int64) -> Parity:
+    """Logits of both on the rows, at every position whose target counts (is not BOS).
+
+    ExportError if there is no such position, or a logit is not finite.
+    """
+    sums = _Sums()
+    for start in range(0, len(rows_NS), BATCH_ROWS):
+        tokens_BS = torch.from_numpy(rows_NS[start : start + BATCH_ROWS])
+        scored_BS = tokens_BS[:, 1:] != BOS_ID
+        inputs_BS = tokens_BS[:, :-1]
+        _add(sums, source(inputs_BS)[scored_BS], variant(inputs_BS)[scored_BS])
+    if sums.positions == 0:
+        raise ExportError("the held-out rows hold nothing but padding; rebuild the corpus")
+    if not math.isfinite(sums.max_error + sums.kl_nats):
+        raise ExportError("source or variant gives logits that are not finite; train again")
+    return Parity(
+        positions=sums.positions,
+        max_abs_logit_error=sums.max_error,
+        top1_agreement=sums.agreeing / sums.positions,
+        mean_kl_nats=sums.kl_nats / sums.positions,
+    )
+
+
+def require(parity: Parity, variant: str, config: ExportConfig) -> None:
+    """ExportError if the variant agrees with its source less than the config asks."""
+    if parity.top1_agreement < config.min_top1_agreement:
+        raise ExportError(
+            f"{variant}: top-1 agreement with the source is {parity.top1_agreement:.4f}, below "
+            f"export.min_top1_agreement = {config.min_top1_agreement}; train the model further, or "
+            "accept less"
+        )
+    if parity.mean_kl_nats > config.max_kl_nats:
+        raise ExportError(
+            f"{variant}: mean KL from the source is {parity.mean_kl_nats:.4g} nats, above "
+            f"export.max_kl_nats = {config.max_kl_nats}; train the model further, or accept more"
+        )
+
+
+def _add(sums: _Sums, source_PV: Float[Tensor, "P V"], variant_PV: Float[Tensor, "P V"]) -> None:
+    """Count one batch. KL(source || variant) in float64: it is the difference of near equals."""
+    sums.positions += len(source_PV)
+    if not len(source_PV):
+        return
+    source_PV, variant_PV = source_PV.double(), variant_PV.double()
+    error = float((source_PV - variant_PV).abs().max())
+    sums.max_error = error if math.isnan(error) else max(sums.max_error, error)
+    sums.agreeing += int((source_PV.argmax(-1) == variant_PV.argmax(-1)).sum())
+    log_p, log_q = source_PV.log_softmax(-1), variant_PV.log_softmax(-1)
+    sums.kl_nats += float((log_p.exp() * (log_p - log_q)).sum())

@@ -1,0 +1,62 @@
+"""GRPO as a loss that trainer ranks compute on their part of a batch.
+
+Axes: N sequences, T positions.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from configs.rl import GrpoConfig, PosttrainConfig
+from model.transformer import Transformer
+from stages.posttrain.objective import grpo_loss, token_logprobs
+from stages.posttrain.rollout import ScoredRollout, collate
+from stages.shards import EOS_ID
+
+
+@dataclass(frozen=True, slots=True)
+class GrpoLoss:
+    """`grpo_loss` over a batch of `minibatches`, each rank holding some of its rows."""
+
+    config: GrpoConfig
+    temperature: float
+
+    def counts(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        """Sequences on this rank."""
+        return {"sequences": float(batch["tokens"].shape[0])}
+
+    def __call__(
+        self, model: Transformer, batch: Mapping[str, Tensor], totals: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """This rank's part of the loss and of its metrics."""
+        tokens_NT = batch["tokens"]
+        logprobs_NT = token_logprobs(model(tokens_NT), tokens_NT, temperature=self.temperature)
+        behaviour_NT = batch["behaviour_logprobs"]
+        loss, metrics = grpo_loss(
+            logprobs_NT,
+            behaviour_NT,
+            # Without a KL term there is no reference; any finite stand-in has weight zero.
+            batch.get("reference_logprobs", behaviour_NT),
+            batch["advantages"],
+            batch["mask"],
+            config=self.config,
+            num_sequences=int(totals["sequences"]),
+        )
+        # A maximum does not add up over ranks.
+        return loss, {name: value for name, value in metrics.items() if name != "ratio_max"}
+
+
+def minibatches(
+    rollouts: Sequence[ScoredRollout], config: PosttrainConfig
+) -> Iterator[dict[str, Tensor]]:
+    """The step's answers in `config.minibatches` parts of whole groups, as tensors."""
+    rows = len(rollouts) // config.minibatches
+    for start in range(0, len(rollouts), rows):
+        batch = collate(rollouts[start : start + rows], pad_id=EOS_ID)
+        yield {
+            "tokens": batch.tokens_NT,
+            "mask": batch.mask_NT,
+            "behaviour_logprobs": batch.behaviour_logprobs_NT,
+            "advantages": batch.advantages_N,
+        }

@@ -1,0 +1,191 @@
+"""The posttrain stage: GRPO between a pool of samplers and a pool of trainers.
+
+One step: draw problems, sample a group of answers for each, verify them, take the policy's
+gradient step, push the new weights to the samplers under the next version. All randomness is
+keyed on the step and the problem, so a resumed run repeats the interrupted one.
+"""
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from cluster import checkpoint
+from cluster.generation import GenerationPool, Sampling, open_generation
+from cluster.pool import TrainerPool, TrainerSpec, open_trainers
+from cluster.workers import WorkerDied
+from configs.errors import MachineError
+from configs.rl import PosttrainSpec
+from configs.seed import derive
+from model.weights import v3
+from model.weights.files import write_checkpoint
+from stages.artifacts import Checkpoint, Corpus
+from stages.contract import Workspace, stage
+from stages.posttrain.learner import GrpoLoss, minibatches
+from stages.posttrain.rollout import ScoredRollout, check_staleness, group_rollouts, score
+from stages.prompts import Prompt, answer_text, encode_prompts
+from stages.shards import EOS_ID
+from stages.telemetry import MetricsFile, following, read_metrics
+from stages.verifiers import read_problems
+
+
+@stage(revision=1)
+def posttrain(
+    config: PosttrainSpec, work: Workspace, *, corpus: Corpus, base: Checkpoint
+) -> Checkpoint:
+    """Improve `base` on the corpus's training problems."""
+    rl = config.posttrain
+    run = _Run(config, work, base, Tokenizer.from_file(str(base.path("tokenizer.json"))))
+    prompts = encode_prompts(
+        read_problems(corpus.path("problems", "train.parquet")),
+        run.tokenizer,
+        context_tokens=base.model.max_position_embeddings,
+        max_new_tokens=rl.max_new_tokens,
+    )
+    work.tracker.start(steps=rl.steps, unit="step")
+    with following(work.out, work.tracker):
+        final = _with_restarts(run, prompts)
+    state = {n: t for n, t in checkpoint.load_shards(final).items() if not n.startswith("exp_avg")}
+    write_checkpoint(base.model, v3.to_hf(base.model, state), work.path())
+    shutil.copy(base.path("tokenizer.json"), work.path("tokenizer.json"))
+    return Checkpoint(
+        uri=work.out,
+        step=rl.steps,
+        sequences_seen=base.sequences_seen,
+        model=base.model,
+        final_loss=read_metrics(work.path("metrics.jsonl"))[-1]["loss"],
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same while the stage runs."""
+
+    config: PosttrainSpec
+    work: Workspace
+    base: Checkpoint
+    tokenizer: Tokenizer
+
+    @property
+    def saves(self) -> Path:
+        return self.work.path("resume", "saves")
+
+
+def _with_restarts(run: _Run, prompts: Sequence[Prompt]) -> Path:
+    """The final save; pools that lose a worker are rebuilt from the newest save."""
+    machines = run.work.machines
+    deaths = 0
+    while True:
+        try:
+            return _train(run, prompts)
+        except WorkerDied as death:
+            deaths += 1
+            if deaths > machines.max_restarts:
+                raise MachineError(
+                    f"{death}; workers died {deaths} times, cluster.max_restarts = "
+                    f"{machines.max_restarts}"
+                ) from death
+            run.work.tracker.note(f"{death}; rebuilding the pools from the newest save")
+
+
+def _train(run: _Run, prompts: Sequence[Prompt]) -> Path:
+    rl = run.config.posttrain
+    saved = checkpoint.latest(run.saves)
+    step = int(str(saved[1]["step"])) if saved else 0
+    if saved and step == rl.steps:
+        return saved[0]
+    log = MetricsFile(run.work.out, resume_step=step)
+    with _pools(run) as (trainers, samplers):
+        if saved:
+            trainers.load(saved[0], step=step * rl.minibatches)
+            samplers.update_weights(step, trainers.weights())
+        for step in range(step + 1, rl.steps + 1):
+            begin = time.perf_counter()
+            rollouts = _sample(run, samplers, prompts, step)
+            sampled = time.perf_counter()
+            metrics = _learn(run, trainers, rollouts, step)
+            samplers.update_weights(step, trainers.weights())
+            if step % rl.checkpoint_every_steps == 0 or step == rl.steps:
+                run.work.lease.check()
+                trainers.save(run.saves, step=step)
+            metrics["sampling_seconds"] = sampled - begin
+            metrics["learning_seconds"] = time.perf_counter() - sampled
+            log.append(metrics | _describe(rollouts), step=step)
+    saved = checkpoint.latest(run.saves)
+    assert saved is not None
+    return saved[0]
+
+
+@contextmanager
+def _pools(run: _Run) -> Iterator[tuple[TrainerPool, GenerationPool]]:
+    rl, start, machines = run.config.posttrain, run.base.path(), run.work.machines
+    spec = TrainerSpec(
+        optim=rl.optim,
+        balance=rl.balance,
+        precision=rl.precision,
+        seed=run.config.seed,
+        reference=rl.grpo.kl_weight > 0,
+    )
+    with (
+        open_trainers(machines, start, spec) as trainers,
+        open_generation(machines, start, precision=rl.precision) as samplers,
+    ):
+        yield trainers, samplers
+
+
+def _sample(
+    run: _Run, samplers: GenerationPool, prompts: Sequence[Prompt], step: int
+) -> list[ScoredRollout]:
+    """One step's scored answers, group by group."""
+    rl, seed = run.config.posttrain, run.config.seed
+    rng = np.random.default_rng(derive(seed, "posttrain", "problems", step))
+    chosen = [prompts[i] for i in rng.integers(len(prompts), size=rl.prompts_per_step)]
+    repeated = [list(prompt.token_ids) for prompt in chosen for _ in range(rl.group_size)]
+    seeds = [
+        derive(seed, "posttrain", step, slot, prompt.problem.id, index)
+        for slot, prompt in enumerate(chosen)
+        for index in range(rl.group_size)
+    ]
+    sampling = Sampling(rl.max_new_tokens, rl.temperature, EOS_ID)
+    samples = samplers.sample(repeated, sampling, seeds)
+    groups = group_rollouts(chosen, samples, group_size=rl.group_size)
+    for group in groups:
+        check_staleness(group, policy_version=step - 1, max_staleness=0)
+    return score(groups, answer_text=lambda token_ids: answer_text(run.tokenizer, token_ids))
+
+
+def _learn(
+    run: _Run, trainers: TrainerPool, rollouts: list[ScoredRollout], step: int
+) -> dict[str, Any]:
+    """Optimiser steps on one step's answers; their mean metrics."""
+    rl = run.config.posttrain
+    loss = GrpoLoss(config=rl.grpo, temperature=rl.temperature)
+    reports: list[dict[str, Any]] = []
+    for batch in minibatches(rollouts, rl):
+        if rl.grpo.kl_weight > 0:
+            batch["reference_logprobs"] = trainers.reference_logprobs(batch, rl.temperature)
+        metrics: dict[str, Any] = dict(trainers.forward_backward(batch, loss))
+        rate = rl.optim.learning_rate * min(1.0, step / max(1, rl.warmup_steps))
+        report = trainers.optim_step(rate)
+        load = report.pop("expert_load")
+        reports.append(metrics | report | {"learning_rate": rate})
+    mean = {name: float(np.mean([report[name] for report in reports])) for name in reports[0]}
+    return mean | {"expert_load": load}
+
+
+def _describe(rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
+    """What the step's answers looked like."""
+    versions = {item.rollout.version for item in rollouts}
+    return {
+        "reward": float(np.mean([item.verdict.reward for item in rollouts])),
+        "response_tokens": float(np.mean([len(item.rollout.token_ids) for item in rollouts])),
+        "stopped_share": float(np.mean([item.rollout.stopped for item in rollouts])),
+        "useful_share": float(np.mean([item.advantage != 0 for item in rollouts])),
+        "policy_version": float(min(versions)),
+    }

@@ -1,0 +1,1 @@
+"""FP8 pretraining over expert-parallel Ray workers."""

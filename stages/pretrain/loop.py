@@ -1,0 +1,78 @@
+"""The pretrain stage: packed rows in, a checkpoint out."""
+
+import shutil
+from functools import partial
+
+from cluster.checkpoint import load_shards
+from cluster.fit import FitJob, fit
+from configs.errors import ConfigError
+from configs.train import PretrainConfig, PretrainSpec
+from model.optim import warmup_cosine
+from model.weights import v3
+from model.weights.files import write_checkpoint
+from stages.artifacts import Checkpoint, Corpus
+from stages.contract import Workspace, stage
+from stages.pretrain.batches import PackedBatches
+from stages.pretrain.objective import PretrainLoss
+from stages.telemetry import following, open_metrics, read_metrics
+
+
+@stage(revision=1)
+def pretrain(config: PretrainSpec, work: Workspace, *, corpus: Corpus) -> Checkpoint:
+    """Train a model on the corpus, over expert-parallel workers."""
+    if corpus.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {config.model.vocab_size} is below the corpus's vocabulary of "
+            f"{corpus.vocab_size}; raise the first"
+        )
+    work.tracker.start(steps=config.pretrain.steps, unit="step")
+    with following(work.out, work.tracker):
+        final = fit(_job(config, work, corpus), work.machines, work.out)
+    state = {n: t for n, t in load_shards(final).items() if not n.startswith("exp_avg")}
+    write_checkpoint(config.model, v3.to_hf(config.model, state), work.path())
+    shutil.copy(corpus.path("tokenizer.json"), work.path("tokenizer.json"))
+    return Checkpoint(
+        uri=work.out,
+        step=config.pretrain.steps,
+        sequences_seen=config.pretrain.steps * config.pretrain.batch_sequences,
+        model=config.model,
+        final_loss=read_metrics(work.path("metrics.jsonl"))[-1]["loss"],
+    )
+
+
+def _job(config: PretrainSpec, work: Workspace, corpus: Corpus) -> FitJob:
+    train = config.pretrain
+    return FitJob(
+        model=config.model,
+        optim=train.optim,
+        balance=train.balance,
+        precision=train.precision,
+        seed=config.seed,
+        steps=train.steps,
+        tokens_per_step=train.batch_sequences * corpus.sequence_tokens,
+        checkpoint_every_steps=train.checkpoint_every_steps,
+        learning_rate=partial(learning_rate, train),
+        source=PackedBatches(str(corpus.path("train")), train.batch_sequences, config.seed),
+        loss=PretrainLoss(
+            mtp_weight=train.mtp_loss_weight,
+            balance_weight=train.balance.sequence_loss_weight,
+            attend_across_documents=train.attend_across_documents,
+        ),
+        saves=str(work.path("resume", "saves")),
+        open_log=partial(open_metrics, work.out),
+        may_write=work.lease.check,
+        threads=work.machines.threads_per_worker,
+    )
+
+
+
+def learning_rate(train: PretrainConfig, step: int) -> float:
+    """The rate at `step`: linear warm-up, constant, cosine decay."""
+    factor = warmup_cosine(
+        step,
+        steps=train.steps,
+        warmup_steps=train.warmup_steps,
+        decay_share=train.decay_share,
+        final_share=train.final_learning_rate_share,
+    )
+    return train.optim.learning_rate * factor

@@ -1,0 +1,88 @@
+"""The pretraining loss: next token, token after next, sequence-wise balance.
+
+Axes: B sequences on this rank, S positions, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.balance import sequence_balance_loss
+from model.transformer import Transformer
+from stages.shards import BOS_ID
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainLoss:
+    """L = CE(next) + mtp_weight * CE(after next) + balance_weight * sum over layers.
+
+    DeepSeek-V3, eq. 17-25. A target that begins a document is never scored: nothing before it
+    says what comes. A batch is {"tokens": int64 [B, S]}.
+    """
+
+    mtp_weight: float
+    balance_weight: float
+    attend_across_documents: bool
+
+    def counts(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        """Scored targets of either head, and sequences."""
+        next_BS, after_BS = scored_targets(batch["tokens"])
+        return {
+            "next": float(next_BS.sum()),
+            "after_next": float(after_BS.sum()),
+            "sequences": float(batch["tokens"].shape[0]),
+        }
+
+    def __call__(
+        self, model: Transformer, batch: Mapping[str, Tensor], totals: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """This rank's part of the loss; `next_token_loss` and the others are parts too."""
+        tokens_BS = batch["tokens"]
+        segments_BS = None if self.attend_across_documents else document_segments(tokens_BS)
+        predicted = model.predict(tokens_BS, segments_BS)
+        next_BS, after_BS = scored_targets(tokens_BS)
+        main = _cross_entropy(predicted.next_BSV, tokens_BS, next_BS, ahead=1) / totals["next"]
+        metrics = {"next_token_loss": float(main.detach())}
+        loss = main
+        if predicted.after_next_BSV is not None:
+            mtp = _cross_entropy(predicted.after_next_BSV, tokens_BS, after_BS, ahead=2)
+            mtp = mtp / totals["after_next"]
+            loss = loss + self.mtp_weight * mtp
+            metrics["mtp_loss"] = float(mtp.detach())
+        balance = self._balance(model, tokens_BS.shape) / totals["sequences"]
+        metrics["balance_loss"] = float(balance.detach())
+        return loss + self.balance_weight * balance, metrics
+
+    def _balance(self, model: Transformer, shape: torch.Size) -> Tensor:
+        total = torch.zeros(())
+        for block in model.moe_layers().values():
+            assert block.routing is not None
+            experts_TK, scores_TE = block.routing
+            experts_BSK, scores_BSE = experts_TK.unflatten(0, shape), scores_TE.unflatten(0, shape)
+            total = total + sequence_balance_loss(experts_BSK, scores_BSE).sum()
+        return total
+
+
+def document_segments(tokens_BS: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
+    """Number of the document that each position belongs to, from its row's start."""
+    return (tokens_BS == BOS_ID).cumsum(1)
+
+
+def scored_targets(
+    tokens_BS: Int[Tensor, "B S"],
+) -> tuple[Bool[Tensor, "B S-1"], Bool[Tensor, "B S-2"]]:
+    """Which targets count, for the next token and for the one after it."""
+    inside_BS = tokens_BS != BOS_ID
+    return inside_BS[:, 1:], inside_BS[:, 1:-1] & inside_BS[:, 2:]
+
+
+def _cross_entropy(logits_BSV: Tensor, tokens_BS: Tensor, scored: Tensor, *, ahead: int) -> Tensor:
+    """Sum over scored targets of -log p(token `ahead` positions later)."""
+    targets = tokens_BS[:, ahead:].masked_fill(~scored, -100)
+    return F.cross_entropy(
+        logits_BSV[:, :-ahead].flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100
+    )

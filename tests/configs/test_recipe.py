@@ -1,0 +1,184 @@
+"""Promises of recipes: what merges, what is refused, and how it is said."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.data import ArithmeticSource, FilesSource
+from configs.errors import ConfigError
+from configs.recipe import Recipe, load_recipe, shipped_recipes
+from tests.configs.test_model import TINY
+
+RECIPE = """
+name = "mine"
+seed = 3
+
+[model]
+{model}
+
+[data]
+train_tokens = 100_000
+
+[data.sources.stdlib]
+type = "stdlib"
+share = 0.5
+
+[data.sources.sums]
+type = "arithmetic"
+share = 0.5
+
+[data.tokenizer]
+vocab_size = 512
+
+[pretrain]
+steps = 100
+
+[posttrain]
+steps = 10
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    shape = {key: value for key, value in TINY.items() if value is not None}
+    path = tmp_path / "mine.toml"
+    path.write_text(RECIPE.format(model="\n".join(f"{k} = {v}" for k, v in shape.items())))
+    return str(path)
+
+
+def message(recipe: str, *sets: str, overlays: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe, overlays, sets)
+    return str(caught.value)
+
+
+def test_a_recipe_becomes_a_checked_value(recipe: str) -> None:
+    loaded = load_recipe(recipe)
+    assert isinstance(loaded.data.sources["sums"], ArithmeticSource)
+    assert (loaded.seed, loaded.pretrain.steps, loaded.model.hidden_size) == (3, 100, 64)
+
+
+def test_overlays_merge_key_by_key_and_the_last_word_wins(recipe: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.toml", tmp_path / "second.toml"
+    first.write_text("[pretrain]\nsteps = 200\nbatch_sequences = 8\n[evaluate]\npass_at = [1]\n")
+    second.write_text("[pretrain]\nsteps = 300\n")
+    loaded = load_recipe(recipe, [str(first), str(second)], ["pretrain.optim.beta1=0.8"])
+    assert loaded.pretrain.steps == 300
+    assert loaded.pretrain.batch_sequences == 8
+    assert loaded.pretrain.optim.beta1 == 0.8
+    assert loaded.pretrain.optim.beta2 == 0.95
+    assert loaded.evaluate.pass_at == (1,)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "path", "value"),
+    [
+        ("pretrain.steps=70", "pretrain.steps", 70),
+        ("pretrain.precision=high", "pretrain.precision", "high"),
+        ('cluster.address="local"', "cluster.address", "local"),
+        ("evaluate.pass_at=[1, 2]", "evaluate.pass_at", (1, 2)),
+        (" pretrain.optim.epsilon = 1e-6 ", "pretrain.optim.epsilon", 1e-6),
+        ("pretrain.attend_across_documents=true", "pretrain.attend_across_documents", True),
+    ],
+)
+def test_set_reads_a_toml_value_or_else_plain_text(
+    recipe: str, assignment: str, path: str, value: object
+) -> None:
+    found: Any = load_recipe(recipe, (), [assignment])
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_a_misspelt_key_is_answered_with_the_nearest_name(recipe: str) -> None:
+    said = message(recipe, "pretrain.stesp=3")
+    assert "pretrain.stesp = 3" in said
+    assert "did you mean 'steps'?" in said
+
+
+@pytest.mark.parametrize("name", ["stdlib", "mine"])
+def test_a_fault_in_a_source_names_its_whole_path(recipe: str, name: str) -> None:
+    sets = [f'data.sources.{name}.type="stdlib"', f"data.sources.{name}.max_byte=3"]
+    said = message(recipe, *sets)
+    assert f"data.sources.{name}.max_byte = 3: no such field; did you mean 'max_bytes'?" in said
+
+
+def test_only_the_fields_of_the_sources_own_type_are_offered(recipe: str) -> None:
+    said = message(recipe, "data.sources.stdlib.digits=3")
+    assert "data.sources.stdlib.digits = 3: no such field" in said
+    assert "allowed: max_bytes, share, type" in said
+
+
+def test_every_fault_is_told_at_once(recipe: str) -> None:
+    said = message(recipe, "pretrain.steps=many", "posttrain.group_size=1", "modle.x=1")
+    assert "pretrain.steps = 'many': input should be a valid integer" in said
+    assert "posttrain.group_size = 1: input should be greater than or equal to 2" in said
+    assert "did you mean 'model'?" in said
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "empty.toml"
+    path.write_text('name = "empty"')
+    said = message(str(path))
+    assert "pretrain: missing; add it" in said
+
+
+@pytest.mark.parametrize(
+    ("assignment", "complaint"),
+    [
+        ("cluster.trainers=3", "n_routed_experts = 8 does not divide over cluster.trainers = 3"),
+        ("pretrain.batch_sequences=5", "batch_sequences = 5 does not divide"),
+        ("posttrain.minibatches=5", "prompts_per_step = 32 is not divisible by minibatches = 5"),
+        ("data.tokenizer.vocab_size=600", "model.vocab_size = 512 is below"),
+        ("data.sequence_tokens=300", "max_position_embeddings = 256 is below"),
+        ("data.sources.sums.share=0.6", "shares add up to 1.1, not 1"),
+        ("pretrain.warmup_steps=100", "warmup_steps = 100 leaves nothing of steps = 100"),
+        ("evaluate.pass_at=[1, 16]", "pass@16"),
+        ("data.sources.sums.type=sum", "does not match any of the expected tags"),
+        ('data.sources."a/b"={type="stdlib", share=0.1}', "string should match pattern"),
+        ("nodes.extra.use=nonsense", "string should match pattern"),
+    ],
+)
+def test_the_impossible_is_refused_before_anything_starts(
+    recipe: str, assignment: str, complaint: str
+) -> None:
+    assert complaint in message(recipe, assignment)
+
+
+def test_a_line_without_checkable_problems_is_refused(recipe: str) -> None:
+    sets = ['data.sources.sums={type="files", share=0.5, glob="*.txt"}']
+    assert "no source of checkable problems" in message(recipe, *sets)
+
+
+def test_a_set_without_an_equals_sign_is_refused(recipe: str) -> None:
+    assert "expected key=value" in message(recipe, "pretrain.steps")
+
+
+def test_broken_toml_names_the_file_and_the_place(tmp_path: Path) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text("name = \n")
+    assert "broken.toml': not valid TOML" in message(str(path))
+
+
+def test_an_unknown_recipe_lists_what_is_shipped(tmp_path: Path) -> None:
+    said = message(str(tmp_path / "nowhere.toml"))
+    assert "neither a .toml file nor a shipped recipe" in said
+    assert all(name in said for name in shipped_recipes())
+
+
+def test_loading_changes_none_of_its_inputs(recipe: str) -> None:
+    sets = ["pretrain.steps=70"]
+    before = copy.copy(sets)
+    assert load_recipe(recipe, (), sets) == load_recipe(recipe, (), sets)
+    assert sets == before
+
+
+def test_a_recipe_survives_the_way_through_json(recipe: str) -> None:
+    loaded = load_recipe(recipe)
+    assert Recipe.model_validate_json(loaded.model_dump_json()) == loaded
+
+
+def test_a_glob_is_a_place_and_no_identity() -> None:
+    assert "glob" in FilesSource.provenance_fields

@@ -1,0 +1,78 @@
+"""What tests of several floors share: a tracker that remembers, a store, a workspace."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.parallel import ClusterConfig, StoreConfig
+from stages.artifacts import Lease
+from stages.contract import Workspace
+
+# Numbers must not depend on how busy the machine is, nor tests on the network.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+OWNER = "test"
+
+
+@dataclass
+class Recorder:
+    """A Tracker that keeps what it is told, in order, and reports to nobody."""
+
+    started: list[tuple[int, str]] = field(default_factory=list)
+    logged: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def start(self, *, steps: int, unit: str) -> None:
+        """Keep the announcement."""
+        self.started.append((steps, unit))
+
+    def log(self, metrics: Mapping[str, Any], *, step: int) -> None:
+        """Keep one step."""
+        self.logged.append((step, dict(metrics)))
+
+    def note(self, message: str) -> None:
+        """Keep one line."""
+        self.notes.append(message)
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    """A tracker to look into."""
+    return Recorder()
+
+
+@pytest.fixture
+def make_workspace(tmp_path: Path, recorder: Recorder) -> Callable[..., Workspace]:
+    """Make a workspace named as the caller says, whose lease holds until its file changes."""
+
+    def make(name: str = "slot", *, machines: ClusterConfig | None = None) -> Workspace:
+        slot = tmp_path / name
+        slot.mkdir(parents=True, exist_ok=True)
+        lease = slot / "lease.json"
+        lease.write_text(json.dumps({"owner": OWNER}))
+        return Workspace(
+            out=str(slot),
+            machines=machines or ClusterConfig(),
+            tracker=recorder,
+            lease=Lease(uri=str(lease), owner=OWNER),
+        )
+
+    return make
+
+
+@pytest.fixture
+def workspace(make_workspace: Callable[..., Workspace]) -> Workspace:
+    """A workspace with a valid lease and the `recorder` as its tracker."""
+    return make_workspace()
+
+
+@pytest.fixture
+def store_config(tmp_path: Path) -> StoreConfig:
+    """A store in a folder of its own, which asks for no free disk."""
+    return StoreConfig(url=str(tmp_path / "store"), min_free_bytes=0)

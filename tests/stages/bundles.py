@@ -1,0 +1,156 @@
+"""A tiny checkpoint, corpus and workspace, from which the tests of `stages/export` make bundles."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from configs.delivery import ExportConfig, ExportSpec, Target
+from configs.model import ModelConfig
+from configs.parallel import ClusterConfig
+from model.transformer import Transformer
+from model.weights.files import save_pretrained
+from stages.artifacts import MANIFEST, Bundle, Checkpoint, Corpus, Lease, Manifest
+from stages.contract import Workspace
+from stages.export.bundle import export
+from stages.shards import BOS_TOKEN, EOS_TOKEN, write_rows
+
+MODEL = ModelConfig(
+    vocab_size=384,
+    hidden_size=128,
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    num_attention_heads=2,
+    q_lora_rank=96,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    intermediate_size=256,
+    moe_intermediate_size=64,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=4,
+    topk_group=2,
+    max_position_embeddings=64,
+    initializer_range=0.05,
+)
+"""Every quantised dimension is at most 128 or a multiple of it: transformers mis-sizes others."""
+SEQUENCE_TOKENS = 32
+ROWS = 24
+
+
+class Notebook:
+    """A tracker that writes everything down."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.logged: dict[int, dict[str, Any]] = {}
+        self.notes: list[str] = []
+
+    def start(self, *, steps: int, unit: str) -> None:
+        self.steps = steps
+
+    def log(self, metrics: Mapping[str, Any], *, step: int) -> None:
+        assert step not in self.logged
+        self.logged[step] = dict(metrics)
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def lines() -> list[str]:
+    """A thousand lines of code-like text with digits, white space, accents and other scripts."""
+    words = ["def", "  return", "Straße", "naïve", "日本", "x+y=", "\tif", "🙂", "<|end_of_text|>"]
+    return [
+        f"{words[n % 9]} {n * 7919} {words[n * n % 9]}(v{n % 13}) # {n:03d}" for n in range(1000)
+    ]
+
+
+def make_tokenizer(path: Path) -> None:
+    """A byte-level BPE whose special tokens come first, digits split singly."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=MODEL.vocab_size,
+        special_tokens=[AddedToken(token, special=True) for token in (BOS_TOKEN, EOS_TOKEN)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(lines(), trainer)
+    tokenizer.save(str(path))
+
+
+def make_checkpoint(folder: Path, model: ModelConfig = MODEL) -> Checkpoint:
+    """A random model whose norms and routing biases are random too, with a manifest."""
+    built = Transformer(model).initialize(seed=5)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for name, tensor in built.state_dict().items():
+            if tensor.dim() == 1:
+                spread = 0.05 if name.endswith("bias") else 0.2
+                tensor.add_(spread * torch.randn(tensor.shape, generator=generator))
+    save_pretrained(built, folder)
+    make_tokenizer(folder / "tokenizer.json")
+    checkpoint = Checkpoint(
+        uri=str(folder), step=7, sequences_seen=112, model=model, final_loss=3.25
+    )
+    manifest = Manifest(
+        kind=checkpoint.kind,
+        stage="posttrain",
+        revision=1,
+        fingerprint="f" * 64,
+        identity={},
+        inputs={},
+        facts=checkpoint.facts(),
+        files={},
+        content="c" * 64,
+        provenance={},
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    return checkpoint
+
+
+def make_corpus(folder: Path, rows: int = ROWS) -> Corpus:
+    """Two held-out sources of random tokens; the last row of each ends in padding."""
+    generator = np.random.default_rng(3)
+    for source in ("sums", "text"):
+        tokens = generator.integers(2, MODEL.vocab_size, (rows, SEQUENCE_TOKENS))
+        tokens[-1, SEQUENCE_TOKENS // 2 :] = 0
+        write_rows(folder / "held_out" / source, tokens)
+    return Corpus(
+        uri=str(folder),
+        train_rows=100,
+        held_out_rows={"sums": rows, "text": rows},
+        sequence_tokens=SEQUENCE_TOKENS,
+        vocab_size=MODEL.vocab_size,
+        train_problems=90,
+        held_out_problems=10,
+    )
+
+
+def make_workspace(out: Path) -> Workspace:
+    """A slot held by this test."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "lease.json").write_text(json.dumps({"owner": "test"}))
+    lease = Lease(uri=str(out / "lease.json"), owner="test")
+    return Workspace(out=str(out), machines=ClusterConfig(), tracker=Notebook(), lease=lease)
+
+
+def make_bundle(root: Path, target: Target, **settings: Any) -> tuple[Bundle, Checkpoint]:
+    """Export a fresh checkpoint under `root`, with `ExportConfig` fields from `settings`."""
+    checkpoint = make_checkpoint(root / "checkpoint")
+    corpus = make_corpus(root / "corpus")
+    spec = ExportSpec(seed=1, target=target, export=ExportConfig(**settings))
+    work = make_workspace(root / "bundle")
+    return export.run(spec, work, corpus=corpus, checkpoint=checkpoint), checkpoint

@@ -1,0 +1,99 @@
+"""Promises of the generated problems."""
+
+import re
+from typing import Any
+
+import pytest
+
+from configs.data import ArithmeticSource
+from configs.errors import DataError
+from stages.data.arithmetic import Split, make_problems
+
+
+def problems(**settings: Any) -> Split:
+    source = ArithmeticSource.model_validate({"share": 1.0, **settings})
+    return make_problems({"sums": source}, seed=0)["sums"]
+
+
+def mirrored(prompt: str) -> str:
+    left, sign, right = re.fullmatch(r"(\d+)([+*-])(\d+)=", prompt).groups()  # type: ignore[union-attr]
+    return f"{right}{sign}{left}="
+
+
+@pytest.mark.parametrize("operation", ["+", "-", "*"])
+@pytest.mark.parametrize("zero_padded", [True, False])
+@pytest.mark.parametrize("order", ["most-significant-first", "least-significant-first"])
+def test_every_answer_is_right(operation: str, zero_padded: bool, order: str) -> None:
+    made = problems(operations=(operation,), zero_padded=zero_padded, answer_order=order)
+    for problem in made.train + made.held_out:
+        left, right = map(int, problem.prompt[:-1].split(operation))
+        result = {"+": left + right, "-": left - right, "*": left * right}[operation]
+        digits = problem.answer[::-1] if order.startswith("least") else problem.answer
+        assert int(digits) == result
+        assert result >= 0
+        assert len(digits) == len(str(result)) or zero_padded
+
+
+def test_padding_and_order_are_as_configured() -> None:
+    by_id = {p.id: p for p in problems().train}
+    assert next(iter(by_id.values())).source == "arithmetic"
+    everything = {p.prompt: p.answer for p in problems().train + problems().held_out}
+    assert everything["37+45="] == "280"
+    assert everything["07+05="] == "210"
+    plain = problems(zero_padded=False, answer_order="most-significant-first")
+    assert {p.prompt: p.answer for p in plain.train + plain.held_out}["7+5="] == "12"
+
+
+def test_padded_problems_of_one_operation_have_one_width() -> None:
+    for operation, width in {"+": 3, "-": 2, "*": 4}.items():
+        made = problems(operations=(operation,))
+        assert {len(p.answer) for p in made.train + made.held_out} == {width}
+        assert {len(p.prompt) for p in made.train + made.held_out} == {6}
+
+
+def test_all_distinct_problems_are_made() -> None:
+    made = problems(operations=("+", "-"))
+    prompts = [p.prompt for p in made.train + made.held_out]
+    assert len(prompts) == len(set(prompts)) == 100 * 100 + 100 * 101 // 2
+
+
+def test_no_held_out_problem_nor_its_mirror_image_is_trained_on() -> None:
+    made = problems()
+    train = {p.prompt for p in made.train}
+    for problem in made.held_out:
+        assert problem.prompt not in train
+        assert mirrored(problem.prompt) not in train
+
+
+def test_what_one_source_holds_out_no_other_trains_on() -> None:
+    sources = {
+        "careful": ArithmeticSource(share=0.5, held_out_share=0.5),
+        "greedy": ArithmeticSource(share=0.5, held_out_share=0.01),
+    }
+    splits = make_problems(sources, seed=0)
+    held = {p.prompt for split in splits.values() for p in split.held_out}
+    assert not held & {p.prompt for split in splits.values() for p in split.train}
+
+
+def test_the_share_held_out_is_the_share_asked() -> None:
+    made = problems(held_out_share=0.2)
+    assert abs(len(made.held_out) / 10_000 - 0.2) < 0.025  # four deviations of 5050 pairs
+
+
+def test_too_many_problems_are_drawn_distinct_and_equally_from_each_operation() -> None:
+    made = problems(operations=("+", "-"), digits=5, max_problems=2_000)
+    prompts = [p.prompt for p in made.train + made.held_out]
+    assert len(set(prompts)) == len(prompts) == 2_000
+    assert sum("+" in prompt for prompt in prompts) == 1_000
+
+
+def test_the_seed_decides_order_and_split() -> None:
+    source = {"sums": ArithmeticSource(share=1)}
+    assert make_problems(source, seed=0) == make_problems(source, seed=0)
+    first, other = (make_problems(source, seed=seed)["sums"] for seed in (0, 1))
+    assert {p.id for p in first.held_out} != {p.id for p in other.held_out}
+
+
+def test_a_side_without_problems_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"data\.sources\.sums\.held_out_share = 1e-09: of 100"):
+        problems(digits=1, held_out_share=1e-9)

@@ -1,0 +1,229 @@
+"""Promises of the data stage as a whole."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from configs.data import DataConfig, DataSpec
+from configs.errors import DataError, LeaseLost
+from stages.artifacts import Corpus
+from stages.contract import Workspace
+from stages.data.loop import data, reads
+from stages.shards import BOS_ID, EOS_ID, Rows
+from stages.verifiers import read_problems, verify
+from tests.conftest import Recorder
+
+TEXT_SHARE = 0.4
+
+
+@pytest.fixture
+def text_folder(tmp_path: Path) -> Path:
+    """40 documents of about 800 characters: enough for 60 rows of 64 tokens and more."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    words = ["pour", "ingot", "mould", "the", "of", "furnace", "cools", "slowly", "12", "at"]
+    for number in range(40):
+        lines = [" ".join(rng.choice(words, size=8)) for _ in range(20)]
+        (folder / f"{number:02}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def spec(folder: Path, *, seed: int = 0, **settings: Any) -> DataSpec:
+    sources = {
+        "books": {"type": "files", "share": TEXT_SHARE, "glob": str(folder / "*.txt")},
+        "sums": {"type": "arithmetic", "share": 1 - TEXT_SHARE, "max_problems": 1_000},
+    }
+    base = {"train_tokens": 9_600, "sequence_tokens": 64, "sources": sources}
+    tokenizer = {"vocab_size": 300}
+    return DataSpec(
+        seed=seed, data=DataConfig.model_validate({**base, "tokenizer": tokenizer, **settings})
+    )
+
+
+@pytest.fixture
+def built(text_folder: Path, workspace: Workspace) -> Corpus:
+    return data.run(spec(text_folder), workspace)
+
+
+def tokenizer_of(corpus: Corpus) -> Tokenizer:
+    return Tokenizer.from_file(str(corpus.path("tokenizer.json")))
+
+
+def rows_of(corpus: Corpus, *names: str) -> np.ndarray:
+    rows = Rows(corpus.path(*names))
+    return rows.take(np.arange(len(rows)))
+
+
+def is_sum(row: np.ndarray, tokenizer: Tokenizer) -> bool:
+    return "=" in tokenizer.decode(row.tolist())
+
+
+def test_the_facts_are_what_lies_on_disk(built: Corpus) -> None:
+    train = rows_of(built, "train")
+    assert train.shape == (built.train_rows, built.sequence_tokens) == (150, 64)
+    assert tokenizer_of(built).get_vocab_size() == built.vocab_size <= 300
+    assert set(built.held_out_rows) == {"books", "sums"}
+    for name, count in built.held_out_rows.items():
+        assert len(Rows(built.path("held_out", name))) == count > 0
+    assert len(read_problems(built.path("problems", "train.parquet"))) == built.train_problems
+    held_out = read_problems(built.path("problems", "held_out.parquet"))
+    assert len(held_out) == built.held_out_problems
+    assert built.train_problems + built.held_out_problems == 1_000
+
+
+@pytest.mark.parametrize("prefix_rows", [25, 75, 150])
+def test_every_prefix_of_the_training_rows_holds_the_mixture(
+    built: Corpus, prefix_rows: int
+) -> None:
+    tokenizer = tokenizer_of(built)
+    prefix = rows_of(built, "train")[:prefix_rows]
+    share = sum(not is_sum(row, tokenizer) for row in prefix) / prefix_rows
+    assert abs(share - TEXT_SHARE) <= 2 / prefix_rows
+
+
+def test_the_mixture_of_the_whole_is_within_one_percent(built: Corpus) -> None:
+    statistics = json.loads(built.path("statistics.json").read_text())
+    shares = {name: source["share"] for name, source in statistics["sources"].items()}
+    assert shares == pytest.approx({"books": 0.4, "sums": 0.6}, abs=0.01)
+
+
+def test_training_never_shows_a_held_out_problem(built: Corpus) -> None:
+    text = tokenizer_of(built).decode(rows_of(built, "train").reshape(-1).tolist(), False)
+    shown = {
+        document.removeprefix("<|begin_of_text|>") for document in text.split("<|end_of_text|>")
+    }
+    held_out = read_problems(built.path("problems", "held_out.parquet"))
+    train = read_problems(built.path("problems", "train.parquet"))
+    assert not shown & {problem.prompt + problem.answer for problem in held_out}
+    assert len(shown & {problem.prompt + problem.answer for problem in train}) > 100
+
+
+def test_held_out_text_is_whole_and_training_never_shows_it(
+    built: Corpus, text_folder: Path
+) -> None:
+    tokenizer = tokenizer_of(built)
+    stream = rows_of(built, "held_out", "books").reshape(-1).tolist()
+    decoded = tokenizer.decode(stream, False).split("<|end_of_text|>")
+    held_out = [text.removeprefix("<|begin_of_text|>") for text in decoded[:-1]]
+    files = {path.read_text() for path in text_folder.iterdir()}
+    assert held_out and set(held_out) <= files
+    train = tokenizer.decode(rows_of(built, "train").reshape(-1).tolist(), False)
+    assert not any(line in train for text in held_out for line in text.splitlines())
+    assert stream[-1] in {BOS_ID, EOS_ID}
+
+
+def test_every_problem_is_right_by_its_own_verifier(built: Corpus) -> None:
+    for problem in read_problems(built.path("problems", "held_out.parquet")):
+        assert verify(problem, problem.answer).reward == 1.0
+
+
+def test_equal_inputs_give_equal_bytes(
+    text_folder: Path, make_workspace: Callable[..., Workspace]
+) -> None:
+    folders = []
+    for name in ("first", "second"):
+        folders.append(Path(data.run(spec(text_folder), make_workspace(name)).uri))
+    first, second = (
+        {
+            path.relative_to(folder): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+        for folder in folders
+    )
+    assert len(first) == 9
+    assert first == second
+
+
+def test_another_seed_gives_another_corpus(
+    built: Corpus, text_folder: Path, make_workspace: Callable[..., Workspace]
+) -> None:
+    other = data.run(spec(text_folder, seed=1), make_workspace("other"))
+    assert not np.array_equal(rows_of(other, "train"), rows_of(built, "train"))
+
+
+def test_each_drop_is_written_with_its_reason(text_folder: Path, workspace: Workspace) -> None:
+    (text_folder / "short.txt").write_text("too short")
+    (text_folder / "twice.txt").write_text((text_folder / "00.txt").read_text().upper())
+    corpus = data.run(spec(text_folder), workspace)
+    drops = list(map(json.loads, corpus.path("dropped.jsonl").read_text().splitlines()))
+    assert [(drop["document"], drop["rule"], drop["value"]) for drop in drops] == [
+        ("short.txt", "min_chars", 9),
+        ("twice.txt", "exact_duplicate", "books/00.txt"),
+    ]
+    books = json.loads(corpus.path("statistics.json").read_text())["sources"]["books"]
+    assert books["documents_dropped"] == {"exact_duplicate": 1, "min_chars": 1}
+    assert (
+        books["documents_read"] == 42 == books["train_documents"] + books["held_out_documents"] + 2
+    )
+
+
+def test_text_that_runs_out_shrinks_the_corpus_and_says_so(
+    text_folder: Path, workspace: Workspace, recorder: Recorder
+) -> None:
+    corpus = data.run(spec(text_folder, train_tokens=1_000_000), workspace)
+    statistics = json.loads(corpus.path("statistics.json").read_text())
+    assert statistics["train_tokens"] == corpus.train_rows * 64 < 1_000_000
+    assert statistics["train_tokens_missing"] == 1_000_000 - statistics["train_tokens"]
+    assert statistics["sources"]["books"]["share"] == pytest.approx(TEXT_SHARE, abs=0.01)
+    assert len(recorder.notes) == 1
+    assert "data.train_tokens = 1,000,000" in recorder.notes[0]
+
+
+def test_progress_reaches_its_end(built: Corpus, recorder: Recorder) -> None:
+    assert recorder.started == [(4, "phase")]
+    assert [step for step, _ in recorder.logged] == [1, 2, 3, 4]
+    assert recorder.notes == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"train_tokens": 300}, r"fill 4 rows.*needs 8; data\.train_tokens = 300 is too small"),
+        ({"quality": {"min_chars": 9_999}}, r"glob = .*0 usable documents of 40 read.*40 by min_c"),
+    ],
+)
+def test_a_corpus_too_small_to_train_on_is_an_error(
+    text_folder: Path, workspace: Workspace, settings: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(DataError, match=complaint):
+        data.run(spec(text_folder, **settings), workspace)
+
+
+def test_a_source_too_short_for_its_share_is_named(text_folder: Path, workspace: Workspace) -> None:
+    for path in sorted(text_folder.iterdir())[2:]:
+        path.unlink()
+    with pytest.raises(DataError, match=r"data\.sources\.books has text for \d rows of its share"):
+        data.run(spec(text_folder, sequence_tokens=256), workspace)
+
+
+def test_nothing_is_written_without_the_lease(text_folder: Path, workspace: Workspace) -> None:
+    Path(workspace.lease.uri).write_text('{"owner": "another"}')
+    with pytest.raises(LeaseLost):
+        data.run(spec(text_folder), workspace)
+    assert [path.name for path in Path(workspace.out).iterdir()] == ["lease.json"]
+
+
+def test_the_smallest_corpus_still_has_everything(tmp_path: Path, workspace: Workspace) -> None:
+    (tmp_path / "own.txt").write_text("".join(f"Line {n} of my own text.\n\n" for n in range(400)))
+    corpus = data.run(spec(tmp_path, tokenizer={"vocab_size": 1024}), workspace)
+    assert 258 < corpus.vocab_size <= 1024
+    assert min(corpus.held_out_rows.values()) >= 1
+
+
+def test_identity_reads_the_content_of_the_files(text_folder: Path) -> None:
+    before = reads(spec(text_folder))
+    assert list(before) == ["books"]
+    assert set(before["books"]) == {f"{number:02}.txt" for number in range(40)}
+    (text_folder / "00.txt").write_text("changed")
+    assert reads(spec(text_folder)) != before
+
+
+def test_the_stage_declares_what_it_reads() -> None:
+    assert (data.name, dict(data.takes), data.makes, data.reads) == ("data", {}, Corpus, reads)

@@ -1,0 +1,181 @@
+"""Promises of reading raw text: what is read, and what is said when it cannot be."""
+
+import json
+import platform
+import sysconfig
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.data import ArithmeticSource, FilesSource, StdlibSource
+from configs.errors import DataError
+from stages.data.ingest import identify, read_files, read_stdlib, split_text
+
+
+def source(glob: object, **settings: object) -> FilesSource:
+    return FilesSource.model_validate({"share": 1.0, "glob": str(glob), **settings})
+
+
+def complaint(files: FilesSource) -> str:
+    with pytest.raises(DataError) as caught:
+        list(read_files("mine", files))
+    said = str(caught.value)
+    assert said.startswith(f"data.sources.mine.glob = {files.glob!r}: ")
+    assert "; " in said, "no remedy"
+    return said
+
+
+def test_the_library_is_read_whole_file_by_whole_file() -> None:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    documents = list(read_stdlib("stdlib", StdlibSource(share=1, max_bytes=300_000), seed=0))
+    assert len(documents) > 3
+    for document in documents:
+        assert document.text == (library / document.id).read_text(encoding="utf-8")
+        assert not {"site-packages", "test", "idlelib"} & set(Path(document.id).parts)
+
+
+def test_the_library_keeps_to_its_budget_and_fills_it() -> None:
+    documents = read_stdlib("stdlib", StdlibSource(share=1, max_bytes=300_000), seed=0)
+    total = sum(len(document.text.encode()) for document in documents)
+    assert 290_000 < total <= 300_000
+
+
+def test_the_seed_decides_which_files_of_the_library_are_read() -> None:
+    small = StdlibSource(share=1, max_bytes=200_000)
+    first, again, other = (
+        [document.id for document in read_stdlib("stdlib", small, seed=seed)] for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert set(first) != set(other)
+
+
+def test_text_lines_and_tables_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\ufeffplain é", encoding="utf-8")
+    records = [{"body": "one"}, {"body": "half \ud800 pair"}]
+    (tmp_path / "b.jsonl").write_text("\n\n".join(map(json.dumps, records)))
+    pq.write_table(pa.table({"body": ["two", None], "n": [1, 2]}), tmp_path / "c.parquet")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "d.txt").write_text("three")
+    found = list(read_files("mine", source(tmp_path / "**" / "*.*", text_field="body")))
+    assert [(document.id, document.text) for document in found] == [
+        ("a.txt", "plain é"),
+        ("b.jsonl", "one"),
+        ("b.jsonl#1", "half ��� pair"),
+        ("c.parquet", "two"),
+        ("c.parquet#1", ""),
+        ("deep/d.txt", "three"),
+    ]
+
+
+def test_files_are_read_up_to_the_budget(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name * 100)
+    found = read_files("mine", source(tmp_path / "*.txt", max_bytes=250))
+    assert [document.id for document in found] == ["a.txt", "b.txt"]
+
+
+def test_a_glob_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
+    assert "matches no file" in complaint(source(tmp_path / "*.txt"))
+
+
+def test_a_folder_is_an_error_that_says_what_to_write(tmp_path: Path) -> None:
+    assert "matches a folder" in complaint(source(tmp_path))
+
+
+@pytest.mark.parametrize("glob", ["nosuch://bucket/*.txt", "s3//", "http://[bad/*.txt"])
+def test_an_address_that_cannot_be_read_is_an_error(glob: str) -> None:
+    complaint(source(glob))
+
+
+def test_an_unknown_kind_of_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_text("x")
+    assert "a.pdf ends in 'pdf'" in complaint(source(tmp_path / "*"))
+
+
+def test_a_file_that_cannot_be_opened_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("x")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("permission denied")
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.open", refuse)
+    assert "cannot be read: permission denied" in complaint(source(tmp_path / "*.txt"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_undecodable_bytes_are_an_error_with_their_place(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b'{"text": 1}\n'[:0] + b"abc\xff")
+    assert f"{name} has byte 0xff at offset 3" in complaint(source(tmp_path / "*"))
+
+
+def test_a_later_line_that_is_undecodable_is_placed_in_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n\xfe\n')
+    assert "byte 0xfe at offset 14" in complaint(source(tmp_path / "*"))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"body": "x"}', "line 2 has no text in 'text', only: body"),
+        ('{"text": 3}', "line 2 has no text in 'text', only: text"),
+        ("[1]", "line 2 has no text in 'text', only: list"),
+        ('{"text": ', "line 2 is not JSON"),
+    ],
+)
+def test_a_line_without_the_field_is_an_error(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line)
+    assert said in complaint(source(tmp_path / "*.jsonl"))
+
+
+def test_a_table_without_the_column_is_an_error(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [1], "body": ["x"]}), tmp_path / "a.parquet")
+    said = complaint(source(tmp_path / "*.parquet"))
+    assert "no text column 'text', only: text (int64), body (string)" in said
+    assert "data.sources.mine.text_field" in said
+
+
+def test_a_damaged_table_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing of the kind")
+    assert "a.parquet is not readable Parquet" in complaint(source(tmp_path / "*.parquet"))
+
+
+@given(st.text(alphabet=st.sampled_from("ab \n\r"), max_size=200), st.integers(5, 40))
+def test_pieces_joined_are_the_text_without_its_empty_stretches(text: str, size: int) -> None:
+    pieces = list(split_text(text, piece_chars=size))
+    assert all(len(piece) <= size and piece.strip() for piece in pieces)
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+    rest = text
+    for piece in pieces:
+        _, found, rest = rest.partition(piece)
+        assert found
+
+
+def test_pieces_end_at_blank_lines_where_they_can() -> None:
+    paragraphs = [f"{n} " * 30 + "\n\n" for n in range(40)]
+    pieces = list(split_text("".join(paragraphs), piece_chars=200))
+    assert all(piece.endswith("\n\n") for piece in pieces)
+    assert "".join(pieces) == "".join(paragraphs)
+
+
+def test_files_enter_identity_by_name_and_content_not_by_place(tmp_path: Path) -> None:
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text("same")
+    here, there = (
+        identify("mine", source(tmp_path / name / "*.txt")) for name in ("here", "there")
+    )
+    assert here == there
+    assert list(here) == ["a.txt"]
+    (tmp_path / "there" / "a.txt").write_text("else")
+    assert identify("mine", source(tmp_path / "there" / "*.txt")) != here
+
+
+def test_the_library_enters_identity_by_version_and_arithmetic_not_at_all() -> None:
+    assert identify("a", StdlibSource(share=1)) == {"python": platform.python_version()}
+    assert identify("a", ArithmeticSource(share=1)) == {}

@@ -1,0 +1,219 @@
+"""Promises of the proof that a bundle reproduces its source."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from configs.delivery import ExportConfig
+from configs.errors import ExportError
+from model.transformer import Transformer
+from model.weights.files import load_pretrained
+from stages.artifacts import Parity
+from stages.export import parity
+from stages.export.bundle import formats
+from stages.export.formats import KEPT_AS, Format, half_step, parse
+from stages.export.tensors import TensorFolder
+from tests.stages.bundles import MODEL, ROWS, SEQUENCE_TOKENS, make_bundle, make_corpus
+
+VARIANTS = {form.variant: form for target in ("cuda", "ascend") for form in formats(target, MODEL)}
+BLOCK = "model.layers.1.self_attn.o_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("parity")
+    for target in ("cuda", "ascend"):
+        make_bundle(root / target, target, min_top1_agreement=0.5, max_kl_nats=0.1)
+    return root
+
+
+@pytest.fixture
+def copied(root: Path, tmp_path: Path) -> Callable[[str], tuple[TensorFolder, Path, Format]]:
+    """Source, a copy of one variant that a test may damage, and its format."""
+
+    def copy(variant: str) -> tuple[TensorFolder, Path, Format]:
+        target = "ascend" if variant == "w8a8" else "cuda"
+        shutil.copytree(root / target / "bundle" / variant, tmp_path / variant)
+        return TensorFolder(root / target / "checkpoint"), tmp_path / variant, VARIANTS[variant]
+
+    return copy
+
+
+def _edit(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
+    """Change the tensors of a folder's one weight file, and its index with them."""
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+    for index in folder.glob("*.index.json"):
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        weight_map = dict.fromkeys(tensors, path.name)
+        index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rounding_comes_close_to_its_bound_and_never_beyond(
+    copied: Callable[[str], tuple[TensorFolder, Path, Format]], variant: str
+) -> None:
+    source, folder, form = copied(variant)
+    share = parity.prove_weights(source, TensorFolder(folder), form)
+    assert 0.99 < share <= 1
+
+
+@pytest.mark.parametrize(
+    ("variant", "part", "factor"),
+    [("fp8", "_scale_inv", 1.2), ("w8a8", "_scale", 1.02), ("bf16", "", 1.02)],
+)
+def test_a_corrupted_weight_or_scale_is_named(
+    copied: Callable[[str], tuple[TensorFolder, Path, Format]],
+    variant: str,
+    part: str,
+    factor: float,
+) -> None:
+    source, folder, form = copied(variant)
+    _edit(folder, lambda tensors: tensors[f"{BLOCK}{part}"][0].mul_(factor))
+    with pytest.raises(ExportError, match=rf"{variant}: tensor {BLOCK}.*apart by more than"):
+        parity.prove_weights(source, TensorFolder(folder), form)
+
+
+def test_a_corrupted_scale_shows_in_the_logits(
+    copied: Callable[[str], tuple[TensorFolder, Path, Format]], root: Path, tmp_path: Path
+) -> None:
+    source, folder, form = copied("w8a8")
+    corpus = make_corpus(tmp_path / "corpus")
+    rows_NS = parity.held_out_rows(corpus, 8, seed=1)
+    reference = load_pretrained(source.folder)
+
+    def measure() -> Parity:
+        variant = parity.reload(TensorFolder(folder), form, source.names)
+        return parity.compare(reference, variant, rows_NS)
+
+    parity.require(measure(), "w8a8", ExportConfig(max_kl_nats=0.01))
+    _edit(folder, lambda tensors: tensors[f"{BLOCK}_scale"].mul_(8))
+    with pytest.raises(ExportError, match=r"w8a8: .*export\.(min_top1_agreement|max_kl_nats)"):
+        parity.require(measure(), "w8a8", ExportConfig(max_kl_nats=0.01))
+
+
+def test_a_scale_that_is_not_a_number_is_no_agreement(
+    copied: Callable[[str], tuple[TensorFolder, Path, Format]],
+) -> None:
+    source, folder, form = copied("fp8")
+    _edit(folder, lambda tensors: tensors[f"{BLOCK}_scale_inv"].fill_(float("nan")))
+    with pytest.raises(ExportError, match=BLOCK):
+        parity.prove_weights(source, TensorFolder(folder), form)
+    variant = parity.reload(TensorFolder(folder), form, source.names)
+    rows_NS = np.full((1, 8), 5, dtype=np.int64)
+    with pytest.raises(ExportError, match="not finite"):
+        parity.compare(load_pretrained(source.folder), variant, rows_NS)
+
+
+def test_every_source_tensor_is_there_exactly_once(
+    copied: Callable[[str], tuple[TensorFolder, Path, Format]],
+) -> None:
+    source, folder, form = copied("fp8")
+    kept = dict(load_file(next(folder.glob("*.safetensors"))))
+    _edit(folder, lambda tensors: tensors.pop(f"{BLOCK}_scale_inv") and None)
+    with pytest.raises(ExportError, match=rf"tensor {BLOCK}_scale_inv is missing"):
+        parity.prove_weights(source, TensorFolder(folder), form)
+    _edit(folder, lambda tensors: tensors.update(kept, **{"model.more.weight": torch.ones(1)}))
+    with pytest.raises(ExportError, match=r"model\.more\.weight stands for no tensor"):
+        parity.prove_weights(source, TensorFolder(folder), form)
+    save_file({BLOCK: torch.ones(1)}, folder / "twice.safetensors")
+    with pytest.raises(ExportError, match=rf"tensor {BLOCK} lies in .* and in twice"):
+        TensorFolder(folder)
+
+
+@pytest.mark.parametrize("field", ["total_size", "weight_map"])
+def test_an_index_that_disagrees_with_the_files_is_refused(
+    copied: Callable[[str], tuple[TensorFolder, Path, Format]], field: str
+) -> None:
+    source, folder, form = copied("bf16")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    if field == "total_size":
+        index["metadata"]["total_size"] += 1
+    else:
+        index["weight_map"][BLOCK] = "elsewhere.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(ExportError, match=r"index\.json: (total_size|disagrees)"):
+        parity.prove_weights(source, TensorFolder(folder), form)
+
+
+def test_figures_equal_those_computed_position_by_position(root: Path, tmp_path: Path) -> None:
+    source, variant = (Transformer(MODEL).initialize(seed).eval() for seed in (1, 2))
+    corpus = make_corpus(tmp_path / "corpus", rows=3)
+    rows_NS = parity.held_out_rows(corpus, 6, seed=1)
+    errors, agree, kls = [], [], []
+    with torch.no_grad():
+        for row in torch.from_numpy(rows_NS):
+            logits = [model(row[None])[0] for model in (source, variant)]
+            for position in range(len(row) - 1):
+                if int(row[position + 1]) == 0:
+                    continue
+                p, q = (one[position].double() for one in logits)
+                errors.append(float((p - q).abs().max()))
+                agree.append(int(p.argmax()) == int(q.argmax()))
+                log_p, log_q = p.log_softmax(0), q.log_softmax(0)
+                kl = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+                kls.append(float(kl))
+    measured = parity.compare(source, variant, rows_NS)
+    padded = SEQUENCE_TOKENS // 2
+    assert measured.positions == len(errors) == 6 * (SEQUENCE_TOKENS - 1) - 2 * padded
+    assert measured.max_abs_logit_error == pytest.approx(max(errors), rel=1e-4)
+    assert measured.top1_agreement == pytest.approx(np.mean(agree))
+    assert measured.mean_kl_nats == pytest.approx(np.mean(kls), rel=1e-4)
+
+
+def test_a_model_agrees_wholly_with_itself(tmp_path: Path) -> None:
+    model = Transformer(MODEL).initialize(1).eval()
+    measured = parity.compare(model, model, np.full((9, 8), 5, dtype=np.int64))
+    assert measured == Parity(positions=63, max_abs_logit_error=0, top1_agreement=1, mean_kl_nats=0)
+    with pytest.raises(ExportError, match="nothing but padding"):
+        parity.compare(model, model, np.zeros((2, 8), dtype=np.int64))
+
+
+def test_rows_are_fixed_by_the_seed_and_shared_between_sources(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    rows_NS = parity.held_out_rows(corpus, 9, seed=1)
+    assert rows_NS.shape == (9, SEQUENCE_TOKENS)
+    assert np.array_equal(rows_NS, parity.held_out_rows(corpus, 9, seed=1))
+    assert not np.array_equal(rows_NS, parity.held_out_rows(corpus, 9, seed=2))
+    assert len(np.unique(rows_NS, axis=0)) == 9
+    assert len(parity.held_out_rows(corpus, 10_000, seed=1)) == 2 * ROWS
+    uneven = corpus.model_copy(update={"held_out_rows": {"sums": 1, "text": ROWS}})
+    assert len(parity.held_out_rows(uneven, 9, seed=1)) == 9
+    nothing = corpus.model_copy(update={"held_out_rows": {"sums": 0}})
+    with pytest.raises(ExportError, match="no held-out rows"):
+        parity.held_out_rows(nothing, 9, seed=1)
+
+
+def test_half_a_step_is_half_the_distance_to_the_next_number() -> None:
+    bfloat = torch.tensor([1.0, 1.5, -3.0, 1e-3, 7e30, 2.0**-126, 2.0**-130]).bfloat16()
+    # One more in the last place: neighbours in value are neighbours as integers.
+    above = (bfloat.view(torch.int16) + 1).view(torch.bfloat16)
+    expected = (above.double() - bfloat.double()).abs() / 2
+    assert torch.equal(half_step(bfloat.double(), bits=8, smallest_exponent=-126), expected)
+    fp8 = torch.tensor([1.0, 15.0, -400.0, 2.0**-6, 2.0**-9]).to(torch.float8_e4m3fn)
+    above = (fp8.view(torch.uint8) + 1).view(torch.float8_e4m3fn)
+    expected = (above.double() - fp8.double()).abs() / 2
+    assert torch.equal(half_step(fp8.double(), bits=4, smallest_exponent=-6), expected)
+
+
+def test_a_zero_must_stay_zero_in_bfloat16() -> None:
+    bound = KEPT_AS.error_bound("model.norm.weight", torch.zeros(2))
+    assert bound.max() < 2.0**-133
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.indexer.wk.weight", "model.layers.0.mlp.gate.bias", "weight"]
+)
+def test_a_tensor_without_a_rule_is_refused(name: str) -> None:
+    with pytest.raises(ExportError, match=r"no export rule covers"):
+        parse(name)

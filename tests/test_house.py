@@ -1,0 +1,171 @@
+"""Promises about the shape of the code, read from its syntax trees."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = ("configs", "model", "cluster", "stages", "pipeline")
+"""From the ground up; a floor imports itself and what is below it."""
+MODULES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+DOORS = {
+    "mlflow": {"pipeline/tracking.py"},
+    "fsspec": {
+        "stages/artifacts.py",
+        "stages/shards.py",
+        "stages/data/ingest.py",
+        "pipeline/store.py",
+        "cluster/checkpoint.py",
+    },
+}
+"""Libraries that only these files may import."""
+LAZY = {"pipeline/cli.py"}
+"""Resolves each verb's module by name when it is called, so that `--help` stays quick."""
+_IMPORTERS = {"import_module", "__import__"}
+NEVER = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """(dotted name, line) of everything imported; `from a import b` counts as `a.b`."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from ((alias.name, node.lineno) for alias in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                prefix = "." * level + (module or "")
+                yield from ((f"{prefix}.{alias.name}", node.lineno) for alias in names)
+
+
+def faults(path: Path) -> Iterator[str]:
+    """Every way in which the imports of one file break the house."""
+    name, tree = name_of(path), tree_of(path)
+    floor = name.split("/")[0]
+    allowed = FLOORS[: FLOORS.index(floor) + 1]
+    for target, line in imported(tree):
+        library, where = target.split(".")[0], f"{name}:{line} imports {target}"
+        if not library:
+            yield f"{where}: a relative import"
+        if library in FLOORS and library not in allowed:
+            yield f"{where}: {library} is above {floor}"
+        if library in DOORS and name not in DOORS[library]:
+            yield f"{where}: only {', '.join(sorted(DOORS[library]))} may"
+        if library == "ray" and floor != "cluster" and not ray_data(name, target):
+            yield f"{where}: ray is for cluster"
+        if floor == "model" and target.startswith("torch.distributed"):
+            yield f"{where}: model is mathematics on one device"
+        if library in NEVER:
+            yield f"{where}: nothing is loaded by pickle"
+        if floor == "stages" and library == "stages" and other_stage(name, target):
+            yield f"{where}: no stage imports another"
+
+
+def ray_data(name: str, target: str) -> bool:
+    return name.startswith("stages/data/") and target.startswith("ray.data")
+
+
+def other_stage(name: str, target: str) -> bool:
+    home, folder = name.split("/")[1], target.split(".")[1]
+    return (ROOT / "stages" / folder).is_dir() and folder != home
+
+
+def distributed_attributes(tree: ast.Module) -> Iterator[int]:
+    """Lines that reach `torch.distributed` through the package instead of by import."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="torch"), attr="distributed"):
+                yield node.lineno
+
+
+def local_imports(tree: ast.Module) -> Iterator[int]:
+    """Lines that import inside a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.Import | ast.ImportFrom):
+                    yield inner.lineno
+                if isinstance(inner, ast.Name) and inner.id in _IMPORTERS:
+                    yield inner.lineno
+                if isinstance(inner, ast.Attribute) and inner.attr in _IMPORTERS:
+                    yield inner.lineno
+
+
+def test_every_file_keeps_to_the_staircase_and_the_doors() -> None:
+    assert [fault for path in MODULES for fault in faults(path)] == []
+
+
+def test_the_model_never_touches_process_groups() -> None:
+    found = [
+        f"{name_of(path)}:{line}"
+        for path in MODULES
+        if name_of(path).startswith("model/")
+        for line in distributed_attributes(tree_of(path))
+    ]
+    assert found == []
+
+
+def test_nothing_is_imported_inside_a_function() -> None:
+    found = [
+        f"{name_of(path)}:{line}"
+        for path in MODULES
+        if name_of(path) not in LAZY
+        for line in local_imports(tree_of(path))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_every_module_says_first_what_it_is_for(path: Path) -> None:
+    first = (ast.get_docstring(tree_of(path)) or "").split("\n")[0]
+    assert first.endswith((".", ":")), f"no sentence: {first!r}"
+    assert "module" not in first.lower()
+
+
+def test_packages_hold_a_docstring_and_nothing_else() -> None:
+    for path in MODULES:
+        if path.name == "__init__.py":
+            assert len(tree_of(path).body) == 1, f"{name_of(path)} holds code"
+
+
+def test_nothing_runs_through_a_shell_or_an_evaluator() -> None:
+    found = []
+    for path in MODULES:
+        for node in ast.walk(tree_of(path)):
+            match node:
+                case ast.keyword(arg="shell"):
+                    found.append(f"{name_of(path)}:{node.lineno} shell=")
+                case ast.Call(func=ast.Name(id="eval" | "exec")):
+                    found.append(f"{name_of(path)}:{node.lineno} eval")
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "complaint"),
+    [
+        ("configs/x.py", "import model.moe", "model is above configs"),
+        ("model/x.py", "from torch.distributed import all_reduce", "one device"),
+        ("stages/data/x.py", "import ray", "ray is for cluster"),
+        ("stages/data/x.py", "from stages.export import bundle", "no stage imports another"),
+        ("stages/x.py", "import mlflow", "pipeline/tracking.py"),
+        ("pipeline/x.py", "from pickle import loads", "by pickle"),
+        ("pipeline/x.py", "from . import cli", "relative"),
+    ],
+)
+def test_a_breach_is_seen(
+    name: str, code: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stages" / "export").mkdir(parents=True)
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(code)
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    assert [complaint in fault for fault in faults(path)] == [True]
