@@ -22,7 +22,12 @@ COMPLETE = "complete.json"
 
 
 def save_shard(
-    folder: Path, tensors: Mapping[str, Tensor], experts: Mapping[str, range], *, rank: int, world: int
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    experts: Mapping[str, range],
+    *,
+    rank: int,
+    world: int,
 ) -> None:
     """Write one rank's tensors; names under a key of `experts` are split by expert."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -90,9 +90,7 @@ class _AllToAll(torch.autograd.Function):
     """Rows out by `sent`, in by `received`; gradients travel the other way."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, sent: list[int], received: list[int], group: Any
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
         ctx.splits = (sent, received, group)
         return _all_to_all(x, sent, received, group)
 

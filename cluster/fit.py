@@ -17,8 +17,9 @@ from typing import Any, Protocol, runtime_checkable
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import FailureConfig, RunConfig
 
 from cluster import checkpoint
 from cluster.session import ensure_ray, worker_env
@@ -96,6 +97,13 @@ def fit(job: FitJob, machines: ClusterConfig, home: str) -> Path:
 def _run(job: FitJob, machines: ClusterConfig, root: Path) -> None:
     timeout = math.ceil(machines.step_timeout_seconds)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(machines.placement_timeout_seconds)
+    # Ray annotates its first generation of settings and takes its second.
+    settings: Any = RunConfig(
+        name="ray-train",
+        storage_path=str(root.parent),
+        failure_config=FailureConfig(max_failures=machines.max_restarts),
+        worker_runtime_env={"env_vars": worker_env(machines)},
+    )
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"job": job},
@@ -103,12 +111,7 @@ def _run(job: FitJob, machines: ClusterConfig, root: Path) -> None:
         scaling_config=ScalingConfig(
             num_workers=machines.trainers, resources_per_worker={"CPU": machines.cpus_per_worker}
         ),
-        run_config=RunConfig(
-            name="ray-train",
-            storage_path=str(root.parent),
-            failure_config=FailureConfig(max_failures=machines.max_restarts),
-            worker_runtime_env={"env_vars": worker_env(machines)},
-        ),
+        run_config=settings,
     )
     try:
         trainer.fit()

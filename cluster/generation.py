@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ray.actor import ActorHandle
 from torch import Tensor
 
 from cluster.session import ensure_ray
-from cluster.workers import dismiss, gather, spawn
+from cluster.workers import Actor, dismiss, gather, spawn
 from configs.errors import MachineError
 from configs.parallel import ClusterConfig
 from configs.train import Precision
@@ -47,7 +46,7 @@ class Sample:
 class GenerationPool:
     """Samplers with equal weights; prompts are divided over them in order."""
 
-    def __init__(self, actors: list[ActorHandle], machines: ClusterConfig) -> None:
+    def __init__(self, actors: list[Actor], machines: ClusterConfig) -> None:
         self.actors = actors
         self.machines = machines
 
@@ -59,7 +58,7 @@ class GenerationPool:
         Which sampler serves a prompt bears on nothing but speed.
         """
         share = -(-len(prompts) // len(self.actors))
-        refs = []
+        refs: list[Any] = []
         for index, actor in enumerate(self.actors):
             part = slice(index * share, (index + 1) * share)
             refs.append(
@@ -84,9 +83,7 @@ def open_generation(
     machines: ClusterConfig, checkpoint: Path, *, precision: Precision = "high"
 ) -> Iterator[GenerationPool]:
     """A pool of `machines.samplers` that holds `checkpoint` as version 0, closed afterwards."""
-    ensure_ray(
-        machines, str(checkpoint), cpus_needed=machines.samplers * machines.cpus_per_worker
-    )
+    ensure_ray(machines, str(checkpoint), cpus_needed=machines.samplers * machines.cpus_per_worker)
     arguments = (str(checkpoint), precision, machines.threads_per_worker)
     actors = spawn(_Sampler, machines, machines.samplers, role=_ROLE, arguments=arguments)
     try:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ray.actor import ActorHandle
 from torch import Tensor
 
 from cluster import checkpoint
 from cluster.expert_parallel import join_group
 from cluster.session import ensure_ray
 from cluster.trainer import Batch, LossSpec, Trainer
-from cluster.workers import dismiss, free_address, gather, spawn
+from cluster.workers import Actor, dismiss, free_address, gather, spawn
 from configs.model import ModelConfig
 from configs.parallel import ClusterConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
@@ -38,7 +37,7 @@ class TrainerSpec:
 class TrainerPool:
     """Trainers whose experts are sharded; a batch is divided over them row by row."""
 
-    def __init__(self, actors: list[ActorHandle], machines: ClusterConfig) -> None:
+    def __init__(self, actors: list[Actor], machines: ClusterConfig) -> None:
         self.actors = actors
         self.machines = machines
 
@@ -90,9 +89,7 @@ class TrainerPool:
 
 
 @contextmanager
-def open_trainers(
-    machines: ClusterConfig, start: Path, spec: TrainerSpec
-) -> Iterator[TrainerPool]:
+def open_trainers(machines: ClusterConfig, start: Path, spec: TrainerSpec) -> Iterator[TrainerPool]:
     """A pool of `machines.trainers` that starts from the checkpoint `start`, closed afterwards."""
     ensure_ray(machines, str(start), cpus_needed=machines.trainers * machines.cpus_per_worker)
     arguments = (str(start), spec, machines, free_address())

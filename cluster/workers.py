@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 
 from cluster.session import worker_env
@@ -13,18 +12,27 @@ from configs.errors import DeadlineError, IngotError, MachineError
 from configs.parallel import ClusterConfig
 
 
+Actor = Any
+"""A Ray actor handle: its methods exist only at run time, so no type can say more."""
+
+
 class WorkerDied(MachineError):
     """A worker process is gone; the group must be rebuilt."""
 
 
 def spawn(
-    actor_class: type, machines: ClusterConfig, count: int, *, role: str, arguments: tuple[Any, ...]
-) -> list[ActorHandle]:
+    actor_class: type[Any],
+    machines: ClusterConfig,
+    count: int,
+    *,
+    role: str,
+    arguments: tuple[Any, ...],
+) -> list[Actor]:
     """`count` actors of `actor_class(*arguments, rank)`; MachineError if they cannot be placed.
 
     The class must have a method `ready()`.
     """
-    remote = ray.remote(actor_class).options(
+    remote: Any = ray.remote(actor_class).options(
         num_cpus=machines.cpus_per_worker,
         runtime_env={"env_vars": worker_env(machines)},
         max_restarts=0,
@@ -52,7 +60,7 @@ def gather(refs: Sequence[Any], machines: ClusterConfig, *, role: str) -> list[A
     WorkerDied those that are gone; an Ingot error raised in a worker is raised here as itself.
     """
     timeout = machines.step_timeout_seconds
-    done, waiting = ray.wait(list(refs), num_returns=len(refs), timeout=timeout, fetch_local=False)
+    _, waiting = ray.wait(list(refs), num_returns=len(refs), timeout=timeout, fetch_local=False)
     if waiting:
         late = [rank for rank, ref in enumerate(refs) if ref in waiting]
         raise DeadlineError(f"{role} {late} did not answer within {timeout:g} s")
@@ -74,7 +82,7 @@ def gather(refs: Sequence[Any], machines: ClusterConfig, *, role: str) -> list[A
     return results
 
 
-def dismiss(actors: Sequence[ActorHandle]) -> None:
+def dismiss(actors: Sequence[Actor]) -> None:
     """End the actors, whatever they are doing."""
     for actor in actors:
         ray.kill(actor, no_restart=True)

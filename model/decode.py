@@ -58,7 +58,9 @@ def sample(
     samples = [Sample() for _ in prompts]
     if not prompts:
         return samples
-    draws = np.stack([np.random.Generator(np.random.Philox(s)).random(max_new_tokens) for s in seeds])
+    draws = np.stack(
+        [np.random.Generator(np.random.Philox(s)).random(max_new_tokens) for s in seeds]
+    )
     with torch.inference_mode():
         state = _Decoding(model, prompts, max_new_tokens)
         logits_BV = state.prefill()
@@ -78,9 +80,7 @@ def sample(
     return samples
 
 
-def _draw(
-    logits_BV: Tensor, temperature: float, uniform_B: np.ndarray
-) -> tuple[Tensor, Tensor]:
+def _draw(logits_BV: Tensor, temperature: float, uniform_B: np.ndarray) -> tuple[Tensor, Tensor]:
     """Tokens by inverse transform sampling, with their log-probabilities."""
     if temperature == 0:
         logprobs_BV = logits_BV.log_softmax(-1)
@@ -140,7 +140,7 @@ class _Decoding:
         return self._logits(hidden[:, 0])
 
     def _run(self, tokens_BP: Tensor, positions_BP: Tensor) -> Tensor:
-        hidden = self.model.model.embed_tokens(tokens_BP)
+        hidden: Tensor = self.model.model.embed_tokens(tokens_BP)
         # Slots beyond a query's own position hold padding or nothing, and are never read.
         last_slot = int(positions_BP.max()) + 1
         visible_BPL = torch.arange(last_slot) <= positions_BP[..., None]

@@ -45,7 +45,9 @@ class Gate(nn.Module):
             choice_TGM = choice_TE.unflatten(1, (config.n_group, -1))
             group_TG = choice_TGM.topk(2, dim=-1).values.sum(-1)
             kept_TG = torch.zeros_like(group_TG, dtype=torch.bool)
-            kept_TG.scatter_(1, group_TG.topk(config.topk_group, dim=-1, sorted=False).indices, True)
+            kept_TG.scatter_(
+                1, group_TG.topk(config.topk_group, dim=-1, sorted=False).indices, True
+            )
             choice_TE = choice_TGM.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(1)
         return choice_TE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
 
@@ -107,4 +109,5 @@ class MoE(nn.Module):
         sent = self.dispatcher.dispatch(x_TD, experts_TK, self.config.n_routed_experts)
         routed_ND = self.experts(sent.x_ND, sent.counts_E)
         routed_TD = self.dispatcher.combine(routed_ND, gates_TK, sent)
-        return routed_TD.view_as(x_BSD) + self.shared_experts(x_BSD)
+        shared_BSD: Tensor = self.shared_experts(x_BSD)
+        return routed_TD.view_as(x_BSD) + shared_BSD

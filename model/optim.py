@@ -41,7 +41,7 @@ def warmup_cosine(
 
 def moments(
     optimizer: torch.optim.AdamW, named: Iterable[tuple[str, nn.Parameter]]
-) -> Mapping[str, Tensor]:
+) -> dict[str, Tensor]:
     """First and second moments by parameter name: `exp_avg/<name>`, `exp_avg_sq/<name>`."""
     found = {}
     for name, parameter in named:

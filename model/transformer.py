@@ -27,7 +27,7 @@ from model.attention import LatentAttention
 from model.dispatch import LocalDispatcher, TokenDispatcher
 from model.fp8.linear import Linear
 from model.layers import RMSNorm, SwiGLU, seeded_normal
-from model.moe import MoE
+from model.moe import MoE, RoutedExperts
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +79,7 @@ class MtpLayer(DecoderLayer):
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
-        self.shared_head = nn.ModuleDict(
-            {"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)}
-        )
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def join(
         self, hidden_BSD: Float[Tensor, "B S D"], next_embedding_BSD: Float[Tensor, "B S D"]
@@ -105,8 +103,7 @@ class Decoder(nn.Module):
             for index in range(config.num_hidden_layers)
         ]
         layers += [
-            MtpLayer(config, precision, dispatcher)
-            for _ in range(config.num_nextn_predict_layers)
+            MtpLayer(config, precision, dispatcher) for _ in range(config.num_nextn_predict_layers)
         ]
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -137,8 +134,9 @@ class Transformer(nn.Module):
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name.endswith(("gate_up_proj", "down_proj")) and parameter.dim() == 3:
-                    local = self.get_submodule(name.rpartition(".")[0]).local
-                    for row, expert in zip(parameter, local, strict=True):
+                    experts = self.get_submodule(name.rpartition(".")[0])
+                    assert isinstance(experts, RoutedExperts)
+                    for row, expert in zip(parameter, experts.local, strict=True):
                         row.copy_(seeded_normal(tuple(row.shape), std, seed, name, expert))
                 elif parameter.dim() == 2:
                     parameter.copy_(seeded_normal(tuple(parameter.shape), std, seed, name))

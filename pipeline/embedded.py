@@ -13,6 +13,8 @@ from pathlib import Path
 from configs.parallel import TrackingConfig
 from pipeline.places import SQLITE
 
+UI_PORT = 5000
+
 
 @contextmanager
 def schema_lock(uri: str) -> Iterator[None]:

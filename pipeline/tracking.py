@@ -27,7 +27,7 @@ from configs.base import Frozen
 from configs.parallel import TrackingConfig
 from configs.recipe import Recipe
 from pipeline.background import Background
-from pipeline.embedded import schema_lock, set_environment
+from pipeline.embedded import UI_PORT, schema_lock, set_environment
 from pipeline.figures import key_figures, scalars
 from pipeline.graph import Node
 from pipeline.places import SQLITE, tracking_uri
@@ -38,7 +38,6 @@ from pipeline.store import Committed
 from stages.artifacts import Bundle, Checkpoint, Corpus, Report
 from stages.telemetry import METRICS, read_metrics
 
-UI_PORT = 5000
 _METRICS_A_BATCH, _PARAMS_A_BATCH = 1000, 100
 
 
@@ -209,11 +208,10 @@ class Tracking:
             experiment_id=self._server.experiment_id,
         )
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-        moment = _now_ms()
         for name, value in figures.items():
-            client.log_metric(
-                run_id, metric_name(name), value, timestamp=moment, model_id=model.model_id
-            )
+            # Not the step log's own name, in whose curve it would be one more point.
+            key = metric_name(f"final_{name}")
+            client.log_metric(run_id, key, value, model_id=model.model_id)
         return str(model.model_id)
 
     def _register(self, model_id: str, run_id: str, made: Committed, target: str) -> None:

@@ -99,7 +99,9 @@ def stage(
         parameters = list(inspect.signature(function).parameters.values())
         config, work, *inputs = (p.name for p in parameters)
         if hints[work] is not Workspace or not issubclass(hints[config], Frozen):
-            raise PlanError(f"stage {function.__name__}: expected (config: Frozen, work: Workspace)")
+            raise PlanError(
+                f"stage {function.__name__} must begin (config: Frozen, work: Workspace)"
+            )
         return Stage(
             name=function.__name__,
             revision=revision,

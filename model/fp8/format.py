@@ -93,12 +93,12 @@ def round_trip_segments(
 
 def _tile_amax(x: Tensor, tile: tuple[int, int]) -> Tensor:
     rows, columns = x.shape[-2:]
-    tile_rows, tile_columns = min(tile[0], rows), min(tile[1], columns)
+    tile_rows, tile_columns = min(tile[0], max(rows, 1)), min(tile[1], columns)
     pad_rows, pad_columns = -rows % tile_rows, -columns % tile_columns
     magnitude = x.abs()
     if pad_rows or pad_columns:
         magnitude = torch.nn.functional.pad(magnitude, (0, pad_columns, 0, pad_rows))
-    grid = magnitude.unflatten(-2, (-1, tile_rows)).unflatten(-1, (-1, tile_columns))
+    grid: Tensor = magnitude.unflatten(-2, (-1, tile_rows)).unflatten(-1, (-1, tile_columns))
     if tile_rows == 1:
         return grid.squeeze(-3).amax(-1)
     if tile_columns == 1:
@@ -123,4 +123,3 @@ def _spread(scales: Tensor, tile: tuple[int, int], shape: torch.Size) -> Tensor:
     if tile[1] > 1 and scales.shape[-1] > 1:
         scales = scales.repeat_interleave(tile[1], -1)[..., :columns]
     return scales
-

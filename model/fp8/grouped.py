@@ -1,8 +1,8 @@
 """Grouped GEMM for experts: rows sorted by expert, one weight matrix each.
 
 The numbers are those of `model/fp8/linear.py` applied to each expert alone, with one quantisation
-call for the whole sorted batch. Weight blocks never straddle two experts, nor the gate and up
-halves of one.
+call for the whole sorted batch. Tiles never straddle two experts, nor the gate and up halves of
+one.
 
 Axes: N rows sorted by expert, E experts on this device, I inputs, O outputs.
 """
@@ -67,6 +67,7 @@ class _Fp8Grouped(torch.autograd.Function):
         split = weight.unflatten(1, (halves, -1))
         weight8 = round_trip(split, BLOCK).flatten(1, 2)
         ctx.save_for_backward(x8, weight8, counts_E)
+        ctx.halves = halves
         return torch.cat(_per_expert(counts_E.tolist(), lambda e, rows: x8[rows] @ weight8[e].T))
 
     @staticmethod
@@ -74,7 +75,7 @@ class _Fp8Grouped(torch.autograd.Function):
         (dy,) = grads
         x8, weight8, counts_E = ctx.saved_tensors
         counts = counts_E.tolist()
-        dy8 = round_trip(dy, ACTIVATION)
+        dy8 = round_trip(dy.unflatten(1, (ctx.halves, -1)), ACTIVATION).flatten(1)
         dx = torch.cat(_per_expert(counts, lambda e, rows: dy8[rows] @ weight8[e]))
         dy_tokens = round_trip_segments(dy, counts_E)
         x_tokens = round_trip_segments(x8, counts_E)

@@ -42,7 +42,7 @@ def together(x: Float[Tensor, "*B I"], *linears: Linear) -> tuple[Tensor, ...]:
         return tuple(F.linear(x, linear.weight) for linear in linears)
     flat_TI = x.reshape(-1, x.shape[-1])
     outputs = _Fp8Linears.apply(flat_TI, *(linear.weight for linear in linears))
-    return tuple(y_TO.view(*x.shape[:-1], -1) for y_TO in outputs)
+    return tuple(y_TO.view(*x.shape[:-1], y_TO.shape[-1]) for y_TO in outputs)
 
 
 class _Fp8Linears(torch.autograd.Function):

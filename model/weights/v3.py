@@ -4,7 +4,7 @@ Ingot's module names are the released ones. Three things differ, and only these:
 
 | Ingot | Hugging Face |
 |---|---|
-| `...mlp.experts.gate_up_proj` [E, 2I, D] | `...mlp.experts.{e}.gate_proj.weight`, `.up_proj.weight` [I, D] each |
+| `...mlp.experts.gate_up_proj` [E, 2I, D] | `...mlp.experts.{e}.{gate,up}_proj.weight` [I, D] |
 | `...mlp.experts.down_proj` [E, D, I] | `...mlp.experts.{e}.down_proj.weight` [D, I] |
 | (shared with the main model) | MTP layer N: `embed_tokens.weight`, `shared_head.head.weight` |
 """
@@ -23,12 +23,30 @@ HEAD = "lm_head.weight"
 _ARCHITECTURE = "DeepseekV3ForCausalLM"
 _MODEL_TYPE = "deepseek_v3"
 _COPIED = (
-    "vocab_size hidden_size num_hidden_layers first_k_dense_replace num_attention_heads "
-    "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim intermediate_size "
-    "moe_intermediate_size n_routed_experts n_shared_experts num_experts_per_tok n_group "
-    "topk_group routed_scaling_factor norm_topk_prob num_nextn_predict_layers "
-    "max_position_embeddings rms_norm_eps initializer_range"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "first_k_dense_replace",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "routed_scaling_factor",
+    "norm_topk_prob",
+    "num_nextn_predict_layers",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "initializer_range",
+)
 """Fields that have one name and one meaning on both sides."""
 
 

@@ -134,7 +134,7 @@ def _matches(name: str, source: FilesSource) -> list[tuple[AbstractFileSystem, s
     except (OSError, ValueError, ImportError) as error:
         raise _fault(name, source, f"cannot be read: {error}", "correct the address") from error
     if not paths:
-        raise _fault(name, source, "matches no file", "correct it; it is relative to this folder")
+        raise _fault(name, source, "matches no file", "correct the path or the pattern")
     if folders:
         raise _fault(
             name, source, f"matches a folder, {folders[0]}", "say which files in it, as *.txt"

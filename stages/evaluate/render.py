@@ -1,6 +1,5 @@
 """What was found, as key figures, as JSON for machines and as Markdown for people."""
 
-import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from stages.evaluate.text import TextScore, total
 
 _SHOWN_PROBLEMS = 8
 _SHOWN_CHARS = 48
+_HARMLESS = frozenset(" +-=.,:;()/")
 
 Side = Literal["before", "after"]
 
@@ -162,8 +162,16 @@ def _percent(rate: Estimate) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that neither ends a table cell nor means anything to a browser."""
-    return html.escape(text.replace("\n", "⏎")).replace("|", "&#124;").replace("`", "&#96;")
+    """Text that means nothing to Markdown or a browser and stays on one line."""
+    return "".join(map(_harmless, text))
+
+
+def _harmless(char: str) -> str:
+    if char.isalnum() or char in _HARMLESS:
+        return char
+    if not char.isprintable():
+        return "⏎" if char == "\n" else "�"
+    return f"&#{ord(char)};"
 
 
 def _code(text: str) -> str:

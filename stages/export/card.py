@@ -68,14 +68,15 @@ quantisation of activations adds is not in these figures.
 | mean KL(source, this) | {parity.mean_kl_nats:.3g} nats |
 | largest logit error | {parity.max_abs_logit_error:.3g} |
 
-Each single weight was also held to half a rounding step of its format.
+Each single weight was also held to half a rounding step of its format. Rounding can tip a token
+between two nearly tied experts, so the largest logit error may be far above the usual one.
 
 ## How to serve it
 
 {_SERVE[target].format(quantization=quantization)}
 
-A prompt must begin with `{BOS_TOKEN}`, which the tokenizer does not add by itself; the model ends
-an answer with `{EOS_TOKEN}`.
+A prompt must begin with `{BOS_TOKEN}`, which the tokenizer does not add by itself.
+The model ends an answer with `{EOS_TOKEN}`.
 
 ## Limits
 

@@ -8,6 +8,10 @@ What is compared are weights: activations stay float32 on both sides. A server t
 activations too (FP8 per 1 x 128, W8A8 per token) adds an error of its own, which these figures do
 not contain. The MTP layer takes no part in next-token logits; its weights are proved by 1 alone.
 
+Rounding can tip a token between two nearly tied experts, and its logits then move by far more than
+rounding alone moves them. So agreement and KL, which are means, are held to thresholds; the largest
+logit error is reported without one.
+
 Axes: N rows, S tokens of a row, B rows of a batch, V vocabulary, P positions.
 """
 

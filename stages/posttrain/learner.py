@@ -43,8 +43,9 @@ class GrpoLoss:
             config=self.config,
             num_sequences=int(totals["sequences"]),
         )
-        # A maximum does not add up over ranks.
-        return loss, {name: value for name, value in metrics.items() if name != "ratio_max"}
+        # A maximum does not add up over ranks, and a KL to a stand-in says nothing.
+        hidden = {"ratio_max"} | ({"kl"} if "reference_logprobs" not in batch else set())
+        return loss, {name: value for name, value in metrics.items() if name not in hidden}
 
 
 def minibatches(

@@ -20,7 +20,7 @@ from cluster import checkpoint
 from cluster.generation import GenerationPool, Sampling, open_generation
 from cluster.pool import TrainerPool, TrainerSpec, open_trainers
 from cluster.workers import WorkerDied
-from configs.errors import MachineError
+from configs.errors import DataError, MachineError
 from configs.rl import PosttrainSpec
 from configs.seed import derive
 from model.weights import v3
@@ -41,6 +41,11 @@ def posttrain(
 ) -> Checkpoint:
     """Improve `base` on the corpus's training problems."""
     rl = config.posttrain
+    if not corpus.train_problems:
+        raise DataError(
+            f"{corpus.uri}: train_problems = 0, and reinforcement learning needs problems with "
+            'checkable answers; add a source of type = "arithmetic" to data.sources'
+        )
     run = _Run(config, work, base, Tokenizer.from_file(str(base.path("tokenizer.json"))))
     prompts = encode_prompts(
         read_problems(corpus.path("problems", "train.parquet")),
@@ -97,15 +102,15 @@ def _with_restarts(run: _Run, prompts: Sequence[Prompt]) -> Path:
 def _train(run: _Run, prompts: Sequence[Prompt]) -> Path:
     rl = run.config.posttrain
     saved = checkpoint.latest(run.saves)
-    step = int(str(saved[1]["step"])) if saved else 0
-    if saved and step == rl.steps:
+    done = int(str(saved[1]["step"])) if saved else 0
+    if saved and done == rl.steps:
         return saved[0]
-    log = MetricsFile(run.work.out, resume_step=step)
+    log = MetricsFile(run.work.out, resume_step=done)
     with _pools(run) as (trainers, samplers):
         if saved:
-            trainers.load(saved[0], step=step * rl.minibatches)
-            samplers.update_weights(step, trainers.weights())
-        for step in range(step + 1, rl.steps + 1):
+            trainers.load(saved[0], step=done * rl.minibatches)
+            samplers.update_weights(done, trainers.weights())
+        for step in range(done + 1, rl.steps + 1):
             begin = time.perf_counter()
             rollouts = _sample(run, samplers, prompts, step)
             sampled = time.perf_counter()

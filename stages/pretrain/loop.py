@@ -65,7 +65,6 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus) -> FitJob:
     )
 
 
-
 def learning_rate(train: PretrainConfig, step: int) -> float:
     """The rate at `step`: linear warm-up, constant, cosine decay."""
     factor = warmup_cosine(

@@ -112,7 +112,7 @@ def test_only_the_fields_of_the_sources_own_type_are_offered(recipe: str) -> Non
 
 
 def test_every_fault_is_told_at_once(recipe: str) -> None:
-    said = message(recipe, "pretrain.steps=many", "posttrain.group_size=1", "modle.x=1")
+    said = message(recipe, "pretrain.steps=many", "posttrain.group_size=1", "modell.x=1")
     assert "pretrain.steps = 'many': input should be a valid integer" in said
     assert "posttrain.group_size = 1: input should be greater than or equal to 2" in said
     assert "did you mean 'model'?" in said

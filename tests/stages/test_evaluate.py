@@ -412,12 +412,13 @@ def test_a_corpus_without_held_out_text_is_an_error(lab: Lab) -> None:
 
 
 def test_nothing_a_model_says_breaks_the_table(lab: Lab) -> None:
-    lab.wrong = "|`\n<b>" + "x" * 200
+    lab.wrong = "|`\n\r\u2028<b>" + "x" * 200
     lab.run()
-    lines = (lab.folder / "out" / "report.md").read_text().splitlines()
+    lines = (lab.folder / "out" / "report.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if "xxx" in line]
     assert len(rows) == 6
-    assert all(row.count("|") == 7 and "`" not in row and "<b>" not in row for row in rows)
+    code = "<code>&#124;&#96;⏎��&#60;b&#62;xxx"
+    assert all(row.count("|") == 7 and code in row for row in rows)
     assert all(len(row) < 300 for row in rows)
 
 

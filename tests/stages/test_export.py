@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import weakref
 from pathlib import Path
@@ -141,7 +142,7 @@ def test_a_disk_too_small_is_said_beforehand(
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(bundle.shutil, "disk_usage", lambda path: Usage())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage())
     with pytest.raises(ExportError, match=r"needs up to [\d,]+ bytes, the disk has 1,000 free"):
         _export(parts, "cuda", **LOOSE)
     assert os.listdir(parts[2].out) == ["lease.json"]

@@ -52,9 +52,10 @@ def loaded(root: Path, request: pytest.FixtureRequest) -> Loaded:
     with warnings.catch_warnings():
         # transformers says that the file's own quantisation settings are kept beside this one.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        theirs, info = AutoModelForCausalLM.from_pretrained(
+        both: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, **widened
         )
+    theirs, info = both
     form = next(form for form in formats("cuda", MODEL) if form.variant == request.param)
     names = TensorFolder(root / "checkpoint").names
     return Loaded(theirs.float().eval(), info, parity.reload(TensorFolder(folder), form, names))

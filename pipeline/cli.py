@@ -1,0 +1,140 @@
+"""The command line: reads the arguments, then loads the verb asked for and nothing else."""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from configs.errors import IngotError
+
+_VERBS = {
+    "run": "pipeline.verbs.run",
+    "plan": "pipeline.verbs.run",
+    "status": "pipeline.verbs.inspect",
+    "why": "pipeline.verbs.inspect",
+    "show": "pipeline.verbs.inspect",
+    "ui": "pipeline.verbs.ui",
+    "sample": "pipeline.verbs.sample",
+    "clean": "pipeline.verbs.clean",
+    "doctor": "pipeline.verbs.doctor",
+}
+"""Where each verb's function of the same name stands. Resolved when called: stages load torch and
+ray, which takes seconds, and `--help` must answer at once."""
+
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. A deliberate error is one line on stderr."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    # Set before MLflow is loaded, which reads it then.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    try:
+        verb = getattr(importlib.import_module(_VERBS[args.verb]), args.verb)
+        return int(verb(args))
+    except IngotError as error:
+        _report(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _report("stopped; what is committed stays, and the same command goes on from it")
+        return _INTERRUPTED
+    except Exception as error:
+        # A fault of ours: say so in one line, and how to see more.
+        _report(f"internal error: {type(error).__name__}: {error} (INGOT_DEBUG=1 shows where)")
+        return 1
+
+
+def _report(message: str) -> None:
+    if os.environ.get("INGOT_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"ingot: {message}", file=sys.stderr)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, with `@overlay.toml` wherever it stands collected in `overlays`.
+
+    Not for `sample`, whose prompts may begin with any sign.
+    """
+    if list(argv[:1]) == ["sample"]:
+        args = _parser().parse_args(argv)
+        args.overlays = []
+        return args
+    overlays = [one[1:] for one in argv if one.startswith("@")]
+    args = _parser().parse_args([one for one in argv if not one.startswith("@")])
+    args.overlays = overlays
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ingot",
+        description="A DeepSeek-style mixture-of-experts model, from raw text to a bundle.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    run = _with_recipe(verbs.add_parser("run", help="build what is stale"))
+    run.add_argument("--dry-run", action="store_true", help="the same as `ingot plan`")
+    plan = _with_recipe(verbs.add_parser("plan", help="say what a run would do, and why"))
+    for command in (run, plan):
+        command.add_argument("--json", action="store_true", help="print the plan as JSON")
+        _add_selectors(command)
+
+    _with_latest(verbs.add_parser("status", help="which nodes are fresh, stale or missing"))
+    why = _with_latest(verbs.add_parser("why", help="why a node must be built"))
+    why.add_argument("stage", metavar="STAGE", help="a node or a stage")
+    show = _with_latest(verbs.add_parser("show", help="what an artifact holds; hashes its files"))
+    show.add_argument("artifact", metavar="ARTIFACT", help="a node or an artifact's folder")
+
+    ui = _with_latest(verbs.add_parser("ui", help="browse runs in MLflow on 127.0.0.1"))
+    ui.add_argument("--port", type=int, default=5000, help="default: %(default)s")
+
+    sample = _with_latest(verbs.add_parser("sample", help="let a model answer prompts"))
+    sample.add_argument(
+        "model", metavar="MODEL", help="a node, or a checkpoint's or bundle's folder"
+    )
+    sample.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    sample.add_argument("--max-new-tokens", type=int, default=64, help="default: %(default)s")
+    sample.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest")
+    sample.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+    clean = _with_latest(verbs.add_parser("clean", help="delete artifacts that were superseded"))
+    clean.add_argument("--dry-run", action="store_true", help="only list bytes per artifact")
+    verbs.add_parser("doctor", help="what this machine has and lacks, with the fix for each")
+    return parser
+
+
+def _with_recipe(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.add_argument("recipe", metavar="RECIPE", help="a shipped recipe, as tiny, or a path")
+    return _with_changes(command)
+
+
+def _with_latest(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.add_argument(
+        "--recipe", metavar="RECIPE", help="default: that of the latest run here, or tiny"
+    )
+    return _with_changes(command)
+
+
+def _with_changes(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.epilog = "@overlay.toml, anywhere and repeatedly, merges a file over the recipe."
+    command.add_argument(
+        "--set", dest="sets", action="append", default=[], metavar="A.B=C", help="change one field"
+    )
+    return command
+
+
+def _add_selectors(command: argparse.ArgumentParser) -> None:
+    for flag, name, text in (
+        ("--only", "only", "build it if it is stale, and nothing else"),
+        ("--from", "start", "rebuild it and everything after it"),
+        ("--force", "force", "rebuild it; a plain run then rebuilds what came out different"),
+    ):
+        command.add_argument(
+            flag, dest=name, action="append", default=[], metavar="STAGE", help=text
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""What a command refers to: the recipe, its store, an artifact in it. Loads no stage."""
+
+import argparse
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from configs.errors import PlanError
+from configs.parallel import StoreConfig
+from configs.recipe import Recipe, load_recipe
+from pipeline.graph import Selection
+from pipeline.places import absolute
+from pipeline.records import Invocation, Records
+from pipeline.store import Store
+from stages.artifacts import MANIFEST
+
+DEFAULT_RECIPE = "tiny"
+_LOG_COLUMNS = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The recipe that a command means, with absolute paths, and how the user named it."""
+
+    recipe: Recipe
+    invocation: Invocation
+
+    def store(self, say: Callable[[str], None]) -> Store:
+        """The recipe's store."""
+        return Store(self.recipe.store, say=say)
+
+
+def load_asked(args: argparse.Namespace) -> Asked:
+    """The recipe named on the command line; without one, that of the latest run here, or tiny."""
+    base = Path.cwd()
+    if args.recipe is None:
+        invocation = _latest_invocation(base)
+        if args.overlays or args.sets:
+            invocation = Invocation(
+                invocation.recipe,
+                (*invocation.overlays, *_absolute(args.overlays, base)),
+                (*invocation.sets, *args.sets),
+            )
+    else:
+        (name,) = _absolute([args.recipe], base)
+        invocation = Invocation(name, _absolute(args.overlays, base), tuple(args.sets))
+    recipe = load_recipe(invocation.recipe, invocation.overlays, invocation.sets)
+    return Asked(absolute(recipe, base), invocation)
+
+
+def selection(args: argparse.Namespace) -> Selection:
+    """The selectors on the command line."""
+    return Selection(only=tuple(args.only), start=tuple(args.start), force=tuple(args.force))
+
+
+def command(verb: str, invocation: Invocation) -> str:
+    """The command line that repeats an invocation."""
+    overlays = [f"@{path}" for path in invocation.overlays]
+    sets = [f"--set {one}" for one in invocation.sets]
+    return " ".join(["ingot", verb, invocation.recipe, *overlays, *sets])
+
+
+def make_console() -> Console:
+    """The terminal, or a log of a fixed width."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_LOG_COLUMNS)
+
+
+def locate(store: Store, recipe: str, target: str) -> Path:
+    """The folder of an artifact, named by its node in the recipe's line or by its path.
+
+    PlanError with the nearest spelling if it is neither.
+    """
+    if (Path(target) / MANIFEST).is_file():
+        return Path(target).resolve()
+    artifacts = store.records.latest_artifacts()
+    latest = {node: uri for (name, node), uri in artifacts.items() if name == recipe}
+    if target in latest:
+        return Path(latest[target])
+    near = difflib.get_close_matches(target, latest, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"built: {', '.join(latest) or 'nothing yet'}"
+    raise PlanError(
+        f"{target!r} is neither a finished artifact's folder nor a node of {recipe} that was "
+        f"built in {store.root}; {hint}"
+    )
+
+
+def _latest_invocation(base: Path) -> Invocation:
+    records = Records(base / StoreConfig().url / "runs")
+    latest = next(records.newest_first(), None)
+    return latest.invocation if latest is not None else Invocation(DEFAULT_RECIPE)
+
+
+def _absolute(names: list[str], base: Path) -> tuple[str, ...]:
+    """Paths made absolute, so that a run's record means the same from any folder."""
+    return tuple(str(base / one) if one.endswith(".toml") else one for one in names)

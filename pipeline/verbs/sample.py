@@ -1,0 +1,53 @@
+"""`ingot sample`: let a checkpoint or a bundle answer prompts."""
+
+import argparse
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from configs.errors import ArtifactError
+from configs.seed import derive
+from model import decode
+from model.weights.files import load_pretrained
+from pipeline.verbs.asked import load_asked, locate
+from stages.artifacts import Bundle, Checkpoint, read_manifest
+from stages.shards import BOS_ID, EOS_ID
+
+READABLE_VARIANT = "bf16"
+"""The variant of a bundle that holds plain weights."""
+
+
+def sample(args: argparse.Namespace) -> int:
+    """Print each prompt and its answer."""
+    folder = _model_folder(args)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    prompts = [
+        [BOS_ID, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in args.prompt
+    ]
+    answers = decode.sample(
+        load_pretrained(folder),
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        stop_token=EOS_ID,
+        seeds=[derive(args.seed, "sample", number) for number in range(len(prompts))],
+    )
+    for prompt, answer in zip(args.prompt, answers, strict=True):
+        print(prompt + tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+    return 0
+
+
+def _model_folder(args: argparse.Namespace) -> Path:
+    """The folder with weights that the user means; ArtifactError if it holds no model."""
+    asked = Path(args.model)
+    if (asked / "config.json").is_file():
+        return asked
+    loaded = load_asked(args)
+    folder = locate(loaded.store(print), loaded.recipe.name, args.model)
+    match read_manifest(str(folder)).kind:
+        case Checkpoint.kind:
+            return folder
+        case Bundle.kind:
+            return folder / READABLE_VARIANT
+        case kind:
+            raise ArtifactError(f"{folder} holds a {kind}; sample from a checkpoint or a bundle")

@@ -1,0 +1,105 @@
+"""The Linear seam: three FP8 GEMMs as the paper writes them, and plain ones beside."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from configs.train import Precision
+from model.fp8.format import quantize
+from model.fp8.linear import Linear, together
+from tests.references import fp8_products
+
+SHAPES = [(1, 16, 16), (40, 128, 256), (200, 130, 48), (129, 300, 129)]
+"""(tokens, inputs, outputs); most of them ragged."""
+
+
+def linear(inputs: int, outputs: int, precision: Precision, seed: int = 0) -> Linear:
+    made = Linear(inputs, outputs, precision=precision)
+    torch.nn.init.normal_(made.weight, generator=torch.Generator().manual_seed(seed))
+    return made
+
+
+def random(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp8_contracts_quantised_operands_in_all_three_gemms(shape: tuple[int, int, int]) -> None:
+    tokens, inputs, outputs = shape
+    layer = linear(inputs, outputs, "fp8")
+    x, dy = random(tokens, inputs).requires_grad_(), random(tokens, outputs, seed=2)
+    y = layer(x)
+    y.backward(dy)
+    expected = fp8_products(x.detach(), layer.weight.detach(), dy)
+    for found, reference in zip((y.detach(), x.grad, layer.weight.grad), expected, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-4)
+    # Not the unquantised product: the test above could not fail otherwise.
+    assert float((y.detach() - x.detach() @ layer.weight.detach().T).abs().max()) > 1e-2
+
+
+def test_the_forward_product_sums_scaled_blocks_of_integers() -> None:
+    """C[m, n] = sum over blocks k of s_A[m, k] s_B[n / 128, k] (A8 B8^T over the block alone)."""
+    layer = linear(300, 200, "fp8")
+    x = random(9, 300)
+    a, b = quantize(x, (1, 128)), quantize(layer.weight.detach(), (128, 128))
+    expected = torch.zeros(9, 200, dtype=torch.float64)
+    for k in range(3):
+        inside = slice(k * 128, (k + 1) * 128)
+        product = a.values[:, inside].double() @ b.values[:, inside].double().T
+        scale_N = b.scales[:, k].double().repeat_interleave(128)[:200]
+        expected += product * a.scales[:, k, None].double() * scale_N
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "high"])
+def test_together_is_each_linear_alone(precision: Precision) -> None:
+    layers = [linear(130, outputs, precision, seed=outputs) for outputs in (24, 200)]
+    x = random(2, 70, 130)
+    dy = [random(2, 70, outputs, seed=outputs) for outputs in (24, 200)]
+    shared = x.clone().requires_grad_()
+    outputs = together(shared, *layers)
+    torch.autograd.backward(outputs, dy)
+    grads = [layer.weight.grad for layer in layers]
+    dx = torch.zeros_like(x)
+    for layer, y, one_dy, grad in zip(layers, outputs, dy, grads, strict=True):
+        layer.weight.grad = None
+        alone = x.clone().requires_grad_()
+        expected = layer(alone)
+        expected.backward(one_dy)
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)
+        torch.testing.assert_close(grad, layer.weight.grad, rtol=0, atol=0)
+        assert alone.grad is not None
+        dx += alone.grad
+    torch.testing.assert_close(shared.grad, dx)
+
+
+def test_an_output_that_nobody_uses_costs_its_linear_no_gradient() -> None:
+    used, unused = linear(16, 8, "fp8"), linear(16, 8, "fp8")
+    together(random(3, 16), used, unused)[0].sum().backward()
+    assert unused.weight.grad is not None
+    assert not unused.weight.grad.any()
+    assert used.weight.grad is not None
+    assert used.weight.grad.any()
+
+
+def test_high_precision_is_the_plain_product() -> None:
+    layer = linear(48, 40, "high")
+    x, dy = random(3, 5, 48).requires_grad_(), random(3, 5, 40, seed=2)
+    y = layer(x)
+    y.backward(dy)
+    assert torch.equal(y, F.linear(x, layer.weight))
+    flat_dy, flat_x = dy.double().flatten(0, 1), x.detach().double().flatten(0, 1)
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad.double(), flat_dy.T @ flat_x, rtol=1e-5, atol=1e-5)
+    dx = (dy.double() @ layer.weight.detach().double()).float()
+    torch.testing.assert_close(x.grad, dx, rtol=1e-5, atol=1e-5)
+
+
+def test_no_tokens_make_no_output_and_no_gradient() -> None:
+    layer = linear(16, 8, "fp8")
+    y = layer(torch.zeros(0, 16))
+    y.sum().backward()
+    assert y.shape == (0, 8)
+    assert layer.weight.grad is not None
+    assert not layer.weight.grad.any()

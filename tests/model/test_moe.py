@@ -1,0 +1,129 @@
+"""Routing and experts against a loop over tokens."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from configs.model import ModelConfig
+from model.dispatch import LocalDispatcher
+from model.moe import Gate, MoE
+from tests.references import moe_by_token, route, tiny
+
+CONFIGS = [
+    tiny(),
+    tiny(n_group=1, topk_group=1, num_experts_per_tok=3),
+    tiny(n_group=2, topk_group=1, norm_topk_prob=False, routed_scaling_factor=1.0),
+    tiny(n_shared_experts=2, num_experts_per_tok=4),
+]
+
+
+def moe(config: ModelConfig) -> MoE:
+    made = MoE(config, "high", LocalDispatcher())
+    generator = torch.Generator().manual_seed(0)
+    for tensor in made.state_dict().values():
+        nn.init.normal_(tensor, std=0.3, generator=generator)
+    return made
+
+
+def tokens(count: int) -> Tensor:
+    return torch.randn(count, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_block_and_its_gradients_are_a_sum_over_each_tokens_experts(
+    config: ModelConfig,
+) -> None:
+    block, x_TD = moe(config), tokens(24).requires_grad_()
+    dy = torch.randn(24, 32, generator=torch.Generator().manual_seed(2))
+    found, expected = block(x_TD.view(4, 6, 32)).flatten(0, 1), moe_by_token(block, x_TD)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    leaves = [x_TD, *block.parameters()]
+    grads = [torch.autograd.grad(y, leaves, dy) for y in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_each_token_gets_the_experts_of_the_formula(config: ModelConfig) -> None:
+    gate, x_TD = moe(config).gate, tokens(100)
+    experts_TK, gates_TK, _ = gate(x_TD)
+    for x_D, experts_K, gates_K in zip(x_TD, experts_TK.tolist(), gates_TK, strict=True):
+        expected = route(gate, x_D)
+        assert set(experts_K) == set(expected)
+        for expert, weight in zip(experts_K, gates_K, strict=True):
+            torch.testing.assert_close(weight, expected[expert])
+
+
+def test_no_token_leaves_its_best_groups() -> None:
+    config = tiny(topk_group=1)
+    experts_TK, _, scores_TE = moe(config).gate(tokens(200))
+    group_TK = experts_TK // 2
+    assert bool((group_TK[:, 0] == group_TK[:, 1]).all())
+    free_TK = scores_TE.topk(2, -1).indices
+    assert bool((free_TK.sort(1).values != experts_TK.sort(1).values).any())
+
+
+def test_a_group_is_judged_by_its_two_best_experts() -> None:
+    gate = Gate(tiny(n_routed_experts=8, n_group=2, topk_group=1))
+    nn.init.zeros_(gate.weight)
+    # Group 0 has the best expert, group 1 the better pair.
+    gate.e_score_correction_bias.copy_(torch.tensor([9.0, 0, 0, 0, 5, 5, 0, 0]))
+    experts_TK, _, _ = gate(torch.zeros(1, 32))
+    assert sorted(experts_TK[0].tolist()) == [4, 5]
+
+
+def test_groups_left_out_stay_out_though_every_choice_is_negative() -> None:
+    gate = Gate(tiny(n_group=2, topk_group=1))
+    nn.init.zeros_(gate.weight)
+    gate.e_score_correction_bias.copy_(torch.tensor([-2.0, -3, -4, -5, -6, -7, -8, -9]))
+    experts_TK, _, _ = gate(torch.zeros(1, 32))
+    assert sorted(experts_TK[0].tolist()) == [0, 1]
+
+
+def test_the_bias_changes_the_choice_and_never_the_weights() -> None:
+    gate, x_TD = moe(tiny()).gate, tokens(100)
+    experts_TK, gates_TK, scores_TE = gate(x_TD)
+    chosen_TK = scores_TE.gather(1, experts_TK)
+    expected = chosen_TK / chosen_TK.sum(1, keepdim=True) * gate.config.routed_scaling_factor
+    torch.testing.assert_close(gates_TK, expected)
+    gate.e_score_correction_bias[3] += 100
+    moved_TK, moved_gates_TK, moved_scores_TE = gate(x_TD)
+    assert bool((moved_TK == 3).any(1).all())
+    assert torch.equal(moved_scores_TE, scores_TE)
+    chosen_TK = scores_TE.gather(1, moved_TK)
+    expected = chosen_TK / chosen_TK.sum(1, keepdim=True) * gate.config.routed_scaling_factor
+    torch.testing.assert_close(moved_gates_TK, expected)
+
+
+def test_a_constant_added_to_every_bias_changes_nothing() -> None:
+    gate, x_TD = moe(tiny()).gate, tokens(100)
+    before = gate(x_TD)
+    gate.e_score_correction_bias.add_(0.5)
+    after = gate(x_TD)
+    assert torch.equal(before[0].sort(1).values, after[0].sort(1).values)
+
+
+def test_a_tokens_weights_add_up_to_the_scaling_factor() -> None:
+    _, gates_TK, _ = moe(tiny(routed_scaling_factor=1.7)).gate(tokens(50))
+    torch.testing.assert_close(gates_TK.sum(1), torch.full((50,), 1.7))
+
+
+def test_the_routing_bias_is_state_and_not_a_parameter() -> None:
+    block = moe(tiny())
+    assert "gate.e_score_correction_bias" in block.state_dict()
+    assert "gate.e_score_correction_bias" not in dict(block.named_parameters())
+
+
+def test_training_counts_every_copy_and_evaluation_none() -> None:
+    block = moe(tiny())
+    block.eval()
+    block(tokens(30).view(5, 6, 32))
+    assert not block.load_E.any()
+    assert block.routing is None
+    block.train()
+    for _ in range(2):
+        block(tokens(30).view(5, 6, 32))
+    experts_TK, _, scores_TE = block.gate(tokens(30))
+    assert torch.equal(block.load_E, 2 * torch.bincount(experts_TK.flatten(), minlength=8).float())
+    assert block.routing is not None
+    assert torch.equal(block.routing[0], experts_TK)
+    assert torch.equal(block.routing[1], scores_TE)

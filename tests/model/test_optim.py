@@ -1,0 +1,90 @@
+"""AdamW against its formula, moments through a round trip, the schedule at its corners."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from configs.train import OptimConfig
+from model.optim import adamw, moments, restore_moments, warmup_cosine
+
+CONFIG = OptimConfig(learning_rate=0.1, beta1=0.8, beta2=0.9, epsilon=1e-3, weight_decay=0.5)
+
+
+def toy(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.ModuleDict({"matrix": nn.Linear(3, 4, bias=False), "norm": nn.RMSNorm(3)})
+
+
+def walk(model: nn.Module, optimizer: torch.optim.AdamW, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    model = toy()
+    before = [p.detach().double() for p in model.parameters()]
+    walk(model, adamw(model, CONFIG), range(3))
+    for parameter, start, decay in zip(model.parameters(), before, (0.5, 0.0), strict=True):
+        first, second = torch.zeros_like(start), torch.zeros_like(start)
+        grads = torch.zeros(3, *start.shape, dtype=torch.float64)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for p in model.parameters():
+                g = torch.randn(p.shape, generator=generator)
+                if p is parameter:
+                    grads[step] = g.double()
+        for step in range(3):
+            first = 0.8 * first + 0.2 * grads[step]
+            second = 0.9 * second + 0.1 * grads[step].square()
+            root = (second / (1 - 0.9 ** (step + 1))).sqrt() + 1e-3
+            start = start * (1 - 0.1 * decay) - 0.1 * first / (1 - 0.8 ** (step + 1)) / root
+        torch.testing.assert_close(parameter.detach().double(), start, rtol=1e-5, atol=1e-6)
+
+
+def test_moments_that_are_put_back_continue_the_same_walk() -> None:
+    whole, resumed = toy(), toy()
+    optimizer = adamw(whole, CONFIG)
+    walk(whole, optimizer, range(5))
+    first = adamw(resumed, CONFIG)
+    walk(resumed, first, range(2))
+    kept = moments(first, resumed.named_parameters())
+    assert sorted(kept) == sorted(
+        f"{moment}/{name}"
+        for moment in ("exp_avg", "exp_avg_sq")
+        for name, _ in resumed.named_parameters()
+    )
+    second = adamw(resumed, CONFIG)
+    restore_moments(second, resumed.named_parameters(), kept, 2)
+    walk(resumed, second, range(2, 5))
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"),
+    [
+        (1, 0.25),
+        (4, 1.0),
+        (5, 1.0),
+        (60, 1.0),
+        (80, 0.1 + 0.9 * 0.5),
+        (70, 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))),
+        (100, 0.1),
+    ],
+)
+def test_the_rate_climbs_stays_and_falls(step: int, factor: float) -> None:
+    found = warmup_cosine(step, steps=100, warmup_steps=4, decay_share=0.4, final_share=0.1)
+    assert found == pytest.approx(factor)
+
+
+def test_a_schedule_without_warm_up_or_decay_is_flat() -> None:
+    flat = [
+        warmup_cosine(s, steps=9, warmup_steps=0, decay_share=0.0, final_share=0.1)
+        for s in range(1, 10)
+    ]
+    assert flat == [1.0] * 9

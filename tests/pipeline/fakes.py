@@ -1,0 +1,174 @@
+"""A line of small stages that need neither torch nor ray, for tests of the pipeline floor.
+
+Each writes real files and returns a real artifact, equal for equal configs. Beyond that they do
+what their config asks: append a line to `diary` for every build, sleep, fail, or come out
+different each time. `diary` and `seconds` are provenance, as a path or a machine would be.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from configs.base import Frozen
+from configs.errors import TrainingError
+from configs.model import ModelConfig
+from configs.parallel import ClusterConfig, StoreConfig
+from pipeline.decide import Examiner
+from pipeline.graph import Graph, Selection, make_graph
+from pipeline.records import Invocation, Run, new_run_id
+from pipeline.runner import Listener, Setting, realise
+from pipeline.store import Store
+from stages.artifacts import Bundle, Checkpoint, Corpus, Parity, Report
+from stages.contract import Planned, Workspace, stage
+from stages.telemetry import MetricsFile, following
+
+RECIPE = "fake"
+
+
+class OptimFake(Frozen):
+    """A nested section with defaults of its own."""
+
+    rate: float = 0.1
+    momentum: float = 0.9
+
+
+class FakeConfig(Frozen):
+    """What the fakes understand."""
+
+    provenance_fields: ClassVar[frozenset[str]] = frozenset({"diary", "seconds"})
+    steps: int = 3
+    optim: OptimFake = OptimFake(rate=0.5)
+    fails: bool = False
+    differs: bool = False
+    """Come out different in every build."""
+    target: str = "cuda"
+    diary: str = ""
+    seconds: float = 0.0
+
+
+def _begin(config: FakeConfig, work: Workspace, name: str) -> None:
+    if config.diary:
+        with Path(config.diary).open("a") as file:
+            file.write(f"{name}\n")
+    time.sleep(config.seconds)
+    if config.fails:
+        raise TrainingError(f"{name} was told to fail")
+    text = f"{name} {config.steps} {time.time_ns() if config.differs else 0}"
+    Path(work.out, "weights.bin").write_text(text)
+
+
+def _reads(config: FakeConfig) -> Mapping[str, Any]:
+    return {"python": "3.11.0"}
+
+
+@stage(revision=1, reads=_reads)
+def gather(config: FakeConfig, work: Workspace) -> Corpus:
+    """A corpus of one file."""
+    _begin(config, work, "gather")
+    return Corpus(
+        uri=work.out,
+        train_rows=10,
+        held_out_rows={"text": 2},
+        sequence_tokens=8,
+        vocab_size=300,
+        train_problems=4,
+        held_out_problems=2,
+    )
+
+
+@stage(revision=1)
+def train(config: FakeConfig, work: Workspace, *, corpus: Corpus) -> Checkpoint:
+    """A checkpoint with a step log; the loss of step k is 1 / k."""
+    with following(work.out, work.tracker):
+        work.tracker.start(steps=config.steps, unit="step")
+        metrics = MetricsFile(work.out)
+        for step in range(1, config.steps + 1):
+            load = [[0.25] * 4, [0.1, 0.2, 0.3, 0.4]]
+            metrics.append({"loss": 1 / step, "pass@1": 0.5, "expert_load": load}, step=step)
+        resume = Path(work.out, "resume")
+        resume.mkdir(exist_ok=True)
+        (resume / "step.json").write_text(json.dumps(config.steps))
+        _begin(config, work, "train")
+    model = ModelConfig(num_hidden_layers=3)
+    return Checkpoint(
+        uri=work.out, step=config.steps, sequences_seen=8, model=model, final_loss=1 / config.steps
+    )
+
+
+@stage(revision=1)
+def judge(config: FakeConfig, work: Workspace, *, corpus: Corpus, checkpoint: Checkpoint) -> Report:
+    """A report of two figures."""
+    _begin(config, work, "judge")
+    headline = {"before_pass_at_1": 0.25, "after_pass_at_1": 0.75, "before_pass_at_1_low": 0.2}
+    Path(work.out, "report.json").write_text(json.dumps({"headline": headline}))
+    return Report(uri=work.out, headline=headline)
+
+
+@stage(revision=1)
+def pack(config: FakeConfig, work: Workspace, *, checkpoint: Checkpoint) -> Bundle:
+    """A bundle for one target."""
+    _begin(config, work, f"pack.{config.target}")
+    parity = Parity(positions=10, max_abs_logit_error=0.0, top1_agreement=1.0, mean_kl_nats=0.0)
+    target = "cuda" if config.target == "cuda" else "ascend"
+    return Bundle(uri=work.out, target=target, parity={"bf16": parity})
+
+
+def make_line(**changes: Any) -> dict[str, Planned[Any]]:
+    """data -> train -> judge, pack.cuda, pack.ascend; `node={...}` or `node__field` of a config.
+
+    `make_line(train={"steps": 5}, every={"diary": path})`.
+    """
+    every = changes.pop("every", {})
+
+    def config(node: str, **extra: Any) -> FakeConfig:
+        return FakeConfig(**{**every, **extra, **changes.get(node, {})})
+
+    corpus = gather(config("data"))
+    checkpoint = train(config("train"), corpus=corpus)
+    return {
+        "data": corpus,
+        "train": checkpoint,
+        "judge": judge(config("judge"), corpus=corpus, checkpoint=checkpoint),
+        "pack.cuda": pack(config("pack", target="cuda"), checkpoint=checkpoint),
+        "pack.ascend": pack(config("pack", target="ascend"), checkpoint=checkpoint),
+    }
+
+
+class World:
+    """A store, and runs of the fake line in it."""
+
+    def __init__(self, store: StoreConfig) -> None:
+        """Runs in the store of this config; what it says is kept in `said`."""
+        self.said: list[str] = []
+        self.store = Store(store, say=self.said.append)
+
+    def graph(self, **changes: Any) -> Graph:
+        """The line under these changes."""
+        return make_graph(make_line(**changes))
+
+    def run(
+        self,
+        *,
+        selection: Selection | None = None,
+        listeners: tuple[Listener, ...] = (),
+        graph: Graph | None = None,
+        **changes: Any,
+    ) -> Run:
+        """Realise the line under these changes."""
+        run = Run(
+            id=new_run_id(),
+            recipe=RECIPE,
+            invocation=Invocation(RECIPE),
+            provenance={},
+            started=time.time(),
+        )
+        setting = Setting(self.store, Examiner(self.store, RECIPE), ClusterConfig(), listeners)
+        chosen = graph or self.graph(**changes)
+        return realise(chosen, selection or Selection(), setting, run)
+
+
+def outcomes(run: Run) -> dict[str, str]:
+    """`built`, `reused`, `failed` or `blocked` by node."""
+    return {name: one.outcome for name, one in run.outcomes.items()}

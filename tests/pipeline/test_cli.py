@@ -1,0 +1,260 @@
+"""The command line: quick help, one clear line for each mistake, and what each verb prints."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.recipe import Recipe, load_recipe
+from pipeline import cli
+from pipeline.graph import Selection
+from pipeline.records import Invocation
+from pipeline.verbs import asked, clean, inspect, run
+from stages.contract import Planned
+from tests.pipeline.fakes import make_line
+
+ROOT = Path(__file__).parents[2]
+
+# MLflow's own use of SQLAlchemy is behind its deprecations.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder, and the fake line in place of the real one.
+
+    `pretrain.steps` of the recipe is the steps of the fake `train`; 13 of them fail.
+    """
+
+    def fake(recipe: Recipe) -> dict[str, Planned[object]]:
+        steps = recipe.pretrain.steps
+        return make_line(train={"steps": steps, "fails": steps == 13})
+
+    for module in (run, inspect):
+        monkeypatch.setattr(module, "production", fake)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    # Tracking has its own tests; here nothing listens, which a run must survive.
+    (tmp_path / "over.toml").write_text('[tracking]\nuri = "http://127.0.0.1:9"\n')
+    return tmp_path
+
+
+def ingot(*words: str) -> int:
+    return cli.main(words)
+
+
+def test_help_answers_at_once_and_loads_neither_torch_nor_ray_nor_mlflow() -> None:
+    code = (
+        "import sys\n"
+        "from pipeline.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'ray', 'mlflow', 'pydantic'} & sys.modules.keys(), file=sys.stderr)"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        told = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True, text=True
+        )
+        seconds.append(time.monotonic() - started)
+        assert told.stderr == "set()\n"
+        assert all(verb in told.stdout for verb in cli._VERBS)
+    assert min(seconds) <= 0.5
+
+
+def test_every_verb_has_a_module_with_its_function() -> None:
+    for verb, module in cli._VERBS.items():
+        path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+        assert f"\ndef {verb}(args: argparse.Namespace) -> int:" in path.read_text()
+
+
+def test_overlays_may_stand_anywhere_but_in_a_prompt() -> None:
+    args = cli.parse(["run", "@a.toml", "tiny", "--set", "x=1", "@b.toml", "--only", "data"])
+    assert (args.recipe, args.overlays, args.sets, args.only) == (
+        "tiny",
+        ["a.toml", "b.toml"],
+        ["x=1"],
+        ["data"],
+    )
+    assert cli.parse(["sample", "posttrain", "--prompt", "@home"]).prompt == ["@home"]
+
+
+def test_plan_then_run_then_plan_again(line: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ingot("plan", "smoke", "@over.toml") == 0
+    told = capsys.readouterr().out
+    assert re.search(r"train +build +never built", told)
+    assert not (line / ".ingot").exists()
+
+    assert ingot("run", "smoke", "@over.toml") == 0
+    told = capsys.readouterr().out
+    assert told.count("warning: tracking.uri = http://127.0.0.1:9") == 1
+    for node in ("data", "train", "judge", "pack.cuda", "pack.ascend"):
+        assert re.search(rf"│ {re.escape(node)} +│ built ", told)
+
+    assert ingot("plan", "smoke", "@over.toml", "--set", "pretrain.steps=25", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    decisions = {node["node"]: (node["decision"], node["reasons"]) for node in plan["nodes"]}
+    assert decisions["data"] == ("reuse", [])
+    assert decisions["train"] == ("build", ["steps: 24 -> 25"])
+    assert decisions["judge"] == ("build", ["input checkpoint changed"])
+
+    assert ingot("run", "smoke", "--dry-run", "--from", "judge") == 0
+    assert re.search(r"judge +build +asked for by --from", capsys.readouterr().out)
+    assert ingot("run", "smoke", "@over.toml") == 0
+    assert "│ train       │ reused" in capsys.readouterr().out
+
+
+def test_a_failed_node_is_one_line_on_stderr_and_exit_1(
+    line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ingot("run", "smoke", "@over.toml", "--set", "pretrain.steps=13") == 1
+    captured = capsys.readouterr()
+    assert captured.err == "ingot: error: train: train was told to fail\n"
+    assert re.search(r"judge +│ blocked", captured.out)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["run", "tny"], 2, "did you mean 'tiny'"),
+        (["run", "smoke", "--set", "pretrain.stps=3"], 2, "did you mean 'steps'"),
+        (["plan", "smoke", "--only", "jugde"], 2, "did you mean 'judge'"),
+        (["run", "smoke", "--only", "judge"], 2, "train, which is missing"),
+        (["run", "smoke", "--set", "store.url=over.toml/x"], 1, "over.toml is a file"),
+        (["why", "nothing"], 2, "neither a node nor a stage"),
+        (["show", "data"], 2, "nothing yet"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(
+    line: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str
+) -> None:
+    assert ingot(*words) == code
+    error = capsys.readouterr().err
+    assert error.startswith("ingot: error: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_fault_of_ours_is_one_line_too(
+    line: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "load_asked", lambda args: 1 / 0)
+    assert ingot("plan", "smoke") == 1
+    assert "internal error: ZeroDivisionError" in capsys.readouterr().err
+    monkeypatch.setenv("INGOT_DEBUG", "1")
+    assert ingot("plan", "smoke") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_exit_130(line: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "load_asked", stop)
+    assert ingot("run", "smoke") == 130
+
+
+def test_status_why_and_show_speak_of_the_latest_run(
+    line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ingot("run", "smoke", "@over.toml", "--set", "pretrain.steps=25") == 0
+    capsys.readouterr()
+    assert ingot("status") == 0
+    assert re.findall(r"^\S+ +(\S+)", capsys.readouterr().out, re.M) == ["fresh"] * 5
+    assert ingot("status", "--recipe", "smoke") == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^train +stale +steps: 25 -> 24$", told, re.M)
+    assert ingot("why", "judge", "--recipe", "smoke") == 0
+    assert "  train is stale\n    steps: 25 -> 24\n" in capsys.readouterr().out
+    assert ingot("show", "train") == 0
+    told = capsys.readouterr().out
+    assert "step = 25" in told
+    assert "verified: 1 files" in told
+
+
+def test_status_warns_of_code_that_changed_since(
+    line: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ingot("run", "smoke", "@over.toml") == 0
+    monkeypatch.setattr(inspect, "source_digest", lambda stage: "another")
+    capsys.readouterr()
+    assert ingot("status") == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^train +fresh +code changed since; --force train rebuilds it$", told, re.M)
+
+
+def test_show_names_a_damaged_file(line: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ingot("run", "smoke", "@over.toml", "--only", "data") == 0
+    (file,) = (line / ".ingot").rglob("weights.bin")
+    file.write_text("x")
+    capsys.readouterr()
+    assert ingot("show", str(file.parent)) == 1
+    assert "weights.bin has 1 bytes" in capsys.readouterr().err
+
+
+def test_clean_offers_what_was_superseded_and_never_the_latest_of_a_node(
+    line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for steps in (5, 6):
+        assert ingot("run", "smoke", "@over.toml", "--set", f"pretrain.steps={steps}") == 0
+    failed = ("run", "smoke", "@over.toml", "--set", "pretrain.steps=13", "--only", "train")
+    assert ingot(*failed) == 1
+    capsys.readouterr()
+    assert ingot("clean", "--dry-run") == 0
+    told = capsys.readouterr().out
+    offered = re.findall(r"remove +(\w+)/\w+/g1 +(.*)$", told, re.M)
+    assert sorted(offered) == [
+        ("judge", "superseded"),
+        ("pack", "superseded"),
+        ("pack", "superseded"),
+        ("train", "superseded"),
+        ("train", "unfinished; a run would continue it"),
+    ]
+    assert ingot("clean") == 0
+    capsys.readouterr()
+    assert ingot("plan", "smoke", "--set", "pretrain.steps=6") == 0
+    assert capsys.readouterr().out.count("reuse") == 5
+
+
+def test_clean_keeps_the_latest_even_when_the_records_are_gone(line: Path) -> None:
+    assert ingot("run", "smoke", "@over.toml") == 0
+    for record in (line / ".ingot" / "runs").iterdir():
+        record.unlink()
+    args = cli.parse(["clean", "--recipe", "smoke"])
+    entries = list(clean.inventory(asked.load_asked(args).store(print)))
+    assert {entry.verdict for entry in entries} == {"keep"}
+
+
+def test_a_port_that_is_taken_is_named_with_the_remedy(
+    line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        assert ingot("ui", "--recipe", "smoke", "--port", str(port)) == 1
+    error = capsys.readouterr().err
+    assert f"127.0.0.1:{port} is taken" in error
+    assert f"--port {port + 1}" in error
+
+
+def test_a_run_is_repeated_by_the_command_it_prints() -> None:
+    invocation = Invocation("tiny", ("/a/b.toml",), ("pretrain.steps=5",))
+    words = asked.command("run", invocation).split()[1:]
+    args = cli.parse(words)
+    assert Invocation(args.recipe, tuple(args.overlays), tuple(args.sets)) == invocation
+
+
+def test_selectors_may_be_given_several_times() -> None:
+    args = cli.parse(["run", "tiny", "--only", "a", "--only", "b", "--force", "a", "--from", "b"])
+    assert asked.selection(args) == Selection(only=("a", "b"), force=("a",), start=("b",))
+
+
+def test_the_shipped_recipes_name_themselves() -> None:
+    assert load_recipe("tiny").name == "tiny"

@@ -1,0 +1,35 @@
+"""A recipe's relative paths mean the user's folder, wherever the process goes."""
+
+from pathlib import Path
+
+from configs.data import FilesSource
+from configs.parallel import TrackingConfig
+from configs.recipe import load_recipe
+from pipeline.places import absolute, tracking_uri
+
+BASE = Path("/home/user")
+
+
+def test_every_path_of_the_users_becomes_absolute() -> None:
+    recipe = load_recipe("smoke", sets=["tracking.uri='sqlite:///runs.db'"])
+    mine = {"mine": FilesSource(share=0.5, glob="books/*.txt"), **recipe.data.sources}
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": mine})})
+    settled = absolute(recipe, BASE)
+    assert settled.store.url == "/home/user/.ingot"
+    assert settled.tracking.uri == "sqlite:////home/user/runs.db"
+    source = settled.data.sources["mine"]
+    assert isinstance(source, FilesSource)
+    assert source.glob == "/home/user/books/*.txt"
+    assert absolute(settled, Path("/elsewhere")) == settled
+
+
+def test_addresses_and_absolute_paths_stay() -> None:
+    recipe = load_recipe("smoke", sets=["tracking.uri='http://host:1'", "store.url='/data/store'"])
+    settled = absolute(recipe, BASE)
+    assert settled.tracking.uri == "http://host:1"
+    assert settled.store.url == "/data/store"
+
+
+def test_without_an_address_tracking_lies_in_the_store() -> None:
+    assert tracking_uri(TrackingConfig(), Path("/s")) == "sqlite:////s/mlflow.db"
+    assert tracking_uri(TrackingConfig(uri="http://h"), Path("/s")) == "http://h"

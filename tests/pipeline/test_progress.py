@@ -1,0 +1,71 @@
+"""The line that a user watches, and the table at the end."""
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from configs.parallel import StoreConfig
+from pipeline import progress
+from pipeline.progress import Display, Line
+from pipeline.records import Blocked, Built, Failed, Invocation, Run
+from tests.pipeline.fakes import World
+
+
+def test_a_line_shows_steps_rate_time_left_and_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    line = Line("pretrain")
+    line.start(steps=400, unit="step")
+    line.log({"loss": 5.0}, step=1)
+    clock[0] += 10
+    line.log({"loss": 2.31, "tokens_per_second": 3900, "grad_norm": 1.0}, step=41)
+    told = line.text()
+    assert told == ("pretrain 41/400 steps, 4/s, 01:29 left, tokens per second 3,900, loss 2.31")
+
+
+def test_a_resumed_line_does_not_count_its_past_as_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    line = Line("pretrain")
+    line.start(steps=300, unit="step")
+    line.log({}, step=200)
+    clock[0] += 5
+    line.log({}, step=210)
+    assert "2/s, 00:45 left" in line.text()
+
+
+def test_a_log_gets_one_line_per_interval(
+    monkeypatch: pytest.MonkeyPatch, store_config: StoreConfig
+) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.2)
+    out = io.StringIO()
+    display = Display(Console(file=out, width=120))
+    World(store_config).run(listeners=(display,), train={"seconds": 0.7})
+    lines = out.getvalue().splitlines()
+    assert 2 <= sum(line.startswith("train 3/3 steps") for line in lines) <= 4
+    assert any(line.startswith("train built in") for line in lines)
+
+
+def test_a_terminal_gets_a_live_line(store_config: StoreConfig) -> None:
+    out = io.StringIO()
+    display = Display(Console(file=out, width=120, force_terminal=True))
+    World(store_config).run(listeners=(display,), train={"seconds": 0.7})
+    assert "train 3/3 steps" in out.getvalue()
+
+
+def test_the_table_has_a_row_for_every_outcome() -> None:
+    out = io.StringIO()
+    outcomes = {
+        "data": Built("/u", "f", "c", 2.5, {"train_tokens": 12000.0}, "a" * 32),
+        "train": Failed("it broke", 1.0),
+        "judge": Blocked("train"),
+    }
+    run = Run("id", "tiny", Invocation("tiny"), {}, 0.0, outcomes=outcomes)
+    links = {"data": f"http://host/#/experiments/1/runs/{'a' * 32}"}
+    Display(Console(file=out, width=120)).table(run, links)
+    rows = [[cell.strip() for cell in line.split("│")] for line in out.getvalue().splitlines()]
+    assert ["", "data", "built", "2.5", "train tokens 12,000", "aaaaaaaa", ""] in rows
+    assert ["", "train", "failed", "1.0", "it broke", "", ""] in rows
+    assert ["", "judge", "blocked", "", "needs train", "", ""] in rows

@@ -1,0 +1,149 @@
+"""What a run does when nodes fail, and what it records."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.parallel import ClusterConfig, StoreConfig
+from pipeline.graph import make_graph
+from pipeline.records import Built, Failed
+from pipeline.runner import Chorus
+from stages.artifacts import Checkpoint, Corpus, read_manifest
+from stages.contract import Workspace, stage
+from tests.conftest import Recorder
+from tests.pipeline.fakes import FakeConfig, World, gather, outcomes
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def world(store_config: StoreConfig) -> World:
+    return World(store_config)
+
+
+def test_a_failure_blocks_what_follows_and_nothing_else(world: World) -> None:
+    run = world.run(judge={"fails": True})
+    assert outcomes(run) == {
+        "data": "built",
+        "train": "built",
+        "judge": "failed",
+        "pack.cuda": "built",
+        "pack.ascend": "built",
+    }
+    assert run.outcomes["judge"] == Failed("judge was told to fail", pytest.approx(0, abs=5))
+    assert not run.succeeded
+    blocked = world.run(train={"fails": True})
+    assert outcomes(blocked)["judge"] == "blocked"
+
+
+def test_an_error_nobody_raised_on_purpose_leaves_its_traceback(world: World) -> None:
+    @stage(revision=1)
+    def broken(config: FakeConfig, work: Workspace) -> Corpus:
+        raise ZeroDivisionError("by zero")
+
+    run = world.run(graph=make_graph({"broken": broken(FakeConfig())}))
+    outcome = run.outcomes["broken"]
+    assert isinstance(outcome, Failed)
+    assert outcome.error.startswith("ZeroDivisionError: by zero")
+    trace = world.store.records.folder / f"{run.id}.broken.txt"
+    assert "raise ZeroDivisionError" in trace.read_text()
+
+
+def test_an_artifact_elsewhere_than_in_the_slot_is_refused(world: World) -> None:
+    @stage(revision=1)
+    def astray(config: FakeConfig, work: Workspace) -> Corpus:
+        made = gather.run(config, work)
+        assert isinstance(made, Corpus)
+        return made.model_copy(update={"uri": "/elsewhere"})
+
+    run = world.run(graph=make_graph({"astray": astray(FakeConfig())}))
+    assert outcomes(run) == {"astray": "failed"}
+
+
+def test_a_manifest_records_inputs_by_content_and_where_it_was_made(world: World) -> None:
+    run = world.run()
+    data, train = run.outcomes["data"], run.outcomes["train"]
+    assert isinstance(data, Built)
+    assert isinstance(train, Built)
+    manifest = read_manifest(train.uri)
+    assert manifest.inputs["corpus"].content == data.content
+    assert manifest.provenance["run"] == run.id
+    assert manifest.provenance["cluster"] == ClusterConfig().model_dump()
+    assert {"ingot", "python", "source", "seconds"} <= manifest.provenance.keys()
+    assert isinstance(Checkpoint.load(train.uri), Checkpoint)
+    assert train.figures == {"loss": pytest.approx(1 / 3)}
+
+
+def test_the_record_on_disk_is_the_run(world: World) -> None:
+    run = world.run(judge={"fails": True})
+    assert world.store.records.load(run.id) == run
+    latest = world.store.records.latest_artifacts()
+    assert ("fake", "judge") not in latest
+    assert latest["fake", "train"] == run.outcomes["train"].uri  # type: ignore[union-attr]
+
+
+def test_a_chorus_passes_everything_on() -> None:
+    members = [Recorder(), Recorder()]
+    chorus = Chorus(members)
+    chorus.start(steps=2, unit="step")
+    chorus.log({"loss": 1.0}, step=1)
+    chorus.note("hello")
+    for one in members:
+        assert (one.started, one.logged, one.notes) == (
+            [(2, "step")],
+            [(1, {"loss": 1.0})],
+            ["hello"],
+        )
+
+
+RUN = """
+import sys
+from configs.parallel import StoreConfig
+from tests.pipeline.fakes import World, outcomes
+world = World(StoreConfig(url=sys.argv[1], min_free_bytes=0))
+print("started", flush=True)
+run = world.run(train={"seconds": 30})
+print(run.interrupted, outcomes(run), flush=True)
+"""
+
+
+def test_ctrl_c_stops_the_run_keeps_what_is_committed_and_the_next_goes_on(
+    world: World, tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(world.store.root)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        folder = world.store.folder(world.graph()["train"])
+        deadline = time.monotonic() + 30
+        while not (folder / "g1" / "resume" / "step.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=30)[0]
+    assert "True {'data': 'built', 'train': 'failed'}" in told
+    (record,) = world.store.records.newest_first()
+    assert record.interrupted
+    assert not (folder / "g1" / "lease.json").exists()
+    after = world.run()
+    assert after.outcomes["train"].outcome == "built"
+    assert after.outcomes["data"].outcome == "reused"
+    assert not (folder / "g2").exists()
+
+
+def test_planning_and_running_load_neither_torch_nor_ray_nor_mlflow() -> None:
+    code = (
+        "import sys; import pipeline.runner, pipeline.graph, pipeline.decide, pipeline.records;"
+        "print(sorted({'torch', 'ray', 'mlflow'} & sys.modules.keys()))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True, text=True
+    )
+    assert told.stdout == "[]\n"

@@ -1,0 +1,282 @@
+"""What a slot, a lease and a commit promise."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ArtifactError, LeaseLost, StoreError
+from configs.parallel import StoreConfig
+from pipeline import lease as lease_module
+from pipeline import store as store_module
+from pipeline.graph import Node
+from pipeline.lease import LEASE, is_held, read_lease, write_lease
+from pipeline.store import Committed, Slot, Store, remove
+from stages.artifacts import MANIFEST, Corpus, verify
+from tests.pipeline.fakes import World
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def world(store_config: StoreConfig) -> World:
+    return World(store_config)
+
+
+@pytest.fixture
+def node(world: World) -> Node:
+    return world.graph()["data"]
+
+
+def corpus(slot: Slot) -> Corpus:
+    (slot.path / "text.txt").write_text("text")
+    return Corpus(
+        uri=str(slot.path),
+        train_rows=1,
+        held_out_rows={},
+        sequence_tokens=8,
+        vocab_size=300,
+        train_problems=0,
+        held_out_problems=0,
+    )
+
+
+@contextmanager
+def opened(world: World, node: Node, replacing: int = 0) -> Iterator[Slot]:
+    with world.store.slot(node, replacing=replacing) as slot:
+        assert isinstance(slot, Slot)
+        yield slot
+
+
+def build(world: World, node: Node, replacing: int = 0) -> Committed:
+    with opened(world, node, replacing) as slot:
+        return world.store.commit(slot, node, corpus(slot), {}, {})
+
+
+def test_a_committed_artifact_is_found_again_with_its_facts(world: World, node: Node) -> None:
+    made = build(world, node)
+    assert world.store.find(node) == made
+    assert made.manifest.files.keys() == {"text.txt"}
+    assert not (Path(made.artifact.uri) / LEASE).exists()
+
+
+def test_an_unfinished_artifact_is_not_an_artifact(world: World, node: Node) -> None:
+    with pytest.raises(RuntimeError), opened(world, node) as slot:
+        corpus(slot)
+        raise RuntimeError
+    assert world.store.find(node) is None
+    with pytest.raises(ArtifactError, match=r"no manifest\.json"):
+        Corpus.load(str(slot.path))
+
+
+def test_an_interrupted_slot_is_continued_with_its_resume_state_alone(
+    world: World, node: Node
+) -> None:
+    with opened(world, node) as slot:
+        (slot.path / "resume").mkdir()
+        (slot.path / "resume" / "step").write_text("7")
+        (slot.path / "metrics.jsonl").write_text("{}\n")
+        (slot.path / "half.bin").write_text("half")
+    with opened(world, node) as again:
+        assert again.path == slot.path
+        assert again.resumes
+        left = {path.name for path in again.path.iterdir()}
+        assert left == {"resume", "metrics.jsonl", LEASE}
+        made = world.store.commit(again, node, corpus(again), {}, {})
+    assert made.manifest.files.keys() == {"text.txt"}
+    assert not (again.path / "resume").exists()
+
+
+def test_a_rebuild_keeps_the_committed_one_until_it_commits(world: World, node: Node) -> None:
+    first = build(world, node)
+    with opened(world, node, replacing=1) as slot:
+        assert slot.path != Path(first.artifact.uri)
+        assert world.store.find(node) == first
+        verify(first.artifact.uri)
+        second = world.store.commit(slot, node, corpus(slot), {}, {})
+    assert world.store.find(node) == second
+    assert second.generation == 2
+    verify(first.artifact.uri)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.write_text("Text"), "text.txt has sha256"),
+        (lambda file: file.write_text("longer"), "text.txt has 6 bytes"),
+        (lambda file: file.unlink(), "text.txt is missing"),
+    ],
+)
+def test_a_damaged_file_is_named(
+    world: World, node: Node, damage: Callable[[Path], object], message: str
+) -> None:
+    made = build(world, node)
+    damage(made.artifact.path("text.txt"))
+    with pytest.raises(ArtifactError, match=message):
+        made.check(hashes=True)
+
+
+def test_a_live_lease_is_waited_for_and_its_artifact_taken(world: World, node: Node) -> None:
+    entered, finish = threading.Event(), threading.Event()
+
+    def builder() -> None:
+        with opened(world, node) as slot:
+            entered.set()
+            finish.wait(10)
+            world.store.commit(slot, node, corpus(slot), {}, {})
+
+    thread = threading.Thread(target=builder)
+    thread.start()
+    assert entered.wait(10)
+    threading.Timer(0.6, finish.set).start()
+    with world.store.slot(node) as found:
+        assert isinstance(found, Committed)
+    thread.join()
+    assert len(world.said) == 1
+    assert f"waiting for process {os.getpid()}" in world.said[0]
+
+
+HOLD = """
+import sys, time
+from configs.parallel import StoreConfig
+from tests.pipeline.fakes import World
+world = World(StoreConfig(url=sys.argv[1], min_free_bytes=0))
+with world.store.slot(world.graph()["data"]) as slot:
+    (slot.path / "resume").mkdir()
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_lease_of_a_killed_process_is_taken_over_at_once(world: World, node: Node) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(world.store.root)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        # Not waited for: a killed child that nobody reaped is dead all the same.
+        holder.kill()
+        deadline = time.monotonic() + 5
+        with opened(world, node) as slot:
+            assert time.monotonic() < deadline
+            assert slot.resumes
+
+
+def test_a_heartbeat_that_stands_still_is_a_dead_holder(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "DEAD_SECONDS", 0.5)
+    with opened(world, node) as slot:
+        pass
+    foreign = {"owner": "x", "pid": 1, "host": "elsewhere", "started": 0, "heartbeat": time.time()}
+    (slot.path / LEASE).write_text(json.dumps(foreign))
+    started = time.monotonic()
+    with opened(world, node):
+        assert time.monotonic() - started > 0.5
+
+
+def test_a_heartbeat_that_moves_is_a_living_holder(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "DEAD_SECONDS", 0.5)
+    monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.1)
+    watch = lease_module.Watch()
+    with opened(world, node) as slot:
+        # As a waiter on another machine sees it: it cannot look at the process.
+        for _ in range(12):
+            holder = {**read_lease(slot.path), "host": "elsewhere"}
+            assert not watch.is_dead(holder)
+            time.sleep(0.1)
+
+
+def test_a_lost_lease_stops_the_commit_and_writes_nothing(world: World, node: Node) -> None:
+    with opened(world, node) as slot:
+        artifact = corpus(slot)
+        write_lease(slot.path, "another")
+        with pytest.raises(LeaseLost, match="held by another"):
+            world.store.commit(slot, node, artifact, {}, {})
+        assert not (slot.path / MANIFEST).exists()
+    assert read_lease(slot.path)["owner"] == "another"
+
+
+def test_a_lease_lost_while_files_are_hashed_stops_the_commit(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(world, node) as slot:
+
+        def steal(folder: Path, name: str) -> str:
+            write_lease(slot.path, "another")
+            return "0" * 64
+
+        monkeypatch.setattr(store_module, "_hash_durably", steal)
+        with pytest.raises(LeaseLost):
+            world.store.commit(slot, node, corpus(slot), {}, {})
+    assert world.store.find(node) is None
+
+
+BUILD = """
+import sys
+from configs.parallel import StoreConfig
+from tests.pipeline.fakes import World, outcomes
+world = World(StoreConfig(url=sys.argv[1], min_free_bytes=0))
+run = world.run(every={"diary": sys.argv[2], "seconds": 0.3})
+print(outcomes(run))
+"""
+
+
+def test_two_processes_build_each_node_once(tmp_path: Path) -> None:
+    store, diary = tmp_path / "store", tmp_path / "diary"
+    command = [sys.executable, "-c", BUILD, str(store), str(diary)]
+    pair = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    told = [one.communicate(timeout=60)[0] for one in pair]
+    assert [one.returncode for one in pair] == [0, 0]
+    assert sorted(diary.read_text().split()) == [
+        "gather",
+        "judge",
+        "pack.ascend",
+        "pack.cuda",
+        "train",
+    ]
+    assert "failed" not in "".join(told)
+
+
+def test_a_store_below_a_file_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    store = Store(StoreConfig(url=str(file / "store"), min_free_bytes=0), say=print)
+    with pytest.raises(StoreError, match=rf"{file} is a file"):
+        store.prepare()
+
+
+def test_a_disk_with_too_little_space_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    store = Store(StoreConfig(url=str(tmp_path / "s"), min_free_bytes=1 << 62), say=print)
+    with pytest.raises(StoreError, match=r"bytes free, store\.min_free_bytes = 4,611,"):
+        store.prepare()
+
+
+def test_a_remote_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="only local folders"):
+        Store(StoreConfig(url="memory://somewhere"), say=print)
+
+
+def test_a_slot_that_is_being_filled_cannot_be_removed(world: World, node: Node) -> None:
+    with opened(world, node) as slot:
+        assert is_held(slot.path)
+        with pytest.raises(StoreError, match="is building it"):
+            remove(slot.path)
+    assert not is_held(slot.path)
+    remove(slot.path)
+    assert not slot.path.exists()

@@ -1,0 +1,239 @@
+"""What MLflow holds after a run with the embedded store, and what an outage does not do."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow.entities import Run as MlflowRun
+from mlflow.tracking import MlflowClient
+
+from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
+from configs.recipe import load_recipe
+from pipeline.decide import Examiner
+from pipeline.embedded import schema_lock
+from pipeline.graph import Selection
+from pipeline.places import tracking_uri
+from pipeline.plain import metric_name
+from pipeline.records import Invocation, Run, new_run_id
+from pipeline.runner import Setting, realise
+from pipeline.tracking import Child, Tracking
+from tests.pipeline.fakes import RECIPE, World, outcomes
+
+# MLflow's own use of SQLAlchemy and of protobuf is behind their deprecations.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tracking sets for the process must not outlive the test."""
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+
+
+def tracked(world: World, config: TrackingConfig, **changes: object) -> tuple[Run, Tracking]:
+    """A run of the fake line that MLflow is told of."""
+    recipe = load_recipe("smoke").model_copy(update={"tracking": config, "name": RECIPE})
+    run = Run(new_run_id(), RECIPE, Invocation(RECIPE), {}, time.time())
+    store = world.store
+    store.prepare()
+    tracking = Tracking(
+        recipe, run, store_root=store.root, records=store.records, say=world.said.append
+    )
+    setting = Setting(store, Examiner(store, RECIPE), ClusterConfig(), [tracking])
+    run = tracking.finish(realise(world.graph(**changes), Selection(), setting, run))
+    store.records.save(run)
+    return run, tracking
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Run, Run]:
+    """Two runs of the line in one store: the first builds, the second reuses."""
+    url = str(tmp_path_factory.mktemp("embedded") / "store")
+    world = World(StoreConfig(url=url, min_free_bytes=0))
+    config = TrackingConfig(timeout_seconds=30)
+    first, _ = tracked(world, config)
+    second, _ = tracked(world, config)
+    assert world.said == []
+    return world, first, second
+
+
+@pytest.fixture(scope="module")
+def client(embedded: tuple[World, Run, Run]) -> MlflowClient:
+    return MlflowClient(tracking_uri(TrackingConfig(), embedded[0].store.root))
+
+
+def child(client: MlflowClient, run: Run, node: str) -> MlflowRun:
+    return client.get_run(run.outcomes[node].tracking_id)  # type: ignore[union-attr]
+
+
+def test_one_parent_holds_one_child_for_each_node(
+    client: MlflowClient, embedded: tuple[World, Run, Run]
+) -> None:
+    _, first, second = embedded
+    for run in (first, second):
+        assert run.tracking_id is not None
+        parent = client.get_run(run.tracking_id)
+        assert parent.info.status == "FINISHED"
+        assert parent.data.params["pretrain.steps"].isdigit()
+        found = client.search_runs(
+            [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.tracking_id}'"
+        )
+        assert sorted(one.info.run_name for one in found) == sorted(run.outcomes)
+        assert {one.info.status for one in found} == {"FINISHED"}
+
+
+def test_each_step_is_there_once_under_a_name_without_slashes(
+    client: MlflowClient, embedded: tuple[World, Run, Run]
+) -> None:
+    run = child(client, embedded[1], "train")
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(one.step, one.value) for one in history] == [(k, 1 / k) for k in (1, 2, 3)]
+    assert len(client.get_metric_history(run.info.run_id, "pass_at_1")) == 3
+    assert run.data.params["steps"] == "3"
+
+
+def test_the_machine_is_watched(client: MlflowClient, embedded: tuple[World, Run, Run]) -> None:
+    metrics = child(client, embedded[1], "train").data.metrics
+    assert "system/cpu_utilization_percentage" in metrics
+
+
+def test_the_corpus_is_a_dataset_input(
+    client: MlflowClient, embedded: tuple[World, Run, Run]
+) -> None:
+    (used,) = child(client, embedded[1], "train").inputs.dataset_inputs
+    content = embedded[1].outcomes["data"].content  # type: ignore[union-attr]
+    assert (used.dataset.name, used.dataset.digest) == ("corpus", content[:36])
+
+
+def test_plots_manifests_and_reports_are_artifacts_and_weights_are_not(
+    client: MlflowClient, embedded: tuple[World, Run, Run]
+) -> None:
+    world, first, _ = embedded
+
+    def files(node: str, folder: str | None = None) -> set[str]:
+        listed = client.list_artifacts(child(client, first, node).info.run_id, folder)
+        return {one.path for one in listed}
+
+    assert files("train") == {"manifest.json", "metrics.jsonl", "plots"}
+    assert files("train", "plots") >= {"plots/loss.png", "plots/expert_load.png"}
+    assert files("judge") == {"manifest.json", "report.json", "plots"}
+    assert files("judge", "plots") == {"plots/before_after.png"}
+    uploaded = world.store.root / "mlflow-artifacts"
+    assert not list(uploaded.rglob("*.bin"))
+
+
+def test_checkpoints_are_external_models_that_point_to_the_store(
+    client: MlflowClient, embedded: tuple[World, Run, Run]
+) -> None:
+    run = child(client, embedded[1], "train")
+    (model,) = (
+        one
+        for one in client.search_logged_models([run.info.experiment_id])
+        if one.source_run_id == run.info.run_id
+    )
+    uri = embedded[1].outcomes["train"].uri  # type: ignore[union-attr]
+    assert (model.name, model.tags["ingot.uri"]) == ("train", uri)
+    assert {one.key: one.value for one in model.metrics} == {"final_loss": pytest.approx(1 / 3)}
+
+
+def test_the_final_model_is_registered_with_an_alias_for_each_target(
+    client: MlflowClient, embedded: tuple[World, Run, Run]
+) -> None:
+    for target in ("cuda", "ascend"):
+        version = client.get_model_version_by_alias("ingot", target)
+        assert version.source.startswith("models:/m-")
+        run = child(client, embedded[1], f"pack.{target}")
+        assert version.run_id == run.info.run_id
+    assert len(client.search_model_versions("name = 'ingot'")) == 2
+
+
+def test_a_reused_node_links_to_the_run_that_built_it(
+    client: MlflowClient, embedded: tuple[World, Run, Run]
+) -> None:
+    _, first, second = embedded
+    assert set(outcomes(second).values()) == {"reused"}
+    tags = child(client, second, "train").data.tags
+    built = first.outcomes["train"].tracking_id  # type: ignore[union-attr]
+    assert tags["ingot.built_by"] == built
+    assert built in tags["mlflow.note.content"]
+
+
+def test_a_foreign_run_id_in_the_environment_is_ignored(
+    embedded: tuple[World, Run, Run], tmp_path: Path
+) -> None:
+    world = World(StoreConfig(url=str(tmp_path / "s"), min_free_bytes=0))
+    config = TrackingConfig(uri=tracking_uri(TrackingConfig(), embedded[0].store.root))
+    run, _ = tracked(world, config, judge={"fails": True})
+    assert "MLFLOW_RUN_ID" not in os.environ
+    client = MlflowClient(config.uri)
+    assert run.tracking_id is not None
+    assert client.get_run(run.tracking_id).info.status == "FAILED"
+    failed = child(client, run, "judge")
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["ingot.error"] == "judge was told to fail"
+
+
+def refusing() -> Iterator[str]:
+    yield "http://127.0.0.1:9"
+
+
+def silent() -> Iterator[str]:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(50)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("server", [refusing, silent])
+def test_a_server_that_is_down_warns_once_and_neither_fails_nor_stalls_the_run(
+    store_config: StoreConfig, server: object
+) -> None:
+    world = World(store_config)
+    for uri in server():  # type: ignore[operator]
+        started = time.monotonic()
+        run, _ = tracked(world, TrackingConfig(uri=uri, timeout_seconds=1))
+        assert time.monotonic() - started < 10
+    assert run.succeeded
+    assert run.tracking_id is None
+    (warning,) = world.said
+    assert uri in warning
+    assert "metrics.jsonl" in warning
+    assert (Path(run.outcomes["train"].uri) / "metrics.jsonl").exists()  # type: ignore[union-attr]
+
+
+def test_a_step_logged_twice_is_sent_once() -> None:
+    class Still:
+        def submit(self, job: object) -> None:
+            """Nothing runs."""
+
+    one = Child(Still(), lambda: pytest.fail("not opened"))  # type: ignore[arg-type]
+    one.log({"loss": 1.0, "flag": True, "text": "x"}, step=1)
+    one.log({"loss": 2.0}, step=1)
+    assert [(m.key, m.value, m.step) for m in one._pending] == [("loss", 1.0, 1)]
+
+
+def test_no_metric_name_is_the_folder_of_another() -> None:
+    assert metric_name("fp8/weight_bytes") == "fp8.weight_bytes"
+    assert metric_name("pass@1") == "pass_at_1"
+    assert metric_name("größe %") == "größe _"
+
+
+def test_the_schema_is_made_by_one_process_at_a_time(tmp_path: Path) -> None:
+    uri, order = f"sqlite:///{tmp_path}/m.db", []
+    with schema_lock(uri):
+        thread = threading.Thread(target=lambda: _enter(uri, order))
+        thread.start()
+        time.sleep(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def _enter(uri: str, order: list[str]) -> None:
+    with schema_lock(uri):
+        order.append("second")

@@ -1,0 +1,80 @@
+"""Runs a function on several gloo ranks: real processes on loopback, with a deadline."""
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cluster.expert_parallel import join_group
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "safetensors.torch", "pydantic"])
+"""Ranks are forked from one clean process that has imported torch once."""
+
+
+def on_ranks(
+    world: int, folder: Path, function: Callable[..., Any], *arguments: Any, seconds: float = 120
+) -> list[Any]:
+    """`function(*arguments)` on each rank of a process group; the results, in rank order.
+
+    The function must be importable; a result holds tensors, numbers, strings, lists and dicts.
+    Fails the test with the traceback of the first rank that failed, or with the numbers of the
+    ranks that were not done in time.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = [
+        _CONTEXT.Process(target=_rank, args=(rank, world, folder, seconds, function, arguments))
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    _await(ranks, folder, seconds)
+    return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def _await(ranks: list[Any], folder: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    try:
+        while any(process.is_alive() for process in ranks):
+            if any(process.exitcode for process in ranks) or time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        late = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+        failed = [rank for rank, process in enumerate(ranks) if process.exitcode]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    for rank in failed:
+        error = folder / f"error-{rank}.txt"
+        told = error.read_text() if error.exists() else f"exit code {ranks[rank].exitcode}"
+        pytest.fail(f"rank {rank} of {len(ranks)} failed: {told}")
+    if late:
+        pytest.fail(f"ranks {late} of {len(ranks)} were not done within {seconds:g} s")
+
+
+def _rank(
+    rank: int,
+    world: int,
+    folder: Path,
+    seconds: float,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    try:
+        join_group(f"file://{folder.absolute()}/rendezvous", rank, world, seconds)
+        torch.save(function(*arguments), folder / f"result-{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        (folder / f"error-{rank}.txt").write_text(traceback.format_exc())
+        raise

@@ -1,0 +1,146 @@
+"""Slow twins that several tests compare with: the shortest obvious code, and no cleverness.
+
+The small model that they run on stands here too.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from configs.model import ModelConfig
+from model.fp8.format import Quantized, dequantize, quantize
+from model.moe import Gate, MoE
+from model.transformer import Transformer
+
+TINY = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    num_attention_heads=2,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=12,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=4,
+    topk_group=2,
+    max_position_embeddings=32,
+    initializer_range=0.2,
+)
+"""Every part of the family in a few thousand weights; no two widths agree by accident."""
+
+
+def tiny(**changes: object) -> ModelConfig:
+    """`TINY` with some fields changed, checked again."""
+    return ModelConfig.model_validate(TINY.model_dump() | changes)
+
+
+def random_model(config: ModelConfig = TINY, *, seed: int = 0, precision: str = "high") -> Transformer:
+    """A model in evaluation mode whose norms and routing biases are random as well.
+
+    Freshly initialised ones are all ones or zeros, which would hide where they are applied.
+    """
+    model = Transformer(config, precision=precision).initialize(seed)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.dim() == 1:
+                tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
+    return model.eval()
+
+
+def random_tokens(*shape: int, seed: int = 0, config: ModelConfig = TINY) -> Tensor:
+    """Uniform token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, shape, generator=generator)
+
+
+def quantize_by_tiles(x: Tensor, tile: tuple[int, int], power_of_two: bool = False) -> Quantized:
+    """`quantize` of a matrix, tile after tile, with torch's own float8 cast."""
+    rows, columns = x.shape
+    values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(math.ceil(rows / tile[0]), math.ceil(columns / tile[1]))
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            inside = (
+                slice(i * tile[0], (i + 1) * tile[0]),
+                slice(j * tile[1], (j + 1) * tile[1]),
+            )
+            scale = x[inside].abs().max() / 448.0
+            if scale < 2.0**-126:
+                scale = torch.tensor(1.0)
+            elif power_of_two:
+                scale = torch.tensor(next_power_of_two(float(scale)))
+            scales[i, j] = scale
+            values[inside] = (x[inside] / scale).to(torch.float8_e4m3fn)
+    return Quantized(values, scales, tile)
+
+
+def next_power_of_two(value: float) -> float:
+    """The least power of two that is not below `value`, by counting up."""
+    power = 2.0**-149
+    while power < value:
+        power *= 2
+    return power
+
+
+def through_fp8(x: Tensor, tile: tuple[int, int]) -> Tensor:
+    """What is left of `x` after a trip through float8."""
+    return dequantize(quantize(x, tile))
+
+
+def fp8_products(x_TI: Tensor, w_OI: Tensor, dy_TO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, dx, dw) of an FP8 Linear: the three GEMMs of DeepSeek-V3, section 3.3, written out."""
+    x8, w8 = through_fp8(x_TI, (1, 128)), through_fp8(w_OI, (128, 128))
+    dx = through_fp8(dy_TO, (1, 128)) @ w8
+    dw = through_fp8(dy_TO, (128, 1)).T @ through_fp8(x8, (128, 1))
+    return x8 @ w8.T, dx, dw
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """down(silu(gate x) * up x) from three weights [out, in]."""
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def route(gate: Gate, x_D: Tensor) -> dict[int, Tensor]:
+    """One token's experts and their weights, by DeepSeek-V3 eq. 12-16 with Python's own sort."""
+    config = gate.config
+    scores = [torch.sigmoid(x_D @ row) for row in gate.weight]
+    biases = gate.e_score_correction_bias.tolist()
+    choice = [float(s.detach()) + b for s, b in zip(scores, biases, strict=True)]
+    size = config.n_routed_experts // config.n_group
+    groups = [list(range(g * size, (g + 1) * size)) for g in range(config.n_group)]
+    groups.sort(key=lambda group: -sum(sorted(choice[e] for e in group)[-2:]))
+    reachable = [expert for group in groups[: config.topk_group] for expert in group]
+    chosen = sorted(reachable, key=lambda e: -choice[e])[: config.num_experts_per_tok]
+    total = sum(scores[e] for e in chosen) if config.norm_topk_prob else 1.0
+    return {e: scores[e] / total * config.routed_scaling_factor for e in chosen}
+
+
+def moe_by_token(moe: MoE, x_TD: Tensor) -> Tensor:
+    """The MoE block, one token and one expert at a time."""
+    shared, experts = moe.shared_experts, moe.experts
+    rows = []
+    for x_D in x_TD:
+        y_D = swiglu(x_D, *(p.weight for p in (shared.gate_proj, shared.up_proj, shared.down_proj)))
+        for expert, weight in route(moe.gate, x_D).items():
+            gate, up = experts.gate_up_proj[expert].chunk(2)
+            y_D = y_D + weight * swiglu(x_D, gate, up, experts.down_proj[expert])
+        rows.append(y_D)
+    return torch.stack(rows)
+
+
+def rotate_as_complex(x_SR: Tensor, theta: float) -> Tensor:
+    """Row p turned by p * theta^(-2i / R) in each pair (2i, 2i + 1), as complex numbers."""
+    length, width = x_SR.shape
+    rate = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * rate
+    pairs = torch.view_as_complex(x_SR.double().reshape(length, -1, 2).contiguous())
+    return torch.view_as_real(pairs * torch.exp(1j * angle)).flatten(1)
