@@ -29,8 +29,13 @@ def save_shard(
     rank: int,
     world: int,
 ) -> None:
-    """Write one rank's tensors; names under a key of `experts` are split by expert."""
+    """Write one rank's tensors; names under a key of `experts` are split by expert.
+
+    Files that an interrupted save by another number of ranks left in `folder` are removed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for stale in set(folder.glob("rank-*")) - set(folder.glob(f"rank-*-of-{world}.*")):
+        stale.unlink(missing_ok=True)
     split: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         local = _range_of(name, experts)
@@ -48,11 +53,11 @@ def save_shard(
 def load_shards(folder: Path, experts: Mapping[str, range] | None = None) -> dict[str, Tensor]:
     """All tensors of a save; of stacked experts only the given ranges, or all when there are none.
 
-    ArtifactError names an expert that no rank's file holds.
+    ArtifactError names a rank's file that is missing, or an expert that no file holds.
     """
     found: dict[str, Tensor] = {}
     pieces: dict[str, dict[int, Tensor]] = {}
-    for path in sorted(folder.glob("rank-*.safetensors")):
+    for path in _files(folder):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 name, _, expert = key.partition("#")
@@ -100,6 +105,22 @@ def prune(root: Path, *, keep: int) -> None:
 def step_folder(root: Path, step: int) -> Path:
     """Where the save of `step` stands."""
     return root / f"step-{step:08d}"
+
+
+def _files(folder: Path) -> list[Path]:
+    """One file for each rank of the group that wrote the save."""
+    present = sorted(folder.glob("rank-*.safetensors"))
+    if not present:
+        raise ArtifactError(f"{folder}: no rank's file is there; remove the folder and run again")
+    world = int(present[0].stem.rpartition("-")[2])
+    wanted = [folder / f"rank-{rank}-of-{world}.safetensors" for rank in range(world)]
+    absent = [path for path in wanted if path not in present]
+    if absent:
+        raise ArtifactError(
+            f"{absent[0]}: no such file, but {world} ranks wrote the save; remove the folder and "
+            "run again"
+        )
+    return wanted
 
 
 def _range_of(name: str, experts: Mapping[str, range]) -> range | None:

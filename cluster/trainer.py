@@ -4,6 +4,7 @@ Dense parameters are replicated and their gradients summed over the ranks; exper
 see every rank's tokens through the dispatcher, so their gradients are whole already.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -89,7 +90,7 @@ class Trainer:
     def optim_step(self, learning_rate: float) -> dict[str, Any]:
         """Sum and clip gradients, step AdamW, move the routing bias.
 
-        Returns `grad_norm` before clipping, `imbalance` (worst layer) and `expert_load`, each
+        TrainingError, before anything is changed, if the gradient is not finite. Returns `grad_norm` before clipping, `imbalance` (worst layer) and `expert_load`, each
         layer's share of token copies by expert.
         """
         for parameter in [*self.dense, *self.experts]:
@@ -98,6 +99,11 @@ class Trainer:
         if self.parallel:
             self._all_reduce([grad_of(parameter) for parameter in self.dense])
         norm = self._grad_norm()
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"step {self.step + 1}: the gradient's norm is {norm}; lower the learning rate, or "
+                "look at the batch"
+            )
         factor = min(1.0, self.optim.max_grad_norm / (norm + 1e-6))
         for parameter in [*self.dense, *self.experts]:
             grad_of(parameter).mul_(factor)

@@ -28,7 +28,9 @@ def spawn(
     role: str,
     arguments: tuple[Any, ...],
 ) -> list[Actor]:
-    """`count` actors of `actor_class(*arguments, rank)`; MachineError if they cannot be placed.
+    """`count` actors of `actor_class(*arguments, rank)`.
+
+    MachineError if they cannot be placed, or if a constructor raises.
 
     The class must have a method `ready()`.
     """
@@ -49,7 +51,11 @@ def spawn(
             f"{machines.cpus_per_worker:g} CPUs and {free:g} are free; lower "
             "cluster.cpus_per_worker or stop what else runs on the cluster"
         )
-    gather(ready, machines, role=role)
+    try:
+        gather(pending, machines, role=role)
+    except MachineError:
+        dismiss(actors)
+        raise
     return actors
 
 
@@ -57,7 +63,8 @@ def gather(refs: Sequence[Any], machines: ClusterConfig, *, role: str) -> list[A
     """The results of one call on each worker, in order.
 
     DeadlineError names the workers that did not answer within `cluster.step_timeout_seconds`;
-    WorkerDied those that are gone; an Ingot error raised in a worker is raised here as itself.
+    WorkerDied those that are gone; an Ingot error raised in a worker's method is raised here as
+    itself.
     """
     timeout = machines.step_timeout_seconds
     _, waiting = ray.wait(list(refs), num_returns=len(refs), timeout=timeout, fetch_local=False)
@@ -70,7 +77,7 @@ def gather(refs: Sequence[Any], machines: ClusterConfig, *, role: str) -> list[A
         try:
             results.append(ray.get(ref, timeout=timeout))
         except (ActorDiedError, RayActorError) as error:
-            failures.append(WorkerDied(f"{role} {rank} died: {_first_line(error)}"))
+            failures.append(_death(error, f"{role} {rank}"))
         except RayTaskError as error:
             failures.append(_cause(error, f"{role} {rank}"))
         except GetTimeoutError:
@@ -95,6 +102,13 @@ def free_address() -> str:
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
+def _death(error: RayActorError, who: str) -> MachineError:
+    """A worker whose constructor raised is not dead: building it again would raise again."""
+    if error.actor_init_failed:
+        return MachineError(f"{who} could not start: {_lines(error)[-1]}")
+    return WorkerDied(f"{who} died: {_lines(error)[0]}")
+
+
 def _cause(error: RayTaskError, who: str) -> Exception:
     cause = error.cause
     if isinstance(cause, IngotError):
@@ -102,5 +116,5 @@ def _cause(error: RayTaskError, who: str) -> Exception:
     return MachineError(f"{who}: {type(cause).__name__}: {cause}")
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+def _lines(error: Exception) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]

@@ -36,6 +36,9 @@ class ArithmeticSource(Frozen):
     )
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Part of all distinct problems that training never sees."""
+    slip_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of the training documents whose answer has one digit off by one, as sums that people
+    write have. Problems, and held-out documents, are always right."""
     max_problems: Annotated[int, Field(ge=10)] = 100_000
     """Where more distinct problems exist, this many are drawn by seed, as many each operation."""
 

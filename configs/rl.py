@@ -33,7 +33,8 @@ class PosttrainConfig(Frozen):
     optim: OptimConfig = OptimConfig(learning_rate=3e-5, weight_decay=0.0)
     balance: BalanceConfig = BalanceConfig(bias_update_speed=0.0)
     grpo: GrpoConfig = GrpoConfig()
-    precision: Precision = "fp8"
+    precision: Precision = "high"
+    """Samplers and trainers both run in it, so that their log-probabilities agree."""
     checkpoint_every_steps: PositiveInt = 20
 
     @model_validator(mode="after")

@@ -34,6 +34,7 @@ class Background:
         self._watched: list[Watched] = []
         self._silent_until = 0.0
         self._warned = False
+        self._done = 0.0
         self._thread = threading.Thread(target=self._work, daemon=True, name="background")
         self._thread.start()
 
@@ -49,12 +50,16 @@ class Background:
         """Leave `one` alone from now on."""
         self._watched = [other for other in self._watched if other is not one]
 
-    def stop(self, timeout_seconds: float) -> None:
-        """Wait until all jobs are done, but not longer than this."""
+    def stop(self, *, patience_seconds: float, limit_seconds: float) -> None:
+        """Wait until all jobs are done, unless one takes `patience` or all take `limit`."""
         self._jobs.put(None)
-        self._thread.join(timeout_seconds)
-        if self._thread.is_alive():
-            self._warn(f"it was still busy after {timeout_seconds:g} s")
+        started = self._done = time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(0.05)
+            moment = time.monotonic()
+            if moment - self._done > patience_seconds or moment - started > limit_seconds:
+                self._warn(f"it was still busy after {moment - started:.1f} s")
+                return
 
     def _work(self) -> None:
         sent = sampled = time.monotonic()
@@ -64,6 +69,7 @@ class Background:
                 if job is None:
                     return
                 self._attempt(job)
+                self._done = time.monotonic()
             except queue.Empty:
                 pass
             moment = time.monotonic()

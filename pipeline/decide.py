@@ -106,7 +106,9 @@ class Examiner:
         self._recipe = recipe
         self._latest = store.records.latest_artifacts()
 
-    def examine(self, node: Node, inputs: Mapping[str, Committed], *, hashes: bool) -> State:
+    def examine(
+        self, node: Node, inputs: Mapping[str, Committed], *, hashes: bool
+    ) -> Fresh | Stale | Missing | Damaged:
         """The state of one node, given what its inputs are; `hashes` also hashes its files."""
         try:
             committed = self._store.find(node)
@@ -148,7 +150,7 @@ def survey(graph: Graph, examiner: Examiner, *, hashes: bool = False) -> dict[st
     for node in graph:
         fresh = {role: states[supplier] for role, supplier in node.inputs.items()}
         inputs = {role: s.committed for role, s in fresh.items() if isinstance(s, Fresh)}
-        state = examiner.examine(node, inputs, hashes=hashes)
+        state: State = examiner.examine(node, inputs, hashes=hashes)
         if isinstance(state, Fresh) and len(inputs) < len(node.inputs):
             late = sorted({node.inputs[role] for role in fresh if role not in inputs})
             state = Unsettled(tuple(late))

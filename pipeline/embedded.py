@@ -47,7 +47,8 @@ def serve(uri: str, store_root: Path, port: int) -> int:
     command += ["--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri, "--artifacts-destination", artifacts.as_uri()]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    server = subprocess.Popen(command, env=environment)
+    # Not from the user's folder, whose modules could shadow those of the server.
+    server = subprocess.Popen(command, env=environment, cwd=store_root)
     try:
         return server.wait()
     except KeyboardInterrupt:

@@ -117,7 +117,9 @@ _RUN = TypeAdapter(Run)
 
 def new_run_id() -> str:
     """An id that sorts by time and that no other run has."""
-    return time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3)
+    moment = time.time_ns()
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(moment // 10**9))
+    return f"{stamp}-{moment // 1000 % 10**6:06}-{secrets.token_hex(2)}"
 
 
 class Records:

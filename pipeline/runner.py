@@ -121,11 +121,14 @@ def _visit(
             return None
     if isinstance(state, Damaged) and role is Role.IF_STALE:
         return Failed("; ".join(state.reasons), time.monotonic() - started)
-    return _build(node, inputs, made, setting, run)
+    # As seen when it was judged: a generation that another run adds meanwhile is reused.
+    replacing = state.committed.generation if isinstance(state, Fresh) else state.generation
+    return _build(node, replacing, inputs, made, setting, run)
 
 
 def _build(
     node: Node,
+    replacing: int,
     inputs: Mapping[str, Committed],
     made: dict[str, Committed],
     setting: Setting,
@@ -133,7 +136,7 @@ def _build(
 ) -> Built | Reused | Failed:
     started = time.monotonic()
     try:
-        with setting.store.slot(node, replacing=setting.store.newest(node)) as slot:
+        with setting.store.slot(node, replacing=replacing) as slot:
             if isinstance(slot, Committed):
                 made[node.name] = slot
                 return _reused(slot, time.monotonic() - started)

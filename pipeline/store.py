@@ -222,7 +222,8 @@ class Store:
 
 def generations(store_root: Path) -> Iterator[Path]:
     """Every generation's folder of a store, finished or not."""
-    yield from sorted((store_root / "artifacts").glob("*/*/g*"))
+    for folder in sorted((store_root / "artifacts").glob("*/*")):
+        yield from (folder / f"g{number}" for number in _generations(folder))
 
 
 def remove(path: Path) -> None:

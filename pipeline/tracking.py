@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param
 from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
@@ -96,10 +95,11 @@ class Tracking:
         """Notes are for the user; MLflow keeps figures."""
 
     def finish(self, run: Run) -> Run:
-        """Send what is left, within twice the timeout; returns `run` with its MLflow ids."""
+        """Send what is left, as long as that gets on; returns `run` with its MLflow ids."""
         status = "FINISHED" if run.succeeded else "KILLED" if run.interrupted else "FAILED"
         self._worker.submit(lambda: self._finish_parent(run, status))
-        self._worker.stop(2 * self.config.timeout_seconds)
+        timeout = self.config.timeout_seconds
+        self._worker.stop(patience_seconds=2 * timeout, limit_seconds=12 * timeout)
         nodes = {n: c.run_id for n, c in self._children.items() if c.run_id is not None}
         return run.with_tracking(self._parent, nodes)
 
@@ -111,7 +111,7 @@ class Tracking:
     def _warning(self, why: str) -> str:
         return (
             f"warning: tracking.uri = {self.uri} does not record this run ({why}); the run goes "
-            f"on, and every step is kept in each artifact's {METRICS}"
+            f"on, and the steps of training stay in {METRICS} beside each checkpoint"
         )
 
     # What follows runs on the background thread.
@@ -249,7 +249,7 @@ class Child:
         self.run_id: str | None = None
         self._pending: list[Metric] = []
         self._seen: set[int] = set()
-        self._monitors: list[BaseMetricsMonitor] | None = None
+        self._monitors: list[_Monitor] | None = None
         self._samples = 0
 
     def open(self) -> None:
@@ -355,11 +355,24 @@ def make_schema(uri: str) -> None:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
 
 
-def _monitors() -> Iterator[BaseMetricsMonitor]:
+class _Monitor(Protocol):
+    """What MLflow's monitors do, with the types that they leave out."""
+
+    def collect_metrics(self) -> None:
+        """Read the counters."""
+
+    def aggregate_metrics(self) -> dict[str, float]:
+        """What was read, by name."""
+
+    def clear_metrics(self) -> None:
+        """Forget it."""
+
+
+def _monitors() -> Iterator[_Monitor]:
     """What can be measured here: machines differ in the counters that they let one read."""
     for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
         try:
-            monitor = kind()
+            monitor: _Monitor = kind()
             monitor.collect_metrics()
         except Exception:
             continue

@@ -20,7 +20,12 @@ _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "safetensors.torc
 
 
 def on_ranks(
-    world: int, folder: Path, function: Callable[..., Any], *arguments: Any, seconds: float = 120
+    world: int,
+    folder: Path,
+    function: Callable[..., Any],
+    *arguments: Any,
+    seconds: float = 120,
+    collective_seconds: float = 60,
 ) -> list[Any]:
     """`function(*arguments)` on each rank of a process group; the results, in rank order.
 
@@ -30,7 +35,9 @@ def on_ranks(
     """
     folder.mkdir(parents=True, exist_ok=True)
     ranks = [
-        _CONTEXT.Process(target=_rank, args=(rank, world, folder, seconds, function, arguments))
+        _CONTEXT.Process(
+            target=_rank, args=(rank, world, folder, collective_seconds, function, arguments)
+        )
         for rank in range(world)
     ]
     for process in ranks:
@@ -64,16 +71,15 @@ def _rank(
     rank: int,
     world: int,
     folder: Path,
-    seconds: float,
+    collective_seconds: float,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     try:
-        join_group(f"file://{folder.absolute()}/rendezvous", rank, world, seconds)
+        join_group(f"file://{folder.absolute()}/rendezvous", rank, world, collective_seconds)
         torch.save(function(*arguments), folder / f"result-{rank}.pt")
-        dist.barrier()
         dist.destroy_process_group()
     except BaseException:
         (folder / f"error-{rank}.txt").write_text(traceback.format_exc())

@@ -42,7 +42,9 @@ def tiny(**changes: object) -> ModelConfig:
     return ModelConfig.model_validate(TINY.model_dump() | changes)
 
 
-def random_model(config: ModelConfig = TINY, *, seed: int = 0, precision: str = "high") -> Transformer:
+def random_model(
+    config: ModelConfig = TINY, *, seed: int = 0, precision: str = "high"
+) -> Transformer:
     """A model in evaluation mode whose norms and routing biases are random as well.
 
     Freshly initialised ones are all ones or zeros, which would hide where they are applied.

@@ -66,8 +66,8 @@ def round_to_grid(v: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
     1.5 * 2^20 times the leading power of two leaves the sum a step of exactly that size, so the
     addition itself does the rounding.
     """
-    leading = v.abs().clamp_min_(2.0**-6).view(torch.int32).bitwise_and_(0x7F800000)
-    magic = leading.view(torch.float32).mul_(1.5 * 2**20)
+    leading = v.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+    magic = leading.clamp_min_(2.0**-6).mul_(1.5 * 2**20)
     return torch.add(v, magic).sub_(magic)
 
 

@@ -46,6 +46,7 @@ def write_checkpoint(config: ModelConfig, tensors: Mapping[str, Tensor], folder:
     contiguous = {name: tensor.clone().contiguous() for name, tensor in sorted(tensors.items())}
     draft = folder / f"{WEIGHTS}.draft"
     save_file(contiguous, draft, metadata={"format": "pt"})
+    draft.chmod(0o644)  # safetensors lets only the owner read
     os.replace(draft, folder / WEIGHTS)
 
 

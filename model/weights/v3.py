@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from configs.errors import ArtifactError
@@ -48,6 +49,16 @@ _COPIED = (
     "initializer_range",
 )
 """Fields that have one name and one meaning on both sides."""
+_FIXED = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "moe_layer_freq": 1,
+    "rope_interleave": True,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+}
+"""Fields in which this family has no choice; another value would be another model."""
 
 
 def mtp_copies(config: ModelConfig) -> dict[str, str]:
@@ -83,21 +94,21 @@ def from_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tenso
     state = dict(state)
     result: dict[str, Tensor] = {}
     for copy, original in mtp_copies(config).items():
-        if copy in state and not torch.equal(state.pop(copy), state[original]):
+        repeated = state.pop(copy, None)
+        if repeated is not None and not torch.equal(repeated, _find(state, original)):
             raise ArtifactError(
                 f"{copy} differs from {original}, but this family shares them; "
                 "the checkpoint is not one that can be represented"
             )
+    wide = config.moe_intermediate_size, config.hidden_size
     for index in range(config.first_k_dense_replace, _layers(config)):
         prefix = f"model.layers.{index}.mlp.experts"
         gate_up, down = [], []
         for expert in range(config.n_routed_experts):
-            gate, up, one_down = (
-                _take(state, f"{prefix}.{expert}.{leaf}_proj.weight")
-                for leaf in ("gate", "up", "down")
-            )
-            gate_up.append(torch.cat([gate, up]))
-            down.append(one_down)
+            name = f"{prefix}.{expert}.{{}}_proj.weight"
+            halves = [_take(state, name.format(leaf), wide) for leaf in ("gate", "up")]
+            gate_up.append(torch.cat(halves))
+            down.append(_take(state, name.format("down"), wide[::-1]))
         result[f"{prefix}.gate_up_proj"] = torch.stack(gate_up)
         result[f"{prefix}.down_proj"] = torch.stack(down)
     return result | state
@@ -108,25 +119,20 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": [_ARCHITECTURE],
         "model_type": _MODEL_TYPE,
-        "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": 1,
         "dtype": "float32",
         "head_dim": config.qk_rope_head_dim,
-        "hidden_act": "silu",
-        "moe_layer_freq": 1,
         "num_key_value_heads": config.num_attention_heads,
         "qk_head_dim": config.qk_head_dim,
-        "rope_interleave": True,
         "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
         "rope_theta": config.rope_theta,
-        "scoring_func": "sigmoid",
-        "tie_word_embeddings": False,
-        "topk_method": "noaux_tc",
         "use_cache": True,
-    } | {name: getattr(config, name) for name in _COPIED}
+        **_FIXED,
+        **{name: getattr(config, name) for name in _COPIED},
+    }
 
 
 def from_hf_config(raw: Mapping[str, Any]) -> ModelConfig:
@@ -135,24 +141,38 @@ def from_hf_config(raw: Mapping[str, Any]) -> ModelConfig:
         raise ArtifactError(
             f"config.json: model_type = {raw.get('model_type')!r}, expected {_MODEL_TYPE!r}"
         )
-    rope = raw.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ArtifactError(
-            f"config.json: rope_parameters.rope_type = {rope['rope_type']!r}, "
-            "but only 'default' is read"
-        )
+    for name, value in _FIXED.items():
+        if raw.get(name, value) != value:
+            raise ArtifactError(f"config.json: {name} = {raw[name]!r}, but only {value!r} is read")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ArtifactError(f"config.json: rope_type = {kind!r}, but only 'default' is read")
     missing = [name for name in _COPIED if name not in raw]
     if missing:
         raise ArtifactError(f"config.json: {missing[0]} is missing")
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    return ModelConfig(rope_theta=theta, **{name: raw[name] for name in _COPIED})
+    try:
+        return ModelConfig(rope_theta=theta, **{name: raw[name] for name in _COPIED})
+    except ValidationError as error:
+        raise ArtifactError(f"config.json: {error.errors()[0]['msg']}") from error
 
 
 def _layers(config: ModelConfig) -> int:
     return config.num_hidden_layers + config.num_nextn_predict_layers
 
 
-def _take(state: dict[str, Tensor], name: str) -> Tensor:
+def _find(state: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in state:
         raise ArtifactError(f"{name} is missing from the checkpoint")
+    return state[name]
+
+
+def _take(state: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """Remove a tensor of an expert from `state`."""
+    tensor = _find(state, name)
+    if tuple(tensor.shape) != shape:
+        raise ArtifactError(
+            f"{name} has shape {list(tensor.shape)} in the checkpoint, {list(shape)} in the model"
+        )
     return state.pop(name)

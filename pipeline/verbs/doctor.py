@@ -89,15 +89,13 @@ def _accelerators() -> Iterator[Finding]:
         name = f"{torch.cuda.get_device_name()} (sm_{capability[0]}{capability[1]})"
         yield Finding("CUDA", name)
         fast = capability >= _FP8_CAPABILITY
-        fix = None if fast else 'none: FP8 needs sm_90; cluster.backend = "cuda" computes in BF16'
+        fix = None if fast else "none: FP8 needs sm_90 or later"
         yield Finding("FP8", "in hardware" if fast else "not in hardware", fix)
     else:
-        fix = 'cluster.backend = "cpu" needs none; for "cuda" install a driver and a CUDA torch'
-        yield Finding("CUDA", "none", fix)
+        yield Finding("CUDA", "none; training runs on the CPU")
         yield Finding("FP8", "emulated on the CPU: exact values, no speed")
     npu = importlib.util.find_spec("torch_npu") is not None
-    fix = 'cluster.backend = "npu" needs CANN and torch_npu; Ascend bundles are made without'
-    yield Finding("Ascend NPU", "torch_npu is installed" if npu else "none", None if npu else fix)
+    yield Finding("Ascend NPU", "torch_npu is installed" if npu else "none; export needs none")
 
 
 def _package(name: str) -> Finding:

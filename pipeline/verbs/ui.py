@@ -4,7 +4,7 @@ import argparse
 import socket
 
 from configs.errors import MachineError
-from pipeline.embedded import serve
+from pipeline.embedded import serve, set_environment
 from pipeline.places import tracking_uri
 from pipeline.tracking import make_schema
 from pipeline.verbs.asked import load_asked
@@ -24,6 +24,7 @@ def ui(args: argparse.Namespace) -> int:
             f"choose another: --port {args.port + 1}"
         )
     store.prepare()
+    set_environment(asked.recipe.tracking)
     make_schema(uri)
     print(f"MLflow on http://127.0.0.1:{args.port} (Ctrl-C stops it)", flush=True)
     return serve(uri, store.root, args.port)

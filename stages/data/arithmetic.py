@@ -1,6 +1,6 @@
 """Generates arithmetic problems with answers, some of which training never sees."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -10,6 +10,9 @@ from configs.data import ArithmeticSource
 from configs.errors import DataError
 from configs.seed import derive
 from stages.verifiers import Problem
+
+_VARIANTS = 20
+"""Documents of each problem where some have slips; the share is met to one in so many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,32 @@ def make_problems(sources: Mapping[str, ArithmeticSource], *, seed: int) -> dict
             )
         splits[name] = Split(train, held_out)
     return splits
+
+
+def training_documents(
+    problems: Sequence[Problem], source: ArithmeticSource, *, seed: int
+) -> list[str]:
+    """Prompt and answer of each problem, with a slip in `source.slip_share` of the documents.
+
+    Slips are spread evenly: each problem has the same number of right and wrong documents, so a
+    model can learn which answer is likeliest but not which problems to distrust.
+    """
+    if not source.slip_share:
+        return [problem.prompt + problem.answer for problem in problems]
+    rng = np.random.default_rng(derive(seed, "slips"))
+    wrong = round(_VARIANTS * source.slip_share)
+    return [
+        problem.prompt + (_slip(problem.answer, rng) if variant < wrong else problem.answer)
+        for problem in problems
+        for variant in range(_VARIANTS)
+    ]
+
+
+def _slip(answer: str, rng: np.random.Generator) -> str:
+    """The answer with one digit raised or lowered by one, modulo ten."""
+    place = int(rng.integers(len(answer)))
+    digit = (int(answer[place]) + int(rng.choice((1, 9)))) % 10
+    return f"{answer[:place]}{digit}{answer[place + 1 :]}"
 
 
 def _sums(name: str, source: ArithmeticSource, *, seed: int) -> Iterator[_Sum]:

@@ -16,7 +16,7 @@ from configs.errors import DataError
 from configs.seed import derive
 from stages.artifacts import Corpus
 from stages.contract import Workspace, stage
-from stages.data.arithmetic import Split, make_problems
+from stages.data.arithmetic import Split, make_problems, training_documents
 from stages.data.dedup import Seen, hold_out
 from stages.data.ingest import Document, identify, read_files, read_stdlib
 from stages.data.pack import (
@@ -73,7 +73,10 @@ def data(config: DataSpec, work: Workspace) -> Corpus:
     texts, drops = _clean(spec, seed=config.seed)
     generated = {n: s for n, s in spec.sources.items() if isinstance(s, ArithmeticSource)}
     problems = make_problems(generated, seed=config.seed)
-    texts |= {name: _spell(name, split) for name, split in problems.items()}
+    texts |= {
+        name: _spell(split, generated[name], seed=derive(config.seed, "data", name))
+        for name, split in problems.items()
+    }
     total = sum((source.read for source in texts.values()), Counter[str]())
     work.tracker.log({**total, "documents_dropped": len(drops)}, step=1)
 
@@ -167,11 +170,10 @@ def _require_documents(
     )
 
 
-def _spell(name: str, split: Split) -> _Texts:
+def _spell(split: Split, source: ArithmeticSource, *, seed: int) -> _Texts:
     """Problems as documents: the prompt and its answer."""
-    train, held_out = (
-        [one.prompt + one.answer for one in side] for side in (split.train, split.held_out)
-    )
+    train = training_documents(split.train, source, seed=seed)
+    held_out = [one.prompt + one.answer for one in split.held_out]
     total_bytes = sum(map(len, train)) + sum(map(len, held_out))
     read = Counter(documents=len(train) + len(held_out), bytes=total_bytes)
     return _Texts(train, held_out, read, Counter(), repeats=True)

@@ -38,7 +38,9 @@ def head_by_head(block: LatentAttention, x_SD: Tensor, allowed_SS: Tensor) -> Te
     outputs = []
     for head in range(config.num_attention_heads):
         q = queries[:, head * (nope + rope) : (head + 1) * (nope + rope)]
-        kv = expanded[:, head * (nope + config.v_head_dim) : (head + 1) * (nope + config.v_head_dim)]
+        kv = expanded[
+            :, head * (nope + config.v_head_dim) : (head + 1) * (nope + config.v_head_dim)
+        ]
         q_rope = rotate_as_complex(q[:, nope:], config.rope_theta)
         score = q[:, :nope] @ kv[:, :nope].T + q_rope @ shared_key.T
         score = (score / (nope + rope) ** 0.5).masked_fill(~allowed_SS, float("-inf"))

@@ -21,7 +21,9 @@ def one_by_one(
     """(y, dx, dw) from a Linear of its own for each expert, and for each half of it."""
     ys, dxs, dws = [], [], []
     for expert, (part, part_dy) in enumerate(zip(x.split(counts), dy.split(counts), strict=True)):
-        for half, half_dy in zip(weight[expert].chunk(halves), part_dy.chunk(halves, 1), strict=True):
+        for half, half_dy in zip(
+            weight[expert].chunk(halves), part_dy.chunk(halves, 1), strict=True
+        ):
             linear = Linear(*reversed(half.shape), precision=precision)
             linear.weight = torch.nn.Parameter(half.clone())
             leaf = part.clone().requires_grad_()

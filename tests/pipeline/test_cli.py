@@ -15,8 +15,9 @@ from pipeline import cli
 from pipeline.graph import Selection
 from pipeline.records import Invocation
 from pipeline.verbs import asked, clean, inspect, run
-from stages.contract import Planned
-from tests.pipeline.fakes import make_line
+from stages.artifacts import Corpus
+from stages.contract import Planned, Workspace, stage
+from tests.pipeline.fakes import FakeConfig, make_line
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,6 +38,7 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     for module in (run, inspect):
         monkeypatch.setattr(module, "production", fake)
+    monkeypatch.setattr(run.signal, "signal", lambda *args: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     # Tracking has its own tests; here nothing listens, which a run must survive.
@@ -125,7 +127,11 @@ def test_a_failed_node_is_one_line_on_stderr_and_exit_1(
         (["run", "tny"], 2, "did you mean 'tiny'"),
         (["run", "smoke", "--set", "pretrain.stps=3"], 2, "did you mean 'steps'"),
         (["plan", "smoke", "--only", "jugde"], 2, "did you mean 'judge'"),
-        (["run", "smoke", "--only", "judge"], 2, "train, which is missing"),
+        (
+            ["run", "smoke", "--only", "judge"],
+            2,
+            "data, which is missing (never built)",
+        ),
         (["run", "smoke", "--set", "store.url=over.toml/x"], 1, "over.toml is a file"),
         (["why", "nothing"], 2, "neither a node nor a stage"),
         (["show", "data"], 2, "nothing yet"),
@@ -158,6 +164,19 @@ def test_ctrl_c_is_exit_130(line: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(run, "load_asked", stop)
     assert ingot("run", "smoke") == 130
+
+
+def test_a_run_stopped_by_the_user_says_how_to_go_on(
+    line: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @stage(revision=1)
+    def stopped(config: FakeConfig, work: Workspace) -> Corpus:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "production", lambda recipe: {"stopped": stopped(FakeConfig())})
+    assert ingot("run", "smoke", "@over.toml") == 130
+    told = capsys.readouterr().out
+    assert f"ingot run smoke @{line}/over.toml goes on from it" in told.replace("\n", "")
 
 
 def test_status_why_and_show_speak_of_the_latest_run(

@@ -14,6 +14,10 @@ def with_nodes(**nodes: NodeConfig) -> Recipe:
     return load_recipe("smoke").model_copy(update={"nodes": nodes})
 
 
+def added(stage: str, inputs: dict[str, str] | None = None, **config: object) -> NodeConfig:
+    return NodeConfig(use=f"{FAKE}:{stage}", inputs=inputs or {}, config=config)
+
+
 def test_the_line_is_wired_from_text_to_bundles() -> None:
     graph = make_graph(production(load_recipe("smoke")))
     assert {node.name: set(node.inputs.values()) for node in graph} == {
@@ -58,29 +62,29 @@ def test_a_recipes_own_nodes_join_in_any_order() -> None:
     ("node", "error", "message"),
     [
         (NodeConfig(use="no.such:thing"), PlanError, "cannot import no.such"),
-        (NodeConfig(use=f"{FAKE}:World"), PlanError, "its stages: gather, judge, pack, train"),
+        (added("World"), PlanError, "its stages: gather, judge, pack, train"),
         (
-            NodeConfig(use=f"{FAKE}:train", inputs={"corpus": "dat"}),
+            added("train", {"corpus": "dat"}),
             PlanError,
             "'dat' is not a node",
         ),
         (
-            NodeConfig(use=f"{FAKE}:train", inputs={"corpus": "pretrain"}),
+            added("train", {"corpus": "pretrain"}),
             PlanError,
             "must be a corpus",
         ),
-        (NodeConfig(use=f"{FAKE}:train"), PlanError, "takes inputs"),
-        (NodeConfig(use=f"{FAKE}:gather", config={"stps": 1}), ConfigError, "did you mean 'steps'"),
+        (added("train"), PlanError, "takes inputs"),
+        (added("gather", stps=1), ConfigError, "did you mean 'steps'"),
     ],
 )
 def test_a_node_that_cannot_be_planned_is_named(
     node: NodeConfig, error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match="nodes.mine") as caught:
+    with pytest.raises(error, match=r"nodes\.mine") as caught:
         production(with_nodes(mine=node))
     assert message in str(caught.value)
 
 
 def test_a_name_of_the_lines_own_cannot_be_taken() -> None:
     with pytest.raises(PlanError, match="choose another"):
-        production(with_nodes(data=NodeConfig(use=f"{FAKE}:gather")))
+        production(with_nodes(data=added("gather")))

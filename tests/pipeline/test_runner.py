@@ -10,7 +10,7 @@ import pytest
 
 from configs.parallel import ClusterConfig, StoreConfig
 from pipeline.graph import make_graph
-from pipeline.records import Built, Failed
+from pipeline.records import Built, Failed, new_run_id
 from pipeline.runner import Chorus
 from stages.artifacts import Checkpoint, Corpus, read_manifest
 from stages.contract import Workspace, stage
@@ -147,3 +147,12 @@ def test_planning_and_running_load_neither_torch_nor_ray_nor_mlflow() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True, text=True
     )
     assert told.stdout == "[]\n"
+
+
+def test_ids_sort_by_time_even_within_a_second() -> None:
+    ids = []
+    for _ in range(50):
+        ids.append(new_run_id())
+        time.sleep(0.0001)
+    assert ids == sorted(ids)
+    assert len(set(ids)) == 50

@@ -1,0 +1,32 @@
+"""One small Ray for all tests of the cluster."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from configs.parallel import ClusterConfig
+
+CPUS = 2
+
+
+@pytest.fixture(scope="session")
+def machines() -> Iterator[ClusterConfig]:
+    """A running Ray with two CPUs, and a config for small pools on it."""
+    if not ray.is_initialized():
+        ray.init(
+            num_cpus=CPUS,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=100 * 1024**2,
+        )
+    yield ClusterConfig(
+        trainers=2,
+        samplers=2,
+        cpus_per_worker=0.5,
+        placement_timeout_seconds=120,
+        step_timeout_seconds=120,
+    )
+    ray.shutdown()

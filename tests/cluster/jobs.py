@@ -1,0 +1,58 @@
+"""A loss, batches and checkpoints that tests of the cluster share, importable by its workers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from configs.train import OptimConfig
+from model.transformer import Transformer
+from tests.references import TINY
+
+SEQUENCES, LENGTH = 8, 12
+OPTIM = OptimConfig(learning_rate=1e-2, epsilon=1e-3, max_grad_norm=0.5)
+"""A large epsilon: Adam then amplifies a gradient's rounding error at most lr / epsilon = 10 times,
+however small the gradient is."""
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Mean cross-entropy of the next token, plus that of the one after it."""
+
+    scale: float = 1.0
+
+    def counts(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        """Sequences on this rank."""
+        return {"sequences": float(len(batch["tokens"]))}
+
+    def __call__(
+        self, model: Transformer, batch: Mapping[str, Tensor], totals: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """This rank's part."""
+        tokens = batch["tokens"]
+        predicted = model.predict(tokens)
+        assert predicted.after_next_BSV is not None
+        parts = [
+            F.cross_entropy(
+                logits[:, :-ahead].flatten(0, 1), tokens[:, ahead:].flatten(), reduction="sum"
+            )
+            / (totals["sequences"] * (LENGTH - ahead))
+            for ahead, logits in ((1, predicted.next_BSV), (2, predicted.after_next_BSV))
+        ]
+        return self.scale * (parts[0] + parts[1]), {"next": float(parts[0].detach())}
+
+
+@dataclass(frozen=True)
+class RandomBatches:
+    """Batches drawn from the step's own seed, from half of the vocabulary so that there is
+    something to learn."""
+
+    seed: int = 0
+
+    def batch(self, step: int, *, rank: int, world: int) -> dict[str, Tensor]:
+        """This rank's rows."""
+        generator = torch.Generator().manual_seed(1000 * self.seed + step)
+        rows = torch.randint(TINY.vocab_size // 2, (SEQUENCES, LENGTH), generator=generator)
+        return {"tokens": rows.chunk(world)[rank].clone()}

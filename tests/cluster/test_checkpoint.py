@@ -1,0 +1,131 @@
+"""Sharded saves: any number of ranks reads what any number wrote; half a save is none."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cluster import checkpoint
+from cluster.checkpoint import latest, load_shards, mark_complete, prune, save_shard, step_folder
+from configs.errors import ArtifactError
+
+MODULE = "model.layers.1.mlp.experts"
+EXPERTS = 8
+
+
+def whole() -> dict[str, Tensor]:
+    """Weights and moments of a model with one stacked module."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "norm.weight": (5,),
+        f"{MODULE}.up": (EXPERTS, 3, 2),
+        f"{MODULE}.down": (EXPERTS, 2, 3),
+        "exp_avg/norm.weight": (5,),
+        f"exp_avg/{MODULE}.up": (EXPERTS, 3, 2),
+    }
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def slice_of(rank: int, world: int) -> range:
+    each = EXPERTS // world
+    return range(rank * each, (rank + 1) * each)
+
+
+def part(rank: int, world: int) -> dict[str, Tensor]:
+    """What one rank holds; rank 0 alone writes what is replicated."""
+    local = slice_of(rank, world)
+    return {
+        name: tensor[local.start : local.stop] if MODULE in name else tensor
+        for name, tensor in whole().items()
+        if MODULE in name or rank == 0
+    }
+
+
+def save(folder: Path, world: int) -> None:
+    for rank in range(world):
+        experts = {MODULE: slice_of(rank, world)}
+        save_shard(folder, part(rank, world), experts, rank=rank, world=world)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("readers", [1, 2, 4])
+@pytest.mark.parametrize("writers", [1, 2, 4])
+def test_any_number_of_ranks_reads_what_any_number_wrote(
+    tmp_path: Path, writers: int, readers: int
+) -> None:
+    save(tmp_path, writers)
+    assert_same(load_shards(tmp_path), whole())
+    for rank in range(readers):
+        found = load_shards(tmp_path, {MODULE: slice_of(rank, readers)})
+        replicated = {name: t for name, t in whole().items() if MODULE not in name}
+        assert_same(found, replicated | part(rank, readers))
+
+
+@pytest.mark.parametrize("gone", [0, 1, 3])
+def test_a_rank_whose_file_is_gone_is_named(tmp_path: Path, gone: int) -> None:
+    save(tmp_path, 4)
+    (tmp_path / f"rank-{gone}-of-4.safetensors").unlink()
+    for experts in (None, {MODULE: slice_of(0, 2)}):
+        with pytest.raises(ArtifactError, match=rf"rank-{gone}-of-4\.safetensors: no such file"):
+            load_shards(tmp_path, experts)
+
+
+def test_an_empty_folder_and_an_expert_that_nobody_wrote_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no rank's file"):
+        load_shards(tmp_path)
+    save_shard(tmp_path, part(0, 2), {MODULE: slice_of(0, 2)}, rank=0, world=1)
+    with pytest.raises(ArtifactError, match="no file holds expert 4 of"):
+        load_shards(tmp_path, {MODULE: range(2, 6)})
+
+
+def test_files_of_an_interrupted_save_by_another_group_do_not_mix_in(tmp_path: Path) -> None:
+    stale = {name: tensor + 1 for name, tensor in part(3, 4).items()}
+    save_shard(tmp_path, stale, {MODULE: slice_of(3, 4)}, rank=3, world=4)
+    (tmp_path / "rank-0-of-4.draft").write_text("cut short")
+    save(tmp_path, 2)
+    assert_same(load_shards(tmp_path), whole())
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_save_without_its_marker_is_not_used(tmp_path: Path) -> None:
+    assert latest(tmp_path) is None
+    for step in (3, 10, 7):
+        save(step_folder(tmp_path, step), 1)
+        if step != 10:
+            mark_complete(step_folder(tmp_path, step), {"step": step, "loss": 0.5})
+    found = latest(tmp_path)
+    assert found == (step_folder(tmp_path, 7), {"step": 7, "loss": 0.5})
+
+
+def test_a_marker_cut_short_never_stands_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("cut")))
+    step_folder(tmp_path, 1).mkdir()
+    with pytest.raises(OSError, match="cut"):
+        mark_complete(step_folder(tmp_path, 1), {"step": 1})
+    assert latest(tmp_path) is None
+
+
+def test_pruning_keeps_the_newest_complete_saves_and_what_is_being_written(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        save(step_folder(tmp_path, step), 1)
+        if step in (1, 3, 4, 6):
+            mark_complete(step_folder(tmp_path, step), {"step": step})
+    prune(tmp_path, keep=2)
+    left = sorted(int(path.name.removeprefix("step-")) for path in tmp_path.iterdir())
+    assert left == [4, 5, 6, 7]
+    facts = [json.loads((step_folder(tmp_path, s) / "complete.json").read_text()) for s in (4, 6)]
+    assert facts == [{"step": 4}, {"step": 6}]
+
+
+def test_pruning_removes_nothing_before_there_is_a_complete_save(tmp_path: Path) -> None:
+    save(step_folder(tmp_path, 1), 2)
+    prune(tmp_path, keep=2)
+    assert step_folder(tmp_path, 1).is_dir()

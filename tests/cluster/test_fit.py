@@ -1,0 +1,143 @@
+"""The long loop under Ray Train: each step once, whatever dies in between."""
+
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cluster.checkpoint import load_shards
+from cluster.fit import FitJob, fit
+from cluster.trainer import LossSpec
+from configs.errors import LeaseLost, MachineError, TrainingError
+from configs.parallel import ClusterConfig
+from configs.train import BalanceConfig
+from stages.telemetry import open_metrics, read_metrics
+from tests.cluster.jobs import LENGTH, OPTIM, SEQUENCES, NextToken, RandomBatches
+from tests.references import TINY
+
+pytestmark = [
+    pytest.mark.slow,
+    # Ray sets a setting of its own that it deprecates.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+]
+STEPS = 7
+
+
+@dataclass(frozen=True)
+class KilledOnce(NextToken):
+    """Rank 1's process dies in the fifth step, the first time."""
+
+    marker: str = ""
+    calls: list[int] = field(default_factory=list)
+
+    def counts(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        """As ever, unless this is the moment."""
+        self.calls.append(1)
+        marker = Path(self.marker)
+        if dist.get_rank() == 1 and len(self.calls) == 5 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().counts(batch)
+
+
+@dataclass(frozen=True)
+class KilledAlways(NextToken):
+    """Rank 1's process dies in its first step, every time."""
+
+    def counts(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        """The end."""
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().counts(batch)
+
+
+def allowed() -> None:
+    """This build may write."""
+
+
+def refused() -> None:
+    """It may not."""
+    raise LeaseLost("another builder holds the slot")
+
+
+def rate(step: int) -> float:
+    return 0.01
+
+
+def job(folder: Path, loss: LossSpec, **changes: Any) -> FitJob:
+    settings: dict[str, Any] = {
+        "model": TINY,
+        "optim": OPTIM,
+        "balance": BalanceConfig(bias_update_speed=0.01),
+        "precision": "fp8",
+        "seed": 0,
+        "steps": STEPS,
+        "tokens_per_step": SEQUENCES * LENGTH,
+        "checkpoint_every_steps": 2,
+        "learning_rate": rate,
+        "source": RandomBatches(),
+        "loss": loss,
+        "saves": str(folder / "resume" / "saves"),
+        "open_log": partial(open_metrics, str(folder)),
+        "may_write": allowed,
+        "threads": 1,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    return FitJob(**settings | changes)
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    """The step log without the rate, which is measured."""
+    return [
+        {name: value for name, value in line.items() if name != "tokens_per_second"}
+        for line in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def test_a_killed_rank_costs_time_and_nothing_else(machines: ClusterConfig, tmp_path: Path) -> None:
+    calm, rough = tmp_path / "calm", tmp_path / "rough"
+    final = fit(job(calm, NextToken()), machines, str(calm))
+    assert [line["step"] for line in steps_of(calm)] == list(range(1, STEPS + 1))
+    marker = rough / "killed"
+    survived = fit(job(rough, KilledOnce(marker=str(marker))), machines, str(rough))
+    assert marker.exists()
+    assert steps_of(rough) == steps_of(calm)
+    expected, found = load_shards(final), load_shards(survived)
+    assert set(expected) == set(found)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    # What is done is not done again, and more steps continue from it.
+    assert fit(job(calm, KilledAlways()), machines, str(calm)) == final
+    longer = fit(job(calm, NextToken(), steps=STEPS + 2), machines, str(calm))
+    assert longer.name.endswith("9")
+    assert [line["step"] for line in steps_of(calm)] == list(range(1, STEPS + 3))
+    assert steps_of(calm)[:STEPS] == steps_of(rough)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"loss": NextToken(scale=float("nan"))}, TrainingError, "step 1: not finite"),
+        ({"may_write": refused}, LeaseLost, "another builder holds the slot"),
+        ({"loss": KilledAlways()}, MachineError, "training workers failed"),
+    ],
+    ids=["not-finite", "lease-lost", "always-killed"],
+)
+def test_what_trying_again_will_not_mend_ends_the_run_with_its_own_error(
+    changes: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    tmp_path: Path,
+    machines: ClusterConfig,
+) -> None:
+    once = machines.model_copy(update={"max_restarts": 1})
+    settings = {"loss": NextToken()} | changes
+    with pytest.raises(error, match=message):
+        fit(job(tmp_path, **settings), once, str(tmp_path))

@@ -1,0 +1,113 @@
+"""Samplers behind a driver draw what one model draws in this process."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from torch import Tensor
+
+from cluster.generation import GenerationPool, Sample, Sampling, merge_shards, open_generation
+from cluster.workers import WorkerDied
+from configs.errors import DataError, MachineError
+from configs.parallel import ClusterConfig
+from model import decode
+from model.transformer import Transformer
+from model.weights.files import save_pretrained
+from tests.references import random_model
+
+PROMPTS = [[5, 6], [7], [8, 9, 10, 11], [12], [13, 14]]
+SEEDS = [1, 2, 3, 4, 5]
+SAMPLING = Sampling(max_new_tokens=6, temperature=0.8, stop_token=7)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model's folder."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_pretrained(random_model(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pool(machines: ClusterConfig, checkpoint: Path) -> Iterator[GenerationPool]:
+    """Two samplers."""
+    with open_generation(machines, checkpoint) as opened:
+        yield opened
+
+
+def assert_drawn_from(model: Transformer, found: list[Sample], count: int, version: int) -> None:
+    """The same tokens; log-probabilities to the rounding that another batch size makes."""
+    expected = decode.sample(
+        model,
+        PROMPTS[:count],
+        max_new_tokens=SAMPLING.max_new_tokens,
+        temperature=SAMPLING.temperature,
+        stop_token=SAMPLING.stop_token,
+        seeds=SEEDS[:count],
+    )
+    assert len(found) == count
+    for a, b in zip(found, expected, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+        assert (a.stopped, a.version) == (b.stopped, version)
+
+
+def shards(model: Transformer) -> list[dict[str, Tensor]]:
+    """What two trainer ranks would hand over."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    second = {name: state[name][4:] for name in state if ".experts." in name}
+    return [state | {name: state[name][:4] for name in second}, second]
+
+
+def test_shards_of_experts_are_stacked_in_rank_order() -> None:
+    model = random_model(seed=3)
+    merged = merge_shards(shards(model))
+    assert set(merged) == set(model.state_dict())
+    assert all(torch.equal(merged[n], t) for n, t in model.state_dict().items())
+
+
+def test_a_pool_draws_what_one_model_draws(pool: GenerationPool) -> None:
+    for count in (5, 4, 1, 0):
+        found = pool.sample(PROMPTS[:count], SAMPLING, SEEDS[:count])
+        assert_drawn_from(random_model(), found, count, version=0)
+    with pytest.raises(DataError, match="context of 32"):
+        pool.sample([[1], [2] * 30], SAMPLING, [0, 0])
+
+
+def test_new_weights_come_under_their_version(pool: GenerationPool) -> None:
+    updated = random_model(seed=4)
+    pool.update_weights(17, [ray.put(shard) for shard in shards(updated)])
+    assert_drawn_from(updated, pool.sample(PROMPTS, SAMPLING, SEEDS), 5, version=17)
+
+
+def test_a_pool_that_finds_no_room_beside_another_says_what_is_short(
+    pool: GenerationPool, machines: ClusterConfig, checkpoint: Path
+) -> None:
+    assert pool.actors  # they hold one of the two CPUs
+    greedy = machines.model_copy(
+        update={"cpus_per_worker": 1.0, "placement_timeout_seconds": 2, "samplers": 2}
+    )
+    with (
+        pytest.raises(MachineError, match=r"of 2 samplers were placed .* each asks for 1 CPUs"),
+        open_generation(greedy, checkpoint),
+    ):
+        pass
+
+
+def test_a_checkpoint_that_cannot_be_read_stops_the_pool(
+    machines: ClusterConfig, tmp_path: Path
+) -> None:
+    one = machines.model_copy(update={"samplers": 1})
+    with (
+        pytest.raises(MachineError, match=r"sampler 0 could not start: .*config\.json"),
+        open_generation(one, tmp_path),
+    ):
+        pass
+
+
+def test_a_killed_sampler_is_named(pool: GenerationPool) -> None:
+    ray.kill(pool.actors[0])
+    with pytest.raises(WorkerDied, match=r"^sampler 0 died"):
+        pool.sample(PROMPTS, SAMPLING, SEEDS)

@@ -1,0 +1,101 @@
+"""Trainers behind a driver do what one trainer does in this process."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from cluster.checkpoint import latest
+from cluster.generation import merge_shards
+from cluster.pool import TrainerPool, TrainerSpec, open_trainers
+from cluster.trainer import Trainer
+from cluster.workers import WorkerDied
+from configs.errors import MachineError, TrainingError
+from configs.parallel import ClusterConfig
+from configs.train import BalanceConfig
+from model.weights.files import save_pretrained
+from tests.cluster.jobs import OPTIM, NextToken, RandomBatches
+from tests.references import TINY, random_model
+
+RATE = 0.01
+BALANCE = BalanceConfig(bias_update_speed=0.01)
+SPEC = TrainerSpec(optim=OPTIM, balance=BALANCE, precision="high", seed=0, reference=True)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint that everything here starts from."""
+    folder = tmp_path_factory.mktemp("start")
+    save_pretrained(random_model(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pool(machines: ClusterConfig, start: Path) -> Iterator[TrainerPool]:
+    """Two trainers."""
+    with open_trainers(machines, start, SPEC) as opened:
+        yield opened
+
+
+def batch(step: int) -> dict[str, torch.Tensor]:
+    return RandomBatches().batch(step, rank=0, world=1)
+
+
+def test_a_pool_trains_as_one_trainer_does(pool: TrainerPool, tmp_path: Path) -> None:
+    alone = Trainer(TINY, optim=OPTIM, balance=BALANCE, precision="high", seed=0)
+    model = random_model()
+    alone.load_weights(model.state_dict())
+    for step in (1, 2):
+        found = pool.forward_backward(batch(step), NextToken())
+        expected = alone.forward_backward(batch(step), NextToken())
+        assert found == pytest.approx(expected, rel=1e-5)
+        found_report, report = pool.optim_step(RATE), alone.optim_step(RATE)
+        assert found_report["grad_norm"] == pytest.approx(report["grad_norm"], rel=1e-4)
+        assert found_report["expert_load"] == report["expert_load"]
+    merged = merge_shards(ray.get(pool.weights()))
+    assert set(merged) == set(alone.model.state_dict())
+    for name, tensor in alone.model.state_dict().items():
+        torch.testing.assert_close(merged[name], tensor, rtol=0, atol=5e-5, msg=name)
+
+    # The reference stays where the pool began.
+    tokens = batch(9)["tokens"]
+    with torch.no_grad():
+        expected_NTV = (model(tokens)[:, :-1] / 0.7).log_softmax(-1)
+    expected_NT = expected_NTV.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    reference_NT = pool.reference_logprobs({"tokens": tokens}, 0.7)
+    torch.testing.assert_close(reference_NT[:, :-1], expected_NT, rtol=1e-4, atol=1e-4)
+    assert not reference_NT[:, -1].any()
+
+    # A save is a way back, bit for bit.
+    pool.save(tmp_path, step=2)
+    after = pool.forward_backward(batch(3), NextToken()) | pool.optim_step(RATE)
+    pool.forward_backward(batch(4), NextToken())
+    pool.optim_step(RATE)
+    saved = latest(tmp_path)
+    assert saved is not None
+    assert saved[1] == {"step": 2}
+    pool.load(saved[0], step=2)
+    assert pool.forward_backward(batch(3), NextToken()) | pool.optim_step(RATE) == after
+
+    # An error in a rank is raised here as itself, and no step can follow it.
+    with pytest.raises(TrainingError, match="not finite"):
+        pool.forward_backward(batch(1), NextToken(scale=float("nan")))
+    with pytest.raises(TrainingError, match="gradient's norm is nan"):
+        pool.optim_step(RATE)
+
+
+def test_a_killed_trainer_is_named(pool: TrainerPool) -> None:
+    ray.kill(pool.actors[1])
+    with pytest.raises(WorkerDied, match=r"^trainer 1 died"):
+        pool.optim_step(RATE)
+
+
+def test_a_pool_too_large_for_the_cluster_says_so(machines: ClusterConfig, start: Path) -> None:
+    large = machines.model_copy(update={"cpus_per_worker": 1.25})
+    with (
+        pytest.raises(MachineError, match=r"ask for 2\.5 CPUs, the cluster has 2"),
+        open_trainers(large, start, SPEC),
+    ):
+        pass

@@ -1,0 +1,205 @@
+"""One rank or two, at once or resumed: the same training."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cluster.trainer import Trainer, expert_parameter_names
+from configs.errors import TrainingError
+from configs.train import BalanceConfig, Precision
+from model.weights.v3 import to_hf
+from tests.cluster.jobs import OPTIM, NextToken, RandomBatches
+from tests.ranks import on_ranks
+from tests.references import TINY, random_model
+
+RATE = 0.01
+BALANCE = BalanceConfig(bias_update_speed=0.01)
+
+
+def trainer(precision: Precision = "high", seed: int = 0) -> Trainer:
+    return Trainer(TINY, optim=OPTIM, balance=BALANCE, precision=precision, seed=seed)
+
+
+def train(one: Trainer, steps: range) -> list[dict[str, Any]]:
+    """Reports of some steps of the shared batches."""
+    reports = []
+    for step in steps:
+        batch = RandomBatches().batch(step, rank=one.rank, world=one.world)
+        metrics: dict[str, Any] = dict(one.forward_backward(batch, NextToken()))
+        reports.append(metrics | one.optim_step(RATE))
+    return reports
+
+
+def train_on_rank(folder: str) -> dict[str, Any]:
+    """Two steps, and four with and without a save in between."""
+    one = trainer()
+    reports = train(one, range(1, 3))
+    one.save(Path(folder))
+    dist.barrier()
+    weights = {name: tensor.clone() for name, tensor in one.state().items()}
+    rest = train(one, range(3, 5))
+    again = trainer(seed=99)
+    again.load(Path(folder), step=2)
+    resumed = train(again, range(3, 5))
+    same = all(
+        torch.equal(a, again.model.state_dict()[n]) for n, a in one.model.state_dict().items()
+    )
+    ranges = [[local.start, local.stop] for local in one.expert_ranges().values()]
+    return {
+        "reports": reports,
+        "weights": weights,
+        "rest": rest,
+        "resumed": resumed,
+        "same": same,
+        "ranges": ranges,
+    }
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the two ranks save after step 2."""
+    return tmp_path_factory.mktemp("save")
+
+
+@pytest.fixture(scope="module")
+def pair(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two ranks did."""
+    return on_ranks(2, tmp_path_factory.mktemp("ranks"), train_on_rank, str(saved))
+
+
+def test_two_ranks_train_as_one_does(pair: list[dict[str, Any]]) -> None:
+    alone = trainer()
+    expected = train(alone, range(1, 3))
+    assert expected[0]["grad_norm"] > OPTIM.max_grad_norm  # clipping takes part
+    for rank in pair:
+        for found, report in zip(rank["reports"], expected, strict=True):
+            assert set(found) == set(report)
+            for name in ("loss", "next", "grad_norm"):
+                assert found[name] == pytest.approx(report[name], rel=1e-5)
+            # Routing is a choice: it is the same or it is not.
+            assert found["expert_load"] == report["expert_load"]
+    own = alone.model.state_dict()
+    sharded = expert_parameter_names(alone.model)
+    for name, tensor in own.items():
+        parts = [rank["weights"][name] for rank in pair if name in rank["weights"]]
+        assert len(parts) == (2 if name in sharded else 1), name
+        found = torch.cat(parts) if name in sharded else parts[0]
+        # Gradients agree to about 1e-6; two steps of Adam magnify that 2 x lr / epsilon times.
+        torch.testing.assert_close(found, tensor, rtol=0, atol=2e-5, msg=name)
+
+
+def test_ranks_report_the_whole_and_never_a_part(pair: list[dict[str, Any]]) -> None:
+    first, second = (rank["reports"] + rank["rest"] for rank in pair)
+    assert first == second
+    assert [rank["ranges"] for rank in pair] == [[[0, 4]] * 2, [[4, 8]] * 2]
+
+
+def test_a_resumed_pair_repeats_the_uninterrupted_one_bit_for_bit(
+    pair: list[dict[str, Any]],
+) -> None:
+    for rank in pair:
+        assert rank["resumed"] == rank["rest"]
+        assert rank["same"]
+
+
+def test_one_rank_continues_what_two_ranks_saved(pair: list[dict[str, Any]], saved: Path) -> None:
+    assert pair
+    one = trainer(seed=99)
+    one.load(saved, step=2)
+    assert one.step == 2
+    for found, expected in zip(train(one, range(3, 5)), pair[0]["rest"], strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "high"])
+def test_a_resumed_trainer_repeats_the_uninterrupted_one_bit_for_bit(
+    precision: Precision, tmp_path: Path
+) -> None:
+    whole = trainer(precision)
+    reports = train(whole, range(1, 5))
+    first = trainer(precision)
+    train(first, range(1, 3))
+    first.save(tmp_path)
+    second = trainer(precision, seed=99)
+    second.load(tmp_path, step=2)
+    assert train(second, range(3, 5)) == reports[2:]
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], tensor), name
+    assert reports[3]["loss"] < reports[0]["loss"]
+
+
+def test_the_load_of_a_layer_adds_up_and_moves_its_bias() -> None:
+    one = trainer()
+    before = {name: block.gate.e_score_correction_bias.clone() for name, block in blocks(one)}
+    (report,) = train(one, range(1, 2))
+    assert len(report["expert_load"]) == len(before) == 2
+    for (name, block), load in zip(blocks(one), report["expert_load"], strict=True):
+        assert sum(load) == pytest.approx(1, abs=1e-4)
+        mean = 1 / TINY.n_routed_experts
+        signs = [(mean > share) - (mean < share) for share in load]
+        moved = block.gate.e_score_correction_bias - before[name]
+        assert moved.tolist() == pytest.approx([0.01 * sign for sign in signs], abs=1e-7)
+        assert not block.load_E.any()
+        assert block.routing is None
+    assert report["imbalance"] == pytest.approx(
+        max(map(max, report["expert_load"])) * 8 - 1, abs=1e-3
+    )
+
+
+def blocks(one: Trainer) -> list[tuple[str, Any]]:
+    return list(one.model.moe_layers().items())
+
+
+def test_gradients_of_several_batches_add_up() -> None:
+    one, two = trainer(), trainer()
+    rows = RandomBatches().batch(1, rank=0, world=1)["tokens"]
+    one.forward_backward({"tokens": rows}, NextToken())
+    for half in rows.chunk(2):
+        two.forward_backward({"tokens": half}, NextToken(scale=0.5))
+    found, expected = two.optim_step(RATE)["grad_norm"], one.optim_step(RATE)["grad_norm"]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_clipped_gradient_has_the_norm_that_was_asked_for() -> None:
+    one = trainer()
+    one.forward_backward(RandomBatches().batch(1, rank=0, world=1), NextToken())
+    for group in one.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    norm = one.optim_step(0.0)["grad_norm"]
+    assert norm > OPTIM.max_grad_norm
+    # After the first step the first moment is (1 - beta1) times the clipped gradient.
+    squares = [state["exp_avg"].double().square().sum() for state in one.optimizer.state.values()]
+    clipped = math.sqrt(float(sum(squares))) / (1 - OPTIM.beta1)
+    assert clipped == pytest.approx(OPTIM.max_grad_norm, rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_training() -> None:
+    with pytest.raises(TrainingError, match=r"step 1: not finite: .*nan"):
+        trainer().forward_backward(
+            RandomBatches().batch(1, rank=0, world=1), NextToken(scale=math.nan)
+        )
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
+    one = trainer()
+    one.forward_backward(RandomBatches().batch(1, rank=0, world=1), NextToken())
+    gradient = one.experts[0].grad
+    assert gradient is not None
+    gradient.view(-1)[0] = math.inf
+    before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
+    with pytest.raises(TrainingError, match="step 1: the gradient's norm is inf"):
+        one.optim_step(RATE)
+    assert all(torch.equal(before[n], t) for n, t in one.model.state_dict().items())
+
+
+def test_a_trainer_takes_its_part_of_a_whole_checkpoint() -> None:
+    model = random_model()
+    one = trainer()
+    one.load_whole(to_hf(TINY, model.state_dict()))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(one.model.state_dict()[name], tensor), name

@@ -1,0 +1,97 @@
+"""Actors behind a driver: what it is told when one of them fails, and how soon."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cluster.workers import WorkerDied, dismiss, free_address, gather, spawn
+from configs.errors import DataError, DeadlineError, MachineError
+from configs.parallel import ClusterConfig
+
+
+class Toy:
+    """An actor that does as it is told."""
+
+    def __init__(self, fault: str, rank: int) -> None:
+        self.rank = rank
+        if fault == "constructor" and rank == 1:
+            raise DataError("no such thing")
+
+    def ready(self) -> int:
+        """Its rank."""
+        return self.rank
+
+    def environment(self, name: str) -> str | None:
+        """One variable of its process."""
+        return os.environ.get(name)
+
+    def fail(self, who: int, how: str) -> int:
+        """Fail in one of several ways if `who` is this rank."""
+        if self.rank == who:
+            match how:
+                case "ingot":
+                    raise DataError("the file is empty")
+                case "other":
+                    raise KeyError("lost")
+                case "die":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "sleep":
+                    time.sleep(4)
+        return self.rank
+
+
+@pytest.fixture
+def toys(machines: ClusterConfig) -> Iterator[list[Any]]:
+    """Two of them."""
+    actors = spawn(Toy, machines, 2, role="toy", arguments=("",))
+    yield actors
+    dismiss(actors)
+
+
+def test_results_come_in_order_and_failures_by_name(
+    toys: list[Any], machines: ClusterConfig
+) -> None:
+    def ask(who: int, how: str, seconds: float = 60) -> list[Any]:
+        config = machines.model_copy(update={"step_timeout_seconds": seconds})
+        return gather([toy.fail.remote(who, how) for toy in toys], config, role="toy")
+
+    assert ask(-1, "") == [0, 1]
+    with pytest.raises(DataError, match=r"^the file is empty$"):
+        ask(1, "ingot")
+    with pytest.raises(MachineError, match=r"^toy 1: KeyError: 'lost'$"):
+        ask(1, "other")
+    threads = [toy.environment.remote("OMP_NUM_THREADS") for toy in toys]
+    assert gather(threads, machines, role="toy") == ["1", "1"]
+    begin = time.monotonic()
+    with pytest.raises(DeadlineError, match=r"^toy \[1\] did not answer within 1 s$"):
+        ask(1, "sleep", seconds=1)
+    assert time.monotonic() - begin < 4
+    with pytest.raises(WorkerDied, match=r"^toy 0 died: "):
+        ask(0, "die")
+    with pytest.raises(WorkerDied, match=r"^toy 0 died: "):
+        gather([toys[0].ready.remote()], machines, role="toy")
+
+
+def test_a_constructor_that_raises_is_no_dead_worker(machines: ClusterConfig) -> None:
+    with pytest.raises(MachineError, match=r"toy 1 could not start: .*no such thing") as caught:
+        spawn(Toy, machines, 2, role="toy", arguments=("constructor",))
+    assert not isinstance(caught.value, WorkerDied)
+
+
+def test_a_group_that_finds_no_place_says_what_is_short(machines: ClusterConfig) -> None:
+    greedy = machines.model_copy(update={"cpus_per_worker": 1.5, "placement_timeout_seconds": 3})
+    with pytest.raises(MachineError, match=r"of 2 toys were placed within 3 s; each asks for 1.5"):
+        spawn(Toy, greedy, 2, role="toy", arguments=("",))
+
+
+def test_an_address_is_on_loopback_and_free() -> None:
+    scheme, _, rest = free_address().partition("://")
+    host, port = rest.split(":")
+    assert (scheme, host) == ("tcp", "127.0.0.1")
+    with socket.socket() as probe:
+        probe.bind((host, int(port)))

@@ -1,0 +1,80 @@
+"""Runs the installed `ingot` command in a folder of its own, as a user would."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+INGOT = Path(sys.executable).with_name("ingot")
+
+
+def environment() -> dict[str, str]:
+    """The caller's, without what pytest adds for its own sake."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+
+
+def ingot(
+    folder: Path, *words: str, timeout_seconds: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run `ingot words...` in `folder` to its end; standard output and error are kept."""
+    return subprocess.run(
+        [str(INGOT), *words],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_seconds,
+    )
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """Start `ingot words...` in `folder`; output goes to `<folder>/output.txt`."""
+    with (folder / "output.txt").open("w") as output:
+        return subprocess.Popen(
+            [str(INGOT), *words],
+            cwd=folder,
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def artifact(folder: Path, stage: str) -> tuple[Path, dict[str, Any]]:
+    """The folder and manifest of the only committed artifact of `stage`."""
+    (manifest,) = (folder / ".ingot" / "artifacts" / stage).glob("*/*/manifest.json")
+    return manifest.parent, json.loads(manifest.read_text())
+
+
+def metrics(folder: Path, stage: str) -> list[dict[str, Any]]:
+    """The step log of the only slot of `stage`, finished or not."""
+    found = list((folder / ".ingot" / "artifacts" / stage).glob("*/*/metrics.jsonl"))
+    if not found:
+        return []
+    return [json.loads(line) for line in found[0].read_text().split("\n")[:-1]]
+
+
+def wait_for(condition: Callable[[], bool], what: str, *, timeout_seconds: float = 240) -> None:
+    """Poll until `condition` holds; AssertionError naming `what` when it does not in time."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} within {timeout_seconds:g} s"
+        time.sleep(0.05)
+
+
+def descendants(pid: int, name_part: str) -> list[psutil.Process]:
+    """Processes started by `pid`, directly or not, whose command line holds `name_part`."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            if name_part in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found

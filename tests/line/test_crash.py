@@ -1,0 +1,79 @@
+"""What is killed is continued, to the last bit, and each step stands in the log once."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.line.runs import artifact, descendants, ingot, metrics, start, wait_for
+
+pytestmark = pytest.mark.slow
+
+STEPS = 60
+WORDS = ("smoke", "--set", f"pretrain.steps={STEPS}", "--set", "pretrain.checkpoint_every_steps=10")
+
+
+def prepare(folder: Path) -> Path:
+    """Build the corpus, so that the next command begins with pretraining."""
+    folder.mkdir()
+    done = ingot(folder, "run", *WORDS, "--only", "data")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of a run that nothing disturbed."""
+    folder = prepare(tmp_path_factory.mktemp("crash") / "calm")
+    done = ingot(folder, "run", *WORDS, "--only", "pretrain")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line["loss"] for line in metrics(folder, "pretrain")]
+
+
+def assert_equal_to(calm: list[float], folder: Path) -> None:
+    lines = metrics(folder, "pretrain")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["loss"] for line in lines] == calm
+    assert artifact(folder, "pretrain")[1]["facts"]["final_loss"] == calm[-1]
+
+
+def test_a_killed_rank_is_replaced_and_the_same_run_goes_on(
+    uninterrupted: list[float], tmp_path: Path
+) -> None:
+    folder = prepare(tmp_path / "rank")
+    running = start(folder, "run", *WORDS, "--only", "pretrain")
+    wait_for(lambda: len(metrics(folder, "pretrain")) > 12, "12 steps")
+    ranks = descendants(running.pid, "RayTrainWorker")
+    assert len(ranks) == 2
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    assert running.wait(timeout=240) == 0, (folder / "output.txt").read_text()
+    assert_equal_to(uninterrupted, folder)
+
+
+def test_a_killed_driver_leaves_a_run_that_the_next_command_continues(
+    uninterrupted: list[float], tmp_path: Path
+) -> None:
+    folder = prepare(tmp_path / "driver")
+    running = start(folder, "run", *WORDS, "--only", "pretrain")
+    wait_for(lambda: len(metrics(folder, "pretrain")) > 12, "12 steps")
+    running.send_signal(signal.SIGKILL)
+    running.wait(timeout=30)
+    again = ingot(folder, "run", *WORDS, "--only", "pretrain")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "continues the interrupted build" in again.stdout
+    assert_equal_to(uninterrupted, folder)
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(
+    uninterrupted: list[float], tmp_path: Path
+) -> None:
+    folder = prepare(tmp_path / "interrupt")
+    running = start(folder, "run", *WORDS, "--only", "pretrain")
+    wait_for(lambda: len(metrics(folder, "pretrain")) > 12, "12 steps")
+    running.send_signal(signal.SIGINT)
+    assert running.wait(timeout=60) == 130
+    assert "ingot run smoke" in (folder / "output.txt").read_text()
+    again = ingot(folder, "run", *WORDS, "--only", "pretrain")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert_equal_to(uninterrupted, folder)

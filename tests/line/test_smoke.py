@@ -1,0 +1,79 @@
+"""The whole line on the smoke recipe: built once, reused afterwards, rebuilt as asked."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.line.runs import artifact, ingot, metrics
+
+STAGES = ("data", "pretrain", "posttrain", "evaluate", "export")
+NODES = ("data", "pretrain", "posttrain", "evaluate", "export.cuda", "export.ascend")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `ingot run smoke` has ended well, with a foreign model.py beside it."""
+    folder = tmp_path_factory.mktemp("line")
+    (folder / "model.py").write_text("raise SystemExit('the wrong model')\n")
+    (folder / "configs").mkdir()
+    (folder / "configs" / "__init__.py").write_text("raise SystemExit('the wrong configs')\n")
+    done = ingot(folder, "run", "smoke")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for node in NODES:
+        assert f" {node} " in done.stdout
+    return folder
+
+
+def outcomes(output: str) -> dict[str, str]:
+    """Outcome by node, read from the closing table."""
+    rows = [line.split("│") for line in output.splitlines() if line.startswith("│")]
+    return {row[1].strip(): row[2].strip() for row in rows}
+
+
+def test_the_line_makes_every_artifact_and_records_each_step_once(built: Path) -> None:
+    for stage in STAGES[:-1]:
+        artifact(built, stage)
+    for stage, steps in (("pretrain", 24), ("posttrain", 3)):
+        assert [line["step"] for line in metrics(built, stage)] == list(range(1, steps + 1))
+
+
+def test_pretraining_lowers_the_loss_over_two_expert_parallel_workers(built: Path) -> None:
+    lines = metrics(built, "pretrain")
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    for load in lines[0]["expert_load"]:
+        assert len(load) == 8
+        assert abs(sum(load) - 1) < 1e-3
+
+
+def test_both_bundles_are_there_with_their_parity(built: Path) -> None:
+    manifests = sorted((built / ".ingot" / "artifacts" / "export").glob("*/*/manifest.json"))
+    assert len(manifests) == 2
+    folders = (entry for path in manifests for entry in path.parent.iterdir() if entry.is_dir())
+    assert {folder.name for folder in folders} >= {"bf16", "fp8", "w8a8"}
+
+
+def test_a_second_run_builds_nothing(built: Path) -> None:
+    begin = time.monotonic()
+    again = ingot(built, "run", "smoke")
+    seconds = time.monotonic() - begin
+    assert again.returncode == 0, again.stderr
+    assert set(outcomes(again.stdout).values()) <= {"outcome", "reused"}
+    assert seconds < 30, f"{seconds:.1f} s to find that nothing is to be done"
+
+
+def test_a_changed_setting_rebuilds_its_stage_and_those_after_it_only(built: Path) -> None:
+    plan = ingot(built, "plan", "smoke", "--set", "evaluate.problems=5")
+    assert plan.returncode == 0, plan.stderr
+    lines = {line.split()[0]: line for line in plan.stdout.splitlines() if line.split()}
+    assert "build" in lines["evaluate"]
+    assert "evaluate.problems: 20 -> 5" in lines["evaluate"]
+    for node in ("data", "pretrain", "posttrain", "export.cuda", "export.ascend"):
+        assert "reuse" in lines[node]
+
+
+def test_only_a_stage_refuses_a_stale_upstream_and_names_the_field(built: Path) -> None:
+    done = ingot(built, "run", "smoke", "--set", "pretrain.steps=30", "--only", "evaluate")
+    assert done.returncode == 2
+    assert "pretrain" in done.stderr
+    assert "pretrain.steps" in done.stderr

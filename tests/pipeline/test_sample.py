@@ -1,0 +1,75 @@
+"""`ingot sample` finds the model that is meant, and repeats itself under one seed."""
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from configs.model import ModelConfig
+from configs.parallel import StoreConfig
+from model.transformer import Transformer
+from model.weights.files import save_pretrained
+from pipeline import cli
+from stages.shards import BOS_TOKEN, EOS_TOKEN
+from tests.pipeline.fakes import World
+
+SMALL = ModelConfig(
+    vocab_size=300,
+    hidden_size=32,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    num_attention_heads=2,
+    q_lora_rank=None,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    intermediate_size=32,
+    moe_intermediate_size=16,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    num_nextn_predict_layers=0,
+    max_position_embeddings=64,
+    initializer_range=0.05,
+)
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """A random model and a tokenizer of single bytes."""
+    folder = tmp_path / "model"
+    save_pretrained(Transformer(SMALL).initialize(seed=0), folder)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: k for k, token in enumerate([BOS_TOKEN, EOS_TOKEN, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([BOS_TOKEN, EOS_TOKEN])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_prompt_is_continued_the_same_way_under_one_seed(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(seed: int) -> str:
+        words = ["sample", str(model_folder), "--prompt", "1+1=", "--prompt", "@x"]
+        options = ["--temperature", "1", "--max-new-tokens", "12", "--seed", str(seed)]
+        assert cli.main([*words, *options]) == 0
+        return capsys.readouterr().out
+
+    assert told(1) == told(1) != told(2)
+    assert told(1).startswith("1+1=")
+    assert "\n@x" in told(1)
+
+
+def test_what_holds_no_model_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = World(StoreConfig(url=".ingot", min_free_bytes=0)).run()
+    uri = made.outcomes["data"].uri  # type: ignore[union-attr]
+    assert cli.main(["sample", uri, "--recipe", "smoke", "--prompt", "x"]) == 1
+    assert "holds a corpus; sample from a checkpoint or a bundle" in capsys.readouterr().err
