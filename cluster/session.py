@@ -62,6 +62,8 @@ def _start(machines: ClusterConfig) -> None:
     if machines.address is not None:
         ray.init(address=machines.address, log_to_driver=False, logging_level=logging.ERROR)
         return
+    # Ray would run workers at niceness 15, behind everything else on a machine that may be shared.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         num_cpus=max(2, os.cpu_count() or 1),
         include_dashboard=True,

@@ -62,6 +62,8 @@ def round_trip(
 def round_to_grid(v: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
     """Round to the nearest E4M3 value, ties to even, in float32 arithmetic; |v| <= 448.
 
+    Zeros come out positive, which no product can tell.
+
     E4M3 keeps 3 bits below the leading one, and numbers under 2^-6 share the step of 2^-6. Adding
     1.5 * 2^20 times the leading power of two leaves the sum a step of exactly that size, so the
     addition itself does the rounding.

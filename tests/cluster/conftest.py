@@ -1,6 +1,7 @@
 """One small Ray for all tests of the cluster."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,8 @@ CPUS = 2
 def machines() -> Iterator[ClusterConfig]:
     """A running Ray with two CPUs, and a config for small pools on it."""
     if not ray.is_initialized():
+        # As `cluster/session.py` does: Ray would run workers behind everything else.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             num_cpus=CPUS,
             include_dashboard=False,

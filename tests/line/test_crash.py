@@ -1,5 +1,6 @@
 """What is killed is continued, to the last bit, and each step stands in the log once."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -77,3 +78,35 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
     again = ingot(folder, "run", *WORDS, "--only", "pretrain")
     assert again.returncode == 0, again.stdout + again.stderr
     assert_equal_to(uninterrupted, folder)
+
+
+def test_a_killed_trainer_or_sampler_of_post_training_is_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "rl"
+    folder.mkdir()
+    words = ("smoke", "--set", "posttrain.steps=12")
+    for stage in ("data", "pretrain", "posttrain"):
+        done = ingot(folder, "run", *words, "--only", stage)
+        assert done.returncode == 0, done.stdout + done.stderr
+    calm = metrics(folder, "posttrain")
+    assert [line["step"] for line in calm] == list(range(1, 13))
+    slots = folder / ".ingot" / "artifacts" / "posttrain"
+
+    def again() -> list[dict[str, object]]:
+        (found,) = slots.glob("*/g2/metrics.jsonl")
+        return [json.loads(line) for line in found.read_text().split("\n")[:-1]]
+
+    running = start(folder, "run", *words, "--force", "posttrain")
+    for worker, step in (("_TrainWorker", 3), ("_Sampler", 6)):
+        wait_for(lambda step=step: slot_has(slots, step), f"step {step}")
+        os.kill(descendants(running.pid, worker)[0].pid, signal.SIGKILL)
+    assert running.wait(timeout=240) == 0, (folder / "output.txt").read_text()
+    keys = ("step", "loss", "reward", "grad_norm", "policy_version")
+    assert [[line[key] for key in keys] for line in again()] == [
+        [line[key] for key in keys] for line in calm
+    ]
+
+
+def slot_has(slots: Path, step: int) -> bool:
+    """Whether the forced rebuild has recorded `step`."""
+    found = list(slots.glob("*/g2/metrics.jsonl"))
+    return bool(found) and len(found[0].read_text().split("\n")) > step

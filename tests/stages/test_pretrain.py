@@ -1,0 +1,177 @@
+"""Pretraining: the loss by a loop over positions, batches by their step, the rate by its config."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from configs.train import OptimConfig, PretrainConfig
+from model.transformer import Transformer
+from stages.pretrain.batches import PackedBatches
+from stages.pretrain.loop import learning_rate
+from stages.pretrain.objective import PretrainLoss, document_segments, scored_targets
+from stages.shards import BOS_ID, EOS_ID, consumed_rows, write_rows
+from tests.references import TINY, random_model, random_tokens
+
+LOSS = PretrainLoss(mtp_weight=0.3, balance_weight=0.05, attend_across_documents=False)
+
+
+def rows() -> Tensor:
+    """Rows that begin inside a document, hold several, or end in padding."""
+    tokens = random_tokens(4, 12).clamp_min(2)
+    tokens[0, [3, 9]] = BOS_ID
+    tokens[0, [2, 8]] = EOS_ID
+    tokens[1, 0] = BOS_ID
+    tokens[2, 5:] = BOS_ID
+    return tokens
+
+
+def model() -> Transformer:
+    return random_model().train()
+
+
+def position_by_position(
+    one: Transformer, tokens_BS: Tensor, loss: PretrainLoss
+) -> dict[str, float]:
+    """Every mean of the loss, read off its definition."""
+    next_terms, after_terms, balance = [], [], 0.0
+    for row in tokens_BS:
+        segments, document = [], 0
+        for token in row.tolist():
+            document += token == BOS_ID
+            segments.append(document)
+        given = None if loss.attend_across_documents else torch.tensor([segments])
+        predicted = one.predict(row[None], given)
+        assert predicted.after_next_BSV is not None
+        for i in range(len(row)):
+            if i + 1 < len(row) and row[i + 1] != BOS_ID:
+                next_terms.append(float(-predicted.next_BSV[0, i].log_softmax(-1)[row[i + 1]]))
+            if i + 2 < len(row) and BOS_ID not in row[i + 1 : i + 3].tolist():
+                after = predicted.after_next_BSV[0, i].log_softmax(-1)
+                after_terms.append(float(-after[row[i + 2]]))
+        for block in one.moe_layers().values():
+            assert block.routing is not None
+            experts_TK, scores_TE = block.routing
+            for e in range(TINY.n_routed_experts):
+                frequency = float((experts_TK == e).sum()) * 8 / (2 * len(row))
+                share = (scores_TE[:, e] / scores_TE.sum(1)).mean()
+                balance += frequency * float(share) / len(tokens_BS)
+    means = {
+        "next_token_loss": sum(next_terms) / len(next_terms),
+        "mtp_loss": sum(after_terms) / len(after_terms),
+        "balance_loss": balance,
+    }
+    weights = (1.0, loss.mtp_weight, loss.balance_weight)
+    return means | {"loss": sum(w * v for w, v in zip(weights, means.values(), strict=True))}
+
+
+@pytest.mark.parametrize("across", [False, True])
+@torch.no_grad()
+def test_the_loss_is_its_definition(across: bool) -> None:
+    loss = PretrainLoss(mtp_weight=0.3, balance_weight=0.05, attend_across_documents=across)
+    one, batch = model(), {"tokens": rows()}
+    value, metrics = loss(one, batch, loss.counts(batch))
+    expected = position_by_position(one, rows(), loss)
+    assert metrics | {"loss": float(value)} == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
+def test_ranks_parts_add_up_to_the_whole() -> None:
+    one, whole = model(), {"tokens": rows()}
+    parts = [{"tokens": rows()[:1]}, {"tokens": rows()[1:]}]
+    counted = [LOSS.counts(part) for part in parts]
+    totals = {name: sum(count[name] for count in counted) for name in counted[0]}
+    assert totals == LOSS.counts(whole)
+    value, metrics = LOSS(one, whole, totals)
+    values, reports = zip(*(LOSS(one, part, totals) for part in parts), strict=True)
+    assert float(sum(values)) == pytest.approx(float(value), rel=1e-5)
+    for name in metrics:
+        assert sum(r[name] for r in reports) == pytest.approx(metrics[name], rel=1e-5)
+
+
+def test_a_target_that_begins_a_document_is_never_scored() -> None:
+    next_BS, after_BS = scored_targets(torch.tensor([[5, 1, 0, 6, 7, 0, 0, 8]]))
+    assert next_BS.tolist() == [[True, False, True, True, False, False, True]]
+    assert after_BS.tolist() == [[False, False, True, False, False, False]]
+    one, tokens = model(), rows()
+    leaf = one.lm_head.weight
+    loss = PretrainLoss(mtp_weight=0.0, balance_weight=0.0, attend_across_documents=True)
+    # A row whose only targets are unscored changes no number.
+    padding = torch.cat([tokens, torch.full((1, 12), BOS_ID)])
+    grads = []
+    for batch in ({"tokens": tokens}, {"tokens": padding}):
+        value, _ = loss(one, batch, loss.counts(batch))
+        grads.append(torch.autograd.grad(value, leaf)[0])
+    torch.testing.assert_close(*grads)
+
+
+def test_every_begin_of_text_opens_a_document() -> None:
+    found = document_segments(torch.tensor([[5, 1, 0, 6, 1, 0, 0, 8], [0, 3, 3, 3, 3, 3, 3, 3]]))
+    assert found.tolist() == [[0, 0, 1, 1, 1, 2, 3, 3], [1] * 8]
+
+
+def test_a_document_learns_nothing_from_its_neighbours_in_the_row() -> None:
+    """The second document's loss has no gradient in what only the first one shows."""
+    one, tokens = model(), rows()[:1]
+    tokens[0, :3] = 63
+    tokens[0, 3:] = tokens[0, 3:].clamp(max=60)
+    logits = one.predict(tokens, document_segments(tokens)).next_BSV
+    second = logits[0, 4:8].logsumexp(-1).sum()
+    (grad,) = torch.autograd.grad(second, one.model.embed_tokens.weight)
+    assert not grad[63].any()
+    assert bool(grad[tokens[0, 4]].any())
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """Eleven rows, each with its number in every place."""
+    write_rows(tmp_path / "train", np.repeat(np.arange(11)[:, None], 6, axis=1), rows_per_shard=4)
+    return tmp_path / "train"
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_batches_are_the_single_ranks_batch_divided(packed: Path, world: int) -> None:
+    batches = PackedBatches(str(packed), 4, seed=3)
+    for step in (1, 2, 3, 7):
+        whole = batches.batch(step, rank=0, world=1)["tokens"]
+        parts = [batches.batch(step, rank=r, world=world)["tokens"] for r in range(world)]
+        assert torch.equal(torch.cat(parts), whole)
+        assert whole.shape == (4, 6)
+        assert whole.dtype == torch.int64
+
+
+def test_a_batch_is_a_function_of_its_step_alone(packed: Path) -> None:
+    def numbers(batches: PackedBatches, step: int) -> list[int]:
+        found: list[int] = batches.batch(step, rank=0, world=1)["tokens"][:, 0].tolist()
+        return found
+
+    walked = PackedBatches(str(packed), 4, seed=3)
+    walk = [numbers(walked, step) for step in range(1, 10)]
+    assert [numbers(PackedBatches(str(packed), 4, seed=3), step) for step in range(1, 10)] == walk
+    flat = [number for batch in walk for number in batch]
+    assert flat == consumed_rows(11, 36, seed=3).tolist()
+    assert flat[:11] == list(range(11))
+    assert sorted(flat[11:22]) == list(range(11))
+    assert flat[11:22] != list(range(11))
+    other = PackedBatches(str(packed), 4, seed=4)
+    assert [numbers(other, step) for step in range(1, 10)] != walk
+
+
+def test_the_rate_warms_up_stays_and_decays_as_configured() -> None:
+    train = PretrainConfig(
+        steps=100,
+        warmup_steps=10,
+        decay_share=0.2,
+        final_learning_rate_share=0.1,
+        optim=OptimConfig(learning_rate=2.0),
+    )
+    rates = [learning_rate(train, step) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9:80] == [2.0] * 71
+    assert rates[89] == pytest.approx(2 * (0.1 + 0.9 * 0.5))
+    assert rates[99] == pytest.approx(0.2)
+    assert all(math.isfinite(rate) and rate > 0 for rate in rates)
+    assert sorted(rates[80:], reverse=True) == rates[80:]
