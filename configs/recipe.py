@@ -123,7 +123,8 @@ def explain(error: ValidationError, schema: type[BaseModel], *, origin: str) -> 
             case "missing":
                 lines.append(f"{where}: missing; add it to the recipe")
             case "value_error":
-                lines.append(f"{where}: {fault['msg'].removeprefix('Value error, ')}")
+                message = fault["msg"].removeprefix("Value error, ")
+                lines.append(f"{where}: {message}" if path else message)
             case _:
                 lines.append(f"{where} = {_short(fault['input'])}: {fault['msg'].lower()}")
     return f"recipe {origin}: " + "\n".join(lines)
