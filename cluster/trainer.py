@@ -90,8 +90,9 @@ class Trainer:
     def optim_step(self, learning_rate: float) -> dict[str, Any]:
         """Sum and clip gradients, step AdamW, move the routing bias.
 
-        TrainingError, before anything is changed, if the gradient is not finite. Returns `grad_norm` before clipping, `imbalance` (worst layer) and `expert_load`, each
-        layer's share of token copies by expert.
+        TrainingError, before anything is changed, if the gradient is not finite. Returns
+        `grad_norm` before clipping, `imbalance` (worst layer) and `expert_load`, each layer's
+        share of token copies by expert.
         """
         for parameter in [*self.dense, *self.experts]:
             if parameter.grad is None:

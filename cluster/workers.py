@@ -11,7 +11,6 @@ from cluster.session import worker_env
 from configs.errors import DeadlineError, IngotError, MachineError
 from configs.parallel import ClusterConfig
 
-
 Actor = Any
 """A Ray actor handle: its methods exist only at run time, so no type can say more."""
 
