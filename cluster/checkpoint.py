@@ -12,11 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.errors import ArtifactError
+from configs.model import ModelConfig
+from model.weights import v3
+from model.weights.files import write_checkpoint
 
 COMPLETE = "complete.json"
 
@@ -34,6 +37,7 @@ def save_shard(
     Files that an interrupted save by another number of ranks left in `folder` are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / COMPLETE).unlink(missing_ok=True)
     for stale in set(folder.glob("rank-*")) - set(folder.glob(f"rank-*-of-{world}.*")):
         stale.unlink(missing_ok=True)
     split: dict[str, Tensor] = {}
@@ -47,7 +51,7 @@ def save_shard(
     path = folder / f"rank-{rank}-of-{world}.safetensors"
     draft = path.with_suffix(".draft")
     save_file(split, draft)
-    os.replace(draft, path)
+    _settle(draft, path)
 
 
 def load_shards(folder: Path, experts: Mapping[str, range] | None = None) -> dict[str, Tensor]:
@@ -78,19 +82,25 @@ def mark_complete(folder: Path, facts: Mapping[str, object]) -> None:
     """Make `folder` a save; `facts` must hold its `step`."""
     draft = folder / f"{COMPLETE}.draft"
     draft.write_text(json.dumps(dict(facts)))
-    os.replace(draft, folder / COMPLETE)
+    _settle(draft, folder / COMPLETE)
 
 
-def latest(root: Path) -> tuple[Path, dict[str, object]] | None:
-    """The complete save under `root` with the highest step, and its facts."""
-    saves = []
-    for marker in root.glob(f"*/{COMPLETE}"):
-        facts = json.loads(marker.read_text())
-        saves.append((int(facts["step"]), marker.parent, facts))
-    if not saves:
-        return None
-    _, folder, facts = max(saves, key=lambda save: save[0])
-    return folder, facts
+def latest(root: Path) -> tuple[Path, int] | None:
+    """The readable complete save under `root` with the highest step, and that step.
+
+    A save that a failing disk cut short is passed over for the one before it.
+    """
+    for folder in sorted(root.glob("step-*"), reverse=True):
+        if (folder / COMPLETE).is_file() and _readable(folder):
+            return folder, int(json.loads((folder / COMPLETE).read_text())["step"])
+    return None
+
+
+def consolidate(save: Path, config: ModelConfig, folder: Path) -> None:
+    """Write the whole model of a sharded save into `folder`, under Hugging Face names."""
+    tensors = load_shards(save)
+    state = {name: tensor for name, tensor in tensors.items() if not name.startswith("exp_avg")}
+    write_checkpoint(config, v3.to_hf(config, state), folder)
 
 
 def prune(root: Path, *, keep: int) -> None:
@@ -105,6 +115,29 @@ def prune(root: Path, *, keep: int) -> None:
 def step_folder(root: Path, step: int) -> Path:
     """Where the save of `step` stands."""
     return root / f"step-{step:08d}"
+
+
+def _settle(draft: Path, path: Path) -> None:
+    """Give a written file its name once its bytes are on the disk."""
+    for place in (draft, draft.parent):
+        handle = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    os.replace(draft, path)
+
+
+def _readable(folder: Path) -> bool:
+    """Whether every file is as long as its own header says."""
+    try:
+        for path in _files(folder):
+            with safe_open(path, framework="pt"):
+                pass
+        json.loads((folder / COMPLETE).read_text())
+    except (ArtifactError, SafetensorError, json.JSONDecodeError):
+        return False
+    return True
 
 
 def _files(folder: Path) -> list[Path]:

@@ -24,8 +24,9 @@ from ray.train.v2.api.config import FailureConfig, RunConfig
 from cluster import checkpoint
 from cluster.session import ensure_ray, worker_env
 from cluster.trainer import Batch, LossSpec, Trainer
+from cluster.workers import await_cpus
 from configs import errors
-from configs.errors import IngotError, MachineError, TrainingError
+from configs.errors import IngotError, LeaseLost, MachineError, TrainingError
 from configs.model import ModelConfig
 from configs.parallel import ClusterConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
@@ -83,25 +84,29 @@ def fit(job: FitJob, machines: ClusterConfig, home: str) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     (root / _FAILURE).unlink(missing_ok=True)
     done = checkpoint.latest(root)
-    if done is None or done[1]["step"] != job.steps:
+    if done is None or done[1] != job.steps:
         workers = machines.trainers
         ensure_ray(machines, home, cpus_needed=workers * machines.cpus_per_worker)
+        await_cpus(machines, workers, role="trainer")
+        job.may_write()
         _run(job, machines, root)
         done = checkpoint.latest(root)
-    if done is None or done[1]["step"] != job.steps:
-        seen = 0 if done is None else done[1]["step"]
+    if done is None or done[1] != job.steps:
+        seen = 0 if done is None else done[1]
         raise TrainingError(f"{seen} of {job.steps} steps were done; run again to continue")
     return done[0]
 
 
 def _run(job: FitJob, machines: ClusterConfig, root: Path) -> None:
     timeout = math.ceil(machines.step_timeout_seconds)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(machines.placement_timeout_seconds)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(machines.startup_timeout_seconds)
     # Ray annotates its first generation of settings and takes its second.
     settings: Any = RunConfig(
         name="ray-train",
         storage_path=str(root.parent),
-        failure_config=FailureConfig(max_failures=machines.max_restarts),
+        failure_config=FailureConfig(
+            max_failures=machines.max_restarts, controller_failure_limit=machines.max_restarts
+        ),
         worker_runtime_env={"env_vars": worker_env(machines)},
     )
     trainer = TorchTrainer(
@@ -116,8 +121,12 @@ def _run(job: FitJob, machines: ClusterConfig, root: Path) -> None:
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
+        job.may_write()
         _raise_recorded(root)
-        raise MachineError(f"training workers failed: {_last_line(error)}") from error
+        raise MachineError(
+            f"training workers failed more than cluster.max_restarts = {machines.max_restarts} "
+            f"times: {_last_line(error)}; run again to continue from the newest save"
+        ) from error
     _raise_recorded(root)
 
 
@@ -128,7 +137,10 @@ def _train_worker(config: dict[str, Any]) -> None:
     if (root / _FAILURE).is_file():
         return  # A previous attempt failed for a reason that trying again will not mend.
     try:
+        job.may_write()
         _steps(job, root)
+    except LeaseLost:
+        raise  # The slot is another builder's: nothing may be left in it.
     except IngotError as error:
         record = {"error": type(error).__name__, "message": str(error)}
         (root / _FAILURE).write_text(json.dumps(record))
@@ -142,8 +154,8 @@ def _steps(job: FitJob, root: Path) -> None:
         job.model, optim=job.optim, balance=job.balance, precision=job.precision, seed=job.seed
     )
     if resume := checkpoint.latest(root):
-        folder, facts = resume
-        trainer.load(folder, step=int(str(facts["step"])))
+        folder, step = resume
+        trainer.load(folder, step=step)
     dist.barrier()  # All ranks have chosen the same save before any of them writes another.
     log = job.open_log(trainer.step) if rank == 0 else None
     for step in range(trainer.step + 1, job.steps + 1):
@@ -153,21 +165,23 @@ def _steps(job: FitJob, root: Path) -> None:
         )
         rate = job.learning_rate(step)
         metrics |= trainer.optim_step(rate) | {"learning_rate": rate}
-        if step % job.checkpoint_every_steps == 0 or step == job.steps:
-            _save(trainer, job, root, loss=metrics["loss"])
         if log is not None:
             metrics["tokens_per_second"] = job.tokens_per_step / (time.perf_counter() - begin)
+            job.may_write()
+            # Before the save: a run that continues from it must find this line.
             log.append(metrics, step=step)
+        if step % job.checkpoint_every_steps == 0 or step == job.steps:
+            _save(trainer, job, root)
 
 
-def _save(trainer: Trainer, job: FitJob, root: Path, *, loss: float) -> None:
+def _save(trainer: Trainer, job: FitJob, root: Path) -> None:
     job.may_write()
     folder = checkpoint.step_folder(root, trainer.step)
     trainer.save(folder)
     dist.barrier()
     if trainer.rank == 0:
         job.may_write()
-        checkpoint.mark_complete(folder, {"step": trainer.step, "loss": loss})
+        checkpoint.mark_complete(folder, {"step": trainer.step})
         checkpoint.prune(root, keep=2)
 
 

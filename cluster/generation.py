@@ -55,7 +55,7 @@ class GenerationPool:
     ) -> list[Sample]:
         """One answer for each prompt, in order; answer i depends on `seeds[i]` and the weights.
 
-        Which sampler serves a prompt bears on nothing but speed.
+        Which sampler serves a prompt bears on speed, and on no more than the last bits.
         """
         share = -(-len(prompts) // len(self.actors))
         refs: list[Any] = []
@@ -64,7 +64,7 @@ class GenerationPool:
             refs.append(
                 actor.sample.remote([list(p) for p in prompts[part]], sampling, list(seeds[part]))
             )
-        parts = gather(refs, self.machines, role=_ROLE)
+        parts = gather(refs, role=_ROLE, timeout_seconds=self.machines.step_timeout_seconds)
         return [sample for part in parts for sample in part]
 
     def update_weights(self, version: int, shards: Sequence[Any]) -> None:
@@ -73,7 +73,7 @@ class GenerationPool:
         Returns once all samplers hold `version`; MachineError if one holds another.
         """
         refs = [actor.update_weights.remote(version, *shards) for actor in self.actors]
-        held = gather(refs, self.machines, role=_ROLE)
+        held = gather(refs, role=_ROLE, timeout_seconds=self.machines.step_timeout_seconds)
         if set(held) != {version}:
             raise MachineError(f"samplers hold versions {held} after an update to {version}")
 

@@ -1,11 +1,12 @@
 """The four verbs over ranks: a pool of trainer actors behind one driver."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from torch import Tensor
 
@@ -14,12 +15,15 @@ from cluster.expert_parallel import join_group
 from cluster.session import ensure_ray
 from cluster.trainer import Batch, LossSpec, Trainer
 from cluster.workers import Actor, dismiss, free_address, gather, spawn
-from configs.model import ModelConfig
 from configs.parallel import ClusterConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
+from model.transformer import Transformer
 from model.weights.files import read_config, read_tensors
 
 _ROLE = "trainer"
+
+Score = Callable[[Transformer, Batch], Tensor]
+"""Row-wise values of a model on one rank's part of a batch; travels to the workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,7 @@ class TrainerSpec:
     precision: Precision
     seed: int
     reference: bool
-    """Keep a frozen copy of the starting weights, for `reference_logprobs`."""
+    """Keep a frozen copy of the starting weights, for `TrainerPool.reference`."""
 
 
 class TrainerPool:
@@ -43,37 +47,35 @@ class TrainerPool:
 
     def forward_backward(self, batch: Batch, loss: LossSpec) -> dict[str, float]:
         """Add the gradients of `loss` on the whole batch; its metrics."""
-        results: list[dict[str, float]] = self._each("forward_backward", self._split(batch), loss)
-        return results[0]
+        parts = self._split(batch)
+        reports: list[dict[str, float]] = self._each("forward_backward", parts, loss)
+        return reports[0]
 
     def optim_step(self, learning_rate: float) -> dict[str, Any]:
         """One optimiser step on every rank."""
-        refs = [actor.optim_step.remote(learning_rate) for actor in self.actors]
-        reports: list[dict[str, Any]] = gather(refs, self.machines, role=_ROLE)
+        reports: list[dict[str, Any]] = self._all("optim_step", learning_rate)
         return reports[0]
 
-    def reference_logprobs(self, batch: Batch, temperature: float) -> Tensor:
-        """Log-probability [N, T] of each next token under the starting weights."""
-        return torch.cat(self._each("reference_logprobs", self._split(batch), temperature))
+    def reference(self, batch: Batch, score: Score) -> Tensor:
+        """`score` of the starting weights on the whole batch, its rows in order."""
+        return torch.cat(self._each("reference", self._split(batch), score))
 
     def weights(self) -> list[Any]:
         """References to each rank's part of the weights, in the object store."""
         refs = [actor.weights.remote() for actor in self.actors]
-        gather([actor.ready.remote() for actor in self.actors], self.machines, role=_ROLE)
+        self._all("ready")
         return refs
 
     def save(self, root: Path, *, step: int) -> None:
         """A sharded save of weights and moments under `root`; the two newest are kept."""
         folder = checkpoint.step_folder(root, step)
-        refs = [actor.save.remote(str(folder)) for actor in self.actors]
-        gather(refs, self.machines, role=_ROLE)
+        self._all("save", str(folder))
         checkpoint.mark_complete(folder, {"step": step})
         checkpoint.prune(root, keep=2)
 
     def load(self, folder: Path, *, step: int) -> None:
         """Continue from a sharded save."""
-        refs = [actor.load.remote(str(folder), step) for actor in self.actors]
-        gather(refs, self.machines, role=_ROLE)
+        self._all("load", str(folder), step)
 
     def _split(self, batch: Batch) -> list[dict[str, Tensor]]:
         parts = len(self.actors)
@@ -81,42 +83,61 @@ class TrainerPool:
         return [{name: pieces[i] for name, pieces in chunks.items()} for i in range(parts)]
 
     def _each(self, verb: str, batches: Sequence[Batch], *arguments: Any) -> list[Any]:
-        refs = [
-            getattr(actor, verb).remote(batch, *arguments)
-            for actor, batch in zip(self.actors, batches, strict=True)
-        ]
-        return gather(refs, self.machines, role=_ROLE)
+        calls = zip(self.actors, batches, strict=True)
+        return self._gather(
+            [getattr(actor, verb).remote(batch, *arguments) for actor, batch in calls]
+        )
+
+    def _all(self, verb: str, *arguments: Any) -> list[Any]:
+        return self._gather([getattr(actor, verb).remote(*arguments) for actor in self.actors])
+
+    def _gather(self, refs: list[Any]) -> list[Any]:
+        return gather(refs, role=_ROLE, timeout_seconds=self.machines.step_timeout_seconds)
 
 
 @contextmanager
 def open_trainers(machines: ClusterConfig, start: Path, spec: TrainerSpec) -> Iterator[TrainerPool]:
     """A pool of `machines.trainers` that starts from the checkpoint `start`, closed afterwards."""
     ensure_ray(machines, str(start), cpus_needed=machines.trainers * machines.cpus_per_worker)
-    arguments = (str(start), spec, machines, free_address())
+    arguments = (str(start), spec, machines)
     actors = spawn(_TrainWorker, machines, machines.trainers, role=_ROLE, arguments=arguments)
     try:
+        wait = machines.startup_timeout_seconds
+        (rendezvous,) = gather([actors[0].address.remote()], role=_ROLE, timeout_seconds=wait)
+        joined = [actor.join.remote(rendezvous) for actor in actors]
+        gather(joined, role=_ROLE, timeout_seconds=wait)
         yield TrainerPool(actors, machines)
     finally:
         dismiss(actors)
 
 
 class _TrainWorker:
-    """One rank of the pool."""
+    """One rank of the pool. Joins its peers, once all are placed, before it holds a model."""
 
-    def __init__(
-        self, start: str, spec: TrainerSpec, machines: ClusterConfig, rendezvous: str, rank: int
-    ) -> None:
+    trainer: Trainer
+    starting: Transformer | None
+
+    def __init__(self, start: str, spec: TrainerSpec, machines: ClusterConfig, rank: int) -> None:
         torch.set_num_threads(machines.threads_per_worker)
-        if machines.trainers > 1:
-            join_group(rendezvous, rank, machines.trainers, machines.step_timeout_seconds)
-        folder = Path(start)
-        config = read_config(folder)
-        self.rank = rank
-        self.trainer = _trainer(config, spec, folder)
-        self.reference = _trainer(config, spec, folder).model if spec.reference else None
+        self.start, self.spec, self.machines, self.rank = Path(start), spec, machines, rank
 
     def ready(self) -> int:
         return self.rank
+
+    def address(self) -> str:
+        """Where the ranks can meet: on this one's machine, on loopback in a local cluster."""
+        local = self.machines.address is None
+        return free_address("127.0.0.1" if local else ray.util.get_node_ip_address())
+
+    def join(self, rendezvous: str) -> None:
+        """Meet the other ranks and load the starting weights."""
+        world = self.machines.trainers
+        if world > 1:
+            join_group(rendezvous, self.rank, world, self.machines.step_timeout_seconds)
+        self.trainer = _trainer(self.spec, self.start)
+        self.starting = None
+        if self.spec.reference:
+            self.starting = _trainer(self.spec, self.start).model.eval()
 
     def forward_backward(self, batch: Batch, loss: LossSpec) -> dict[str, float]:
         return self.trainer.forward_backward(batch, loss)
@@ -124,14 +145,10 @@ class _TrainWorker:
     def optim_step(self, learning_rate: float) -> dict[str, Any]:
         return self.trainer.optim_step(learning_rate)
 
-    def reference_logprobs(self, batch: Batch, temperature: float) -> Tensor:
-        assert self.reference is not None
-        self.reference.eval()
+    def reference(self, batch: Batch, score: Score) -> Tensor:
+        assert self.starting is not None
         with torch.inference_mode():
-            tokens_NT = batch["tokens"]
-            logits_NTV = self.reference(tokens_NT)[:, :-1] / temperature
-            chosen = logits_NTV.log_softmax(-1).gather(-1, tokens_NT[:, 1:, None]).squeeze(-1)
-            return torch.nn.functional.pad(chosen, (0, 1))
+            return score(self.starting, batch)
 
     def weights(self) -> Mapping[str, Tensor]:
         return self.trainer.state()
@@ -143,9 +160,9 @@ class _TrainWorker:
         self.trainer.load(Path(folder), step=step)
 
 
-def _trainer(config: ModelConfig, spec: TrainerSpec, start: Path) -> Trainer:
+def _trainer(spec: TrainerSpec, start: Path) -> Trainer:
     trainer = Trainer(
-        config,
+        read_config(start),
         optim=spec.optim,
         balance=spec.balance,
         precision=spec.precision,

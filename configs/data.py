@@ -2,13 +2,14 @@
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from configs.base import Frozen
 
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 """Names a folder of the corpus, so it holds letters, digits, `_` and `-` only."""
-Share = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+"""Part of the training tokens that a source supplies; a source of share 0 is left out."""
 
 
 class StdlibSource(Frozen):
@@ -16,9 +17,8 @@ class StdlibSource(Frozen):
 
     type: Literal["stdlib"] = "stdlib"
     share: Share
-    """Part of the training tokens that this source supplies."""
     max_bytes: PositiveInt = 8_000_000
-    """Read at most this much text, from a seeded shuffle of the files."""
+    """Read at most this much text, from a seeded shuffle of the files; what is left out is said."""
 
 
 class ArithmeticSource(Frozen):
@@ -53,7 +53,7 @@ class FilesSource(Frozen):
     text_field: str = "text"
     """Column or key that holds the text (jsonl, parquet)."""
     max_bytes: PositiveInt = 100_000_000
-    """Read at most this much text, files in the order of their names."""
+    """Read at most this much text, files in the order of their names; what is left out is said."""
 
 
 Source = Annotated[StdlibSource | ArithmeticSource | FilesSource, Field(discriminator="type")]
@@ -81,7 +81,12 @@ class TokenizerConfig(Frozen):
 
 
 class DataConfig(Frozen):
-    """The corpus: a mixture by tokens, packed into rows of one length."""
+    """The corpus: a mixture by tokens, packed into rows of one length.
+
+    An overlay adds a source under a name of its own, or replaces one by giving the same name
+    another `type`. TOML cannot delete a table: `share = 0` takes a source out, and what it says
+    besides no longer matters. The shares that remain must add up to 1, so set them anew.
+    """
 
     sources: dict[SourceName, Source] = Field(min_length=1)
     train_tokens: PositiveInt
@@ -93,6 +98,11 @@ class DataConfig(Frozen):
     """Held-out tokens to pack for each source."""
     quality: QualityConfig = QualityConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+
+    @field_validator("sources")
+    @classmethod
+    def _without_empty_shares(cls, sources: dict[str, Source]) -> dict[str, Source]:
+        return {name: source for name, source in sources.items() if source.share}
 
     @model_validator(mode="after")
     def _shares_add_up(self) -> Self:

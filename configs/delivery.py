@@ -14,7 +14,7 @@ class EvaluateConfig(Frozen):
 
     problems: PositiveInt = 300
     samples_per_problem: PositiveInt = 8
-    pass_at: tuple[PositiveInt, ...] = (1, 8)
+    pass_at: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)
     temperature: float = Field(default=1.0, ge=0)
     max_new_tokens: PositiveInt = 16
     max_held_out_tokens: PositiveInt = 100_000

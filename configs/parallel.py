@@ -22,6 +22,9 @@ class ClusterConfig(Frozen):
     max_restarts: int = Field(default=3, ge=0)
     """How often a worker group is rebuilt after a worker dies, before the run gives up."""
     placement_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """Longest wait for free CPUs."""
+    startup_timeout_seconds: Annotated[float, Field(gt=0)] = 180.0
+    """Longest wait for a placed worker to import its libraries and load its model."""
     step_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     """Longest wait for one call on a worker, or for one collective."""
 

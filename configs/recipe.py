@@ -94,14 +94,18 @@ def shipped_recipes() -> list[str]:
 def load_recipe(name: str, overlays: Sequence[str] = (), sets: Sequence[str] = ()) -> Recipe:
     """The recipe `name` (shipped name or path) under overlays and `a.b=c` settings, validated.
 
-    Tables merge key by key, later files win; lists and scalars replace. Raises ConfigError with
-    the field's path, its value and the nearest valid spelling.
+    Tables merge key by key, later files win; lists and scalars replace, and so does a table that
+    changes `type`: it is another thing, to which the old one's fields mean nothing. All settings
+    together are one last overlay, so their order does not matter. Raises ConfigError with the
+    field's path, its value and the nearest valid spelling.
     """
     tree = _read(name)
     for overlay in overlays:
         tree = _merge(tree, _read(overlay))
+    asked: dict[str, Any] = {}
     for assignment in sets:
-        tree = _merge(tree, _parse_set(assignment))
+        asked = _merge(asked, _parse_set(assignment))
+    tree = _merge(tree, asked)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -171,9 +175,16 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and _same_type(old, value):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
     return merged
+
+
+def _same_type(base: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
+    """Whether `over` leaves the tag of a union, if there is one, as it was."""
+    return not ("type" in base and "type" in over) or base["type"] == over["type"]
 
 
 def _fields_at(schema: type[BaseModel], path: Sequence[Any]) -> list[str]:

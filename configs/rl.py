@@ -1,11 +1,11 @@
 """How the model is improved by reinforcement learning."""
 
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from configs.base import Frozen
-from configs.train import BalanceConfig, OptimConfig, Precision
+from configs.train import OptimConfig, Precision
 
 
 class GrpoConfig(Frozen):
@@ -18,8 +18,17 @@ class GrpoConfig(Frozen):
     """A sequence of negative advantage whose mean log(pi_old / pi) exceeds this is masked."""
 
 
+class PosttrainOptimConfig(OptimConfig):
+    """AdamW for small steps away from a trained model."""
+
+    learning_rate: float = Field(default=3e-5, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
 class PosttrainConfig(Frozen):
     """Steps, rollouts and numerics of GRPO."""
+
+    provenance_fields: ClassVar[frozenset[str]] = frozenset({"checkpoint_every_steps"})
 
     steps: PositiveInt
     prompts_per_step: PositiveInt = 32
@@ -30,8 +39,9 @@ class PosttrainConfig(Frozen):
     minibatches: PositiveInt = 1
     """Optimiser steps taken on one step's rollouts."""
     warmup_steps: int = Field(default=5, ge=0)
-    optim: OptimConfig = OptimConfig(learning_rate=3e-5, weight_decay=0.0)
-    balance: BalanceConfig = BalanceConfig(bias_update_speed=0.0)
+    optim: PosttrainOptimConfig = PosttrainOptimConfig()
+    bias_update_speed: float = Field(default=0.0, ge=0)
+    """As in pretraining; 0 keeps the routing bias that pretraining ended with."""
     grpo: GrpoConfig = GrpoConfig()
     precision: Precision = "high"
     """Samplers and trainers both run in it, so that their log-probabilities agree."""

@@ -1,6 +1,6 @@
 """How the model is pretrained."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -33,6 +33,8 @@ class BalanceConfig(Frozen):
 
 class PretrainConfig(Frozen):
     """Steps, batch, schedule and numerics of pretraining."""
+
+    provenance_fields: ClassVar[frozenset[str]] = frozenset({"checkpoint_every_steps"})
 
     steps: PositiveInt
     batch_sequences: PositiveInt = 16

@@ -156,7 +156,9 @@ class Transformer(nn.Module):
     ) -> Predictions:
         """Logits for the next token and, with an MTP layer, for the one after it."""
         hidden_BSD, mask_B1SS = self._trunk(tokens_BS, segments_BS)
-        logits_BSV = self._logits(self.model.norm(hidden_BSD))
+        # The MTP layer continues from the normed state, as the servers that read it feed it.
+        hidden_BSD = self.model.norm(hidden_BSD)
+        logits_BSV = self._logits(hidden_BSD)
         if not self.config.num_nextn_predict_layers:
             return Predictions(logits_BSV, None)
         mtp = self.model.layers[-1]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
@@ -16,6 +17,17 @@ class Prompt:
 
     problem: Problem
     token_ids: tuple[int, ...]
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a `tokenizer.json`, reading text as the corpus was read.
+
+    Text that spells a special token stays text: a prompt can neither end nor begin a document.
+    The file does not record that setting, so whoever loads it must make it.
+    """
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def encode_prompts(

@@ -16,6 +16,18 @@ from stages.shards import EOS_ID
 
 
 @dataclass(frozen=True, slots=True)
+class NextTokenLogprobs:
+    """Log-probability of each next token, for the reference model."""
+
+    temperature: float
+
+    def __call__(self, model: Transformer, batch: Mapping[str, Tensor]) -> Tensor:
+        """[N, T]; see `token_logprobs`."""
+        tokens_NT = batch["tokens"]
+        return token_logprobs(model(tokens_NT), tokens_NT, temperature=self.temperature)
+
+
+@dataclass(frozen=True, slots=True)
 class GrpoLoss:
     """`grpo_loss` over a batch of `minibatches`, each rank holding some of its rows."""
 
@@ -30,8 +42,7 @@ class GrpoLoss:
         self, model: Transformer, batch: Mapping[str, Tensor], totals: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, float]]:
         """This rank's part of the loss and of its metrics."""
-        tokens_NT = batch["tokens"]
-        logprobs_NT = token_logprobs(model(tokens_NT), tokens_NT, temperature=self.temperature)
+        logprobs_NT = NextTokenLogprobs(self.temperature)(model, batch)
         behaviour_NT = batch["behaviour_logprobs"]
         loss, metrics = grpo_loss(
             logprobs_NT,

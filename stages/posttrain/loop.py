@@ -23,11 +23,10 @@ from cluster.workers import WorkerDied
 from configs.errors import DataError, MachineError
 from configs.rl import PosttrainSpec
 from configs.seed import derive
-from model.weights import v3
-from model.weights.files import write_checkpoint
+from configs.train import BalanceConfig
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace, stage
-from stages.posttrain.learner import GrpoLoss, minibatches
+from stages.posttrain.learner import GrpoLoss, NextTokenLogprobs, minibatches
 from stages.posttrain.rollout import ScoredRollout, check_staleness, group_rollouts, score
 from stages.prompts import Prompt, answer_text, encode_prompts
 from stages.shards import EOS_ID
@@ -56,8 +55,7 @@ def posttrain(
     work.tracker.start(steps=rl.steps, unit="step")
     with following(work.out, work.tracker):
         final = _with_restarts(run, prompts)
-    state = {n: t for n, t in checkpoint.load_shards(final).items() if not n.startswith("exp_avg")}
-    write_checkpoint(base.model, v3.to_hf(base.model, state), work.path())
+    checkpoint.consolidate(final, base.model, work.path())
     shutil.copy(base.path("tokenizer.json"), work.path("tokenizer.json"))
     return Checkpoint(
         uri=work.out,
@@ -102,7 +100,7 @@ def _with_restarts(run: _Run, prompts: Sequence[Prompt]) -> Path:
 def _train(run: _Run, prompts: Sequence[Prompt]) -> Path:
     rl = run.config.posttrain
     saved = checkpoint.latest(run.saves)
-    done = int(str(saved[1]["step"])) if saved else 0
+    done = saved[1] if saved else 0
     if saved and done == rl.steps:
         return saved[0]
     log = MetricsFile(run.work.out, resume_step=done)
@@ -116,12 +114,13 @@ def _train(run: _Run, prompts: Sequence[Prompt]) -> Path:
             sampled = time.perf_counter()
             metrics = _learn(run, trainers, rollouts, step)
             samplers.update_weights(step, trainers.weights())
-            if step % rl.checkpoint_every_steps == 0 or step == rl.steps:
-                run.work.lease.check()
-                trainers.save(run.saves, step=step)
             metrics["sampling_seconds"] = sampled - begin
             metrics["learning_seconds"] = time.perf_counter() - sampled
+            run.work.lease.check()
+            # Before the save: a run that continues from it must find this line.
             log.append(metrics | _describe(rollouts), step=step)
+            if step % rl.checkpoint_every_steps == 0 or step == rl.steps:
+                trainers.save(run.saves, step=step)
     saved = checkpoint.latest(run.saves)
     assert saved is not None
     return saved[0]
@@ -132,7 +131,7 @@ def _pools(run: _Run) -> Iterator[tuple[TrainerPool, GenerationPool]]:
     rl, start, machines = run.config.posttrain, run.base.path(), run.work.machines
     spec = TrainerSpec(
         optim=rl.optim,
-        balance=rl.balance,
+        balance=BalanceConfig(bias_update_speed=rl.bias_update_speed),
         precision=rl.precision,
         seed=run.config.seed,
         reference=rl.grpo.kl_weight > 0,
@@ -174,7 +173,9 @@ def _learn(
     reports: list[dict[str, Any]] = []
     for batch in minibatches(rollouts, rl):
         if rl.grpo.kl_weight > 0:
-            batch["reference_logprobs"] = trainers.reference_logprobs(batch, rl.temperature)
+            batch["reference_logprobs"] = trainers.reference(
+                batch, NextTokenLogprobs(rl.temperature)
+            )
         metrics: dict[str, Any] = dict(trainers.forward_backward(batch, loss))
         rate = rl.optim.learning_rate * min(1.0, step / max(1, rl.warmup_steps))
         report = trainers.optim_step(rate)

@@ -3,13 +3,11 @@
 import shutil
 from functools import partial
 
-from cluster.checkpoint import load_shards
+from cluster.checkpoint import consolidate
 from cluster.fit import FitJob, fit
 from configs.errors import ConfigError
 from configs.train import PretrainConfig, PretrainSpec
 from model.optim import warmup_cosine
-from model.weights import v3
-from model.weights.files import write_checkpoint
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace, stage
 from stages.pretrain.batches import PackedBatches
@@ -28,8 +26,7 @@ def pretrain(config: PretrainSpec, work: Workspace, *, corpus: Corpus) -> Checkp
     work.tracker.start(steps=config.pretrain.steps, unit="step")
     with following(work.out, work.tracker):
         final = fit(_job(config, work, corpus), work.machines, work.out)
-    state = {n: t for n, t in load_shards(final).items() if not n.startswith("exp_avg")}
-    write_checkpoint(config.model, v3.to_hf(config.model, state), work.path())
+    consolidate(final, config.model, work.path())
     shutil.copy(corpus.path("tokenizer.json"), work.path("tokenizer.json"))
     return Checkpoint(
         uri=work.out,

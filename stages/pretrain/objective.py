@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from model.balance import sequence_balance_loss
 from model.transformer import Transformer
-from stages.shards import BOS_ID
+from stages.shards import BOS_ID, segments_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class PretrainLoss:
     ) -> tuple[Tensor, dict[str, float]]:
         """This rank's part of the loss; `next_token_loss` and the others are parts too."""
         tokens_BS = batch["tokens"]
-        segments_BS = None if self.attend_across_documents else document_segments(tokens_BS)
+        segments_BS = None if self.attend_across_documents else segments_of(tokens_BS)
         predicted = model.predict(tokens_BS, segments_BS)
         next_BS, after_BS = scored_targets(tokens_BS)
         main = _cross_entropy(predicted.next_BSV, tokens_BS, next_BS, ahead=1) / totals["next"]
@@ -65,11 +65,6 @@ class PretrainLoss:
             experts_BSK, scores_BSE = experts_TK.unflatten(0, shape), scores_TE.unflatten(0, shape)
             total = total + sequence_balance_loss(experts_BSK, scores_BSE).sum()
         return total
-
-
-def document_segments(tokens_BS: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
-    """Number of the document that each position belongs to, from its row's start."""
-    return (tokens_BS == BOS_ID).cumsum(1)
 
 
 def scored_targets(

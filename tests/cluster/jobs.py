@@ -56,3 +56,10 @@ class RandomBatches:
         generator = torch.Generator().manual_seed(1000 * self.seed + step)
         rows = torch.randint(TINY.vocab_size // 2, (SEQUENCES, LENGTH), generator=generator)
         return {"tokens": rows.chunk(world)[rank].clone()}
+
+
+def next_logprobs(model: Transformer, batch: Mapping[str, Tensor]) -> Tensor:
+    """Log-probability of each next token at temperature 0.7; 0 in the last column."""
+    tokens = batch["tokens"]
+    logprobs = (model(tokens)[:, :-1] / 0.7).log_softmax(-1)
+    return F.pad(logprobs.gather(-1, tokens[:, 1:, None]).squeeze(-1), (0, 1))

@@ -8,8 +8,19 @@ import torch
 from torch import Tensor
 
 from cluster import checkpoint
-from cluster.checkpoint import latest, load_shards, mark_complete, prune, save_shard, step_folder
+from cluster.checkpoint import (
+    consolidate,
+    latest,
+    load_shards,
+    mark_complete,
+    prune,
+    save_shard,
+    step_folder,
+)
 from configs.errors import ArtifactError
+from model.moe import RoutedExperts
+from model.weights.files import load_pretrained
+from tests.references import random_model
 
 MODULE = "model.layers.1.mlp.experts"
 EXPERTS = 8
@@ -98,9 +109,32 @@ def test_a_save_without_its_marker_is_not_used(tmp_path: Path) -> None:
     for step in (3, 10, 7):
         save(step_folder(tmp_path, step), 1)
         if step != 10:
-            mark_complete(step_folder(tmp_path, step), {"step": step, "loss": 0.5})
-    found = latest(tmp_path)
-    assert found == (step_folder(tmp_path, 7), {"step": 7, "loss": 0.5})
+            mark_complete(step_folder(tmp_path, step), {"step": step})
+    assert latest(tmp_path) == (step_folder(tmp_path, 7), 7)
+
+
+def test_a_save_that_was_cut_short_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(step_folder(tmp_path, step), 2)
+        mark_complete(step_folder(tmp_path, step), {"step": step})
+    path = step_folder(tmp_path, 2) / "rank-1-of-2.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    assert latest(tmp_path) == (step_folder(tmp_path, 1), 1)
+    # Writing it again takes the marker away first.
+    save(step_folder(tmp_path, 2), 2)
+    assert latest(tmp_path) == (step_folder(tmp_path, 1), 1)
+    mark_complete(step_folder(tmp_path, 2), {"step": 2})
+    assert latest(tmp_path) == (step_folder(tmp_path, 2), 2)
+
+
+def test_a_whole_model_is_written_from_a_sharded_save(tmp_path: Path) -> None:
+    model = random_model()
+    names = [name for name, part in model.named_modules() if isinstance(part, RoutedExperts)]
+    ranges = {name: range(model.config.n_routed_experts) for name in names}
+    save_shard(tmp_path / "save", model.state_dict(), ranges, rank=0, world=1)
+    consolidate(tmp_path / "save", model.config, tmp_path / "whole")
+    found = load_pretrained(tmp_path / "whole").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
 
 
 def test_a_marker_cut_short_never_stands_under_its_name(

@@ -19,7 +19,7 @@ from cluster.trainer import LossSpec
 from configs.errors import LeaseLost, MachineError, TrainingError
 from configs.parallel import ClusterConfig
 from configs.train import BalanceConfig
-from stages.telemetry import open_metrics, read_metrics
+from stages.telemetry import MetricsFile, open_metrics, read_metrics
 from tests.cluster.jobs import LENGTH, OPTIM, SEQUENCES, NextToken, RandomBatches
 from tests.references import TINY
 
@@ -57,6 +57,26 @@ class KilledAlways(NextToken):
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().counts(batch)
+
+
+@dataclass(frozen=True)
+class KilledBeforeLogging:
+    """A step log whose writer dies as it is told of step 2, the first time."""
+
+    log: MetricsFile
+    marker: Path
+
+    def append(self, metrics: Mapping[str, Any], *, step: int) -> None:
+        """As ever, unless this is the moment."""
+        if step == 2 and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.log.append(metrics, step=step)
+
+
+def open_killed(folder: str, resume_step: int) -> KilledBeforeLogging:
+    log = MetricsFile(folder, resume_step=resume_step)
+    return KilledBeforeLogging(log, Path(folder) / "killed")
 
 
 def allowed() -> None:
@@ -119,6 +139,15 @@ def test_a_killed_rank_costs_time_and_nothing_else(machines: ClusterConfig, tmp_
     assert longer.name.endswith("9")
     assert [line["step"] for line in steps_of(calm)] == list(range(1, STEPS + 3))
     assert steps_of(calm)[:STEPS] == steps_of(rough)
+
+
+def test_a_crash_between_save_and_log_loses_no_step(
+    machines: ClusterConfig, tmp_path: Path
+) -> None:
+    rough = job(tmp_path, NextToken(), open_log=partial(open_killed, str(tmp_path)))
+    fit(rough, machines, str(tmp_path))
+    assert (tmp_path / "killed").exists()
+    assert [line["step"] for line in steps_of(tmp_path)] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from configs.errors import MachineError, TrainingError
 from configs.parallel import ClusterConfig
 from configs.train import BalanceConfig
 from model.weights.files import save_pretrained
-from tests.cluster.jobs import OPTIM, NextToken, RandomBatches
+from tests.cluster.jobs import OPTIM, NextToken, RandomBatches, next_logprobs
 from tests.references import TINY, random_model
 
 RATE = 0.01
@@ -64,7 +64,7 @@ def test_a_pool_trains_as_one_trainer_does(pool: TrainerPool, tmp_path: Path) ->
     with torch.no_grad():
         expected_NTV = (model(tokens)[:, :-1] / 0.7).log_softmax(-1)
     expected_NT = expected_NTV.gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    reference_NT = pool.reference_logprobs({"tokens": tokens}, 0.7)
+    reference_NT = pool.reference({"tokens": tokens}, next_logprobs)
     torch.testing.assert_close(reference_NT[:, :-1], expected_NT, rtol=1e-4, atol=1e-4)
     assert not reference_NT[:, -1].any()
 
@@ -75,7 +75,7 @@ def test_a_pool_trains_as_one_trainer_does(pool: TrainerPool, tmp_path: Path) ->
     pool.optim_step(RATE)
     saved = latest(tmp_path)
     assert saved is not None
-    assert saved[1] == {"step": 2}
+    assert saved[1] == 2
     pool.load(saved[0], step=2)
     assert pool.forward_backward(batch(3), NextToken()) | pool.optim_step(RATE) == after
 

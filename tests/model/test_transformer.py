@@ -70,12 +70,8 @@ def test_the_mtp_layer_is_that_of_transformers(tmp_path: Path) -> None:
         for name in mtp.layers[0].state_dict()
     }
     mtp.layers[0].load_state_dict({renamed[name]: tensor for name, tensor in mine.items()})
-    hidden = main.model(tokens, output_hidden_states=True).hidden_states[-2]
-    hidden = main.model.layers[-1](
-        hidden,
-        position_embeddings=main.model.rotary_emb(hidden, torch.arange(16)[None]),
-        attention_mask=None,
-    )
+    # The last state they return is the one after the final norm.
+    hidden = main.model(tokens, output_hidden_states=True).hidden_states[-1]
     layer = mtp.layers[0]
     after = layer(
         main.model.embed_tokens(tokens[:, 1:]),
