@@ -8,12 +8,15 @@ one. Losses are reproduced to the last bit, because a batch is a pure function o
 import json
 import math
 import os
+import queue
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -119,7 +122,7 @@ def _run(job: FitJob, machines: ClusterConfig, root: Path) -> None:
         run_config=settings,
     )
     try:
-        trainer.fit()
+        _fit_interruptibly(trainer)
     except ray.train.TrainingFailedError as error:
         job.may_write()
         _raise_recorded(root)
@@ -128,6 +131,32 @@ def _run(job: FitJob, machines: ClusterConfig, root: Path) -> None:
             f"times: {_last_line(error)}; run again to continue from the newest save"
         ) from error
     _raise_recorded(root)
+
+
+def _fit_interruptibly(trainer: TorchTrainer) -> None:
+    """Run `trainer.fit()` so that Ctrl-C reaches the caller, as KeyboardInterrupt.
+
+    On the main thread Ray Train would take the signal for itself, and end the process with exit
+    code 0 or 1. An interrupt closes Ray, and with it the workers.
+    """
+    ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        error = ended.get()
+    except KeyboardInterrupt:
+        ray.shutdown()
+        raise
+    if error is not None:
+        raise error
 
 
 def _train_worker(config: dict[str, Any]) -> None:

@@ -68,6 +68,7 @@ def _start(machines: ClusterConfig) -> None:
         num_cpus=max(2, os.cpu_count() or 1),
         include_dashboard=True,
         dashboard_host=_LOCAL,
+        _node_ip_address=_LOCAL,  # without it Ray listens on the machine's own address
         log_to_driver=False,
         logging_level=logging.ERROR,
         object_store_memory=_OBJECT_STORE_BYTES,

@@ -24,13 +24,16 @@ class Watched(Protocol):
 class Background:
     """Jobs are done one after another; after a failure they are left out for a while.
 
-    The first failure is told; those after it would say the same.
+    The first failure is told; those after it would say the same. Jobs that are owed and that failed
+    or were left out are done again at the end.
     """
 
     def __init__(self, warning: Callable[[str], str], say: Callable[[str], None]) -> None:
         """Tell the user `warning(reason)` through `say` if a job fails."""
         self._warning, self._say = warning, say
-        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], object], bool] | None]
+        self._jobs = queue.SimpleQueue()
+        self._owed: list[Callable[[], object]] = []
         self._watched: list[Watched] = []
         self._silent_until = 0.0
         self._warned = False
@@ -38,9 +41,12 @@ class Background:
         self._thread = threading.Thread(target=self._work, daemon=True, name="background")
         self._thread.start()
 
-    def submit(self, job: Callable[[], object]) -> None:
-        """Have `job` done after all that were submitted before."""
-        self._jobs.put(job)
+    def submit(self, job: Callable[[], object], *, owed: bool = False) -> None:
+        """Have `job` done after all that were submitted before.
+
+        One that is `owed` must bear being done again after it failed halfway.
+        """
+        self._jobs.put((job, owed))
 
     def watch(self, one: Watched) -> None:
         """Sample and send `one` at intervals from now on."""
@@ -65,10 +71,13 @@ class Background:
         sent = sampled = time.monotonic()
         while True:
             try:
-                job = self._jobs.get(timeout=SEND_SECONDS)
-                if job is None:
+                item = self._jobs.get(timeout=SEND_SECONDS)
+                if item is None:
+                    self._settle()
                     return
-                self._attempt(job)
+                job, owed = item
+                if not self._attempt(job) and owed:
+                    self._owed.append(job)
                 self._done = time.monotonic()
             except queue.Empty:
                 pass
@@ -82,15 +91,34 @@ class Background:
                 for one in self._watched:
                     self._attempt(one.send)
 
-    def _attempt(self, job: Callable[[], object]) -> None:
+    def _settle(self) -> None:
+        """Do what is owed, silence or not, and again what still failed as long as that gets on."""
+        before = len(self._owed) + 1
+        while 0 < len(self._owed) < before:
+            before, again, failures = len(self._owed), list[Callable[[], object]](), 0
+            for job in self._owed:
+                self._silent_until = 0.0
+                failures = 0 if self._attempt(job) else failures + 1
+                self._done = time.monotonic()
+                if failures == 2:
+                    # Nobody answers.
+                    return
+                if failures:
+                    again.append(job)
+            self._owed = again
+
+    def _attempt(self, job: Callable[[], object]) -> bool:
+        """Whether the job was done."""
         if time.monotonic() < self._silent_until:
-            return
+            return False
         try:
             job()
         except Exception as error:
             # Whatever is wrong over there must not reach the run.
             self._silent_until = time.monotonic() + RETRY_SECONDS
             self._warn(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+            return False
+        return True
 
     def _warn(self, why: str) -> None:
         if not self._warned:

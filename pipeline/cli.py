@@ -99,8 +99,15 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest")
     sample.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
-    clean = _with_latest(verbs.add_parser("clean", help="delete artifacts that were superseded"))
+    clean = _with_latest(
+        verbs.add_parser("clean", help="delete artifacts that newer ones superseded")
+    )
     clean.add_argument("--dry-run", action="store_true", help="only list bytes per artifact")
+    clean.add_argument(
+        "--unfinished",
+        action="store_true",
+        help="also delete what interrupted builds left, which a run would continue",
+    )
     verbs.add_parser("doctor", help="what this machine has and lacks, with the fix for each")
     return parser
 

@@ -1,13 +1,13 @@
 """What must be built, and why: the state of each node, and what a selection makes of it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.errors import ArtifactError, PlanError
 from pipeline.fingerprint import differences
-from pipeline.graph import Graph, Node, Role, Selection, assign_roles
+from pipeline.graph import LEFT, Graph, Node, Role, Selection, assign_roles
 from pipeline.store import RESUME, Committed, Store
 from stages.artifacts import read_manifest
 
@@ -38,7 +38,7 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Damaged:
-    """Committed, but its files are not what its manifest says."""
+    """Committed, but not readable, or its files are not what its manifest says."""
 
     reasons: tuple[str, ...]
     generation: int
@@ -144,13 +144,13 @@ class Examiner:
         return Stale((*(changed or (f"{Path(uri).parent} was emptied",)), *extra))
 
 
-def survey(graph: Graph, examiner: Examiner, *, hashes: bool = False) -> dict[str, State]:
-    """The state of every node."""
+def survey(graph: Graph, examiner: Examiner, *, hashed: Collection[str] = ()) -> dict[str, State]:
+    """The state of every node; the files of those in `hashed` are hashed as well."""
     states: dict[str, State] = {}
     for node in graph:
         fresh = {role: states[supplier] for role, supplier in node.inputs.items()}
         inputs = {role: s.committed for role, s in fresh.items() if isinstance(s, Fresh)}
-        state: State = examiner.examine(node, inputs, hashes=hashes)
+        state: State = examiner.examine(node, inputs, hashes=node.name in hashed)
         if isinstance(state, Fresh) and len(inputs) < len(node.inputs):
             late = sorted({node.inputs[role] for role in fresh if role not in inputs})
             state = Unsettled(tuple(late))
@@ -158,14 +158,22 @@ def survey(graph: Graph, examiner: Examiner, *, hashes: bool = False) -> dict[st
     return states
 
 
+def relied_on(graph: Graph, selection: Selection) -> set[str]:
+    """Nodes that the selection leaves as they are and that a node it asks for is made of.
+
+    A run takes them as they are or not at all, so they are worth hashing before it starts.
+    """
+    return {upstream.name for _, upstream in _outside(graph, assign_roles(graph, selection))}
+
+
 def decide(graph: Graph, selection: Selection, states: Mapping[str, State]) -> dict[str, Decision]:
     """What a run with this selection would do with every node.
 
-    PlanError if `--only` names a node one of whose inputs, outside the selection, is not fresh.
+    PlanError if a node that is asked for is made of one that the selection leaves as it is and
+    that is not fresh.
     """
     roles = assign_roles(graph, selection)
-    if selection.only:
-        _require_fresh_upstream(graph, roles, states)
+    _require_fresh_upstream(graph, roles, states)
     decisions: dict[str, Decision] = {}
     for node in graph:
         moving = tuple(
@@ -204,24 +212,30 @@ def _require_fresh_upstream(
     graph: Graph, roles: Mapping[str, Role], states: Mapping[str, State]
 ) -> None:
     for name, upstream in _outside(graph, roles):
-        match states[upstream.name]:
-            case Fresh():
-                continue
-            case state:
-                word = type(state).__name__.lower()
-                raise PlanError(
-                    f"--only {name}: it is made of {upstream.name}, which is {word} "
-                    f"({'; '.join(state.reasons)}) and which --only leaves out; "
-                    f"run --only {upstream.name} first, or run without --only"
-                )
+        state = states[upstream.name]
+        if not isinstance(state, Fresh):
+            word = type(state).__name__.lower()
+            raise PlanError(
+                f"{name}, which is asked for, is made of {upstream.name}, which is {word} "
+                f"({'; '.join(state.reasons)}) and {roles[upstream.name].value}; "
+                f"{_remedy(upstream.name, roles[upstream.name], state)}"
+            )
+
+
+def _remedy(name: str, role: Role, state: State) -> str:
+    if role is Role.AFTER_FORCE:
+        return f"add --force {name}, or run without --force"
+    if isinstance(state, Damaged):
+        return f"run --force {name} first"
+    return f"run --only {name} first, or run without --only"
 
 
 def _outside(graph: Graph, roles: Mapping[str, Role]) -> Iterator[tuple[str, Node]]:
-    """Each selected node with each node upstream of it that is not selected."""
+    """Each node asked for with each node upstream of it that is left as it is."""
     for node in graph:
-        if roles[node.name] is not Role.LEAVE:
+        if roles[node.name] not in LEFT:
             for upstream in graph.before(node.name):
-                if roles[upstream.name] is Role.LEAVE:
+                if roles[upstream.name] in LEFT:
                     yield node.name, upstream
 
 

@@ -112,6 +112,10 @@ class Role(Enum):
     LEAVE = "left out by --only"
 
 
+LEFT = frozenset({Role.AFTER_FORCE, Role.LEAVE})
+"""Roles of nodes that are taken as they are, and not built."""
+
+
 def assign_roles(graph: Graph, selection: Selection) -> dict[str, Role]:
     """The role of every node; PlanError for an unknown selector or two that contradict."""
     only = {name for one in selection.only for name in graph.resolve(one)}

@@ -36,12 +36,22 @@ class Watch:
         self._since = 0.0
 
     def is_dead(self, holder: Mapping[str, Any]) -> bool:
-        if holder.get("host") == _host() and _process_gone(holder):
+        if has_ended(holder):
             return True
         beat = (holder.get("owner"), holder.get("heartbeat"))
         if beat != self._seen:
             self._seen, self._since = beat, time.monotonic()
         return time.monotonic() - self._since > DEAD_SECONDS
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from every other, also from a later one of the same number."""
+    return {"pid": os.getpid(), "host": _host(), "started": psutil.Process().create_time()}
+
+
+def has_ended(process: Mapping[str, Any]) -> bool:
+    """Whether a process of this host is gone; false for other hosts, where one cannot look."""
+    return process.get("host") == _host() and _process_gone(process)
 
 
 def _process_gone(holder: Mapping[str, Any]) -> bool:
@@ -78,13 +88,7 @@ def beat(lease: Lease, stop: threading.Event) -> None:
 
 
 def write_lease(path: Path, owner: str) -> None:
-    holder = {
-        "owner": owner,
-        "pid": os.getpid(),
-        "host": _host(),
-        "started": psutil.Process().create_time(),
-        "heartbeat": time.time(),
-    }
+    holder = {"owner": owner, **this_process(), "heartbeat": time.time()}
     # Drafts lie beside the slot, since every file inside it would become part of the artifact.
     draft = path.with_name(f".{path.name}.{LEASE}.draft")
     draft.write_text(json.dumps(holder))

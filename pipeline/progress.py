@@ -113,6 +113,10 @@ class Display:
             link = Text(url.rpartition("/")[2][:8], f"link {url}" if url else "")
             table.add_row(name, Text(word, _COLOURS[word]), seconds, _figure(outcome), link)
         self.console.print(table)
+        if not self.console.is_terminal:
+            # A log keeps no hyperlinks, so the pages are spelt out, unbroken.
+            for name, url in links.items():
+                self.console.print(Text(f"{name}: {url}"), soft_wrap=True)
 
 
 class NodeDisplay:
@@ -144,7 +148,7 @@ def _tell(outcome: Built | Reused | Failed | Blocked) -> str:
         case Failed():
             return f"failed after {outcome.seconds:.1f} s: {outcome.error}"
         case Blocked():
-            return f"blocked by {outcome.by}"
+            return f"blocked by {outcome.by}" + (f", {outcome.reason}" if outcome.reason else "")
 
 
 def _figure(outcome: Built | Reused | Failed | Blocked) -> str:

@@ -3,7 +3,7 @@
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -55,9 +55,11 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """The node was not tried, since one that it is made of did not succeed."""
+    """The node was not tried, since one that it is made of is not there."""
 
     by: str
+    reason: str = ""
+    """Why `by` is not there, if the selection left it as it is; empty if it did not succeed."""
     outcome: Literal["blocked"] = "blocked"
 
 
@@ -109,7 +111,7 @@ class Run:
     def succeeded(self) -> bool:
         """Whether every node that was asked for is there."""
         done = all(isinstance(one, Built | Reused) for one in self.outcomes.values())
-        return done and not self.interrupted
+        return done and bool(self.outcomes) and not self.interrupted
 
 
 _RUN = TypeAdapter(Run)
@@ -125,35 +127,66 @@ def new_run_id() -> str:
 class Records:
     """The runs of one store."""
 
-    def __init__(self, folder: Path) -> None:
-        """Records in `folder`, which need not exist yet."""
+    def __init__(self, folder: Path, *, say: Callable[[str], None]) -> None:
+        """Records in `folder`, which need not exist yet; `say` is told of those left out."""
         self.folder = folder
+        self._say = say
+        self._told: set[str] = set()
 
     def save(self, run: Run) -> None:
-        """Write or replace the record of `run`, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write or replace the record of `run`, whole or not at all; StoreError if it cannot."""
+        path = self.folder / f"{run.id}.json"
         draft = self.folder / f".{run.id}.draft"
-        draft.write_bytes(_RUN.dump_json(run, indent=1))
-        os.replace(draft, self.folder / f"{run.id}.json")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draft.write_bytes(_RUN.dump_json(run, indent=1))
+            os.replace(draft, path)
+        except OSError as error:
+            raise StoreError(
+                f"{path}: the record of this run cannot be written ({error.strerror}); free some "
+                "disk, or make the folder writable"
+            ) from None
+
+    def update(self, run: Run) -> None:
+        """Save, or tell once that this run's record stays behind: the run itself goes on."""
+        try:
+            self.save(run)
+        except StoreError as error:
+            self._tell(run.id, f"warning: {error}")
 
     def load(self, run_id: str) -> Run:
         """The record of one run; StoreError if it cannot be read."""
         path = self.folder / f"{run_id}.json"
         try:
             return _RUN.validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise StoreError(f"{path}: not a readable run record: {error}") from None
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+        except ValidationError as error:
+            first = error.errors()[0]
+            why = f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
+        raise StoreError(f"{path}: not a readable run record ({why}); delete it or move it away")
 
     def newest_first(self) -> Iterator[Run]:
-        """All runs, the latest first."""
-        names = sorted((path.stem for path in self.folder.glob("*.json")), reverse=True)
-        return (self.load(name) for name in names)
+        """All runs, the latest first; a record that cannot be read is left out and told once."""
+        for name in sorted((path.stem for path in self.folder.glob("*.json")), reverse=True):
+            try:
+                run = self.load(name)
+            except StoreError as error:
+                self._tell(name, f"warning: {error}; left out until then")
+                continue
+            yield run
+
+    def _tell(self, run_id: str, warning: str) -> None:
+        if run_id not in self._told:
+            self._told.add(run_id)
+            self._say(warning)
 
     def latest_artifacts(self) -> dict[tuple[str, str], str]:
         """Folder of the artifact that each (recipe, node) made or took last and that is there."""
         latest: dict[tuple[str, str], str] = {}
         for run in self.newest_first():
             for node, outcome in run.outcomes.items():
-                if isinstance(outcome, Built | Reused) and Path(outcome.uri).is_dir():
+                # Unlike its pathlib twin, false for a folder that nobody may enter.
+                if isinstance(outcome, Built | Reused) and os.path.isdir(outcome.uri):
                     latest.setdefault((run.recipe, node), outcome.uri)
         return latest

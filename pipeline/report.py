@@ -17,7 +17,7 @@ from pipeline.figures import scalars
 
 EXPERT_LOAD = "expert_load"
 """The record entry that the heat map shows: shares of tokens, [layers][experts]."""
-_TOGETHER = (("loss", "mtp_loss"), ("reward", "held_out_accuracy"))
+_TOGETHER = ("loss", "mtp_loss")
 """Curves that share one plot."""
 _SIDES = ("before", "after")
 
@@ -51,10 +51,9 @@ def plot_report(report: Path, folder: Path) -> list[Path]:
 
 
 def _groups(names: list[str]) -> Iterator[list[str]]:
-    together = [[name for name in group if name in names] for group in _TOGETHER]
-    yield from (group for group in together if group)
-    taken = {name for group in together for name in group}
-    yield from ([name] for name in names if name not in taken)
+    if together := [name for name in _TOGETHER if name in names]:
+        yield together
+    yield from ([name] for name in names if name not in _TOGETHER)
 
 
 def _plot_curves(records: Sequence[Mapping[str, Any]], names: list[str], folder: Path) -> Path:

@@ -7,14 +7,15 @@ the run (the terminal, MLflow) is handed in as a listener.
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
-from configs.errors import IngotError, StoreError
+from configs.errors import DataError, IngotError, StoreError
 from configs.parallel import ClusterConfig
 from pipeline.decide import Damaged, Examiner, Fresh
 from pipeline.figures import key_figures
-from pipeline.graph import Graph, Node, Role, Selection, assign_roles
+from pipeline.fingerprint import differences, identify
+from pipeline.graph import LEFT, Graph, Node, Role, Selection, assign_roles
 from pipeline.provenance import machine_facts, source_digest
 from pipeline.records import Blocked, Built, Failed, Reused, Run
 from pipeline.store import Committed, Slot, Store
@@ -69,6 +70,15 @@ class Chorus:
             member.note(message)
 
 
+@dataclass(frozen=True, slots=True)
+class _Ledger:
+    """What later nodes may be made of, and why they may not be made of others."""
+
+    made: dict[str, Committed] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    """By node that the selection leaves as it is and that cannot be used so: the reason."""
+
+
 def realise(graph: Graph, selection: Selection, setting: Setting, run: Run) -> Run:
     """Bring every selected node up to date and return `run` with what became of each.
 
@@ -76,83 +86,85 @@ def realise(graph: Graph, selection: Selection, setting: Setting, run: Run) -> R
     still run. On Ctrl-C the run ends there, marked as interrupted.
     """
     roles = assign_roles(graph, selection)
-    made: dict[str, Committed] = {}
+    ledger = _Ledger()
     setting.store.records.save(run)
     for node in graph:
+        started = time.monotonic()
+        outcome: Built | Reused | Failed | Blocked | None
         try:
-            outcome = _visit(node, roles[node.name], made, setting, run)
+            outcome = _visit(node, roles[node.name], ledger, setting, run)
         except KeyboardInterrupt:
             run = replace(run, interrupted=True)
             outcome = Failed("interrupted", 0.0)
+        except Exception as error:
+            # Nodes that do not depend on this one must still run, whatever was raised.
+            outcome = Failed(_explain(error, node, setting, run), time.monotonic() - started)
         if outcome is not None:
             run = run.with_outcome(node.name, outcome)
             for listener in setting.listeners:
-                listener.end(node, outcome, made.get(node.name))
-            setting.store.records.save(run)
+                listener.end(node, outcome, ledger.made.get(node.name))
+            setting.store.records.update(run)
         if run.interrupted:
             break
     return run
 
 
 def _visit(
-    node: Node, role: Role, made: dict[str, Committed], setting: Setting, run: Run
+    node: Node, role: Role, ledger: _Ledger, setting: Setting, run: Run
 ) -> Built | Reused | Failed | Blocked | None:
-    """What becomes of one node; none if it is left as it is. Adds its artifact to `made`."""
+    """What becomes of one node; none only if the selection leaves it as it is."""
     started = time.monotonic()
-    lacking = [one for one in node.inputs.values() if one not in made]
-    if lacking:
-        # An input that was left as it is, on request, leaves this node as it is too.
-        tried = lacking[0] in run.outcomes and role is not Role.LEAVE
-        return Blocked(lacking[0]) if tried else None
-    inputs = {name: made[supplier] for name, supplier in node.inputs.items()}
+    lacking = next((one for one in node.inputs.values() if one not in ledger.made), None)
+    if lacking is not None:
+        return _without(node, role, lacking, ledger, run)
+    inputs = {name: ledger.made[supplier] for name, supplier in node.inputs.items()}
     state = setting.examiner.examine(node, inputs, hashes=True)
     if isinstance(state, Fresh) and role not in (Role.ALWAYS_FROM, Role.ALWAYS_FORCE):
-        made[node.name] = state.committed
+        ledger.made[node.name] = state.committed
         if role is Role.LEAVE:
             return None
         return _reused(state.committed, time.monotonic() - started)
-    match role:
-        case Role.LEAVE:
-            return None
-        case Role.AFTER_FORCE:
-            reasons = "; ".join(state.reasons) if not isinstance(state, Fresh) else ""
+    if role in LEFT and not isinstance(state, Fresh):
+        reasons = "; ".join(state.reasons)
+        ledger.left[node.name] = f"{role.value}, and not up to date ({reasons})"
+        if role is Role.AFTER_FORCE:
             for listener in setting.listeners:
                 listener.note(f"{node.name}: left as it is ({reasons}); a plain run rebuilds it")
-            return None
+        return None
     if isinstance(state, Damaged) and role is Role.IF_STALE:
         return Failed("; ".join(state.reasons), time.monotonic() - started)
     # As seen when it was judged: a generation that another run adds meanwhile is reused.
     replacing = state.committed.generation if isinstance(state, Fresh) else state.generation
-    return _build(node, replacing, inputs, made, setting, run)
+    return _build(node, replacing, inputs, ledger, setting, run)
+
+
+def _without(node: Node, role: Role, lacking: str, ledger: _Ledger, run: Run) -> Blocked | None:
+    """What becomes of a node that lacks an input."""
+    reason = ledger.left.get(lacking, "")
+    if role is Role.LEAVE or (role is Role.AFTER_FORCE and lacking not in run.outcomes):
+        why = reason or run.outcomes[lacking].outcome
+        ledger.left[node.name] = f"{role.value}, and made of {lacking}, which is {why}"
+        return None
+    return Blocked(lacking, reason)
 
 
 def _build(
     node: Node,
     replacing: int,
     inputs: Mapping[str, Committed],
-    made: dict[str, Committed],
+    ledger: _Ledger,
     setting: Setting,
     run: Run,
-) -> Built | Reused | Failed:
+) -> Built | Reused:
     started = time.monotonic()
-    try:
-        with setting.store.slot(node, replacing=replacing) as slot:
-            if isinstance(slot, Committed):
-                made[node.name] = slot
-                return _reused(slot, time.monotonic() - started)
-            # Waiting for another builder is not part of what building took.
-            started = time.monotonic()
-            committed = _fill(slot, node, inputs, setting, run)
-    except KeyboardInterrupt:
-        raise
-    except Exception as error:
-        # Nodes that do not depend on this one must still run, whatever the stage raised.
-        path = setting.store.records.folder / f"{run.id}.{node.name}.txt"
-        path.write_text(traceback.format_exc())
-        known = isinstance(error, IngotError)
-        text = str(error) if known else f"{type(error).__name__}: {error} (traceback in {path})"
-        return Failed(text, time.monotonic() - started)
-    made[node.name] = committed
+    with setting.store.slot(node, replacing=replacing) as slot:
+        if isinstance(slot, Committed):
+            ledger.made[node.name] = slot
+            return _reused(slot, time.monotonic() - started)
+        # Waiting for another builder is not part of what building took.
+        started = time.monotonic()
+        committed = _fill(slot, node, inputs, setting, run)
+    ledger.made[node.name] = committed
     return Built(
         uri=committed.artifact.uri,
         fingerprint=node.fingerprint,
@@ -160,6 +172,19 @@ def _build(
         seconds=time.monotonic() - started,
         figures=key_figures(committed.artifact),
     )
+
+
+def _explain(error: Exception, node: Node, setting: Setting, run: Run) -> str:
+    """What went wrong, in one line; its traceback goes beside the run's record if it can."""
+    path = setting.store.records.folder / f"{run.id}.{node.name}.txt"
+    try:
+        path.write_text("".join(traceback.format_exception(error)))
+        kept = f"traceback in {path}"
+    except OSError as refused:
+        kept = f"no traceback in {path}: {refused.strerror}"
+    if isinstance(error, IngotError):
+        return str(error)
+    return f"{type(error).__name__}: {error} ({kept})"
 
 
 def _fill(
@@ -179,7 +204,17 @@ def _fill(
     )
     if not isinstance(artifact, stage.makes) or artifact.uri != work.out:
         raise StoreError(
-            f"stage {stage.name} returned {artifact!r}, not a {stage.makes.__name__} at {work.out}"
+            f"stage {stage.name} returned {artifact!r}, not a {stage.makes.__name__} at "
+            f"{work.out}; have it return one with uri=work.out"
+        )
+    inputs_now = {name: one.manifest.fingerprint for name, one in inputs.items()}
+    changed = differences(
+        node.identity.fields, identify(node.planned, inputs_now).fields, node.planned.config
+    )
+    if changed:
+        raise DataError(
+            f"{node.name}: what it reads changed after it was planned ({'; '.join(changed)}); run "
+            "again to build from it as it is now"
         )
     provenance = {
         **machine_facts(setting.machines),

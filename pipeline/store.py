@@ -89,7 +89,7 @@ class Store:
             )
         self.root = Path(path)
         self.config = config
-        self.records = Records(self.root / "runs")
+        self.records = Records(self.root / "runs", say=say)
         self._say = say
 
     def prepare(self) -> None:
@@ -112,10 +112,13 @@ class Store:
         return self.root / "artifacts" / node.planned.stage.name / node.fingerprint
 
     def find(self, node: Node) -> Committed | None:
-        """The newest committed generation of a node, none if nothing was finished."""
+        """The newest committed generation of a node, none if nothing was finished.
+
+        ArtifactError if it cannot be read or understood.
+        """
         for generation in reversed(_generations(self.folder(node))):
             path = self.folder(node) / f"g{generation}"
-            if (path / MANIFEST).exists():
+            if _is_committed(path):
                 return _load(node.planned.stage.makes, path, generation)
         return None
 
@@ -230,7 +233,8 @@ def remove(path: Path) -> None:
     """Delete a generation's folder; StoreError if a builder holds it."""
     with guard(path.parent):
         if is_held(path):
-            raise StoreError(f"{path}: process {read_lease(path).get('pid')} is building it")
+            pid = read_lease(path).get("pid")
+            raise StoreError(f"{path}: process {pid} is building it; wait for it, or end it")
         # The manifest goes first, so that a removal cut short leaves no half artifact.
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)
@@ -249,15 +253,26 @@ def _generations(folder: Path) -> list[int]:
 
 
 def _newest_committed(folder: Path) -> int:
-    done = [n for n in _generations(folder) if (folder / f"g{n}" / MANIFEST).exists()]
-    return max(done, default=0)
+    return max((n for n in _generations(folder) if _is_committed(folder / f"g{n}")), default=0)
+
+
+def _is_committed(path: Path) -> bool:
+    try:
+        return (path / MANIFEST).exists()
+    except PermissionError:
+        # Nobody may look inside: taken for an artifact, so that a rebuild goes beside it.
+        return True
 
 
 def _load(kind: type[Artifact], path: Path, generation: int) -> Committed:
     try:
         return Committed(kind.load(str(path)), read_manifest(str(path)), generation)
     except ValidationError as error:
-        raise ArtifactError(f"{path}: facts that {kind.__name__} cannot hold: {error}") from None
+        fields = ", ".join(sorted({".".join(map(str, one["loc"])) for one in error.errors()}))
+        raise ArtifactError(
+            f"{path}: its manifest has facts that a {kind.__name__} cannot hold ({fields}); "
+            "rebuild the node with --force"
+        ) from None
 
 
 def _hash_durably(folder: Path, name: str) -> str:

@@ -9,6 +9,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from pipeline.background import Background
 from pipeline.embedded import UI_PORT, schema_lock, set_environment
 from pipeline.figures import key_figures, scalars
 from pipeline.graph import Node
+from pipeline.lease import has_ended, this_process
 from pipeline.places import SQLITE, tracking_uri
 from pipeline.plain import DIGEST_CHARS, KEY_CHARS, VALUE_CHARS, flatten, metric_name, small_files
 from pipeline.records import Blocked, Built, Failed, Records, Reused, Run
@@ -37,6 +39,8 @@ from pipeline.store import Committed
 from stages.artifacts import Bundle, Checkpoint, Corpus, Report
 from stages.telemetry import METRICS, read_metrics
 
+PROCESS_TAG = "ingot.process"
+"""The driver of a run, by which a later one sees that it is gone."""
 _METRICS_A_BATCH, _PARAMS_A_BATCH = 1000, 100
 
 
@@ -61,8 +65,11 @@ class Tracking:
         self._worker = Background(self._warning, say)
         self._parent: str | None = None
         self._children: dict[str, Child] = {}
+        self._models: dict[str, str] = {}
+        self._versions: dict[str, str] = {}
         set_environment(self.config)
         self._worker.submit(self._parent_id)
+        self._worker.submit(self._end_orphans)
 
     def begin(self, node: Node, inputs: Mapping[str, Committed]) -> "Child":
         """Open the child run of a node that is being built."""
@@ -79,7 +86,9 @@ class Tracking:
             case Built():
                 child = self._children[node.name]
                 child.close("FINISHED")
-                self._worker.submit(lambda: self._show_artifact(node, child.id(), made))
+                assert made is not None
+                for show in (self._upload, self._show_figures, self._show_model, self._register):
+                    self._worker.submit(partial(show, node, child, made), owed=True)
             case Reused():
                 child = Child(self._worker, lambda: self._create_reused(node, outcome))
                 self._children[node.name] = child
@@ -97,7 +106,7 @@ class Tracking:
     def finish(self, run: Run) -> Run:
         """Send what is left, as long as that gets on; returns `run` with its MLflow ids."""
         status = "FINISHED" if run.succeeded else "KILLED" if run.interrupted else "FAILED"
-        self._worker.submit(lambda: self._finish_parent(run, status))
+        self._worker.submit(lambda: self._finish_parent(run, status), owed=True)
         timeout = self.config.timeout_seconds
         self._worker.stop(patience_seconds=2 * timeout, limit_seconds=12 * timeout)
         nodes = {n: c.run_id for n, c in self._children.items() if c.run_id is not None}
@@ -119,7 +128,11 @@ class Tracking:
     def _parent_id(self) -> str:
         if self._parent is None:
             client = self._server.client()
-            tags = {"ingot.run": self._run.id, "ingot.recipe": self._recipe.name}
+            tags = {
+                "ingot.run": self._run.id,
+                "ingot.recipe": self._recipe.name,
+                PROCESS_TAG: json.dumps(this_process()),
+            }
             opened = client.create_run(
                 self._server.experiment_id,
                 run_name=f"{self._recipe.name} {self._run.id}",
@@ -129,6 +142,17 @@ class Tracking:
             _log_params(client, self._parent, self._recipe)
             client.log_text(self._parent, self._recipe.model_dump_json(indent=1), "recipe.json")
         return self._parent
+
+    def _end_orphans(self) -> None:
+        """Mark as killed what a driver that died on this host left running in our own store."""
+        if not self.uri.startswith(SQLITE):
+            return
+        client = self._server.client()
+        experiment = [self._server.experiment_id]
+        for run in client.search_runs(experiment, "attributes.status = 'RUNNING'"):
+            process = run.data.tags.get(PROCESS_TAG)
+            if process is not None and has_ended(json.loads(process)):
+                client.set_terminated(run.info.run_id, "KILLED")
 
     def _create_child(
         self, node: Node, inputs: Mapping[str, Committed], tags: Mapping[str, str]
@@ -143,6 +167,7 @@ class Tracking:
                 "ingot.node": node.name,
                 "ingot.stage": f"{stage.name} revision {stage.revision}",
                 "ingot.fingerprint": node.fingerprint,
+                PROCESS_TAG: json.dumps(this_process()),
                 **tags,
             },
         )
@@ -173,9 +198,11 @@ class Tracking:
                 return one.tracking_id
         return None
 
-    def _show_artifact(self, node: Node, run_id: str, made: Committed | None) -> None:
-        assert made is not None
-        client, artifact = self._server.client(), made.artifact
+    # What shows an artifact bears being done again: each page stops at its first failure.
+
+    def _upload(self, node: Node, child: "Child", made: Committed) -> None:
+        """The small files of an artifact, and plots."""
+        client, run_id, artifact = self._server.client(), child.id(), made.artifact
         for path in small_files(made):
             client.log_artifact(run_id, str(path))
         with tempfile.TemporaryDirectory() as folder:
@@ -183,54 +210,60 @@ class Tracking:
             if isinstance(artifact, Report):
                 plot_report(artifact.path("report.json"), Path(folder))
             client.log_artifacts(run_id, folder, "plots")
-        match artifact:
-            case Checkpoint():
-                self._external_model(node, run_id, made, key_figures(artifact))
-            case Bundle():
-                model = self._external_model(node, run_id, made, key_figures(artifact))
-                self._register(model, run_id, made, artifact.target)
-            case Report():
-                _log_figures(client, run_id, artifact.headline)
-                _log_figures(client, self._parent_id(), artifact.headline)
 
-    def _external_model(
-        self, node: Node, run_id: str, made: Committed, figures: Mapping[str, float]
-    ) -> str:
+    def _show_figures(self, node: Node, child: "Child", made: Committed) -> None:
+        """A report's key figures, at its own run and at the parent."""
+        if isinstance(made.artifact, Report):
+            for run_id in (child.id(), self._parent_id()):
+                _log_figures(self._server.client(), run_id, made.artifact.headline)
+
+    def _show_model(self, node: Node, child: "Child", made: Committed) -> None:
         """A logged model that points to the store; no weight is uploaded."""
-        client = self._server.client()
-        facts = flatten(made.artifact.facts())
-        model = mlflow.create_external_model(
-            name=node.name.replace(".", "-"),
-            source_run_id=run_id,
-            params={key: value[:KEY_CHARS] for key, value in islice(facts.items(), 100)},
-            tags={"ingot.uri": made.artifact.uri, "ingot.content": made.manifest.content},
-            model_type=made.artifact.kind,
-            experiment_id=self._server.experiment_id,
-        )
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-        for name, value in figures.items():
+        if not isinstance(made.artifact, Checkpoint | Bundle):
+            return
+        client, model_id = self._server.client(), self._model_id(node, child, made)
+        for name, value in key_figures(made.artifact).items():
             # Not the step log's own name, in whose curve it would be one more point.
             key = metric_name(f"final_{name}")
-            client.log_metric(run_id, key, value, model_id=model.model_id)
-        return str(model.model_id)
+            client.log_metric(child.id(), key, value, model_id=model_id)
+        client.log_outputs(child.id(), [LoggedModelOutput(model_id, step=0)])
 
-    def _register(self, model_id: str, run_id: str, made: Committed, target: str) -> None:
-        """A new version of the registered model, which the target's alias then names."""
-        client, name = self._server.client(), self.config.registered_model
-        try:
-            client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        version = client.create_model_version(
-            name,
-            f"models:/{model_id}",
-            run_id=run_id,
-            tags={"ingot.uri": made.artifact.uri, "ingot.target": target},
-            await_creation_for=0,
-            model_id=model_id,
-        )
-        client.set_registered_model_alias(name, target, version.version)
+    def _model_id(self, node: Node, child: "Child", made: Committed) -> str:
+        if node.name not in self._models:
+            facts = flatten(made.artifact.facts())
+            model = mlflow.create_external_model(
+                name=node.name.replace(".", "-"),
+                source_run_id=child.id(),
+                params={key: value[:KEY_CHARS] for key, value in islice(facts.items(), 100)},
+                tags={"ingot.uri": made.artifact.uri, "ingot.content": made.manifest.content},
+                model_type=made.artifact.kind,
+                experiment_id=self._server.experiment_id,
+            )
+            self._models[node.name] = str(model.model_id)
+        return self._models[node.name]
+
+    def _register(self, node: Node, child: "Child", made: Committed) -> None:
+        """A new version of the registered model, which the bundle's target then names."""
+        if not isinstance(made.artifact, Bundle):
+            return
+        client, name, bundle = self._server.client(), self.config.registered_model, made.artifact
+        if node.name not in self._versions:
+            try:
+                client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            model_id = self._model_id(node, child, made)
+            version = client.create_model_version(
+                name,
+                f"models:/{model_id}",
+                run_id=child.id(),
+                tags={"ingot.uri": bundle.uri, "ingot.target": bundle.target},
+                await_creation_for=0,
+                model_id=model_id,
+            )
+            self._versions[node.name] = version.version
+        client.set_registered_model_alias(name, bundle.target, self._versions[node.name])
 
     def _finish_parent(self, run: Run, status: str) -> None:
         client, parent = self._server.client(), self._parent_id()
@@ -278,11 +311,13 @@ class Child:
         """Send what is left and end the run."""
         self._worker.unwatch(self)
         self._worker.submit(self.sample)
-        self._worker.submit(lambda: self._end(status))
+        self._worker.submit(lambda: self._end(status), owed=True)
 
     def fail(self, error: str, status: str) -> None:
         """Keep the reason, then end the run."""
-        self._worker.submit(lambda: self._open().set_tag(self.id(), "ingot.error", error[:5000]))
+        self._worker.submit(
+            lambda: self._open().set_tag(self.id(), "ingot.error", error[:5000]), owed=True
+        )
         self.close(status)
 
     # What follows runs on the background thread.

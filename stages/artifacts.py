@@ -147,11 +147,6 @@ class Bundle(Artifact):
     """By variant."""
 
 
-KINDS: Mapping[str, type[Artifact]] = {
-    kind.kind: kind for kind in (Corpus, Checkpoint, Report, Bundle)
-}
-
-
 def read_manifest(uri: str) -> Manifest:
     """The manifest at `uri`; ArtifactError if there is none or it cannot be understood."""
     path = f"{uri}/{MANIFEST}"
@@ -159,9 +154,16 @@ def read_manifest(uri: str) -> Manifest:
         with fsspec.open(path, "r") as file:
             return Manifest.model_validate(json.load(file))
     except FileNotFoundError:
-        raise ArtifactError(f"{uri}: no {MANIFEST}, so this is not a finished artifact") from None
-    except (json.JSONDecodeError, ValidationError) as error:
-        raise ArtifactError(f"{path}: not a manifest of format {FORMAT}: {error}") from None
+        raise ArtifactError(
+            f"{uri}: no {MANIFEST}, so this is not a finished artifact; `ingot run` finishes it"
+        ) from None
+    except OSError as error:
+        raise ArtifactError(_unreadable(path, error)) from None
+    except ValueError as error:
+        raise ArtifactError(
+            f"{path}: not a manifest of format {FORMAT} ({_first_line(error)}); rebuild the node "
+            "with --force"
+        ) from None
 
 
 def list_files(uri: str) -> dict[str, int]:
@@ -176,11 +178,14 @@ def list_files(uri: str) -> dict[str, int]:
 
 
 def hash_file(uri: str, name: str) -> str:
-    """SHA-256 of one file, in hexadecimal."""
+    """SHA-256 of one file, in hexadecimal; ArtifactError if it cannot be read."""
     digest = hashlib.sha256()
-    with fsspec.open(f"{uri}/{name}", "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    try:
+        with fsspec.open(f"{uri}/{name}", "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise ArtifactError(_unreadable(f"{uri}/{name}", error)) from None
     return digest.hexdigest()
 
 
@@ -195,9 +200,24 @@ def content_hash(kind: str, facts: Mapping[str, Any], files: Mapping[str, FileEn
 
 
 def verify(uri: str, *, hashes: bool = True) -> None:
-    """ArtifactError unless every file is there with its size and, with `hashes`, its SHA-256."""
+    """ArtifactError unless the artifact is what its manifest says, no more and no less.
+
+    Every file is there with its size and, with `hashes`, its SHA-256; there is no other file, and
+    the content hash is that of the kind, facts and files listed.
+    """
     manifest = read_manifest(uri)
+    content = content_hash(manifest.kind, manifest.facts, manifest.files)
+    if content != manifest.content:
+        raise ArtifactError(
+            f"{uri}: {MANIFEST} lists kind, facts and files of content {content[:12]}, but says "
+            f"{manifest.content[:12]}, so it was changed; rebuild with --force {manifest.stage}"
+        )
     present = list_files(uri)
+    if unlisted := next((name for name in present if name not in manifest.files), None):
+        raise ArtifactError(
+            f"{uri}: {unlisted} is not one of the {len(manifest.files)} files that its manifest "
+            f"lists; delete it, or rebuild with --force {manifest.stage}"
+        )
     for name, entry in manifest.files.items():
         if name not in present:
             raise ArtifactError(f"{uri}: {name} is missing; rebuild with --force {manifest.stage}")
@@ -230,8 +250,25 @@ class Lease:
             holder = "nobody"
         if holder != self.owner:
             raise LeaseLost(
-                f"{self.uri}: held by {holder}, not by {self.owner}; this build stops writing"
+                f"{self.uri}: held by {holder}, not by {self.owner}; this build stops writing, "
+                "and the same command later takes what the other builder makes"
             )
+
+
+def _unreadable(path: str, error: OSError) -> str:
+    return (
+        f"{path}: cannot be read ({error.strerror or _first_line(error)}); make it readable, or "
+        "rebuild the node with --force"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, without the lines that pydantic adds."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        return f"{where}: {first['msg']}"
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def now() -> str:

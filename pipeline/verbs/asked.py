@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,8 @@ def load_asked(args: argparse.Namespace) -> Asked:
     """The recipe named on the command line; without one, that of the latest run here, or tiny."""
     base = Path.cwd()
     if args.recipe is None:
-        invocation = _latest_invocation(base)
+        latest = _latest_invocation(base)
+        invocation = latest or Invocation(DEFAULT_RECIPE)
         if args.overlays or args.sets:
             invocation = Invocation(
                 invocation.recipe,
@@ -45,10 +47,18 @@ def load_asked(args: argparse.Namespace) -> Asked:
                 (*invocation.sets, *args.sets),
             )
     else:
+        latest = None
         (name,) = _absolute([args.recipe], base)
         invocation = Invocation(name, _absolute(args.overlays, base), tuple(args.sets))
     recipe = load_recipe(invocation.recipe, invocation.overlays, invocation.sets)
-    return Asked(absolute(recipe, base), invocation)
+    asked = Asked(absolute(recipe, base), invocation)
+    if args.recipe is None and latest is None:
+        print(
+            f"no run is recorded in {base / StoreConfig().url}: assuming the recipe "
+            f"{invocation.recipe} and its store {asked.recipe.store.url}; --recipe names another",
+            file=sys.stderr,
+        )
+    return asked
 
 
 def selection(args: argparse.Namespace) -> Selection:
@@ -88,10 +98,14 @@ def locate(store: Store, recipe: str, target: str) -> Path:
     )
 
 
-def _latest_invocation(base: Path) -> Invocation:
-    records = Records(base / StoreConfig().url / "runs")
+def _latest_invocation(base: Path) -> Invocation | None:
+    records = Records(base / StoreConfig().url / "runs", say=_ignore)
     latest = next(records.newest_first(), None)
-    return latest.invocation if latest is not None else Invocation(DEFAULT_RECIPE)
+    return None if latest is None else latest.invocation
+
+
+def _ignore(message: str) -> None:
+    """Records that cannot be read are told of by the store, which reads them again."""
 
 
 def _absolute(names: list[str], base: Path) -> tuple[str, ...]:

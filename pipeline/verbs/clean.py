@@ -24,9 +24,12 @@ class Entry:
 
 
 def clean(args: argparse.Namespace) -> int:
-    """Delete what is superseded or was left unfinished; with `--dry-run` only list."""
+    """Delete what is superseded, and with `--unfinished` what interrupted builds left.
+
+    With `--dry-run` only list.
+    """
     store = load_asked(args).store(print)
-    entries = list(inventory(store))
+    entries = list(inventory(store, unfinished=args.unfinished))
     for entry in entries:
         name = entry.path.relative_to(store.root / "artifacts")
         print(f"{entry.num_bytes:>15,}  {entry.verdict:6}  {name}  {entry.reason}")
@@ -41,11 +44,12 @@ def clean(args: argparse.Namespace) -> int:
     return 0
 
 
-def inventory(store: Store) -> Iterator[Entry]:
+def inventory(store: Store, *, unfinished: bool) -> Iterator[Entry]:
     """Every folder with its size and what is to become of it.
 
     Kept: the newest artifact of each node of each recipe, by the runs' records and by the
-    manifests (should the records be gone), and whatever is being built.
+    manifests (should the records be gone), whatever is being built and, but for `unfinished`,
+    what an interrupted build left, since hours of training may lie there.
     """
     latest = _latest(store)
     for path in generations(store.root):
@@ -56,8 +60,11 @@ def inventory(store: Store) -> Iterator[Entry]:
             yield Entry(path, num_bytes, "keep", f"latest of {latest[str(path)]}")
         elif (path / MANIFEST).exists():
             yield Entry(path, num_bytes, "remove", "superseded")
+        elif unfinished:
+            yield Entry(path, num_bytes, "remove", "unfinished")
         else:
-            yield Entry(path, num_bytes, "remove", "unfinished; a run would continue it")
+            reason = "unfinished: a run would continue it, --unfinished deletes it"
+            yield Entry(path, num_bytes, "keep", reason)
 
 
 def _latest(store: Store) -> dict[str, str]:

@@ -20,7 +20,6 @@ from pipeline.verbs.ui import is_free
 
 RAY_DASHBOARD_PORT = 8265
 _PACKAGES = ("ray", "mlflow", "pyarrow", "safetensors", "tokenizers")
-_COMPILERS = ("c++", "g++", "clang++")
 _MIN_MEMORY_BYTES = 6_000_000_000
 _FP8_CAPABILITY = (9, 0)
 
@@ -54,7 +53,6 @@ def examine() -> Iterator[Finding]:
     yield Finding("ingot", ingot_version())
     yield Finding("python", platform.python_version())
     yield from _machine()
-    yield _compiler()
     yield from _accelerators()
     for package in _PACKAGES:
         yield _package(package)
@@ -74,12 +72,6 @@ def _machine() -> Iterator[Finding]:
     full = f"free some, or put store.url on a disk with {least:,} bytes"
     seen = f"{free / 1e9:.1f} GB free here"
     yield Finding("disk", seen, None if free >= least else full, needed=True)
-
-
-def _compiler() -> Finding:
-    found = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
-    fix = "install g++ or clang++; without one everything works, more slowly"
-    return Finding("C++ compiler", found or "none", None if found else fix)
 
 
 def _accelerators() -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from pipeline.decide import (
     as_json,
     decide,
     explain_recheck,
+    relied_on,
     survey,
 )
 from pipeline.graph import Graph, make_graph
@@ -39,8 +40,10 @@ def plan(args: argparse.Namespace) -> int:
     asked = load_asked(args)
     graph = make_graph(production(asked.recipe))
     store = asked.store(_to_stderr)
-    states = survey(graph, Examiner(store, asked.recipe.name))
-    decisions = decide(graph, selection(args), states)
+    chosen = selection(args)
+    examiner = Examiner(store, asked.recipe.name)
+    states = survey(graph, examiner, hashed=relied_on(graph, chosen))
+    decisions = decide(graph, chosen, states)
     if args.json:
         print(json.dumps(_plan_record(asked, graph, decisions), indent=1))
     else:
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     graph = make_graph(production(recipe))
     store.prepare()
     examiner = Examiner(store, recipe.name)
-    decide(graph, chosen, survey(graph, examiner))
+    decide(graph, chosen, survey(graph, examiner, hashed=relied_on(graph, chosen)))
     record = Run(
         id=new_run_id(),
         recipe=recipe.name,
@@ -77,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     )
     setting = Setting(store, examiner, recipe.cluster, [tracking, display])
     record = tracking.finish(realise(graph, chosen, setting, record))
-    store.records.save(record)
+    store.records.update(record)
     return _conclude(record, asked, tracking, display)
 
 
@@ -98,8 +101,15 @@ def _conclude(record: Run, asked: Asked, tracking: Tracking, display: Display) -
         )
         return INTERRUPTED
     for name, outcome in record.outcomes.items():
-        if isinstance(outcome, Failed):
-            print(f"ingot: error: {name}: {outcome.error}", file=sys.stderr)
+        match outcome:
+            case Failed():
+                print(f"ingot: error: {name}: {outcome.error}", file=sys.stderr)
+            case Blocked(by, reason) if reason:
+                print(
+                    f"ingot: error: {name}: made of {by}, which is {reason}; run it again without "
+                    "--only and --force to build both",
+                    file=sys.stderr,
+                )
     return 0 if record.succeeded else IngotError.exit_code
 
 

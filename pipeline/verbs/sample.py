@@ -1,16 +1,16 @@
 """`ingot sample`: let a checkpoint or a bundle answer prompts."""
 
 import argparse
+import math
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
-from configs.errors import ArtifactError
+from configs.errors import ArtifactError, ConfigError
 from configs.seed import derive
 from model import decode
 from model.weights.files import load_pretrained
 from pipeline.verbs.asked import load_asked, locate
 from stages.artifacts import Bundle, Checkpoint, read_manifest
+from stages.prompts import load_tokenizer
 from stages.shards import BOS_ID, EOS_ID
 
 READABLE_VARIANT = "bf16"
@@ -18,9 +18,10 @@ READABLE_VARIANT = "bf16"
 
 
 def sample(args: argparse.Namespace) -> int:
-    """Print each prompt and its answer."""
+    """Print each prompt and its answer. ConfigError for a setting that means nothing."""
+    _check(args)
     folder = _model_folder(args)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
     prompts = [
         [BOS_ID, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in args.prompt
     ]
@@ -35,6 +36,18 @@ def sample(args: argparse.Namespace) -> int:
     for prompt, answer in zip(args.prompt, answers, strict=True):
         print(prompt + tokenizer.decode(answer.token_ids, skip_special_tokens=True))
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not (math.isfinite(args.temperature) and args.temperature >= 0):
+        raise ConfigError(
+            f"--temperature {args.temperature}: must be a number of 0 or more; 0 takes the "
+            "likeliest token, 1 samples as the model was trained"
+        )
+    if args.max_new_tokens < 1:
+        raise ConfigError(
+            f"--max-new-tokens {args.max_new_tokens}: must be 1 or more; leave it out for 64"
+        )
 
 
 def _model_folder(args: argparse.Namespace) -> Path:

@@ -88,12 +88,21 @@ def training_documents(
     if not source.slip_share:
         return [problem.prompt + problem.answer for problem in problems]
     rng = np.random.default_rng(derive(seed, "slips"))
-    wrong = round(_VARIANTS * source.slip_share)
+    wrong = _wrong_variants(source)
     return [
         problem.prompt + (_slip(problem.answer, rng) if variant < wrong else problem.answer)
         for problem in problems
         for variant in range(_VARIANTS)
     ]
+
+
+def wrong_share(source: ArithmeticSource) -> float:
+    """Part of the training documents that is wrong: `slip_share`, as nearly as it is met."""
+    return _wrong_variants(source) / _VARIANTS
+
+
+def _wrong_variants(source: ArithmeticSource) -> int:
+    return round(_VARIANTS * source.slip_share)
 
 
 def _slip(answer: str, rng: np.random.Generator) -> str:

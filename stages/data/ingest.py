@@ -7,7 +7,7 @@ import platform
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -43,31 +43,66 @@ class Document:
     text: str
 
 
-def read_stdlib(name: str, source: StdlibSource, *, seed: int) -> Iterator[Document]:
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one source gave, and what its `max_bytes` kept out."""
+
+    documents: Sequence[Document]
+    unread_files: int
+    """Files that were not read to their end."""
+    unread_bytes: int
+    """Size of those files on disk."""
+
+
+def read_stdlib(name: str, source: StdlibSource, *, seed: int) -> Reading:
     """Whole source files in an order drawn from `seed`, as many as fit `source.max_bytes`."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(_library(root))
     order = np.random.default_rng(derive(seed, "data", name, "files")).permutation(len(paths))
-    left_bytes = source.max_bytes
+    documents, unread_bytes, left_bytes = [], [], source.max_bytes
     for path in (paths[index] for index in order):
         if (size_bytes := path.stat().st_size) <= left_bytes:
             left_bytes -= size_bytes
-            yield Document(name, path.relative_to(root).as_posix(), _decode_python(path))
+            label = path.relative_to(root).as_posix()
+            documents.append(Document(name, label, _decode_python(path)))
+        else:
+            unread_bytes.append(size_bytes)
+    return Reading(documents, len(unread_bytes), sum(unread_bytes))
 
 
-def read_files(name: str, source: FilesSource) -> Iterator[Document]:
+def read_files(name: str, source: FilesSource) -> Reading:
     """The documents of every file that the glob matches, up to `source.max_bytes` of text.
 
-    DataError, naming the field, its value and a remedy: no file matches, a file cannot be read,
-    bytes are not UTF-8, a record lacks the text field.
+    DataError, naming the field, its value and a remedy: no file matches, a file cannot be read or
+    changes meanwhile, bytes are not UTF-8, a record lacks the text field.
     """
-    left_bytes = source.max_bytes
-    for fs, path, label in _matches(name, source):
-        for document in _read_one(name, source, fs, path, label):
-            left_bytes -= len(document.text.encode())
-            if left_bytes < 0:
-                return
-            yield document
+    before = identify(name, source)
+    documents, unread = _read_within(name, source, _matches(name, source))
+    _require_unchanged(name, source, before, identify(name, source))
+    return Reading(documents, len(unread), sum(before[label]["bytes"] for label in unread))
+
+
+def require_documents(
+    name: str,
+    source: StdlibSource | FilesSource,
+    kept: Sequence[Document],
+    read: Mapping[str, int],
+    dropped: Mapping[str, int],
+) -> None:
+    """DataError unless at least two documents are left: one to train on, one to hold out."""
+    if len(kept) >= 2:
+        return
+    match source:
+        case FilesSource():
+            field = f"glob = {source.glob!r}"
+        case StdlibSource():
+            field = f"max_bytes = {source.max_bytes}"
+    reasons = ", ".join(f"{count} by {rule}" for rule, count in sorted(dropped.items()))
+    raise DataError(
+        f"data.sources.{name}.{field}: yields {len(kept)} usable documents of {read['documents']} "
+        f"read (dropped: {reasons or 'none'}), but training and held-out text need one each; "
+        f"give more text (max_bytes = {source.max_bytes} now), or relax data.quality"
+    )
 
 
 def identify(name: str, source: Source) -> dict[str, Any]:
@@ -79,11 +114,12 @@ def identify(name: str, source: Source) -> dict[str, Any]:
         case FilesSource():
             found = {}
             for fs, path, label in _matches(name, source):
-                digest = hashlib.sha256()
+                digest, num_bytes = hashlib.sha256(), 0
                 with _opened(name, source, fs, path) as file:
                     while chunk := file.read(1 << 20):
                         digest.update(chunk)
-                found[label] = {"bytes": int(fs.size(path)), "sha256": digest.hexdigest()}
+                        num_bytes += len(chunk)
+                found[label] = {"bytes": num_bytes, "sha256": digest.hexdigest()}
             return found
         case StdlibSource():
             return {"python": platform.python_version()}
@@ -141,6 +177,40 @@ def _matches(name: str, source: FilesSource) -> list[tuple[AbstractFileSystem, s
         )
     base = _WILDCARD.split(str(pattern), maxsplit=1)[0].rpartition("/")[0]
     return [(fs, path, path.removeprefix(base).lstrip("/")) for path in paths]
+
+
+def _read_within(
+    name: str, source: FilesSource, matches: Sequence[tuple[AbstractFileSystem, str, str]]
+) -> tuple[list[Document], list[str]]:
+    """Documents while they fit `source.max_bytes`, and the files not read to their end."""
+    documents: list[Document] = []
+    left_bytes = source.max_bytes
+    for number, (fs, path, label) in enumerate(matches):
+        for document in _read_one(name, source, fs, path, label):
+            left_bytes -= len(document.text.encode())
+            if left_bytes < 0:
+                return documents, [unread for _, _, unread in matches[number:]]
+            documents.append(document)
+    return documents, []
+
+
+def _require_unchanged(
+    name: str, source: FilesSource, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> None:
+    """DataError if a file differs from what it was: no hash would say what was read."""
+    for label in sorted(before.keys() | after.keys()):
+        if before.get(label) != after.get(label):
+            raise _fault(
+                name,
+                source,
+                f"{label} changed while the source was read: {_describe(before.get(label))} "
+                f"before, {_describe(after.get(label))} after",
+                "run again when nothing writes to it",
+            )
+
+
+def _describe(facts: Mapping[str, Any] | None) -> str:
+    return f"{facts['bytes']:,} bytes of sha256 {facts['sha256'][:12]}" if facts else "no file"
 
 
 def _read_one(

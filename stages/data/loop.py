@@ -11,14 +11,21 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from configs.data import ArithmeticSource, DataConfig, DataSpec, FilesSource, StdlibSource
+from configs.data import (
+    ArithmeticSource,
+    DataConfig,
+    DataSpec,
+    FilesSource,
+    Source,
+    StdlibSource,
+)
 from configs.errors import DataError
 from configs.seed import derive
 from stages.artifacts import Corpus
 from stages.contract import Workspace, stage
-from stages.data.arithmetic import Split, make_problems, training_documents
+from stages.data.arithmetic import Split, make_problems, training_documents, wrong_share
 from stages.data.dedup import Seen, hold_out
-from stages.data.ingest import Document, identify, read_files, read_stdlib
+from stages.data.ingest import Reading, identify, read_files, read_stdlib, require_documents
 from stages.data.pack import (
     Int32,
     frame,
@@ -49,6 +56,10 @@ class _Texts:
     """`documents` and `bytes`, before any was dropped."""
     dropped: Counter[str]
     """Documents by the rule that took them out."""
+    unread_files: int = 0
+    """Files that the source's `max_bytes` kept from being read to their end."""
+    unread_bytes: int = 0
+    """Size of those files on disk."""
     repeats: bool = False
     """Whether training draws from the texts with replacement, as often as it needs."""
 
@@ -79,6 +90,8 @@ def data(config: DataSpec, work: Workspace) -> Corpus:
     }
     total = sum((source.read for source in texts.values()), Counter[str]())
     work.tracker.log({**total, "documents_dropped": len(drops)}, step=1)
+    for cut in _cuts(spec, texts):
+        work.tracker.note(cut)
 
     tokenizer = train_tokenizer(_training_sample(spec, texts), spec.tokenizer)
     work.tracker.log({"vocab_size": tokenizer.get_vocab_size()}, step=2)
@@ -122,52 +135,35 @@ def _clean(spec: DataConfig, *, seed: int) -> tuple[dict[str, _Texts], list[Drop
         if isinstance(source, ArithmeticSource):
             continue
         kept, read, dropped = [], Counter(documents=0, bytes=0), Counter[str]()
-        for document in _read(name, source, seed=seed):
+        reading = _read(name, source, seed=seed)
+        for document in reading.documents:
             read.update(documents=1, bytes=len(document.text.encode()))
             if drop := judge(document, spec.quality) or seen.check(document):
                 drops.append(drop)
                 dropped[drop.rule] += 1
             else:
                 kept.append(document)
-        _require_documents(name, source, kept, read, dropped)
+        require_documents(name, source, kept, read, dropped)
         rng = np.random.default_rng(derive(seed, "data", name, "documents"))
         shuffled = [kept[index] for index in rng.permutation(len(kept))]
         train, held_out = hold_out(shuffled, spec.held_out_share, seed=seed)
         texts[name] = _Texts(
-            [one.text for one in train], [one.text for one in held_out], read, dropped
+            [one.text for one in train],
+            [one.text for one in held_out],
+            read,
+            dropped,
+            unread_files=reading.unread_files,
+            unread_bytes=reading.unread_bytes,
         )
     return texts, drops
 
 
-def _read(name: str, source: StdlibSource | FilesSource, *, seed: int) -> Iterator[Document]:
+def _read(name: str, source: StdlibSource | FilesSource, *, seed: int) -> Reading:
     match source:
         case StdlibSource():
             return read_stdlib(name, source, seed=seed)
         case FilesSource():
             return read_files(name, source)
-
-
-def _require_documents(
-    name: str,
-    source: StdlibSource | FilesSource,
-    kept: Sequence[Document],
-    read: Counter[str],
-    dropped: Counter[str],
-) -> None:
-    """DataError unless at least two documents are left: one to train on, one to hold out."""
-    if len(kept) >= 2:
-        return
-    match source:
-        case FilesSource():
-            field = f"glob = {source.glob!r}"
-        case StdlibSource():
-            field = f"max_bytes = {source.max_bytes}"
-    reasons = ", ".join(f"{count} by {rule}" for rule, count in sorted(dropped.items()))
-    raise DataError(
-        f"data.sources.{name}.{field}: yields {len(kept)} usable documents of {read['documents']} "
-        f"read (dropped: {reasons or 'none'}), but training and held-out text need one each; "
-        f"give more text (max_bytes = {source.max_bytes} now), or relax data.quality"
-    )
 
 
 def _spell(split: Split, source: ArithmeticSource, *, seed: int) -> _Texts:
@@ -268,6 +264,17 @@ def _framed(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Int32]:
             yield frame(token_ids)
 
 
+def _cuts(spec: DataConfig, texts: Mapping[str, _Texts]) -> Iterator[str]:
+    """One line for each source that holds more text than it may give."""
+    for name, source in sorted(spec.sources.items()):
+        if not isinstance(source, ArithmeticSource) and (files := texts[name].unread_files):
+            yield (
+                f"data.sources.{name}.max_bytes = {source.max_bytes:,}: files not read to their "
+                f"end: {files:,}, of {texts[name].unread_bytes:,} bytes in all; raise it to have "
+                "more of them"
+            )
+
+
 def _shortfalls(spec: DataConfig, train: Mapping[str, Int32]) -> Iterator[str]:
     """One line when the corpus is smaller than asked."""
     asked, total = spec.train_tokens, sum(block.size for block in train.values())
@@ -297,8 +304,12 @@ def _statistics(
             "type": spec.sources[name].type,
             "share_asked": spec.sources[name].share,
             "share": train[name].size / train_tokens,
+            **_slips(spec.sources[name]),
             "documents_read": source.read["documents"],
             "bytes_read": source.read["bytes"],
+            "truncated": source.unread_files > 0,
+            "unread_files": source.unread_files,
+            "unread_bytes": source.unread_bytes,
             "documents_dropped": dict(sorted(source.dropped.items())),
             "train_documents": len(source.train),
             "train_bytes": sum(len(text.encode()) for text in source.train),
@@ -319,3 +330,8 @@ def _statistics(
         "held_out_tokens": sum(block.size for block in held_out.values()),
         "sources": sources,
     }
+
+
+def _slips(source: Source) -> dict[str, float]:
+    """What makes a source's training text wrong on purpose."""
+    return {"slip_share": wrong_share(source)} if isinstance(source, ArithmeticSource) else {}

@@ -27,7 +27,7 @@ from stages.evaluate.render import (
     render_markdown,
 )
 from stages.evaluate.text import TextScore, byte_lengths, score_text, size, total
-from stages.prompts import Prompt, answer_text, encode_prompts
+from stages.prompts import Prompt, answer_text, encode_prompts, load_tokenizer
 from stages.shards import Rows, consumed_rows
 from stages.verifiers import read_problems
 
@@ -55,6 +55,8 @@ def evaluate(
 
     `config.seed` must be the seed that `before` was pretrained with: it fixes which rows of the
     corpus that model consumed, and the baseline is counted on exactly those.
+    Documents are scored one by one: none attends to those packed before it in its row, even where
+    pretraining did so (`pretrain.attend_across_documents`), for a checkpoint does not record that.
     DataError if a problem or row does not fit a model's context, before anything is sampled.
     """
     exam = _prepare(config, work, corpus, (before, after))
@@ -89,7 +91,7 @@ def _prepare(
             f"{context_tokens}; raise model.max_position_embeddings or pack shorter rows"
         )
     text = _held_out_text(config, corpus)
-    tokenizer = Tokenizer.from_file(str(corpus.path("tokenizer.json")))
+    tokenizer = load_tokenizer(corpus.path("tokenizer.json"))
     wanted = config.evaluate.problems
     held_out = (
         read_problems(corpus.path("problems", "held_out.parquet"))

@@ -120,7 +120,8 @@ def render_markdown(comparison: Comparison) -> str:
     lines += [
         "",
         "Bits per byte: fewer are better. The bigram is counted on exactly the tokens that the "
-        "model consumed, and its weight chosen in its favour on the held-out text.",
+        "model consumed, and its weight chosen in its favour on the held-out text. Documents are "
+        "scored one by one: no model sees the one before.",
         "",
         *_problem_lines(comparison.pairs),
         "",

@@ -107,7 +107,7 @@ def score_text(
     for batch_BS in batches(rows_BS):
         tokens_BS = torch.from_numpy(batch_BS)
         with torch.inference_mode():
-            logits_BSV = forward(tokens_BS, torch.from_numpy(segments_of(batch_BS)))
+            logits_BSV = forward(tokens_BS, segments_of(tokens_BS))
         mask = torch.from_numpy(target_mask(batch_BS))
         nats += float(
             torch.nn.functional.cross_entropy(

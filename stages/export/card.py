@@ -1,5 +1,8 @@
 """The README.md of a variant: what the model is, how it was made, how exact, how to serve it."""
 
+import json
+from typing import Any
+
 from configs.model import ModelConfig
 from stages.artifacts import Checkpoint, Corpus, Parity, read_manifest
 from stages.shards import BOS_TOKEN, EOS_TOKEN
@@ -104,10 +107,29 @@ def _history(corpus: Corpus, source: Checkpoint) -> str:
 - Corpus: {corpus.train_rows:,} rows of {corpus.sequence_tokens} tokens, a vocabulary of
   {corpus.vocab_size:,}; held out from training: {sum(corpus.held_out_rows.values()):,} rows and
   {corpus.held_out_problems:,} problems.
-- Pretraining read {source.sequences_seen:,} rows.
+{_training_text(corpus)}- Pretraining read {source.sequences_seen:,} rows.
 - The weights are those that stage `{manifest.stage}` left after step {source.step:,}, at a loss of
   {source.final_loss:.4f} (artifact {manifest.fingerprint[:12]}).
 """
+
+
+def _training_text(corpus: Corpus) -> str:
+    """The sources by their share of the training tokens, and which of them err on purpose."""
+    statistics = json.loads(corpus.path("statistics.json").read_text(encoding="utf-8"))
+    sources: dict[str, dict[str, Any]] = statistics["sources"]
+    shares = (
+        f"{source['share']:.0%} `{name}` ({source['type']})" for name, source in sources.items()
+    )
+    lines = [f"- Training text, by tokens: {', '.join(shares)}.\n"]
+    # Only generated sources record slips.
+    lines += [
+        f"- About {source['slip_share']:.0%} of the training answers in `{name}` are wrong on "
+        "purpose, by one digit; its problems\n  for reinforcement learning and evaluation are all "
+        "right.\n"
+        for name, source in sources.items()
+        if source.get("slip_share")
+    ]
+    return "".join(lines)
 
 
 def _limits(model: ModelConfig, variant: str) -> str:

@@ -28,7 +28,7 @@ from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace, stage
 from stages.posttrain.learner import GrpoLoss, NextTokenLogprobs, minibatches
 from stages.posttrain.rollout import ScoredRollout, check_staleness, group_rollouts, score
-from stages.prompts import Prompt, answer_text, encode_prompts
+from stages.prompts import Prompt, answer_text, encode_prompts, load_tokenizer
 from stages.shards import EOS_ID
 from stages.telemetry import MetricsFile, following, read_metrics
 from stages.verifiers import read_problems
@@ -45,7 +45,7 @@ def posttrain(
             f"{corpus.uri}: train_problems = 0, and reinforcement learning needs problems with "
             'checkable answers; add a source of type = "arithmetic" to data.sources'
         )
-    run = _Run(config, work, base, Tokenizer.from_file(str(base.path("tokenizer.json"))))
+    run = _Run(config, work, base, load_tokenizer(base.path("tokenizer.json")))
     prompts = encode_prompts(
         read_problems(corpus.path("problems", "train.parquet")),
         run.tokenizer,

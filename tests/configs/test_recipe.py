@@ -72,6 +72,41 @@ def test_overlays_merge_key_by_key_and_the_last_word_wins(recipe: str, tmp_path:
     assert loaded.evaluate.pass_at == (1,)
 
 
+def test_a_table_that_changes_its_type_replaces_the_whole_table(
+    recipe: str, tmp_path: Path
+) -> None:
+    own, more = tmp_path / "own.toml", tmp_path / "more.toml"
+    table = '[data.sources.stdlib]\ntype = "{}"\n'
+    more.write_text(table.format("stdlib") + "max_bytes = 4_000_000\n")
+    own.write_text(table.format("files") + 'glob = "*.txt"\nshare = 0.5\n')
+    loaded = load_recipe(recipe, [str(more), str(own)])
+    assert loaded.data.sources["stdlib"] == FilesSource(glob="*.txt", share=0.5)
+    more.write_text(table.format("files") + "max_bytes = 7\n")
+    loaded = load_recipe(recipe, [str(own), str(more)])
+    assert loaded.data.sources["stdlib"] == FilesSource(glob="*.txt", share=0.5, max_bytes=7)
+
+
+def test_settings_are_one_overlay_whatever_their_order(recipe: str) -> None:
+    sets = ["type=files", "glob=*.txt", "share=0.5"]
+    sets = [f"data.sources.stdlib.{one}" for one in sets]
+    for order in (sets, sets[::-1]):
+        found = load_recipe(recipe, (), order).data.sources["stdlib"]
+        assert found == FilesSource(glob="*.txt", share=0.5)
+
+
+def test_a_source_of_share_zero_is_left_out(recipe: str, tmp_path: Path) -> None:
+    overlay = tmp_path / "own.toml"
+    overlay.write_text(
+        '[data.sources.stdlib]\nshare = 0\n[data.sources.own]\ntype = "files"\n'
+        'glob = "*.txt"\nshare = 0.5\n'
+    )
+    loaded = load_recipe(recipe, [str(overlay)])
+    assert set(loaded.data.sources) == {"own", "sums"}
+    assert set(loaded.model_dump()["data"]["sources"]) == {"own", "sums"}
+    everything_else = ["data.sources.stdlib.share=0", "data.sources.sums.share=0"]
+    assert "shares add up to 0, not 1" in message(recipe, *everything_else)
+
+
 @pytest.mark.parametrize(
     ("assignment", "path", "value"),
     [
@@ -136,6 +171,8 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         ("data.sources.sums.share=0.6", "shares add up to 1.1, not 1"),
         ("pretrain.warmup_steps=100", "warmup_steps = 100 leaves nothing of steps = 100"),
         ("evaluate.pass_at=[1, 16]", "pass@16"),
+        ("evaluate.pass_at=[]", "evaluate.pass_at = []: tuple should have at least 1 item"),
+        ("data.sources.sums.share=-0.5", "share = -0.5: input should be greater than or equal"),
         ("data.sources.sums.type=sum", "does not match any of the expected tags"),
         ('data.sources."a/b"={type="stdlib", share=0.1}', "string should match pattern"),
         ("nodes.extra.use=nonsense", "string should match pattern"),

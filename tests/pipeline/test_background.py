@@ -57,6 +57,49 @@ def test_after_a_failure_jobs_are_left_out_for_a_while(
     assert done == ["later"]
 
 
+def test_what_is_owed_is_done_at_the_end_in_order_even_within_the_silence(
+    worker: Background, said: list[str]
+) -> None:
+    done: list[str] = []
+
+    def fails_once() -> None:
+        if not said:
+            fail()
+        done.append("first")
+
+    worker.submit(fails_once, owed=True)
+    worker.submit(lambda: done.append("left out"))
+    worker.submit(lambda: done.append("second"), owed=True)
+    started = time.monotonic()
+    worker.stop(patience_seconds=10, limit_seconds=10)
+    assert done == ["first", "second"]
+    assert time.monotonic() - started < 5
+
+
+def test_a_job_that_cannot_succeed_does_not_keep_the_others_that_are_owed(
+    worker: Background,
+) -> None:
+    done: list[int] = []
+    for number in range(3):
+        worker.submit(fail, owed=True)
+        worker.submit(lambda number=number: done.append(number), owed=True)  # type: ignore[misc]
+    worker.stop(patience_seconds=10, limit_seconds=10)
+    assert done == [0, 1, 2]
+
+
+def test_an_outage_is_not_waited_for_once_for_every_job_that_is_owed(worker: Background) -> None:
+    tried: list[int] = []
+
+    def refused() -> None:
+        tried.append(1)
+        fail()
+
+    for _ in range(20):
+        worker.submit(refused, owed=True)
+    worker.stop(patience_seconds=10, limit_seconds=10)
+    assert len(tried) == 3
+
+
 def test_only_the_first_failure_is_told(
     worker: Background, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

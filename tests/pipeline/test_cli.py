@@ -133,8 +133,8 @@ def test_a_failed_node_is_one_line_on_stderr_and_exit_1(
             "data, which is missing (never built)",
         ),
         (["run", "smoke", "--set", "store.url=over.toml/x"], 1, "over.toml is a file"),
-        (["why", "nothing"], 2, "neither a node nor a stage"),
-        (["show", "data"], 2, "nothing yet"),
+        (["why", "nothing", "--recipe", "smoke"], 2, "neither a node nor a stage"),
+        (["show", "data", "--recipe", "smoke"], 2, "nothing yet"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(
@@ -177,6 +177,61 @@ def test_a_run_stopped_by_the_user_says_how_to_go_on(
     assert ingot("run", "smoke", "@over.toml") == 130
     told = capsys.readouterr().out
     assert f"ingot run smoke @{line}/over.toml goes on from it" in told.replace("\n", "")
+
+
+def test_damage_that_a_selection_relies_on_is_refused_before_the_run(
+    line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ingot("run", "smoke", "@over.toml") == 0
+    (file,) = (line / ".ingot" / "artifacts" / "train").rglob("weights.bin")
+    file.write_text(file.read_text().replace("train", "Train"))
+    for verb in ("plan", "run"):
+        capsys.readouterr()
+        assert ingot(verb, "smoke", "@over.toml", "--only", "judge") == 2
+        error = capsys.readouterr().err
+        assert "made of train, which is damaged" in error
+        assert "run --force train first" in error
+
+
+def test_a_node_asked_for_and_not_built_is_an_error_with_its_reason(
+    line: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "production", lambda recipe: make_line(data={"differs": True}))
+    assert ingot("run", "smoke", "@over.toml") == 0
+    capsys.readouterr()
+    assert ingot("run", "smoke", "@over.toml", "--force", "data", "--from", "judge") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("ingot: error: judge: made of train, which is ")
+    assert "input corpus rebuilt" in error
+
+
+def test_one_record_that_cannot_be_read_stops_no_command(
+    line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ingot("run", "smoke", "@over.toml") == 0
+    bad = line / ".ingot" / "runs" / "99999999-000000.json"
+    bad.write_text("{}")
+    for words in (["status"], ["show", "train"], ["clean", "--dry-run"], ["plan", "smoke"]):
+        capsys.readouterr()
+        assert ingot(*words) == 0
+        captured = capsys.readouterr()
+        assert (captured.out + captured.err).count(f"{bad}: not a readable run record") == 1
+
+
+def test_a_command_that_assumes_a_recipe_says_which_and_its_store(
+    line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ingot("status") == 0
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told == (
+        f"no run is recorded in {line}/.ingot: assuming the recipe tiny and its store "
+        f"{line}/.ingot; --recipe names another"
+    )
+    assert ingot("run", "smoke", "@over.toml", "--only", "data") == 0
+    capsys.readouterr()
+    assert ingot("status") == 0
+    assert ingot("status", "--recipe", "smoke") == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_status_why_and_show_speak_of_the_latest_run(
@@ -228,17 +283,16 @@ def test_clean_offers_what_was_superseded_and_never_the_latest_of_a_node(
     assert ingot("clean", "--dry-run") == 0
     told = capsys.readouterr().out
     offered = re.findall(r"remove +(\w+)/\w+/g1 +(.*)$", told, re.M)
-    assert sorted(offered) == [
-        ("judge", "superseded"),
-        ("pack", "superseded"),
-        ("pack", "superseded"),
-        ("train", "superseded"),
-        ("train", "unfinished; a run would continue it"),
-    ]
+    superseded = [(name, "superseded") for name in ("judge", "pack", "pack", "train")]
+    assert sorted(offered) == superseded
+    reason = "unfinished: a run would continue it, --unfinished deletes it"
+    assert re.search(rf"keep +train/\w+/g1 +{reason}$", told, re.M)
     assert ingot("clean") == 0
-    capsys.readouterr()
+    assert len(list((line / ".ingot").rglob("resume"))) == 1
     assert ingot("plan", "smoke", "--set", "pretrain.steps=6") == 0
     assert capsys.readouterr().out.count("reuse") == 5
+    assert ingot("clean", "--unfinished") == 0
+    assert not list((line / ".ingot").rglob("resume"))
 
 
 def test_clean_keeps_the_latest_even_when_the_records_are_gone(line: Path) -> None:
@@ -246,7 +300,7 @@ def test_clean_keeps_the_latest_even_when_the_records_are_gone(line: Path) -> No
     for record in (line / ".ingot" / "runs").iterdir():
         record.unlink()
     args = cli.parse(["clean", "--recipe", "smoke"])
-    entries = list(clean.inventory(asked.load_asked(args).store(print)))
+    entries = list(clean.inventory(asked.load_asked(args).store(print), unfinished=True))
     assert {entry.verdict for entry in entries} == {"keep"}
 
 

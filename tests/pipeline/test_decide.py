@@ -1,7 +1,10 @@
 """What is stale and why, and what a selection makes of it; plan and run agree."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from configs.errors import PlanError
@@ -19,9 +22,11 @@ from pipeline.decide import (
     Reuse,
     Stale,
     decide,
+    relied_on,
     survey,
 )
 from pipeline.graph import Selection
+from pipeline.records import Blocked
 from pipeline.store import remove
 from tests.pipeline.fakes import RECIPE, World, outcomes
 
@@ -36,9 +41,10 @@ def world(store_config: StoreConfig) -> World:
 def plan(
     world: World, selection: Selection | None = None, **changes: object
 ) -> dict[str, Decision]:
-    graph = world.graph(**changes)
-    states = survey(graph, Examiner(world.store, RECIPE))
-    return decide(graph, selection or Selection(), states)
+    graph, chosen = world.graph(**changes), selection or Selection()
+    hashed = relied_on(graph, chosen)
+    states = survey(graph, Examiner(world.store, RECIPE), hashed=hashed)
+    return decide(graph, chosen, states)
 
 
 def kinds(decisions: dict[str, Decision]) -> dict[str, type]:
@@ -153,6 +159,112 @@ def test_damage_is_refused_until_forced(world: World) -> None:
     assert not run.succeeded
     world.run(selection=Selection(force=("train",)))
     assert outcomes(world.run()) == dict.fromkeys(ALL, "reused")
+
+
+def flip_byte(uri: str) -> None:
+    """Damage that only a hash can see."""
+    file = Path(uri, "weights.bin")
+    text = file.read_bytes()
+    file.write_bytes(bytes([text[0] ^ 1]) + text[1:])
+
+
+def test_damage_that_only_a_hash_sees_is_refused_before_a_run_relies_on_it(world: World) -> None:
+    flip_byte(world.run().outcomes["train"].uri)  # type: ignore[union-attr]
+    only = Selection(only=("judge",))
+    with pytest.raises(PlanError, match=r"train, which is damaged .*; run --force train first"):
+        plan(world, only, judge={"steps": 9})
+    # Should it come about only after the plan was made, the run says so and does not succeed.
+    run = world.run(selection=only, judge={"steps": 9})
+    assert outcomes(run) == {"judge": "blocked"}
+    assert "weights.bin has sha256" in run.outcomes["judge"].reason  # type: ignore[union-attr]
+    assert not run.succeeded
+
+
+def test_a_middle_node_that_the_run_makes_stale_blocks_what_is_asked_for(world: World) -> None:
+    differs = {"data": {"differs": True}}
+    world.run(**differs)
+    for chosen in (
+        Selection(force=("data",), start=("judge",)),
+        Selection(force=("data",), only=("data", "judge")),
+    ):
+        assert isinstance(plan(world, chosen, **differs)["judge"], Build | Reuse | Recheck)
+        run = world.run(selection=chosen, **differs)
+        blocked = run.outcomes["judge"]
+        assert isinstance(blocked, Blocked)
+        assert blocked.by == "train"
+        assert "input corpus rebuilt" in blocked.reason
+        assert not run.succeeded
+        world.run(**differs)
+
+
+def test_a_middle_node_that_is_stale_already_is_refused_by_name(world: World) -> None:
+    world.run()
+    stale = {"train": {"steps": 4}}
+    with pytest.raises(PlanError, match=r"train, which is stale .*; add --force train"):
+        plan(world, Selection(force=("data",), start=("judge",)), **stale)
+    both = Selection(force=("data", "train"), start=("judge",))
+    assert outcomes(world.run(selection=both, **stale))["judge"] == "built"
+
+
+def test_a_run_that_leaves_a_selected_node_aside_does_not_succeed(world: World) -> None:
+    run = world.run(selection=Selection(only=("judge",)))
+    assert outcomes(run) == {"judge": "blocked"}
+    assert not run.succeeded
+    assert not replace(run, outcomes={}).succeeded
+
+
+def test_an_artifact_that_may_not_be_read_fails_its_node_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = world.run().outcomes["judge"].uri  # type: ignore[union-attr]
+    real = fsspec.open
+
+    def refuse(path: str, *args: object) -> object:
+        if path.startswith(locked):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *args)
+
+    monkeypatch.setattr(fsspec, "open", refuse)
+    run = world.run()
+    assert outcomes(run) == {**dict.fromkeys(ALL, "reused"), "judge": "failed"}
+    assert run.outcomes["judge"].error == (  # type: ignore[union-attr]
+        f"{locked}/manifest.json: cannot be read (Permission denied); make it readable, or "
+        "rebuild the node with --force"
+    )
+    assert isinstance(plan(world)["judge"], Refuse)
+
+
+def test_a_folder_that_nobody_may_enter_stops_no_command(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = world.run().outcomes["judge"].uri  # type: ignore[union-attr]
+    real = os.stat
+
+    def refuse(path: object, *args: object, **settings: object) -> object:
+        if str(path).startswith(locked):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **settings)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "stat", refuse)
+    decisions = plan(world)
+    monkeypatch.undo()
+    refused = decisions.pop("judge")
+    assert set(kinds(decisions).values()) == {Reuse}
+    assert isinstance(refused, Refuse)
+
+
+def test_what_is_left_out_after_a_failure_says_so(world: World) -> None:
+    world.run()
+    only = Selection(only=("data", "judge"), force=("data",))
+    blocked = world.run(selection=only, data={"fails": True}).outcomes["judge"]
+    assert isinstance(blocked, Blocked)
+    assert blocked.by == "data"
+    assert blocked.reason == ""
+    pack = Selection(only=("data", "pack.cuda"), force=("data",))
+    blocked = world.run(selection=pack, data={"fails": True}).outcomes["pack.cuda"]
+    assert isinstance(blocked, Blocked)
+    assert blocked.by == "train"
+    assert blocked.reason == "left out by --only, and made of data, which is failed"
 
 
 def test_an_unreadable_manifest_is_damage(world: World) -> None:

@@ -69,3 +69,15 @@ def test_the_table_has_a_row_for_every_outcome() -> None:
     assert ["", "data", "built", "2.5", "train tokens 12,000", "aaaaaaaa", ""] in rows
     assert ["", "train", "failed", "1.0", "it broke", "", ""] in rows
     assert ["", "judge", "blocked", "", "needs train", "", ""] in rows
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_log_spells_out_each_page_unbroken_and_a_terminal_links_to_it(terminal: bool) -> None:
+    out = io.StringIO()
+    outcomes = {"data": Built("/u", "f", "c", 2.5, {}, "a" * 32)}
+    run = Run("id", "tiny", Invocation("tiny"), {}, 0.0, outcomes=outcomes)
+    url = f"http://{'long' * 30}/#/experiments/1/runs/{'a' * 32}"
+    console = Console(file=out, width=80, force_terminal=terminal)
+    Display(console).table(run, {"data": url})
+    assert (f"data: {url}\n" in out.getvalue()) is not terminal
+    assert (f";{url}\x1b" in out.getvalue()) is terminal

@@ -25,11 +25,6 @@ def test_every_scalar_is_plotted_and_losses_share_one(tmp_path: Path) -> None:
     assert names(plot_steps(records, tmp_path)) == {"loss.png", "grad_norm.png", "expert_load.png"}
 
 
-def test_reward_and_held_out_accuracy_share_one(tmp_path: Path) -> None:
-    records = [{"step": 1, "reward": 0.1}, {"step": 2, "reward": 0.2, "held_out_accuracy": 0.3}]
-    assert names(plot_steps(records, tmp_path)) == {"reward.png"}
-
-
 def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     records = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.0}]
     assert names(plot_steps(records, tmp_path)) == {"loss.png"}

@@ -1,10 +1,12 @@
 """What a run does when nodes fail, and what it records."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -53,6 +55,58 @@ def test_an_error_nobody_raised_on_purpose_leaves_its_traceback(world: World) ->
     assert "raise ZeroDivisionError" in trace.read_text()
 
 
+def test_a_disk_too_full_for_the_traceback_fails_the_node_and_not_the_run(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @stage(revision=1)
+    def broken(config: FakeConfig, work: Workspace) -> Corpus:
+        raise ZeroDivisionError("by zero")
+
+    real = Path.write_text
+
+    def full(path: Path, text: str) -> int:
+        if path.name.endswith(".broken.txt"):
+            raise OSError(28, "No space left on device")
+        return real(path, text)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    line = {"broken": broken(FakeConfig()), "data": gather(FakeConfig())}
+    run = world.run(graph=make_graph(line))
+    assert outcomes(run) == {"broken": "failed", "data": "built"}
+    error = run.outcomes["broken"].error  # type: ignore[union-attr]
+    assert error.startswith("ZeroDivisionError: by zero (no traceback in ")
+    assert error.endswith("No space left on device)")
+
+
+def test_a_record_that_cannot_be_kept_up_is_told_once_and_the_run_goes_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = os.replace, []
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).parent == world.store.records.folder:
+            calls.append(target)
+            if len(calls) > 1:
+                raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert world.run().succeeded
+    (warning,) = world.said
+    assert "cannot be written (No space left on device); free some disk" in warning
+
+
+def test_a_record_that_cannot_be_read_is_left_out_and_told_once(world: World) -> None:
+    run = world.run()
+    folder = world.store.records.folder
+    (folder / "99999999-000000.json").write_text("{")
+    assert [one.id for one in world.store.records.newest_first()] == [run.id]
+    assert outcomes(world.run())["train"] == "reused"
+    (warning,) = world.said
+    assert f"{folder}/99999999-000000.json: not a readable run record" in warning
+    assert "delete it or move it away" in warning
+
+
 def test_an_artifact_elsewhere_than_in_the_slot_is_refused(world: World) -> None:
     @stage(revision=1)
     def astray(config: FakeConfig, work: Workspace) -> Corpus:
@@ -62,6 +116,25 @@ def test_an_artifact_elsewhere_than_in_the_slot_is_refused(world: World) -> None
 
     run = world.run(graph=make_graph({"astray": astray(FakeConfig())}))
     assert outcomes(run) == {"astray": "failed"}
+
+
+def test_what_a_stage_reads_must_not_change_between_plan_and_commit(
+    world: World, tmp_path: Path
+) -> None:
+    text = tmp_path / "text"
+    text.write_text("as planned")
+
+    @stage(revision=1, reads=lambda config: {"text": text.read_text()})
+    def reading(config: FakeConfig, work: Workspace) -> Corpus:
+        text.write_text("as changed meanwhile")
+        return cast(Corpus, gather.run(config, work))
+
+    graph = make_graph({"reading": reading(FakeConfig())})
+    run = world.run(graph=graph)
+    outcome = run.outcomes["reading"]
+    assert isinstance(outcome, Failed)
+    assert "changed after it was planned (" in outcome.error
+    assert world.store.find(next(iter(graph))) is None
 
 
 def test_a_manifest_records_inputs_by_content_and_where_it_was_made(world: World) -> None:

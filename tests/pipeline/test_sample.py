@@ -7,10 +7,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from configs.model import ModelConfig
 from configs.parallel import StoreConfig
+from model import decode
 from model.transformer import Transformer
 from model.weights.files import save_pretrained
 from pipeline import cli
-from stages.shards import BOS_TOKEN, EOS_TOKEN
+from pipeline.verbs import sample as verb
+from stages.shards import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 from tests.pipeline.fakes import World
 
 SMALL = ModelConfig(
@@ -63,6 +65,40 @@ def test_a_prompt_is_continued_the_same_way_under_one_seed(
     assert told(1) == told(1) != told(2)
     assert told(1).startswith("1+1=")
     assert "\n@x" in told(1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--temperature", "-1"], "--temperature -1.0: must be a number of 0 or more"),
+        (["--temperature", "nan"], "--temperature nan: must be"),
+        (["--temperature", "inf"], "--temperature inf: must be"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: must be 1 or more"),
+    ],
+)
+def test_a_setting_that_means_nothing_is_refused_with_a_remedy(
+    model_folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert cli.main(["sample", str(model_folder), "--prompt", "x", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_text_that_spells_a_control_token_stays_text(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+
+    def spy(model: object, prompts: list[list[int]], **settings: object) -> list[object]:
+        seen.extend(prompts)
+        return []
+
+    monkeypatch.setattr(decode, "sample", spy)
+    with pytest.raises(ValueError, match="shorter"):
+        verb.sample(cli.parse(["sample", str(model_folder), "--prompt", EOS_TOKEN]))
+    ((first, *rest),) = seen
+    assert first == BOS_ID
+    assert len(rest) == len(EOS_TOKEN)
+    assert EOS_ID not in rest
 
 
 def test_what_holds_no_model_is_refused(

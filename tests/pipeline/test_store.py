@@ -123,6 +123,30 @@ def test_a_damaged_file_is_named(
         made.check(hashes=True)
 
 
+def test_a_lost_lease_and_a_held_slot_name_the_remedy(world: World, node: Node) -> None:
+    with opened(world, node) as slot:
+        with pytest.raises(StoreError, match="wait for it, or end it"):
+            remove(slot.path)
+        write_lease(slot.path, "another")
+        with pytest.raises(LeaseLost, match="the same command later takes what"):
+            slot.lease.check()
+
+
+def test_a_folder_that_nobody_may_enter_counts_as_committed(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(build(world, node).artifact.uri)
+    real = Path.exists
+
+    def refuse(path: Path) -> bool:
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert world.store.newest(node) == 1
+
+
 def test_a_live_lease_is_waited_for_and_its_artifact_taken(world: World, node: Node) -> None:
     entered, finish = threading.Event(), threading.Event()
 

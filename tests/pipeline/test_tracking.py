@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,9 +15,11 @@ from mlflow.tracking import MlflowClient
 
 from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
 from configs.recipe import load_recipe
+from pipeline import tracking as tracking_module
 from pipeline.decide import Examiner
 from pipeline.embedded import schema_lock
 from pipeline.graph import Selection
+from pipeline.lease import this_process
 from pipeline.places import tracking_uri
 from pipeline.plain import metric_name
 from pipeline.records import Invocation, Run, new_run_id
@@ -48,6 +52,11 @@ def tracked(world: World, config: TrackingConfig, **changes: object) -> tuple[Ru
     run = tracking.finish(realise(world.graph(**changes), Selection(), setting, run))
     store.records.save(run)
     return run, tracking
+
+
+@pytest.fixture
+def world(store_config: StoreConfig) -> World:
+    return World(store_config)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +185,70 @@ def test_a_foreign_run_id_in_the_environment_is_ignored(
     failed = child(client, run, "judge")
     assert failed.info.status == "FAILED"
     assert failed.data.tags["ingot.error"] == "judge was told to fail"
+
+
+def test_what_a_killed_driver_left_running_is_marked_as_killed_by_the_next_run(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrackingConfig(timeout_seconds=30)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    processes = {"killed": {**this_process(), "pid": gone.pid}, "alive": this_process()}
+    left: dict[str, list[str]] = {}
+    for name, process in processes.items():
+        monkeypatch.setattr(tracking_module, "this_process", lambda process=process: process)
+        left[name] = _abandoned(world, config)
+    monkeypatch.undo()
+    run, _ = tracked(world, config)
+    client = MlflowClient(tracking_uri(config, world.store.root))
+    status = {one: client.get_run(one).info.status for ids in left.values() for one in ids}
+    assert [status[one] for one in left["killed"]] == ["KILLED", "KILLED"]
+    assert [status[one] for one in left["alive"]] == ["RUNNING", "RUNNING"]
+    assert client.get_run(str(run.tracking_id)).info.status == "FINISHED"
+
+
+def _abandoned(world: World, config: TrackingConfig) -> list[str]:
+    """The parent and one child of a run that nobody finishes."""
+    recipe = load_recipe("smoke").model_copy(update={"tracking": config, "name": RECIPE})
+    run = Run(new_run_id(), RECIPE, Invocation(RECIPE), {}, time.time())
+    root, records = world.store.root, world.store.records
+    world.store.prepare()
+    tracking = Tracking(recipe, run, store_root=root, records=records, say=world.said.append)
+    one = tracking.begin(world.graph()["data"], {})
+    tracking._worker.unwatch(one)
+    tracking._worker.stop(patience_seconds=30, limit_seconds=30)
+    return [str(tracking._parent), str(one.run_id)]
+
+
+def test_a_short_outage_loses_neither_the_end_of_a_run_nor_a_registration(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, failures = TrackingConfig(timeout_seconds=30), ["create_model_version"]
+    real = {name: getattr(MlflowClient, name) for name in ("set_terminated", *failures)}
+
+    def once(name: str) -> object:
+        def call(*args: object, **kwargs: object) -> object:
+            if name not in failed:
+                failed.append(name)
+                raise ConnectionError(f"{name} was not answered")
+            return real[name](*args, **kwargs)
+
+        return call
+
+    failed: list[str] = []
+    for name in real:
+        monkeypatch.setattr(MlflowClient, name, once(name))
+    run, _ = tracked(world, config)
+    assert sorted(failed) == sorted(real)
+    assert len(world.said) == 1
+    client = MlflowClient(tracking_uri(config, world.store.root))
+    assert client.get_run(str(run.tracking_id)).info.status == "FINISHED"
+    assert {child(client, run, node).info.status for node in run.outcomes} == {"FINISHED"}
+    for target in ("cuda", "ascend"):
+        assert client.get_model_version_by_alias("ingot", target)
+    assert len(client.search_model_versions("name = 'ingot'")) == 2
+    models = client.search_logged_models([client.get_run(str(run.tracking_id)).info.experiment_id])
+    assert sorted(one.name for one in models) == ["pack-ascend", "pack-cuda", "train"]
 
 
 def refusing() -> Iterator[str]:

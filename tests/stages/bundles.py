@@ -128,6 +128,11 @@ def make_corpus(folder: Path, rows: int = ROWS) -> Corpus:
         tokens = generator.integers(2, MODEL.vocab_size, (rows, SEQUENCE_TOKENS))
         tokens[-1, SEQUENCE_TOKENS // 2 :] = 0
         write_rows(folder / "held_out" / source, tokens)
+    sources = {
+        "sums": {"type": "arithmetic", "share": 0.6, "slip_share": 0.25},
+        "text": {"type": "files", "share": 0.4},
+    }
+    (folder / "statistics.json").write_text(json.dumps({"sources": sources}))
     return Corpus(
         uri=str(folder),
         train_rows=100,

@@ -7,7 +7,8 @@ import pytest
 
 from configs.data import ArithmeticSource
 from configs.errors import DataError
-from stages.data.arithmetic import Split, make_problems
+from configs.recipe import load_recipe, shipped_recipes
+from stages.data.arithmetic import Split, make_problems, training_documents, wrong_share
 
 
 def problems(**settings: Any) -> Split:
@@ -16,7 +17,9 @@ def problems(**settings: Any) -> Split:
 
 
 def mirrored(prompt: str) -> str:
-    left, sign, right = re.fullmatch(r"(\d+)([+*-])(\d+)=", prompt).groups()  # type: ignore[union-attr]
+    found = re.fullmatch(r"(\d+)([+*-])(\d+)=", prompt)
+    assert found is not None
+    left, sign, right = found.groups()
     return f"{right}{sign}{left}="
 
 
@@ -94,6 +97,65 @@ def test_the_seed_decides_order_and_split() -> None:
     assert {p.id for p in first.held_out} != {p.id for p in other.held_out}
 
 
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_holds_out_the_problems_that_it_evaluates(name: str) -> None:
+    recipe = load_recipe(name)
+    sources = {
+        name: source
+        for name, source in recipe.data.sources.items()
+        if isinstance(source, ArithmeticSource)
+    }
+    splits = make_problems(sources, seed=recipe.seed)
+    held_out = sum(len(split.held_out) for split in splits.values())
+    assert held_out >= recipe.evaluate.problems
+
+
 def test_a_side_without_problems_is_an_error() -> None:
     with pytest.raises(DataError, match=r"data\.sources\.sums\.held_out_share = 1e-09: of 100"):
         problems(digits=1, held_out_share=1e-9)
+
+
+def documents(split: Split, slip_share: float, *, seed: int = 0) -> list[str]:
+    source = ArithmeticSource(share=1.0, slip_share=slip_share)
+    return training_documents(split.train, source, seed=seed)
+
+
+def test_without_slips_each_problem_is_one_document() -> None:
+    made = problems()
+    assert documents(made, 0.0) == [one.prompt + one.answer for one in made.train]
+
+
+@pytest.mark.parametrize("slip_share", [0.35, 0.1, 0.55])
+def test_the_share_asked_of_each_problems_documents_is_wrong(slip_share: float) -> None:
+    made = problems(digits=1)
+    written = documents(made, slip_share)
+    assert wrong_share(ArithmeticSource(share=1, slip_share=slip_share)) == slip_share
+    for problem in made.train:
+        own = [one for one in written if one.startswith(problem.prompt)]
+        right = own.count(problem.prompt + problem.answer)
+        assert 1 - right / len(own) == pytest.approx(slip_share)
+
+
+def test_a_slip_is_one_digit_off_by_one_modulo_ten_at_any_place_and_either_way() -> None:
+    made = problems(digits=1)
+    answers = {one.prompt: one.answer for one in made.train}
+    seen = set()
+    for document in documents(made, 0.5):
+        prompt, _, written = document.partition("=")
+        answer = answers[f"{prompt}="]
+        assert len(written) == len(answer)
+        pairs = zip(answer, written, strict=True)
+        slips = [(n, (int(b) - int(a)) % 10) for n, (a, b) in enumerate(pairs) if a != b]
+        assert len(slips) <= 1
+        seen.update(slips)
+    assert seen == {(place, change) for place in (0, 1) for change in (1, 9)}
+
+
+def test_slips_touch_neither_problems_nor_what_is_held_out() -> None:
+    assert problems(slip_share=0.5) == problems()
+
+
+def test_the_seed_decides_the_slips() -> None:
+    made = problems(digits=1)
+    assert documents(made, 0.5, seed=1) == documents(made, 0.5, seed=1)
+    assert documents(made, 0.5, seed=1) != documents(made, 0.5, seed=2)

@@ -1,6 +1,7 @@
 """Promises of the data stage as a whole."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,37 @@ def test_text_that_runs_out_shrinks_the_corpus_and_says_so(
     assert statistics["sources"]["books"]["share"] == pytest.approx(TEXT_SHARE, abs=0.01)
     assert len(recorder.notes) == 1
     assert "data.train_tokens = 1,000,000" in recorder.notes[0]
+
+
+def test_a_source_cut_by_its_budget_says_so(
+    text_folder: Path, workspace: Workspace, recorder: Recorder
+) -> None:
+    files = sorted(path.stat().st_size for path in text_folder.iterdir())
+    sources = spec(text_folder).model_dump()["data"]["sources"]
+    sources["books"]["max_bytes"] = sum(files) - 1
+    corpus = data.run(spec(text_folder, sources=sources), workspace)
+    statistics = json.loads(corpus.path("statistics.json").read_text())["sources"]
+    last = (text_folder / "39.txt").stat().st_size
+    assert {n: s["truncated"] for n, s in statistics.items()} == {"books": True, "sums": False}
+    assert (statistics["books"]["unread_files"], statistics["books"]["unread_bytes"]) == (1, last)
+    (said,) = recorder.notes
+    assert f"data.sources.books.max_bytes = {sum(files) - 1:,}: files not read to their" in said
+    assert f"end: 1, of {last} bytes" in said
+
+
+def test_slips_are_recorded_and_the_held_out_sums_have_none(
+    text_folder: Path, workspace: Workspace
+) -> None:
+    sources = spec(text_folder).model_dump()["data"]["sources"]
+    sources["sums"]["slip_share"] = 0.36
+    corpus = data.run(spec(text_folder, sources=sources), workspace)
+    statistics = json.loads(corpus.path("statistics.json").read_text())["sources"]
+    assert statistics["sums"]["slip_share"] == 0.35  # as met, in twentieths
+    assert "slip_share" not in statistics["books"]
+    text = tokenizer_of(corpus).decode(rows_of(corpus, "held_out", "sums").reshape(-1).tolist())
+    sums = re.findall(r"(\d\d)\+(\d\d)=(\d{3})", text)
+    assert len(sums) > 50
+    assert all(int(a) + int(b) == int(answer[::-1]) for a, b, answer in sums)
 
 
 def test_progress_reaches_its_end(built: Corpus, recorder: Recorder) -> None:

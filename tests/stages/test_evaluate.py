@@ -312,7 +312,9 @@ def test_the_report_sets_both_models_side_by_side(lab: Lab) -> None:
     assert figures["after_bits_per_byte"] < figures["before_bits_per_byte"]
     assert lab.report()["headline"] == figures
     assert len(lab.report()["problems"]) == 6
-    assert "| pass@4 | 0.0% [0.0%, " in (lab.folder / "out" / "report.md").read_text()
+    text = (lab.folder / "out" / "report.md").read_text()
+    assert "| pass@4 | 0.0% [0.0%, " in text
+    assert "Documents are scored one by one" in text
 
 
 def test_bits_per_byte_join_all_sources_by_their_bytes(lab: Lab, lengths: np.ndarray) -> None:
@@ -353,6 +355,17 @@ def test_both_models_are_asked_the_same_with_seeds_of_problem_and_sample(lab: La
     lab.asked.clear()
     lab.run(problems=9)
     assert set(few) < set(lab.asked["before"])
+
+
+def test_a_problem_that_spells_a_special_token_is_asked_as_text(lab: Lab) -> None:
+    sly = Problem(id="sly", prompt=f"{EOS_TOKEN}1+1=", answer="2", source="arithmetic")
+    lab.problems = [sly]
+    write_problems(lab.corpus.path("problems", "held_out.parquet"), lab.problems)
+    lab.corpus = lab.corpus.model_copy(update={"held_out_problems": 1})
+    lab.run(problems=1)
+    for prompt, _ in lab.asked["before"]:
+        assert prompt[0] == BOS_ID
+        assert not {BOS_ID, EOS_ID} & set(prompt[1:])
 
 
 def test_progress_counts_the_problems_of_both_models(lab: Lab) -> None:

@@ -209,6 +209,20 @@ def test_the_card_warns_of_sizes_that_fp8_kernels_refuse(
         assert ("multiples of 128" in card) == warned
 
 
+def test_the_card_says_what_the_training_text_was_and_what_of_it_is_wrong_on_purpose(
+    parts: tuple[Checkpoint, Corpus, Workspace],
+) -> None:
+    checkpoint, corpus, _ = parts
+    measured = Parity(positions=1, max_abs_logit_error=0, top1_agreement=1, mean_kl_nats=0)
+    card = render("cuda", "bf16", measured, 1, corpus, checkpoint)
+    assert "by tokens: 60% `sums` (arithmetic), 40% `text` (files)." in card
+    assert "About 25% of the training answers in `sums` are wrong on purpose" in card
+    statistics = json.loads(corpus.path("statistics.json").read_text())
+    statistics["sources"]["sums"]["slip_share"] = 0.0
+    corpus.path("statistics.json").write_text(json.dumps(statistics))
+    assert "wrong on purpose" not in render("cuda", "bf16", measured, 1, corpus, checkpoint)
+
+
 def test_defaults_hold_the_line() -> None:
     assert ExportConfig().min_top1_agreement >= 0.9
     assert ExportConfig().max_kl_nats <= 0.05

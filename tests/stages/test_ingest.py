@@ -3,6 +3,7 @@
 import json
 import platform
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,7 +23,7 @@ def source(glob: object, **settings: object) -> FilesSource:
 
 def complaint(files: FilesSource) -> str:
     with pytest.raises(DataError) as caught:
-        list(read_files("mine", files))
+        read_files("mine", files)
     said = str(caught.value)
     assert said.startswith(f"data.sources.mine.glob = {files.glob!r}: ")
     assert "; " in said, "no remedy"
@@ -31,7 +32,7 @@ def complaint(files: FilesSource) -> str:
 
 def test_the_library_is_read_whole_file_by_whole_file() -> None:
     library = Path(sysconfig.get_paths()["stdlib"])
-    documents = list(read_stdlib("stdlib", StdlibSource(share=1, max_bytes=300_000), seed=0))
+    documents = read_stdlib("stdlib", StdlibSource(share=1, max_bytes=300_000), seed=0).documents
     assert len(documents) > 3
     for document in documents:
         assert document.text == (library / document.id).read_text(encoding="utf-8")
@@ -39,15 +40,20 @@ def test_the_library_is_read_whole_file_by_whole_file() -> None:
 
 
 def test_the_library_keeps_to_its_budget_and_fills_it() -> None:
-    documents = read_stdlib("stdlib", StdlibSource(share=1, max_bytes=300_000), seed=0)
-    total = sum(len(document.text.encode()) for document in documents)
+    reading = read_stdlib("stdlib", StdlibSource(share=1, max_bytes=300_000), seed=0)
+    total = sum(len(document.text.encode()) for document in reading.documents)
     assert 290_000 < total <= 300_000
+    whole = read_stdlib("stdlib", StdlibSource(share=1, max_bytes=10**9), seed=0)
+    assert (whole.unread_files, whole.unread_bytes) == (0, 0)
+    assert reading.unread_files == len(whole.documents) - len(reading.documents)
+    assert reading.unread_bytes > 20 * 300_000
 
 
 def test_the_seed_decides_which_files_of_the_library_are_read() -> None:
     small = StdlibSource(share=1, max_bytes=200_000)
     first, again, other = (
-        [document.id for document in read_stdlib("stdlib", small, seed=seed)] for seed in (0, 0, 1)
+        [document.id for document in read_stdlib("stdlib", small, seed=seed).documents]
+        for seed in (0, 0, 1)
     )
     assert first == again
     assert set(first) != set(other)
@@ -60,8 +66,8 @@ def test_text_lines_and_tables_are_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["two", None], "n": [1, 2]}), tmp_path / "c.parquet")
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "d.txt").write_text("three")
-    found = list(read_files("mine", source(tmp_path / "**" / "*.*", text_field="body")))
-    assert [(document.id, document.text) for document in found] == [
+    found = read_files("mine", source(tmp_path / "**" / "*.*", text_field="body"))
+    assert [(document.id, document.text) for document in found.documents] == [
         ("a.txt", "plain é"),
         ("b.jsonl", "one"),
         ("b.jsonl#1", "half ��� pair"),
@@ -74,8 +80,40 @@ def test_text_lines_and_tables_are_read(tmp_path: Path) -> None:
 def test_files_are_read_up_to_the_budget(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(name * 100)
-    found = read_files("mine", source(tmp_path / "*.txt", max_bytes=250))
-    assert [document.id for document in found] == ["a.txt", "b.txt"]
+    for max_bytes, read, unread_files in ((250, ["a.txt", "b.txt"], 1), (199, ["a.txt"], 2)):
+        found = read_files("mine", source(tmp_path / "*.txt", max_bytes=max_bytes))
+        assert [document.id for document in found.documents] == read
+        assert (found.unread_files, found.unread_bytes) == (unread_files, 100 * unread_files)
+
+
+def test_a_budget_that_just_suffices_cuts_nothing(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name * 100)
+    found = read_files("mine", source(tmp_path / "*.txt", max_bytes=300))
+    assert (len(found.documents), found.unread_files, found.unread_bytes) == (3, 0, 0)
+
+
+@pytest.mark.parametrize("event", ["rewritten", "removed", "added"])
+def test_a_file_that_changes_while_the_source_is_read_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str
+) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name * 100)
+    changed = tmp_path / ("c.txt" if event == "added" else "a.txt")
+
+    def split(text: str) -> Iterator[str]:
+        changed.write_text("z" * 100)
+        if event == "removed":
+            changed.unlink()
+        yield text
+
+    monkeypatch.setattr("stages.data.ingest.split_text", split)
+    said = complaint(source(tmp_path / "*.txt"))
+    assert f"{changed.name} changed while the source was read: " in said
+    assert ("no file before" in said, "no file after" in said) == (
+        event == "added",
+        event == "removed",
+    )
 
 
 def test_a_glob_that_matches_nothing_is_an_error(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from configs.train import OptimConfig, PretrainConfig
 from model.transformer import Transformer
 from stages.pretrain.batches import PackedBatches
 from stages.pretrain.loop import learning_rate
-from stages.pretrain.objective import PretrainLoss, document_segments, scored_targets
-from stages.shards import BOS_ID, EOS_ID, consumed_rows, write_rows
+from stages.pretrain.objective import PretrainLoss, scored_targets
+from stages.shards import BOS_ID, EOS_ID, consumed_rows, segments_of, write_rows
 from tests.references import TINY, random_model, random_tokens
 
 LOSS = PretrainLoss(mtp_weight=0.3, balance_weight=0.05, attend_across_documents=False)
@@ -108,17 +108,12 @@ def test_a_target_that_begins_a_document_is_never_scored() -> None:
     torch.testing.assert_close(*grads)
 
 
-def test_every_begin_of_text_opens_a_document() -> None:
-    found = document_segments(torch.tensor([[5, 1, 0, 6, 1, 0, 0, 8], [0, 3, 3, 3, 3, 3, 3, 3]]))
-    assert found.tolist() == [[0, 0, 1, 1, 1, 2, 3, 3], [1] * 8]
-
-
 def test_a_document_learns_nothing_from_its_neighbours_in_the_row() -> None:
     """The second document's loss has no gradient in what only the first one shows."""
     one, tokens = model(), rows()[:1]
     tokens[0, :3] = 63
     tokens[0, 3:] = tokens[0, 3:].clamp(max=60)
-    logits = one.predict(tokens, document_segments(tokens)).next_BSV
+    logits = one.predict(tokens, segments_of(tokens)).next_BSV
     second = logits[0, 4:8].logsumexp(-1).sum()
     (grad,) = torch.autograd.grad(second, one.model.embed_tokens.weight)
     assert not grad[63].any()

@@ -1,11 +1,13 @@
 """Problems to token ids and back."""
 
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 
 from configs.errors import DataError
-from stages.prompts import answer_text, encode_prompts
+from stages.prompts import answer_text, encode_prompts, load_tokenizer
 from stages.shards import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 from stages.verifiers import Problem
 
@@ -46,3 +48,14 @@ def test_an_answer_is_the_text_before_end_of_text(tokenizer: Tokenizer) -> None:
 def test_a_special_token_inside_an_answer_stays_visible(tokenizer: Tokenizer) -> None:
     four, six = tokenizer.encode("46").ids
     assert answer_text(tokenizer, [four, BOS_ID, six, EOS_ID]) == f"4{BOS_TOKEN}6"
+
+
+def test_text_that_spells_a_special_token_stays_text_once_loaded(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    sly = PROBLEM.model_copy(update={"prompt": f"1{EOS_TOKEN}{BOS_TOKEN}2="})
+    (prompt,) = encode_prompts([sly], loaded, context_tokens=99, max_new_tokens=3)
+    assert not {BOS_ID, EOS_ID} & set(prompt.token_ids[1:])
+    assert answer_text(loaded, prompt.token_ids[1:]) == sly.prompt

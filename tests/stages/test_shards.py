@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,5 +87,5 @@ def test_consumed_rows_count_repeats() -> None:
 
 
 def test_every_begin_of_text_opens_the_next_segment() -> None:
-    rows = np.array([[7, 1, BOS_ID, 5, 1, BOS_ID], [BOS_ID, 5, 5, 5, 5, 5]])
-    assert segments_of(rows).tolist() == [[0, 0, 1, 1, 1, 2], [1] * 6]
+    rows = torch.tensor([[7, 1, BOS_ID, 5, BOS_ID, BOS_ID], [BOS_ID, 5, 5, 5, 5, 5]])
+    assert segments_of(rows).tolist() == [[0, 0, 1, 1, 2, 3], [1] * 6]

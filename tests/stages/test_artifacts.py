@@ -1,0 +1,103 @@
+"""An artifact is what its manifest says, no more and no less."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ArtifactError
+from stages.artifacts import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    Report,
+    content_hash,
+    hash_file,
+    list_files,
+    read_manifest,
+    verify,
+)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    """A committed report of one file in a folder below."""
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "loss.txt").write_text("1 2 3")
+    uri, facts = str(tmp_path), {"headline": {"pass_at_1": 0.1, "tiny": 1e-300}}
+    files = {
+        name: FileEntry(bytes=size, sha256=hash_file(uri, name))
+        for name, size in list_files(uri).items()
+    }
+    manifest = Manifest(
+        kind=Report.kind,
+        stage="evaluate",
+        revision=1,
+        fingerprint="f" * 16,
+        identity={},
+        inputs={},
+        facts=facts,
+        files=files,
+        content=content_hash(Report.kind, facts, files),
+        provenance={},
+    )
+    (tmp_path / MANIFEST).write_text(manifest.model_dump_json())
+    return tmp_path
+
+
+def edit(folder: Path, change: Callable[[dict[str, object]], object]) -> None:
+    """Change the manifest by hand."""
+    path = folder / MANIFEST
+    body = json.loads(path.read_text())
+    change(body)
+    path.write_text(json.dumps(body))
+
+
+def test_an_untouched_artifact_is_verified(artifact: Path) -> None:
+    verify(str(artifact))
+    for private in ("metrics.jsonl", "lease.json", "resume/step"):
+        (artifact / private).parent.mkdir(exist_ok=True)
+        (artifact / private).write_text("x")
+    verify(str(artifact))
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: body["facts"]["headline"].update(pass_at_1=0.9),
+        lambda body: body.update(kind="checkpoint"),
+        lambda body: body["files"].clear(),
+        lambda body: body.update(content="0" * 64),
+    ],
+)
+def test_a_manifest_that_was_edited_is_refused(
+    artifact: Path, change: Callable[[dict[str, object]], object], hashes: bool
+) -> None:
+    edit(artifact, change)
+    with pytest.raises(ArtifactError, match=r"so it was changed; rebuild with --force evaluate"):
+        verify(str(artifact), hashes=hashes)
+
+
+@pytest.mark.parametrize("name", ["extra.safetensors", "plots/more.txt"])
+def test_a_file_that_the_manifest_does_not_list_is_refused_by_name(
+    artifact: Path, name: str
+) -> None:
+    (artifact / name).write_text("x")
+    with pytest.raises(ArtifactError, match=rf"{name} is not one of the 1 files"):
+        verify(str(artifact), hashes=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("{", "Expecting property name"), ('{"format": 2}', "format: Input should be 1")],
+)
+def test_a_manifest_that_cannot_be_understood_is_one_line_with_a_remedy(
+    artifact: Path, text: str, told: str
+) -> None:
+    (artifact / MANIFEST).write_text(text)
+    with pytest.raises(ArtifactError, match=told) as raised:
+        read_manifest(str(artifact))
+    assert "\n" not in str(raised.value)
+    assert str(raised.value).endswith("rebuild the node with --force")
