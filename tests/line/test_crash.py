@@ -9,7 +9,7 @@ import pytest
 
 from tests.line.runs import artifact, descendants, ingot, metrics, start, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STEPS = 60
 WORDS = ("smoke", "--set", f"pretrain.steps={STEPS}", "--set", "pretrain.checkpoint_every_steps=10")

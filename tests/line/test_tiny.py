@@ -24,7 +24,7 @@ from stages.export.tensors import TensorFolder
 from stages.shards import BOS_ID, EOS_ID, Rows
 from tests.line.runs import artifact, ingot, metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @dataclass(frozen=True)
