@@ -109,7 +109,9 @@ class DataConfig(Frozen):
         total = sum(source.share for source in self.sources.values())
         if abs(total - 1) > 1e-6:
             shares = ", ".join(f"{name} {source.share}" for name, source in self.sources.items())
-            raise ValueError(f"sources: shares add up to {total:g}, not 1 ({shares})")
+            raise ValueError(
+                f"sources: shares add up to {total:g}, not 1 ({shares}); set them anew"
+            )
         return self
 
 

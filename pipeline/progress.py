@@ -20,13 +20,17 @@ _FIGURES = ("tokens_per_second", "reward", "loss")
 _COLOURS = {"built": "green", "reused": "cyan", "failed": "red", "blocked": "yellow"}
 
 
+_PAST_SECONDS = 1.0
+"""How long after the first step others may arrive that were done by an earlier run."""
+
+
 class Line:
     """Progress of one node: steps done of how many, rate, time left, the latest key figures."""
 
     def __init__(self, name: str) -> None:
         """A line that has heard of no step yet."""
         self.name = name
-        self._started = self._first_time = time.monotonic()
+        self._started = self._first_time = self._heard = time.monotonic()
         self._steps, self._unit = 0, "step"
         self._first = self._step = 0
         self._figures: dict[str, float] = {}
@@ -37,9 +41,12 @@ class Line:
 
     def log(self, metrics: Mapping[str, Any], *, step: int) -> None:
         """One more step is done."""
+        now = time.monotonic()
         if self._step == 0:
-            # A resumed build reports its past at once: the rate is measured from here on.
-            self._first, self._first_time = step, time.monotonic()
+            self._heard = now
+        if now - self._heard < _PAST_SECONDS:
+            # A resumed build reports its past at once: the rate is measured from its end on.
+            self._first, self._first_time = step, now
         self._step = step
         found = scalars(metrics)
         self._figures = {name: found[name] for name in _FIGURES if name in found}

@@ -95,7 +95,7 @@ def realise(graph: Graph, selection: Selection, setting: Setting, run: Run) -> R
             outcome = _visit(node, roles[node.name], ledger, setting, run)
         except KeyboardInterrupt:
             run = replace(run, interrupted=True)
-            outcome = Failed("interrupted", 0.0)
+            outcome = Failed("interrupted", time.monotonic() - started)
         except Exception as error:
             # Nodes that do not depend on this one must still run, whatever was raised.
             outcome = Failed(_explain(error, node, setting, run), time.monotonic() - started)

@@ -21,7 +21,6 @@ from pipeline.verbs.ui import is_free
 RAY_DASHBOARD_PORT = 8265
 _PACKAGES = ("ray", "mlflow", "pyarrow", "safetensors", "tokenizers")
 _MIN_MEMORY_BYTES = 6_000_000_000
-_FP8_CAPABILITY = (9, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +75,9 @@ def _machine() -> Iterator[Finding]:
 
 def _accelerators() -> Iterator[Finding]:
     yield Finding("torch", torch.__version__)
-    if torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
-        name = f"{torch.cuda.get_device_name()} (sm_{capability[0]}{capability[1]})"
-        yield Finding("CUDA", name)
-        fast = capability >= _FP8_CAPABILITY
-        fix = None if fast else "none: FP8 needs sm_90 or later"
-        yield Finding("FP8", "in hardware" if fast else "not in hardware", fix)
-    else:
-        yield Finding("CUDA", "none; training runs on the CPU")
-        yield Finding("FP8", "emulated on the CPU: exact values, no speed")
+    cuda = f"{torch.cuda.get_device_name()}, not used yet" if torch.cuda.is_available() else "none"
+    yield Finding("CUDA", f"{cuda}; training runs on the CPU")
+    yield Finding("FP8", "emulated on the CPU: exact values, no speed")
     npu = importlib.util.find_spec("torch_npu") is not None
     yield Finding("Ascend NPU", "torch_npu is installed" if npu else "none; export needs none")
 
