@@ -26,6 +26,9 @@ def test_a_shipped_recipe_has_quantised_widths_that_no_reader_mis_sizes(name: st
         "q_lora_rank": model.q_lora_rank or 0,
         "heads * v_head_dim": model.num_attention_heads * model.v_head_dim,
         "heads * qk_head_dim": model.num_attention_heads * model.qk_head_dim,
+        "rows of kv_a_proj": model.kv_lora_rank + model.qk_rope_head_dim,
+        "rows of kv_b_proj": model.num_attention_heads
+        * (model.qk_nope_head_dim + model.v_head_dim),
     }
     assert {key: width for key, width in widths.items() if width > 128 and width % 128} == {}
 
