@@ -139,18 +139,18 @@ def _fit_interruptibly(trainer: TorchTrainer) -> None:
     On the main thread Ray Train would take the signal for itself, and end the process with exit
     code 0 or 1. An interrupt closes Ray, and with it the workers.
     """
-    ended: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             trainer.fit()
-        except Exception as error:
+        except BaseException as error:  # whatever ends the thread must end the wait for it
             ended.put(error)
         else:
             ended.put(None)
 
-    threading.Thread(target=run, daemon=True).start()
     try:
+        threading.Thread(target=run, daemon=True).start()
         error = ended.get()
     except KeyboardInterrupt:
         ray.shutdown()
