@@ -18,7 +18,7 @@ from torch import Tensor
 
 from configs.errors import ArtifactError
 from configs.model import ModelConfig
-from model.weights import v3
+from model.weights import families
 from model.weights.files import write_checkpoint
 
 COMPLETE = "complete.json"
@@ -100,7 +100,7 @@ def consolidate(save: Path, config: ModelConfig, folder: Path) -> None:
     """Write the whole model of a sharded save into `folder`, under Hugging Face names."""
     tensors = load_shards(save)
     state = {name: tensor for name, tensor in tensors.items() if not name.startswith("exp_avg")}
-    write_checkpoint(config, v3.to_hf(config, state), folder)
+    write_checkpoint(config, families.to_hf(config, state), folder)
 
 
 def prune(root: Path, *, keep: int) -> None:

@@ -111,8 +111,8 @@ class _Sampler:
             self.model,
             prompts,
             max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            stop_token=sampling.stop_token,
+            drawing=decode.Drawing(sampling.temperature),
+            stop_tokens={sampling.stop_token},
             seeds=seeds,
         )
         return [Sample(a.token_ids, a.logprobs, self.version, a.stopped) for a in answers]

@@ -23,7 +23,7 @@ from model.dispatch import LocalDispatcher
 from model.moe import RoutedExperts
 from model.optim import adamw, moments, restore_moments
 from model.transformer import Transformer
-from model.weights import v3
+from model.weights import families
 
 Batch = Mapping[str, Tensor]
 """This rank's part of a batch, by field name."""
@@ -143,7 +143,7 @@ class Trainer:
 
     def load_whole(self, tensors: Mapping[str, Tensor]) -> None:
         """Take this rank's part of a whole model under Hugging Face names."""
-        state = v3.from_hf(self.model.config, tensors)
+        state = families.from_hf(self.model.config, tensors)
         for prefix, local in self.expert_ranges().items():
             for name in [name for name in state if name.startswith(f"{prefix}.")]:
                 state[name] = state[name][local.start : local.stop]
@@ -165,8 +165,8 @@ class Trainer:
         if self.parallel:
             dist.all_reduce(load_LE)
         for block, load_E in zip(blocks, load_LE, strict=True):
-            bias = block.gate.e_score_correction_bias
-            bias.copy_(updated_bias(bias, load_E, self.balance.bias_update_speed))
+            if (bias := block.bias_E) is not None:
+                bias.copy_(updated_bias(bias, load_E, self.balance.bias_update_speed))
             block.load_E.zero_()
         share_LE = load_LE / load_LE.sum(1, keepdim=True)
         worst = max(imbalance(load_E) for load_E in load_LE)

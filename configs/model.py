@@ -1,133 +1,43 @@
-"""Model dimensions, and the arithmetic that follows from them."""
+"""The model families as one type: a config's `family` says which class reads it."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Discriminator, Tag, TypeAdapter
 
-from configs.base import Frozen
+from configs.shape import Family, ModelConfig, YarnConfig
+from configs.v3 import V3Config, V32Config
+from configs.v4 import V4Config
+
+__all__ = [
+    "AnyModelConfig",
+    "Family",
+    "ModelConfig",
+    "V3Config",
+    "V4Config",
+    "V32Config",
+    "YarnConfig",
+    "model_config",
+]
 
 
-class ModelConfig(Frozen):
-    """A DeepSeek-V3 shaped transformer: MLA, DeepSeekMoE, optional MTP layer.
+def _family(raw: Any) -> str:
+    """The tag of a config or of its fields; a table without one means the first family."""
+    found = raw.get("family", "v3") if isinstance(raw, Mapping) else getattr(raw, "family", "")
+    return str(found)
 
-    Field names are those of Hugging Face's `config.json`, so that export is a renaming of nothing.
-    Defaults are DeepSeek-V3's (arXiv 2412.19437, section 4.2 and the released config).
-    """
 
-    family: Literal["v3"] = "v3"
-    vocab_size: PositiveInt = 129280
-    hidden_size: PositiveInt = 7168
-    num_hidden_layers: PositiveInt = 61
-    first_k_dense_replace: int = Field(default=3, ge=0)
-    """How many of the first layers have a dense feed-forward instead of experts."""
-    num_attention_heads: PositiveInt = 128
-    q_lora_rank: PositiveInt | None = 1536
-    """Width of the query bottleneck; none means one plain projection."""
-    kv_lora_rank: PositiveInt = 512
-    qk_nope_head_dim: PositiveInt = 128
-    qk_rope_head_dim: PositiveInt = 64
-    v_head_dim: PositiveInt = 128
-    intermediate_size: PositiveInt = 18432
-    moe_intermediate_size: PositiveInt = 2048
-    n_routed_experts: PositiveInt = 256
-    n_shared_experts: PositiveInt = 1
-    num_experts_per_tok: PositiveInt = 8
-    n_group: PositiveInt = 8
-    topk_group: PositiveInt = 4
-    routed_scaling_factor: float = Field(default=2.5, gt=0)
-    norm_topk_prob: bool = True
-    num_nextn_predict_layers: Literal[0, 1] = 1
-    """Multi-token-prediction layers after the last one."""
-    max_position_embeddings: PositiveInt = 4096
-    rope_theta: float = Field(default=10000.0, gt=0)
-    rms_norm_eps: float = Field(default=1e-6, gt=0)
-    initializer_range: float = Field(default=0.006, gt=0)
+AnyModelConfig = Annotated[
+    Annotated[V3Config, Tag("v3")]
+    | Annotated[V32Config, Tag("v32")]
+    | Annotated[V4Config, Tag("v4")],
+    Discriminator(_family),
+]
+"""A config of any family, for fields of schemas."""
 
-    @model_validator(mode="after")
-    def _numbers_agree(self) -> Self:
-        if self.first_k_dense_replace > self.num_hidden_layers:
-            raise ValueError(
-                f"first_k_dense_replace = {self.first_k_dense_replace} exceeds "
-                f"num_hidden_layers = {self.num_hidden_layers}; lower the first"
-            )
-        if self.n_routed_experts % self.n_group:
-            raise ValueError(
-                f"n_routed_experts = {self.n_routed_experts} is not divisible by "
-                f"n_group = {self.n_group}; change either"
-            )
-        if self.n_routed_experts // self.n_group < 2:
-            raise ValueError(
-                f"n_routed_experts / n_group = {self.n_routed_experts // self.n_group}, but a "
-                "group's score is the sum of its two best experts; use fewer groups"
-            )
-        if self.topk_group > self.n_group:
-            raise ValueError(
-                f"topk_group = {self.topk_group} exceeds n_group = {self.n_group}; lower the first"
-            )
-        reachable = self.topk_group * (self.n_routed_experts // self.n_group)
-        if self.num_experts_per_tok > reachable:
-            raise ValueError(
-                f"num_experts_per_tok = {self.num_experts_per_tok}, but topk_group = "
-                f"{self.topk_group} groups hold only {reachable} experts; raise topk_group"
-            )
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(
-                f"qk_rope_head_dim = {self.qk_rope_head_dim} is odd; rotary pairs need an even one"
-            )
-        return self
+_ANY: TypeAdapter[ModelConfig] = TypeAdapter(AnyModelConfig)
 
-    @property
-    def qk_head_dim(self) -> int:
-        """Width of one query or key head."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
 
-    @property
-    def num_moe_layers(self) -> int:
-        """Decoder layers with experts, without the MTP layer."""
-        return self.num_hidden_layers - self.first_k_dense_replace
-
-    def attention_parameters(self) -> int:
-        """Parameters of one MLA block, its two latent norms included."""
-        width, heads = self.hidden_size, self.num_attention_heads
-        if self.q_lora_rank is None:
-            query = width * heads * self.qk_head_dim
-        else:
-            query = self.q_lora_rank * (width + 1 + heads * self.qk_head_dim)
-        key_value = width * (self.kv_lora_rank + self.qk_rope_head_dim) + self.kv_lora_rank
-        key_value += self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
-        return query + key_value + heads * self.v_head_dim * width
-
-    def _layer_parameters(self, *, experts: int) -> int:
-        """One decoder layer; `experts` = 0 means the dense feed-forward."""
-        shared = self.attention_parameters() + 2 * self.hidden_size
-        if experts == 0:
-            return shared + 3 * self.hidden_size * self.intermediate_size
-        expert = 3 * self.hidden_size * self.moe_intermediate_size
-        gate = self.n_routed_experts * (self.hidden_size + 1)
-        return shared + gate + expert * (experts + self.n_shared_experts)
-
-    def parameters(self, *, active: bool = False) -> int:
-        """Weights of the main model (no MTP layer), routing bias included.
-
-        With `active`, only the experts that one token visits are counted.
-        """
-        experts = self.num_experts_per_tok if active else self.n_routed_experts
-        dense = self.first_k_dense_replace * self._layer_parameters(experts=0)
-        sparse = self.num_moe_layers * self._layer_parameters(experts=experts)
-        return dense + sparse + self.hidden_size * (2 * self.vocab_size + 1)
-
-    def training_flops_per_token(self, context_tokens: int) -> float:
-        """Floating-point operations of one training step, per token.
-
-        6 per active weight that multiplies (2 forward, 4 backward; the input embedding is a
-        look-up), plus attention: 2 products of `context_tokens` / 2 keys on average, each 2
-        operations a value forward and 4 backward.
-        """
-        weights = self.parameters(active=True) - self.hidden_size * self.vocab_size
-        if self.num_nextn_predict_layers:
-            mtp = self._layer_parameters(experts=self.num_experts_per_tok)
-            weights += mtp + self.hidden_size * (2 * self.hidden_size + self.vocab_size)
-        layers = self.num_hidden_layers + self.num_nextn_predict_layers
-        head = self.qk_head_dim + self.v_head_dim
-        attention = 6 * layers * self.num_attention_heads * head * context_tokens / 2
-        return 6.0 * weights + attention
+def model_config(fields: Mapping[str, Any]) -> ModelConfig:
+    """The config that `fields` describe; pydantic's ValidationError if they do not."""
+    return _ANY.validate_python(dict(fields))

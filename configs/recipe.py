@@ -14,7 +14,7 @@ from configs.base import Frozen
 from configs.data import ArithmeticSource, DataConfig
 from configs.delivery import EvaluateConfig, ExportConfig
 from configs.errors import ConfigError
-from configs.model import ModelConfig
+from configs.model import AnyModelConfig
 from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
 from configs.rl import PosttrainConfig
 from configs.train import PretrainConfig
@@ -36,7 +36,7 @@ class Recipe(Frozen):
 
     name: str = Field(min_length=1)
     seed: int = Field(default=0, ge=0)
-    model: ModelConfig
+    model: AnyModelConfig
     data: DataConfig
     pretrain: PretrainConfig
     posttrain: PosttrainConfig

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from configs.base import Frozen
-from configs.model import ModelConfig
+from configs.model import AnyModelConfig
 
 Precision = Literal["fp8", "high"]
 """`fp8`: block-scaled E4M3 in every Linear and expert GEMM; `high`: the backend's own dtype."""
@@ -66,5 +66,5 @@ class PretrainSpec(Frozen):
     """The pretrain stage's whole config."""
 
     seed: int
-    model: ModelConfig
+    model: AnyModelConfig
     pretrain: PretrainConfig

@@ -1,14 +1,14 @@
-"""Sampling with a latent cache: MLA in its absorbed form.
+"""Decoding with caches: rows that join and leave a running batch, and what is drawn for them.
 
-The expansion of the latent into per-head keys and values is folded into the query and the output
-(DeepSeek-V3, section 2.1.1), so the cache holds C + R values a token a layer and nothing per head.
-Rows may have prompts of different lengths; a finished row leaves the batch.
+Each layer keeps of a row what its kind of attention needs (latents, or compressed entries and a
+window). A row's answer depends on its prompt, its seed and the weights, never on the other rows,
+but for the last bits of sums.
 
-Axes: B rows, P prompt positions, L cache slots, H heads, N no-position width, R rotary width,
-C latent width, V value width.
+Axes: B rows, S positions, V vocabulary, L layers with experts, K choices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,8 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from configs.errors import DataError
-from model.attention import LatentAttention
-from model.transformer import DecoderLayer, Transformer
+from configs.seed import derive
+from model.moe import MoE
+from model.passes import Caches, Step, Whole
+from model.transformer import Transformer
 
 
 @dataclass(slots=True)
@@ -30,6 +32,105 @@ class Sample:
     """Natural logarithms under the distribution that was sampled from."""
     stopped: bool = False
     """False when the token limit cut the answer off."""
+    experts: np.ndarray | None = None
+    """On request int32 [tokens read, L, K]: the experts that each token of prompt and answer went
+    to; the answer's last token was never read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """How a token is chosen from logits."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int | None = None
+    """Keep only this many of the likeliest tokens; of equals, the lower ids."""
+    top_p: float = 1.0
+    """Then keep the fewest likeliest tokens whose probabilities reach this sum."""
+
+
+class Session:
+    """A running batch: rows join, take steps together, and leave one by one."""
+
+    def __init__(self, model: Transformer, *, rows: int, tokens: int) -> None:
+        """Caches for at most `rows` rows of at most `tokens` tokens, prompt and answer."""
+        self.model = model
+        self.count = 0
+        """Rows in the batch now; they are numbered from 0."""
+        self._device = model.lm_head.weight.device
+        self._caches = model.new_caches(rows, tokens)
+        self._lengths_R = torch.zeros(rows, dtype=torch.int64, device=self._device)
+
+    def join(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "B V"]:
+        """Read the prompts into new rows at the end of the batch; logits after each."""
+        rows = slice(self.count, self.count + len(prompts))
+        lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
+        tokens_BS = torch.zeros(len(prompts), int(lengths_B.max()), dtype=torch.int64)
+        for row, prompt in zip(tokens_BS, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        caches = self._view(rows)
+        for cache in caches.values():
+            for tensor in cache.values():
+                tensor.zero_()
+        batch = Whole(tokens_BS.to(self._device), caches=caches, lengths_B=lengths_B)
+        hidden_BSD = self.model.read(batch)
+        last_BD = hidden_BSD[torch.arange(len(prompts), device=self._device), lengths_B - 1]
+        self._lengths_R[rows] = lengths_B
+        self.count += len(prompts)
+        return self.model.logits(last_BD)
+
+    def step(self, tokens_B: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
+        """Append one token to every row; logits after it."""
+        rows = slice(0, self.count)
+        tokens_B1 = tokens_B.to(self._device)[:, None]
+        hidden_B1D = self.model.read(Step(tokens_B1, self._lengths_R[rows], self._view(rows)))
+        self._lengths_R[rows] += 1
+        return self.model.logits(hidden_B1D[:, 0])
+
+    def leave(self, row: int) -> None:
+        """Drop a row; the last row takes its number."""
+        last = self.count - 1
+        if row != last:
+            for cache in self._caches.values():
+                for tensor in cache.values():
+                    tensor[row] = tensor[last]
+            self._lengths_R[row] = self._lengths_R[last]
+        self.count = last
+
+    def _view(self, rows: slice) -> Caches:
+        return {
+            module: {name: tensor[rows] for name, tensor in cache.items()}
+            for module, cache in self._caches.items()
+        }
+
+
+def generate(
+    model: Transformer,
+    tokens_BS: Int[Tensor, "B S"],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    stop_tokens: Collection[int] = (),
+    seed: int = 0,
+) -> Int[Tensor, "B S+N"]:
+    """Prompts of one length, continued by at most `max_new_tokens` tokens.
+
+    A row that reached a stop token is filled up with that token. Sampling is repeatable by `seed`.
+    """
+    answers = sample(
+        model,
+        tokens_BS.tolist(),
+        max_new_tokens=max_new_tokens,
+        drawing=Drawing(temperature, top_k, top_p),
+        stop_tokens=stop_tokens,
+        seeds=[derive(seed, "generate", row) for row in range(len(tokens_BS))],
+    )
+    longest = max((len(answer.token_ids) for answer in answers), default=0)
+    new = [a.token_ids + [a.token_ids[-1]] * (longest - len(a.token_ids)) for a in answers]
+    new_BN = torch.tensor(new, dtype=tokens_BS.dtype, device=tokens_BS.device)
+    return torch.cat([tokens_BS, new_BN.view(len(answers), longest)], dim=1)
 
 
 def sample(
@@ -37,16 +138,130 @@ def sample(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float,
-    stop_token: int,
+    drawing: Drawing,
+    stop_tokens: Collection[int],
     seeds: Sequence[int],
+    max_rows: int | None = None,
+    keep_experts: bool = False,
 ) -> list[Sample]:
-    """One answer for each prompt; temperature 0 takes the likeliest token.
+    """One answer for each prompt, in order.
 
-    Row i draws from its own stream, seeded by `seeds[i]`, whatever the other rows are. DataError
+    At most `max_rows` rows decode at a time (all of them, if none is given); a prompt joins as
+    soon as an answer is finished. Row i draws from its own stream, seeded by `seeds[i]`. DataError
     if a prompt and its answer cannot fit the context.
     """
-    context = model.config.max_position_embeddings
+    _check(model.config.max_position_embeddings, prompts, max_new_tokens)
+    if not prompts:
+        return []
+    longest = max(map(len, prompts)) + max_new_tokens
+    with torch.inference_mode(), _keeping_routing(model, keep_experts) as blocks:
+        session = Session(model, rows=min(max_rows or len(prompts), len(prompts)), tokens=longest)
+        requests = [
+            _Request(prompt, np.random.Generator(np.random.Philox(seed)).random(max_new_tokens))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        waiting = list(reversed(requests))
+        room = session._lengths_R.numel()
+        running: list[_Request] = []
+        logits_BV = torch.empty(0, model.config.vocab_size)
+        while waiting or running:
+            joining = [waiting.pop() for _ in range(min(room - len(running), len(waiting)))]
+            if joining:
+                joined_BV = session.join([request.prompt for request in joining])
+                _note_prompts(joining, blocks)
+                logits_BV = torch.cat([logits_BV.to(joined_BV.device), joined_BV])
+                running += joining
+            chosen_B = _draw_tokens(running, logits_BV, drawing, stop_tokens)
+            for row in reversed(range(len(running))):
+                if running[row].finished:
+                    session.leave(row)
+                    # The session's last row took this number.
+                    running[row] = running[-1]
+                    chosen_B[row] = chosen_B[len(running) - 1]
+                    running.pop()
+            if running:
+                logits_BV = session.step(chosen_B[: len(running)])
+                _note_step(running, blocks)
+            else:
+                logits_BV = logits_BV[:0]
+    return [request.result(keep_experts) for request in requests]
+
+
+@dataclass(slots=True)
+class _Request:
+    """A prompt, its answer so far, and the numbers that its tokens are drawn with."""
+
+    prompt: Sequence[int]
+    uniform_N: np.ndarray
+    answer: Sample = field(default_factory=Sample)
+    experts: list[np.ndarray] = field(default_factory=list)
+    """[tokens, L, K] of each pass."""
+
+    @property
+    def finished(self) -> bool:
+        """Stopped, or as long as allowed."""
+        return self.answer.stopped or len(self.answer.token_ids) == len(self.uniform_N)
+
+    def result(self, keep_experts: bool) -> Sample:
+        """The finished answer."""
+        if keep_experts:
+            self.answer.experts = np.concatenate(self.experts)
+        return self.answer
+
+
+def _draw_tokens(
+    running: Sequence[_Request],
+    logits_BV: Tensor,
+    drawing: Drawing,
+    stop_tokens: Collection[int],
+) -> Tensor:
+    """Choose each row's next token and note it."""
+    uniform_B = np.array([r.uniform_N[len(r.answer.token_ids)] for r in running])
+    chosen_B, logprobs_B = draw(logits_BV, drawing, torch.from_numpy(uniform_B))
+    for request, token, logprob in zip(
+        running, chosen_B.tolist(), logprobs_B.tolist(), strict=True
+    ):
+        request.answer.token_ids.append(token)
+        request.answer.logprobs.append(logprob)
+        request.answer.stopped = token in stop_tokens
+    return chosen_B
+
+
+def draw(
+    logits_BV: Float[Tensor, "B V"], drawing: Drawing, uniform_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens by inverse transform sampling, with their log-probabilities after truncation."""
+    if drawing.temperature == 0:
+        logprobs_BV = logits_BV.log_softmax(-1)
+        chosen_B = logits_BV.argmax(-1)
+        return chosen_B, logprobs_BV.gather(1, chosen_B[:, None]).squeeze(1)
+    scaled_BV = _truncated(logits_BV / drawing.temperature, drawing)
+    logprobs_BV = scaled_BV.log_softmax(-1)
+    cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
+    target_B1 = uniform_B.to(cumulative_BV)[:, None] * cumulative_BV[:, -1:]
+    chosen_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1)
+    # Rounding may point past the end, or past the last token that has any probability.
+    possible_BV = logprobs_BV > float("-inf")
+    last_B = possible_BV.shape[1] - 1 - possible_BV.flip(1).int().argmax(1)
+    chosen_B = torch.minimum(chosen_B, last_B)
+    return chosen_B, logprobs_BV.gather(1, chosen_B[:, None]).squeeze(1)
+
+
+def _truncated(logits_BV: Tensor, drawing: Drawing) -> Tensor:
+    """Logits with -inf where top-k or top-p leave a token out."""
+    if drawing.top_k is None and drawing.top_p >= 1:
+        return logits_BV
+    sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
+    if drawing.top_k is not None:
+        sorted_BV[:, drawing.top_k :] = float("-inf")
+    if drawing.top_p < 1:
+        probabilities_BV = sorted_BV.double().softmax(-1)
+        before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
+        sorted_BV = sorted_BV.masked_fill(before_BV >= drawing.top_p, float("-inf"))
+    return torch.empty_like(logits_BV).scatter_(1, order_BV, sorted_BV)
+
+
+def _check(context: int, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     for prompt in prompts:
         if not prompt:
             raise DataError("a prompt has no tokens; begin it with the begin-of-text token")
@@ -55,126 +270,39 @@ def sample(
                 f"a prompt of {len(prompt)} tokens and max_new_tokens = {max_new_tokens} exceed "
                 f"the model's context of {context}; shorten either"
             )
-    samples = [Sample() for _ in prompts]
-    if not prompts:
-        return samples
-    draws = np.stack(
-        [np.random.Generator(np.random.Philox(s)).random(max_new_tokens) for s in seeds]
-    )
-    with torch.inference_mode():
-        state = _Decoding(model, prompts, max_new_tokens)
-        logits_BV = state.prefill()
-        for step in range(max_new_tokens):
-            chosen_B, logprobs_B = _draw(logits_BV, temperature, draws[state.rows, step])
-            for row, token, logprob in zip(
-                state.rows, chosen_B.tolist(), logprobs_B.tolist(), strict=True
-            ):
-                samples[row].token_ids.append(token)
-                samples[row].logprobs.append(logprob)
-                samples[row].stopped = token == stop_token
-            going = chosen_B != stop_token
-            if step + 1 == max_new_tokens or not going.any():
-                break
-            state.keep(going)
-            logits_BV = state.step(chosen_B[going])
-    return samples
 
 
-def _draw(logits_BV: Tensor, temperature: float, uniform_B: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Tokens by inverse transform sampling, with their log-probabilities."""
-    if temperature == 0:
-        logprobs_BV = logits_BV.log_softmax(-1)
-        chosen_B = logits_BV.argmax(-1)
-    else:
-        logprobs_BV = (logits_BV / temperature).log_softmax(-1)
-        cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
-        target_B1 = torch.from_numpy(uniform_B)[:, None] * cumulative_BV[:, -1:]
-        chosen_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1)
-        chosen_B = chosen_B.clamp_max(logits_BV.shape[1] - 1)
-    return chosen_B, logprobs_BV.gather(1, chosen_B[:, None]).squeeze(1)
+@contextmanager
+def _keeping_routing(model: Transformer, keep: bool) -> Iterator[list[MoE]]:
+    """The main model's MoE blocks if their choices are asked for, which they then keep."""
+    layers = model.model.layers[: model.config.depth]
+    blocks = [m for layer in layers for m in layer.modules() if isinstance(m, MoE)] if keep else []
+    for block in blocks:
+        block.keep_routing = True
+    try:
+        yield blocks
+    finally:
+        for block in blocks:
+            block.keep_routing, block.routing = False, None
 
 
-class _Decoding:
-    """The latent caches of one batch, and which of the caller's rows are still in it."""
-
-    def __init__(
-        self, model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int
-    ) -> None:
-        self.model = model
-        self.layers = [
-            layer
-            for layer in model.model.layers[: model.config.num_hidden_layers]
-            if isinstance(layer, DecoderLayer)
-        ]
-        self.rows = np.arange(len(prompts))
-        self.lengths_B = torch.tensor([len(prompt) for prompt in prompts])
-        longest = int(self.lengths_B.max())
-        self.prompts_BP = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        for row, prompt in zip(self.prompts_BP, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt)
-        config = model.config
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        shape = (len(prompts), longest + max_new_tokens, width)
-        self.caches = [torch.zeros(shape) for _ in self.layers]
-
-    def keep(self, going_B: Tensor) -> None:
-        """Drop the rows that have finished."""
-        if bool(going_B.all()):
-            return
-        self.rows = self.rows[going_B.numpy()]
-        self.lengths_B = self.lengths_B[going_B]
-        self.caches = [cache[going_B] for cache in self.caches]
-
-    def prefill(self) -> Float[Tensor, "B V"]:
-        """Run the prompts; logits after each row's last token."""
-        batch, longest = self.prompts_BP.shape
-        positions_BP = torch.arange(longest).expand(batch, longest)
-        hidden = self._run(self.prompts_BP, positions_BP)
-        last_BD = hidden[torch.arange(batch), self.lengths_B - 1]
-        return self._logits(last_BD)
-
-    def step(self, tokens_B: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
-        """Append one token to each row; logits after it."""
-        hidden = self._run(tokens_B[:, None], self.lengths_B[:, None])
-        self.lengths_B = self.lengths_B + 1
-        return self._logits(hidden[:, 0])
-
-    def _run(self, tokens_BP: Tensor, positions_BP: Tensor) -> Tensor:
-        hidden: Tensor = self.model.model.embed_tokens(tokens_BP)
-        # Slots beyond a query's own position hold padding or nothing, and are never read.
-        last_slot = int(positions_BP.max()) + 1
-        visible_BPL = torch.arange(last_slot) <= positions_BP[..., None]
-        for layer, cache_BLW in zip(self.layers, self.caches, strict=True):
-            normed = layer.input_layernorm(hidden)
-            attended = attend_latent(layer.self_attn, normed, positions_BP, visible_BPL, cache_BLW)
-            hidden = hidden + attended
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return hidden
-
-    def _logits(self, hidden_BD: Tensor) -> Tensor:
-        logits: Tensor = self.model.lm_head(self.model.model.norm(hidden_BD))
-        return logits
+def _note_prompts(joining: Sequence[_Request], blocks: Sequence[MoE]) -> None:
+    """Record where the prompts' tokens went, padding left out."""
+    if blocks:
+        chosen_TLK = _choices(blocks)
+        by_row = chosen_TLK.reshape(len(joining), -1, *chosen_TLK.shape[1:])
+        for request, row_SLK in zip(joining, by_row, strict=True):
+            request.experts.append(row_SLK[: len(request.prompt)])
 
 
-def attend_latent(
-    attention: LatentAttention,
-    x_BPD: Float[Tensor, "B P D"],
-    positions_BP: Int[Tensor, "B P"],
-    visible_BPL: Tensor,
-    cache_BLW: Float[Tensor, "B Lmax W"],
-) -> Float[Tensor, "B P D"]:
-    """Absorbed MLA: write the new latents into the cache, attend over its first L slots."""
-    config = attention.config
-    q_nope_BPHN, q_rope_BPHR, latent_BPC, k_rope_BPR = attention.project(x_BPD, positions_BP)
-    batch = torch.arange(x_BPD.shape[0])[:, None]
-    cache_BLW[batch, positions_BP] = torch.cat([latent_BPC, k_rope_BPR], dim=-1)
-    seen_BLW = cache_BLW[:, : visible_BPL.shape[-1]]
-    expand_HEC = attention.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
-    key_HNC, value_HVC = expand_HEC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-    q_BPHW = torch.cat([torch.einsum("bphn,hnc->bphc", q_nope_BPHN, key_HNC), q_rope_BPHR], -1)
-    score_BHPL = torch.einsum("bphw,blw->bhpl", q_BPHW, seen_BLW) * attention.scale
-    weight_BHPL = score_BHPL.masked_fill(~visible_BPL.unsqueeze(1), float("-inf")).softmax(-1)
-    latent_BPHC = torch.einsum("bhpl,blc->bphc", weight_BHPL, seen_BLW[..., : config.kv_lora_rank])
-    out_BPHV = torch.einsum("bphc,hvc->bphv", latent_BPHC, value_HVC)
-    out: Tensor = attention.o_proj(out_BPHV.flatten(2))
-    return out
+def _note_step(running: Sequence[_Request], blocks: Sequence[MoE]) -> None:
+    """Record where the last tokens went."""
+    if blocks:
+        for request, token_LK in zip(running, _choices(blocks), strict=True):
+            request.experts.append(token_LK[None])
+
+
+def _choices(blocks: Sequence[MoE]) -> np.ndarray:
+    """int32 [tokens of the pass, L, K]."""
+    chosen = [block.routing[0] for block in blocks if block.routing is not None]
+    return torch.stack(chosen, dim=1).to(torch.int32).cpu().numpy()

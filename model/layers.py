@@ -26,8 +26,11 @@ class RMSNorm(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases."""
 
-    def __init__(self, width: int, inner: int, precision: Precision) -> None:
+    def __init__(
+        self, width: int, inner: int, precision: Precision, limit: float | None = None
+    ) -> None:
         super().__init__()
+        self.limit = limit
         self.gate_proj = Linear(width, inner, precision=precision)
         self.up_proj = Linear(width, inner, precision=precision)
         self.down_proj = Linear(inner, width, precision=precision)
@@ -35,8 +38,17 @@ class SwiGLU(nn.Module):
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Apply to each last-dim vector."""
         gate, up = together(x, self.gate_proj, self.up_proj)
-        out: Tensor = self.down_proj(F.silu(gate) * up)
+        out: Tensor = self.down_proj(gated(gate, up, self.limit))
         return out
+
+
+def gated(
+    gate: Float[Tensor, "*B I"], up: Float[Tensor, "*B I"], limit: float | None
+) -> Float[Tensor, "*B I"]:
+    """silu(gate) * up, after gate <= limit and |up| <= limit where there is one (V4)."""
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return F.silu(gate) * up
 
 
 def seeded_normal(shape: tuple[int, ...], std: float, seed: int, *names: str | int) -> Tensor:

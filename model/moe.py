@@ -1,8 +1,11 @@
-"""DeepSeekMoE: sigmoid gate with node-limited groups, routed experts, shared experts.
+"""DeepSeekMoE: a gate, routed experts and shared experts.
 
-DeepSeek-V3, section 2.1.2, eq. 12-16.
+V3 scores by sigmoid and limits a token to the best groups (DeepSeek-V3, section 2.1.2, eq. 12-16);
+V4 scores by sqrt(softplus), has no groups, and its first layers take their experts from a frozen
+table by token (arXiv 2606.19348, section 2.1).
 
-Axes: T tokens, D width, E routed experts, G groups, K choices, N token copies, I inner width.
+Axes: T tokens, D width, E routed experts, G groups, K choices, N token copies, I inner width,
+V vocabulary.
 """
 
 import torch
@@ -10,11 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.model import ModelConfig
+from configs.model import ModelConfig, V3Config, V4Config
+from configs.seed import derive
 from configs.train import Precision
 from model.dispatch import TokenDispatcher
 from model.fp8.grouped import grouped_linear
-from model.layers import SwiGLU
+from model.layers import SwiGLU, gated
 
 
 class Gate(nn.Module):
@@ -28,20 +32,31 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
-    def forward(self, x_TD: Float[Tensor, "T D"]) -> tuple[Tensor, Tensor, Tensor]:
-        """(experts_TK, gates_TK, scores_TE): choices, their weights, all sigmoid scores."""
-        scores_TE = torch.sigmoid(F.linear(x_TD.float(), self.weight.float()))
-        experts_TK = self._choose(scores_TE.detach())
+    def forward(
+        self, x_TD: Float[Tensor, "T D"], tokens_T: Int[Tensor, " T"] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(experts_TK, gates_TK, scores_TE): choices, their weights, all scores.
+
+        Only a table asks which tokens the rows of `x` stand for.
+        """
+        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        if isinstance(self.config, V4Config):
+            scores_TE = F.softplus(logits_TE).sqrt()
+        else:
+            scores_TE = torch.sigmoid(logits_TE)
+        experts_TK = self.choose(scores_TE.detach(), tokens_T)
         gates_TK = scores_TE.gather(1, experts_TK)
         if self.config.norm_topk_prob:
             gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20)
         return experts_TK, gates_TK * self.config.routed_scaling_factor, scores_TE
 
-    def _choose(self, scores_TE: Float[Tensor, "T E"]) -> Int[Tensor, "T K"]:
-        """Top-k of score + bias within the groups whose two best experts sum highest."""
+    def choose(
+        self, scores_TE: Float[Tensor, "T E"], tokens_T: Int[Tensor, " T"] | None
+    ) -> Int[Tensor, "T K"]:
+        """Top-k of score + bias; with groups, within those whose two best experts sum highest."""
         config = self.config
         choice_TE = scores_TE + self.e_score_correction_bias
-        if config.n_group > 1:
+        if isinstance(config, V3Config) and config.n_group > 1:
             choice_TGM = choice_TE.unflatten(1, (config.n_group, -1))
             group_TG = choice_TGM.topk(2, dim=-1).values.sum(-1)
             kept_TG = torch.zeros_like(group_TG, dtype=torch.bool)
@@ -50,6 +65,32 @@ class Gate(nn.Module):
             )
             choice_TE = choice_TGM.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(1)
         return choice_TE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+
+
+class HashGate(Gate):
+    """Takes a token's experts from a frozen table; only their weights are learnt."""
+
+    tid2eid: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        del self.e_score_correction_bias
+        shape = config.vocab_size, config.num_experts_per_tok
+        self.register_buffer("tid2eid", torch.zeros(shape, dtype=torch.int64))
+
+    def choose(
+        self, scores_TE: Float[Tensor, "T E"], tokens_T: Int[Tensor, " T"] | None
+    ) -> Int[Tensor, "T K"]:
+        """The table's row of each token."""
+        assert tokens_T is not None
+        return self.tid2eid[tokens_T]
+
+    def draw(self, seed: int, name: str) -> None:
+        """Fill the table: for each token K distinct experts, all sets equally likely."""
+        vocabulary, choices = self.tid2eid.shape
+        generator = torch.Generator().manual_seed(derive(seed, "init", name, "tid2eid"))
+        draws_VE = torch.rand(vocabulary, self.config.n_routed_experts, generator=generator)
+        self.tid2eid.copy_(draws_VE.topk(choices, dim=1).indices)
 
 
 class RoutedExperts(nn.Module):
@@ -62,6 +103,7 @@ class RoutedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(len(local), width, inner))
         self.local = local
         self.precision = precision
+        self.limit = config.swiglu_limit if isinstance(config, V4Config) else None
 
     def forward(
         self, x_ND: Float[Tensor, "N D"], counts_E: Int[Tensor, " E"]
@@ -72,7 +114,7 @@ class RoutedExperts(nn.Module):
         )
         gate_NI, up_NI = inner_NJ.chunk(2, dim=-1)
         return grouped_linear(
-            F.silu(gate_NI) * up_NI, self.down_proj, counts_E, precision=self.precision
+            gated(gate_NI, up_NI, self.limit), self.down_proj, counts_E, precision=self.precision
         )
 
 
@@ -80,31 +122,50 @@ class MoE(nn.Module):
     """Shared experts for every token plus K routed ones.
 
     After a forward in training mode `load_E` counts the copies sent to each expert and
-    `routing` holds (experts_TK, scores_TE) for the balance loss.
+    `routing` holds (experts_TK, scores_TE) for the balance loss; with `keep_routing`, `routing`
+    is there in evaluation mode too.
     """
 
     def __init__(
-        self, config: ModelConfig, precision: Precision, dispatcher: TokenDispatcher
+        self,
+        config: ModelConfig,
+        layer: int,
+        precision: Precision,
+        dispatcher: TokenDispatcher,
     ) -> None:
         super().__init__()
         self.config = config
         self.dispatcher = dispatcher
         local = dispatcher.local_experts(config.n_routed_experts)
-        self.gate = Gate(config)
+        self.gate = HashGate(config) if config.routes_by_hash(layer) else Gate(config)
         self.experts = RoutedExperts(config, local, precision)
         self.shared_experts = SwiGLU(
-            config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, precision
+            config.hidden_size,
+            config.n_shared_experts * config.moe_intermediate_size,
+            precision,
+            limit=self.experts.limit,
         )
         self.load_E = torch.zeros(config.n_routed_experts)
+        self.keep_routing = False
         self.routing: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x_BSD: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
+    @property
+    def bias_E(self) -> Tensor | None:
+        """The routing bias, which balancing moves; none where a table routes."""
+        return None if isinstance(self.gate, HashGate) else self.gate.e_score_correction_bias
+
+    def forward(
+        self, x_BSD: Float[Tensor, "B S D"], tokens_BS: Int[Tensor, "B S"] | None = None
+    ) -> Float[Tensor, "B S D"]:
         """Route, visit, combine, add the shared experts."""
         x_TD = x_BSD.flatten(0, 1)
-        experts_TK, gates_TK, scores_TE = self.gate(x_TD)
+        experts_TK, gates_TK, scores_TE = self.gate(
+            x_TD, None if tokens_BS is None else tokens_BS.flatten()
+        )
         if self.training:
             num_experts = self.config.n_routed_experts
             self.load_E += torch.bincount(experts_TK.flatten(), minlength=num_experts)
+        if self.training or self.keep_routing:
             self.routing = (experts_TK, scores_TE)
         sent = self.dispatcher.dispatch(x_TD, experts_TK, self.config.n_routed_experts)
         routed_ND = self.experts(sent.x_ND, sent.counts_E)

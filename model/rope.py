@@ -1,24 +1,89 @@
-"""Rotary positions, interleaved as DeepSeek's MLA has them: pairs are (0, 1), (2, 3), ...
+"""Rotary positions, with YaRN; interleaved as DeepSeek's attention has them, or half-split.
+
+Interleaved pairs are (0, 1), (2, 3), ...; half-split pairs are (0, R/2), (1, R/2 + 1), ...
 
 Axes: S positions, R rotary width (even).
 """
+
+import math
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from configs.model import YarnConfig
 
-def rotary_table(width: int, theta: float, positions: int) -> Float[Tensor, "S R"]:
-    """cos for the first R / 2 columns and sin for the rest, float32, for positions 0 .. S - 1."""
-    exponent = torch.arange(0, width, 2, dtype=torch.float64) / width
-    angle = torch.outer(torch.arange(positions, dtype=torch.float64), theta**-exponent)
-    return torch.cat([angle.cos(), angle.sin()], dim=1).float()
+
+def rotary_table(
+    width: int, theta: float, positions: int, yarn: YarnConfig | None = None
+) -> Float[Tensor, "S R"]:
+    """cos for the first R / 2 columns and sin for the rest, float32, for positions 0 .. S - 1.
+
+    YaRN may scale both, unless its two magnitudes are equal (as in every released model).
+    """
+    frequency = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    magnitude = 1.0
+    if yarn is not None:
+        frequency = _stretched(frequency, width, theta, yarn)
+        magnitude = _table_magnitude(yarn)
+    angle = torch.outer(torch.arange(positions, dtype=torch.float64), frequency)
+    return (torch.cat([angle.cos(), angle.sin()], dim=1) * magnitude).float()
+
+
+def softmax_factor(yarn: YarnConfig | None) -> float:
+    """By how much YaRN widens the softmax's scale: the square of its magnitude."""
+    return 1.0 if yarn is None else _magnitude(yarn.factor, yarn.mscale_all_dim) ** 2
 
 
 def rotate(
-    x: Float[Tensor, "*B R"], table_SR: Float[Tensor, "S R"], positions: Int[Tensor, "*P"]
+    x: Float[Tensor, "*B R"],
+    table_SR: Float[Tensor, "S R"],
+    positions: Int[Tensor, "*P"],
+    *,
+    inverse: bool = False,
 ) -> Float[Tensor, "*B R"]:
-    """Rotate each pair by its position's angle; `positions` broadcasts against x without R."""
-    cos, sin = table_SR[positions].chunk(2, dim=-1)
+    """Rotate each interleaved pair by its position's angle, or back by it.
+
+    `positions` broadcasts against x without R.
+    """
+    cos, sin = table_SR[positions].to(x.dtype).chunk(2, dim=-1)
+    if inverse:
+        sin = -sin
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+def rotate_halves(
+    x: Float[Tensor, "*B R"], table_SR: Float[Tensor, "S R"], positions: Int[Tensor, "*P"]
+) -> Float[Tensor, "*B R"]:
+    """As `rotate`, for half-split pairs."""
+    cos, sin = table_SR[positions].to(x.dtype).chunk(2, dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def _stretched(frequency: Tensor, width: int, theta: float, yarn: YarnConfig) -> Tensor:
+    """Fast frequencies as they are, slow ones divided by the factor, a ramp between."""
+
+    def dim_of(turns: float) -> float:
+        """The dim whose pair turns this often over the original context."""
+        radians = yarn.original_max_position_embeddings / (turns * 2 * math.pi)
+        return width * math.log(radians) / (2 * math.log(theta))
+
+    low = max(math.floor(dim_of(yarn.beta_fast)), 0)
+    high = min(math.ceil(dim_of(yarn.beta_slow)), width - 1)
+    span = high - low if high > low else 0.001
+    ramp = ((torch.arange(width // 2, dtype=torch.float64) - low) / span).clamp(0, 1)
+    return frequency / yarn.factor * ramp + frequency * (1 - ramp)
+
+
+def _table_magnitude(yarn: YarnConfig) -> float:
+    """The quotient of the two magnitudes if both are given, else that of mscale = 1."""
+    if yarn.mscale and yarn.mscale_all_dim:
+        return _magnitude(yarn.factor, yarn.mscale) / _magnitude(yarn.factor, yarn.mscale_all_dim)
+    return _magnitude(yarn.factor, 1.0)
+
+
+def _magnitude(factor: float, mscale: float) -> float:
+    """YaRN's correction of attention's temperature; 1 where mscale is 0."""
+    return 0.1 * mscale * math.log(factor) + 1.0

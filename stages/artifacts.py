@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from configs.base import Frozen
 from configs.errors import ArtifactError, LeaseLost, StoreError
-from configs.model import ModelConfig
+from configs.model import AnyModelConfig
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -114,7 +114,7 @@ class Checkpoint(Artifact):
     step: int
     sequences_seen: int
     """Pretraining rows consumed, in the order of `stages.shards.consumed_rows`."""
-    model: ModelConfig
+    model: AnyModelConfig
     final_loss: float
 
 

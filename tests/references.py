@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.model import ModelConfig
+from configs.model import V3Config
 from model.fp8.format import Quantized, dequantize, quantize
 from model.moe import Gate, MoE
 from model.transformer import Transformer
 
-TINY = ModelConfig(
+TINY = V3Config(
     vocab_size=64,
     hidden_size=32,
     num_hidden_layers=2,
@@ -37,13 +37,13 @@ TINY = ModelConfig(
 """Every part of the family in a few thousand weights; no two widths agree by accident."""
 
 
-def tiny(**changes: object) -> ModelConfig:
+def tiny(**changes: object) -> V3Config:
     """`TINY` with some fields changed, checked again."""
-    return ModelConfig.model_validate(TINY.model_dump() | changes)
+    return V3Config.model_validate(TINY.model_dump() | changes)
 
 
 def random_model(
-    config: ModelConfig = TINY, *, seed: int = 0, precision: str = "high"
+    config: V3Config = TINY, *, seed: int = 0, precision: str = "high"
 ) -> Transformer:
     """A model in evaluation mode whose norms and routing biases are random as well.
 
@@ -58,7 +58,7 @@ def random_model(
     return model.eval()
 
 
-def random_tokens(*shape: int, seed: int = 0, config: ModelConfig = TINY) -> Tensor:
+def random_tokens(*shape: int, seed: int = 0, config: V3Config = TINY) -> Tensor:
     """Uniform token ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(config.vocab_size, shape, generator=generator)

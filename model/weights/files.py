@@ -14,7 +14,7 @@ from configs.errors import ArtifactError
 from configs.model import ModelConfig
 from configs.train import Precision
 from model.transformer import Transformer
-from model.weights import v3
+from model.weights import families
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -35,13 +35,13 @@ def load_pretrained(folder: Path, *, precision: Precision = "high") -> Transform
 def save_pretrained(model: Transformer, folder: Path) -> None:
     """Write a whole model (all experts on this device) as float32."""
     state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
-    write_checkpoint(model.config, v3.to_hf(model.config, state), folder)
+    write_checkpoint(model.config, families.to_hf(model.config, state), folder)
 
 
 def write_checkpoint(config: ModelConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write tensors that already bear Hugging Face names, and their config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(v3.to_hf_config(config), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(families.to_hf_config(config), indent=2) + "\n")
     # safetensors refuses aliases, and slices of stacked experts are views of one storage.
     contiguous = {name: tensor.clone().contiguous() for name, tensor in sorted(tensors.items())}
     draft = folder / f"{WEIGHTS}.draft"
@@ -52,7 +52,7 @@ def write_checkpoint(config: ModelConfig, tensors: Mapping[str, Tensor], folder:
 
 def load_state(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
     """Copy Hugging Face named tensors into `model`; ArtifactError unless they fit exactly."""
-    state = v3.from_hf(model.config, tensors)
+    state = families.from_hf(model.config, tensors)
     own = model.state_dict()
     for name in own:
         if name not in state:
@@ -74,7 +74,7 @@ def read_config(folder: Path) -> ModelConfig:
     """The model config in `folder/config.json`."""
     path = folder / "config.json"
     try:
-        return v3.from_hf_config(json.loads(path.read_text()))
+        return families.from_hf_config(json.loads(path.read_text()))
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file, so {folder} is not a model folder") from None
     except json.JSONDecodeError as error:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from configs.errors import ArtifactError
-from configs.model import ModelConfig
+from configs.model import V3Config
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -61,7 +61,7 @@ _FIXED = {
 """Fields in which this family has no choice; another value would be another model."""
 
 
-def mtp_copies(config: ModelConfig) -> dict[str, str]:
+def mtp_copies(config: V3Config) -> dict[str, str]:
     """Released names of the MTP layer's copies -> the tensor that each repeats."""
     if not config.num_nextn_predict_layers:
         return {}
@@ -69,7 +69,7 @@ def mtp_copies(config: ModelConfig) -> dict[str, str]:
     return {f"{prefix}.embed_tokens.weight": EMBEDDING, f"{prefix}.shared_head.head.weight": HEAD}
 
 
-def to_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_hf(config: V3Config, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a whole model's state; tensors are views of the originals where possible."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -89,7 +89,7 @@ def to_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return renamed
 
 
-def from_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_hf(config: V3Config, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The reverse of `to_hf`; ArtifactError names a tensor that is missing or unexpected."""
     state = dict(state)
     result: dict[str, Tensor] = {}
@@ -114,7 +114,7 @@ def from_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tenso
     return result | state
 
 
-def to_hf_config(config: ModelConfig) -> dict[str, Any]:
+def to_hf_config(config: V3Config) -> dict[str, Any]:
     """`config.json` as transformers 5 writes it for a float32 model."""
     return {
         "architectures": [_ARCHITECTURE],
@@ -135,7 +135,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def from_hf_config(raw: Mapping[str, Any]) -> ModelConfig:
+def from_hf_config(raw: Mapping[str, Any]) -> V3Config:
     """The reverse; ArtifactError names the field that this family does not have."""
     if raw.get("model_type") != _MODEL_TYPE:
         raise ArtifactError(
@@ -153,12 +153,12 @@ def from_hf_config(raw: Mapping[str, Any]) -> ModelConfig:
         raise ArtifactError(f"config.json: {missing[0]} is missing")
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
     try:
-        return ModelConfig(rope_theta=theta, **{name: raw[name] for name in _COPIED})
+        return V3Config(rope_theta=theta, **{name: raw[name] for name in _COPIED})
     except ValidationError as error:
         raise ArtifactError(f"config.json: {error.errors()[0]['msg']}") from error
 
 
-def _layers(config: ModelConfig) -> int:
+def _layers(config: V3Config) -> int:
     return config.num_hidden_layers + config.num_nextn_predict_layers
 
 

@@ -29,8 +29,8 @@ def sample(args: argparse.Namespace) -> int:
         load_pretrained(folder),
         prompts,
         max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        stop_token=EOS_ID,
+        drawing=decode.Drawing(args.temperature),
+        stop_tokens={EOS_ID},
         seeds=[derive(args.seed, "sample", number) for number in range(len(prompts))],
     )
     for prompt, answer in zip(args.prompt, answers, strict=True):

@@ -43,8 +43,8 @@ def assert_drawn_from(model: Transformer, found: list[Sample], count: int, versi
         model,
         PROMPTS[:count],
         max_new_tokens=SAMPLING.max_new_tokens,
-        temperature=SAMPLING.temperature,
-        stop_token=SAMPLING.stop_token,
+        drawing=decode.Drawing(SAMPLING.temperature),
+        stop_tokens={SAMPLING.stop_token},
         seeds=SEEDS[:count],
     )
     assert len(found) == count

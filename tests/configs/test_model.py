@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from configs.model import ModelConfig
+from configs.model import V3Config
 
 TINY: dict[str, Any] = {
     "vocab_size": 512,
@@ -29,11 +29,11 @@ TINY: dict[str, Any] = {
 
 
 def test_the_default_is_deepseek_v3_to_the_last_parameter() -> None:
-    assert ModelConfig().parameters() == 671_026_419_200
+    assert V3Config().parameters() == 671_026_419_200
 
 
 def test_a_token_of_deepseek_v3_visits_37_billion_parameters() -> None:
-    assert ModelConfig().parameters(active=True) == 37_552_297_472
+    assert V3Config().parameters(active=True) == 37_552_297_472
 
 
 def test_the_count_equals_a_sum_over_every_tensor() -> None:
@@ -42,17 +42,17 @@ def test_the_count_equals_a_sum_over_every_tensor() -> None:
     attention = query + compressed + 32 * 4 * (16 + 16) + 4 * 16 * 64
     dense = attention + 2 * width + 3 * 64 * 128
     sparse = attention + 2 * width + 8 * 64 + 8 + (8 + 1) * 3 * 64 * 32
-    assert ModelConfig(**TINY).parameters() == dense + 2 * sparse + width + 2 * vocab * width
+    assert V3Config(**TINY).parameters() == dense + 2 * sparse + width + 2 * vocab * width
 
 
 def test_a_query_bottleneck_replaces_the_plain_projection() -> None:
-    plain = ModelConfig(**TINY).attention_parameters()
-    narrow = ModelConfig(**TINY | {"q_lora_rank": 16}).attention_parameters()
+    plain = V3Config(**TINY).attention_parameters()
+    narrow = V3Config(**TINY | {"q_lora_rank": 16}).attention_parameters()
     assert narrow - plain == (64 * 16 + 16 + 16 * 4 * 24) - 64 * 4 * 24
 
 
 def test_flops_grow_with_the_context_only_by_attention() -> None:
-    model = ModelConfig(**TINY)
+    model = V3Config(**TINY)
     per_key = 6 * 4 * 4 * (24 + 16) / 2
     short, long = (model.training_flops_per_token(tokens) for tokens in (128, 256))
     assert long - short == pytest.approx(128 * per_key)
@@ -75,9 +75,9 @@ def test_impossible_dimensions_are_refused_with_both_numbers(
     change: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(ValidationError, match=complaint):
-        ModelConfig(**TINY | change)
+        V3Config(**TINY | change)
 
 
 def test_a_config_never_changes() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        ModelConfig(**TINY).hidden_size = 128  # type: ignore[misc]
+        V3Config(**TINY).hidden_size = 128  # type: ignore[misc]

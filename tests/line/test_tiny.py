@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 
-from configs.model import ModelConfig
+from configs.model import V3Config
 from model.transformer import Transformer
 from stages.export import parity
 from stages.export.bundle import formats
@@ -135,7 +135,7 @@ def both(tiny: Tiny, request: pytest.FixtureRequest) -> Iterator[Both]:
             folder, dtype=torch.float32, output_loading_info=True, **widened
         )
     source, manifest = artifact(tiny.folder, "posttrain")
-    config = ModelConfig.model_validate(manifest["facts"]["model"])
+    config = V3Config.model_validate(manifest["facts"]["model"])
     form = next(form for form in formats("cuda", config) if form.variant == request.param)
     ours = parity.reload(TensorFolder(folder), form, TensorFolder(source).names)
     yield Both(theirs.float().eval(), info, ours)

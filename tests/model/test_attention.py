@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import LATENT_NORM_EPSILON, LatentAttention
+from model.passes import Whole
 from tests.references import rotate_as_complex, tiny
 
 
@@ -57,7 +58,10 @@ def test_attention_is_the_papers_head_by_head(q_lora_rank: int | None, masked: b
     mask_BSS = causal_SS.repeat(2, 1, 1)
     if masked:
         mask_BSS[1, 5:, :5] = False
-    found = block(x_BSD, mask_BSS.unsqueeze(1) if masked else None)
+    segments_BS = torch.zeros(2, 9, dtype=torch.int64)
+    segments_BS[1, 5:] = 1
+    tokens_BS = torch.zeros(2, 9, dtype=torch.int64)
+    found = block(x_BSD, Whole(tokens_BS, segments_BS if masked else None))
     for row in range(2):
         expected = head_by_head(block, x_BSD[row], mask_BSS[row])
         torch.testing.assert_close(found[row].double(), expected, rtol=1e-4, atol=1e-5)

@@ -7,7 +7,8 @@ import torch
 
 from configs.errors import DataError
 from model.attention import LatentAttention
-from model.decode import Sample, attend_latent, sample
+from model.decode import Drawing, Sample, sample
+from model.passes import Step, Whole
 from model.transformer import Transformer
 from tests.references import random_model, random_tokens, tiny
 
@@ -35,8 +36,8 @@ def draw(
         model,
         prompts,
         max_new_tokens=new,
-        temperature=temperature,
-        stop_token=stop,
+        drawing=Drawing(temperature),
+        stop_tokens={stop},
         seeds=seeds,
     )
 
@@ -55,15 +56,17 @@ def test_the_absorbed_form_is_the_expanded_one(q_lora_rank: int | None) -> None:
     config = tiny(q_lora_rank=q_lora_rank)
     block = random_model(config).model.layers[0].self_attn
     assert isinstance(block, LatentAttention)
-    x_BPD = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
-    cache_BLW = torch.full((2, 12, 20), float("nan"))
-    positions_BP = torch.arange(9).expand(2, 9)
-    visible_BPL = torch.arange(9) <= positions_BP[..., None]
+    x_BSD = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    cache = {"latent_BLW": torch.full((2, 12, 20), float("nan"))}
+    tokens_BS = torch.zeros(2, 9, dtype=torch.int64)
     with torch.no_grad():
-        found = attend_latent(block, x_BPD, positions_BP, visible_BPL, cache_BLW)
-        torch.testing.assert_close(found, block(x_BPD, None), rtol=1e-4, atol=1e-5)
-    assert bool(cache_BLW[:, :9].isfinite().all())
-    assert bool(cache_BLW[:, 9:].isnan().all())
+        whole = block(x_BSD, Whole(tokens_BS))
+        for position in range(9):
+            step = Step(tokens_BS[:, :1], torch.full((2,), position), {block: cache})
+            found = block(x_BSD[:, position : position + 1], step)[:, 0]
+            torch.testing.assert_close(found, whole[:, position], rtol=1e-4, atol=1e-5)
+    assert bool(cache["latent_BLW"][:, :9].isfinite().all())
+    assert bool(cache["latent_BLW"][:, 9:].isnan().all())
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.model import ModelConfig
+from configs.model import V3Config
 from model.dispatch import LocalDispatcher
 from model.moe import Gate, MoE
 from tests.references import moe_by_token, route, tiny
@@ -17,8 +17,8 @@ CONFIGS = [
 ]
 
 
-def moe(config: ModelConfig) -> MoE:
-    made = MoE(config, "high", LocalDispatcher())
+def moe(config: V3Config) -> MoE:
+    made = MoE(config, config.num_hidden_layers, "high", LocalDispatcher())
     generator = torch.Generator().manual_seed(0)
     for tensor in made.state_dict().values():
         nn.init.normal_(tensor, std=0.3, generator=generator)
@@ -31,7 +31,7 @@ def tokens(count: int) -> Tensor:
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_block_and_its_gradients_are_a_sum_over_each_tokens_experts(
-    config: ModelConfig,
+    config: V3Config,
 ) -> None:
     block, x_TD = moe(config), tokens(24).requires_grad_()
     dy = torch.randn(24, 32, generator=torch.Generator().manual_seed(2))
@@ -43,7 +43,7 @@ def test_the_block_and_its_gradients_are_a_sum_over_each_tokens_experts(
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_each_token_gets_the_experts_of_the_formula(config: ModelConfig) -> None:
+def test_each_token_gets_the_experts_of_the_formula(config: V3Config) -> None:
     gate, x_TD = moe(config).gate, tokens(100)
     experts_TK, gates_TK, _ = gate(x_TD)
     for x_D, experts_K, gates_K in zip(x_TD, experts_TK.tolist(), gates_TK, strict=True):

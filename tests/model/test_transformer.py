@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from configs.model import ModelConfig
+from configs.model import V3Config
 from model.transformer import MtpLayer, Transformer
 from model.weights.files import load_pretrained, save_pretrained
 from tests.references import random_model, random_tokens, tiny
@@ -43,7 +43,7 @@ def assert_same_logits(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS)
 @torch.no_grad()
-def test_transformers_computes_the_same_logits(config: ModelConfig, tmp_path: Path) -> None:
+def test_transformers_computes_the_same_logits(config: V3Config, tmp_path: Path) -> None:
     ours = random_model(config)
     tokens = random_tokens(3, 20)
     save_pretrained(ours, tmp_path / "ours")

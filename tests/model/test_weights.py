@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.errors import ArtifactError
-from configs.model import ModelConfig
+from configs.model import V3Config
 from model.weights.files import INDEX, WEIGHTS, load_pretrained, save_pretrained
 from model.weights.v3 import from_hf, from_hf_config, to_hf, to_hf_config
 from tests.references import TINY, random_model, random_tokens, tiny
@@ -34,7 +34,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
 
 
 @pytest.mark.parametrize("config", [TINY, tiny(q_lora_rank=None), tiny(num_nextn_predict_layers=0)])
-def test_a_model_comes_back_bit_for_bit(config: ModelConfig, tmp_path: Path) -> None:
+def test_a_model_comes_back_bit_for_bit(config: V3Config, tmp_path: Path) -> None:
     model = random_model(config)
     save_pretrained(model, tmp_path)
     back = load_pretrained(tmp_path)
@@ -151,7 +151,7 @@ def test_a_folder_without_a_readable_config_is_no_model_folder(folder: Path) -> 
 
 
 def test_configs_come_back_as_they_were() -> None:
-    for config in (TINY, tiny(q_lora_rank=None, rope_theta=7.0), ModelConfig()):
+    for config in (TINY, tiny(q_lora_rank=None, rope_theta=7.0), V3Config()):
         assert from_hf_config(json.loads(json.dumps(to_hf_config(config)))) == config
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from configs.base import Frozen
 from configs.errors import TrainingError
-from configs.model import ModelConfig
+from configs.model import V3Config
 from configs.parallel import ClusterConfig, StoreConfig
 from pipeline.decide import Examiner
 from pipeline.graph import Graph, Selection, make_graph
@@ -91,7 +91,7 @@ def train(config: FakeConfig, work: Workspace, *, corpus: Corpus) -> Checkpoint:
         resume.mkdir(exist_ok=True)
         (resume / "step.json").write_text(json.dumps(config.steps))
         _begin(config, work, "train")
-    model = ModelConfig(num_hidden_layers=3)
+    model = V3Config(num_hidden_layers=3)
     return Checkpoint(
         uri=work.out, step=config.steps, sequences_seen=8, model=model, final_loss=1 / config.steps
     )

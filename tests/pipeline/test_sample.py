@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from configs.model import ModelConfig
+from configs.model import V3Config
 from configs.parallel import StoreConfig
 from model import decode
 from model.transformer import Transformer
@@ -15,7 +15,7 @@ from pipeline.verbs import sample as verb
 from stages.shards import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 from tests.pipeline.fakes import World
 
-SMALL = ModelConfig(
+SMALL = V3Config(
     vocab_size=300,
     hidden_size=32,
     num_hidden_layers=2,

@@ -10,7 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs.delivery import ExportConfig, ExportSpec, Target
-from configs.model import ModelConfig
+from configs.model import V3Config
 from configs.parallel import ClusterConfig
 from model.transformer import Transformer
 from model.weights.files import save_pretrained
@@ -19,7 +19,7 @@ from stages.contract import Workspace
 from stages.export.bundle import export
 from stages.shards import BOS_TOKEN, EOS_TOKEN, write_rows
 
-MODEL = ModelConfig(
+MODEL = V3Config(
     vocab_size=384,
     hidden_size=128,
     num_hidden_layers=3,
@@ -91,7 +91,7 @@ def make_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def make_checkpoint(folder: Path, model: ModelConfig = MODEL) -> Checkpoint:
+def make_checkpoint(folder: Path, model: V3Config = MODEL) -> Checkpoint:
     """A random model whose norms and routing biases are random too, with a manifest."""
     built = Transformer(model).initialize(seed=5)
     generator = torch.Generator().manual_seed(6)

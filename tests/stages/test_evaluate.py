@@ -17,7 +17,7 @@ from torch import Tensor
 from cluster.generation import Sample, Sampling
 from configs.delivery import EvaluateConfig, EvaluateSpec
 from configs.errors import DataError, VerifierError
-from configs.model import ModelConfig
+from configs.model import V3Config
 from configs.parallel import ClusterConfig
 from model.transformer import Transformer
 from stages.artifacts import Checkpoint, Corpus, Lease
@@ -118,8 +118,8 @@ def test_weights_that_are_not_numbers_are_an_error() -> None:
         )
 
 
-def small_model(vocab_size: int, *, context_tokens: int = 64) -> ModelConfig:
-    return ModelConfig(
+def small_model(vocab_size: int, *, context_tokens: int = 64) -> V3Config:
+    return V3Config(
         vocab_size=vocab_size,
         hidden_size=16,
         num_hidden_layers=2,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs.model import ModelConfig
+from configs.model import V3Config
 from stages.export.ascend import Int8Rows
 from stages.export.tensors import TensorFolder
 from tests.stages.bundles import MODEL, make_bundle
@@ -85,7 +85,7 @@ def test_a_model_without_query_bottleneck_has_its_query_quantised() -> None:
 def test_no_config_names_a_quantisation(root: Path, variant: str) -> None:
     config = json.loads((root / "bundle" / variant / "config.json").read_text())
     assert "quantization_config" not in config
-    assert ModelConfig.model_validate({k: config[k] for k in MODEL.model_dump() if k in config})
+    assert V3Config.model_validate({k: config[k] for k in MODEL.model_dump() if k in config})
 
 
 def test_each_int8_weight_is_within_half_a_step_of_its_source(root: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from configs.rl import GrpoConfig, PosttrainConfig
-from model.decode import sample
+from model.decode import Drawing, sample
 from model.transformer import Transformer
 from stages.posttrain.learner import GrpoLoss, minibatches
 from stages.posttrain.objective import token_logprobs
@@ -28,8 +28,8 @@ def rollouts(model: Transformer) -> list[ScoredRollout]:
             model,
             [prompt.token_ids] * SIZE,
             max_new_tokens=5,
-            temperature=TEMPERATURE,
-            stop_token=1,
+            drawing=Drawing(TEMPERATURE),
+            stop_tokens={1},
             seeds=[100 * group + index for index in range(SIZE)],
         )
         for index, answer in enumerate(answers):

@@ -1,0 +1,130 @@
+"""What every family of models has in common: its outer dimensions, YaRN, and the counting."""
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from configs.base import Frozen
+from configs.engram import EngramConfig
+
+Family = Literal["v3", "v32", "v4"]
+
+
+class YarnConfig(Frozen):
+    """Rotary frequencies stretched for contexts longer than those trained on (YaRN).
+
+    Field names and meaning are those of `rope_scaling` in the released `config.json`.
+    """
+
+    factor: float = Field(default=40.0, gt=1)
+    original_max_position_embeddings: PositiveInt = 4096
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
+    mscale: float = Field(default=1.0, ge=0)
+    mscale_all_dim: float = Field(default=1.0, ge=0)
+    """Where it is not 0, the softmax scale carries (0.1 * this * ln(factor) + 1)^2."""
+
+    @model_validator(mode="after")
+    def _betas_ordered(self) -> Self:
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(
+                f"beta_fast = {self.beta_fast} must exceed beta_slow = {self.beta_slow}; "
+                "exchange them"
+            )
+        return self
+
+
+class ModelConfig(Frozen):
+    """A decoder of mixed experts, whichever its attention. Use a family's own class."""
+
+    family: Family
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    qk_rope_head_dim: PositiveInt
+    moe_intermediate_size: PositiveInt
+    n_routed_experts: PositiveInt
+    n_shared_experts: PositiveInt
+    num_experts_per_tok: PositiveInt
+    routed_scaling_factor: float = Field(gt=0)
+    norm_topk_prob: bool = True
+    num_nextn_predict_layers: Literal[0, 1] = 1
+    """Multi-token-prediction layers after the last one."""
+    max_position_embeddings: PositiveInt
+    rope_theta: float = Field(default=10000.0, gt=0)
+    rope_scaling: YarnConfig | None = None
+    rms_norm_eps: float = Field(default=1e-6, gt=0)
+    initializer_range: float = Field(default=0.006, gt=0)
+    engram: EngramConfig | None = None
+    """Conditional memory looked up by n-grams; none of the released models of these families has
+    it."""
+
+    @model_validator(mode="after")
+    def _common_numbers_agree(self) -> Self:
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(
+                f"qk_rope_head_dim = {self.qk_rope_head_dim} is odd; rotary pairs need an even one"
+            )
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok = {self.num_experts_per_tok} exceeds n_routed_experts = "
+                f"{self.n_routed_experts}; lower the first"
+            )
+        if self.engram and (beyond := [i for i in self.engram.layer_ids if i >= self.depth]):
+            raise ValueError(
+                f"engram.layer_ids holds {beyond[0]}, but num_hidden_layers = {self.depth}; "
+                "layers are numbered from 0"
+            )
+        return self
+
+    @property
+    def depth(self) -> int:
+        """Decoder layers of the main model."""
+        return self.num_hidden_layers
+
+    @property
+    def streams(self) -> int:
+        """Residual streams; 1 unless the family has hyper-connections."""
+        return 1
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether `layer` routes to experts; the MTP layer is number `num_hidden_layers`."""
+        raise NotImplementedError
+
+    def routes_by_hash(self, layer: int) -> bool:
+        """Whether `layer` takes its experts from a table by token instead of by score."""
+        return False
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Decoder layers with experts, without the MTP layer."""
+        return sum(self.has_experts(layer) for layer in range(self.depth))
+
+    def parameters(self, *, active: bool = False) -> int:
+        """Weights of the main model (no MTP layer), routing biases and hash tables included.
+
+        With `active`, only what one token visits is counted.
+        """
+        layers = sum(self.layer_parameters(layer, active=active) for layer in range(self.depth))
+        return layers + self._outer_parameters()
+
+    def layer_parameters(self, layer: int, *, active: bool = False) -> int:
+        """Weights of one decoder layer, the engram in front of it included."""
+        raise NotImplementedError
+
+    def _outer_parameters(self) -> int:
+        """Embedding, final norm and head."""
+        return self.hidden_size * (2 * self.vocab_size + 1)
+
+    def _engram_parameters(self, layer: int, *, active: bool) -> int:
+        if self.engram is None or layer not in self.engram.layer_ids:
+            return 0
+        return self.engram.parameters(layer, self.hidden_size, self.streams, active=active)
+
+    def _expert_parameters(self, *, active: bool) -> int:
+        """Gate weights, routed and shared experts of one layer, without biases or tables."""
+        width = self.hidden_size
+        routed = self.num_experts_per_tok if active else self.n_routed_experts
+        expert = 3 * width * self.moe_intermediate_size
+        return self.n_routed_experts * width + expert * (routed + self.n_shared_experts)

@@ -1,0 +1,76 @@
+"""What every lightning indexer does with its scores: pick entries, and learn from attention.
+
+An indexer scores each entry s for each query t as I(t, s) = sum over heads of
+w(t, j) * ReLU(q(t, j) . k(s)) (DeepSeek-V3.2-Exp, eq. 1). Entries are tokens in V3.2 and compressed
+blocks in V4.
+
+Axes: Q queries (any leading axes), L entries, K kept, J indexer heads, W indexer head width.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+NONE = -1
+"""The index that stands for no entry, where fewer than K are visible."""
+
+
+def index_scores(
+    q_BSJW: Float[Tensor, "B S J W"],
+    k_BLW: Float[Tensor, "B L W"],
+    weights_BSJ: Float[Tensor, "B S J"],
+) -> Float[Tensor, "B S L"]:
+    """I(t, s), float32, with the scales of the released models: W^-0.5 and J^-0.5."""
+    heads, width = q_BSJW.shape[-2:]
+    dots_BSJL = torch.einsum("bsjw,blw->bsjl", q_BSJW.float(), k_BLW.float())
+    weights_BS1J = (weights_BSJ.float() * (width**-0.5 * heads**-0.5)).unsqueeze(-2)
+    return (weights_BS1J @ F.relu(dots_BSJL)).squeeze(-2)
+
+
+def choose(
+    scores_QL: Float[Tensor, "*Q L"], visible_QL: Bool[Tensor, "*Q L"], keep: int
+) -> Int[Tensor, "*Q K"]:
+    """The `keep` visible entries of highest score, K = min(keep, L); NONE where there are fewer.
+
+    Of entries that tie for the last place, those of lowest index are taken: ReLU makes exact ties
+    at zero when heads are few, and torch's own choice among them is not specified.
+    """
+    entries = scores_QL.shape[-1]
+    kept = min(keep, entries)
+    masked_QL = scores_QL.masked_fill(~visible_QL, float("-inf"))
+    if kept == 0:
+        return torch.empty(*scores_QL.shape[:-1], 0, dtype=torch.int64, device=scores_QL.device)
+    values_QK, chosen_QK = masked_QL.topk(kept, dim=-1)
+    last_Q1 = values_QK[..., -1:]
+    tied_Q = (masked_QL >= last_Q1).sum(-1) > kept
+    tied_Q &= last_Q1.squeeze(-1) > float("-inf")
+    if bool(tied_Q.any()):
+        rows_RL, last_R1 = masked_QL[tied_Q], last_Q1[tied_Q]
+        above_RL = rows_RL > last_R1
+        room_R1 = kept - above_RL.sum(-1, keepdim=True)
+        equal_RL = rows_RL == last_R1
+        taken_RL = above_RL | (equal_RL & (equal_RL.cumsum(-1) <= room_R1))
+        chosen_QK[tied_Q] = taken_RL.nonzero()[:, 1].view(-1, kept)
+    return chosen_QK.masked_fill(values_QK.eq(float("-inf")), NONE)
+
+
+def indexer_loss(
+    scores_QK: Float[Tensor, "*Q K"],
+    attention_QK: Float[Tensor, "*Q K"],
+    visible_QK: Bool[Tensor, "*Q K"],
+) -> Float[Tensor, ""]:
+    """Mean over queries of KL(p || softmax(I)), in nats, over the entries that are visible.
+
+    `attention` are the main attention's probabilities summed over its heads; they are normalised
+    here to sum to 1 and never receive a gradient (section 2.1: the indexer learns from this alone,
+    the model from the language loss alone). Queries that see no entry do not count.
+    """
+    p_QK = attention_QK.detach().float().masked_fill(~visible_QK, 0.0)
+    p_QK = p_QK / p_QK.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    hidden = torch.finfo(torch.float32).min
+    log_q_QK = scores_QK.float().masked_fill(~visible_QK, hidden).log_softmax(-1)
+    log_p_QK = p_QK.clamp_min(torch.finfo(torch.float32).tiny).log()
+    terms_QK = torch.where(p_QK > 0, p_QK * (log_p_QK - log_q_QK), torch.zeros_like(p_QK))
+    counted_Q = visible_QK.any(-1)
+    return terms_QK.sum(-1).sum() / counted_Q.sum().clamp_min(1)

@@ -1,0 +1,76 @@
+"""What a module that looks back over the tokens is handed: a whole text, or one more token.
+
+Attention and memory read the past. In training and prefill the past is in the same tensor
+(`Whole`); in decoding it is in caches that an earlier pass filled (`Step`). Every such module takes
+either, so that layers are written once.
+
+Axes: B rows, S positions.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+Cache = dict[str, Tensor]
+"""What one module remembers of each row: tensors whose first axis is the row."""
+Caches = dict[nn.Module, Cache]
+"""The cache of each module that has one."""
+
+IndexerPhase = Literal["off", "dense", "sparse"]
+"""How sparse attention is trained (DeepSeek-V3.2-Exp, section 2.1).
+
+`off`: attend to the chosen entries, no loss for the chooser. `dense`: attend to everything, and
+teach the indexer the whole distribution. `sparse`: attend to the chosen entries, and teach it the
+distribution over those.
+"""
+
+
+@dataclass
+class Whole:
+    """Rows read from their first token on."""
+
+    tokens_BS: Int[Tensor, "B S"]
+    segments_BS: Int[Tensor, "B S"] | None = None
+    """Tokens see only tokens of an equal segment; segments are contiguous."""
+    caches: Caches | None = None
+    """To be filled with what later steps need, if any follow; without segments only."""
+    lengths_B: Int[Tensor, " B"] | None = None
+    """Given with `caches`: the tokens of each row, the rest of which is padding."""
+    indexer: IndexerPhase = "off"
+    indexer_losses: list[Tensor] = field(default_factory=list)
+    """One scalar a sparse attention: the mean over queries of its indexer's KL, in nats."""
+
+    @cached_property
+    def mask_B1SS(self) -> Bool[Tensor, "B 1 S S"] | None:
+        """True where the key is not later than the query and of the same segment.
+
+        None without segments: the causal mask says all, and kernels have that one built in.
+        """
+        if self.segments_BS is None:
+            return None
+        length = self.segments_BS.shape[1]
+        causal_SS = torch.ones(length, length, dtype=torch.bool, device=self.segments_BS.device)
+        same_BSS = self.segments_BS[:, :, None] == self.segments_BS[:, None, :]
+        return (same_BSS & causal_SS.tril()).unsqueeze(1)
+
+
+@dataclass
+class Step:
+    """One more token for each row."""
+
+    tokens_B1: Int[Tensor, "B 1"]
+    positions_B: Int[Tensor, " B"]
+    """How many tokens each row had before."""
+    caches: Caches
+
+    @property
+    def tokens_BS(self) -> Int[Tensor, "B 1"]:
+        """The tokens, under the name they have in `Whole`."""
+        return self.tokens_B1
+
+
+Pass = Whole | Step
