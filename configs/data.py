@@ -73,8 +73,12 @@ class QualityConfig(Frozen):
 
 
 class TokenizerConfig(Frozen):
-    """A byte-level BPE with digits split singly."""
+    """A byte-level BPE with digits split singly, or one that exists."""
 
+    provenance_fields: ClassVar[frozenset[str]] = frozenset({"file"})
+
+    file: str | None = None
+    """A `tokenizer.json` to take as it is; what else is said here then means nothing."""
     vocab_size: Annotated[int, Field(ge=260)] = 1024
     """Upper bound: 256 bytes, two special tokens, merges. A small corpus may need fewer."""
     training_bytes: PositiveInt = 4_000_000

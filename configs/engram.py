@@ -3,7 +3,7 @@
 from functools import cache
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from configs.base import Frozen
 
@@ -24,6 +24,9 @@ class EngramConfig(Frozen):
     kernel_size: PositiveInt = 4
     """Taps of the short convolution; they lie as many tokens apart as the longest n-gram has."""
     seed: NonNegativeInt = 0
+    """Of the numbers that n-grams are hashed with."""
+    pad_id: NonNegativeInt = 2
+    """Token that stands where an n-gram reaches back over the start of its document."""
     table_device: Literal["model", "host"] = "model"
     """`host` keeps the tables in main memory wherever the model goes."""
 

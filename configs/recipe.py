@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -18,6 +18,9 @@ from configs.model import AnyModelConfig
 from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
 from configs.rl import PosttrainConfig
 from configs.train import PretrainConfig
+
+_TAG_FIELDS = ("type", "family")
+"""Fields of one fixed value, by which the members of a union are told apart."""
 
 
 class NodeConfig(Frozen):
@@ -36,6 +39,9 @@ class Recipe(Frozen):
 
     name: str = Field(min_length=1)
     seed: int = Field(default=0, ge=0)
+    base: str | None = Field(default=None, min_length=1)
+    """A folder with a model in Hugging Face's form, to start from in place of pretraining. `model`
+    and `pretrain` then mean nothing, and the corpus is encoded by that model's tokenizer."""
     model: AnyModelConfig
     data: DataConfig
     pretrain: PretrainConfig
@@ -49,7 +55,26 @@ class Recipe(Frozen):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
+        if self.base is None:
+            self._check_pretraining()
         workers = self.cluster.trainers
+        minibatch = self.posttrain.prompts_per_step // self.posttrain.minibatches
+        if minibatch * self.posttrain.group_size % workers:
+            raise ValueError(
+                f"posttrain.prompts_per_step / minibatches * group_size = "
+                f"{minibatch * self.posttrain.group_size} answers do not divide over "
+                f"cluster.trainers = {workers}; choose a multiple"
+            )
+        if not any(isinstance(s, ArithmeticSource) for s in self.data.sources.values()):
+            raise ValueError(
+                "data.sources has no source of checkable problems, which posttrain and evaluate "
+                'need; add one of type = "arithmetic"'
+            )
+        return self
+
+    def _check_pretraining(self) -> None:
+        """What must agree where the model is made here."""
+        workers, tokenizer = self.cluster.trainers, self.data.tokenizer
         if self.model.n_routed_experts % workers:
             raise ValueError(
                 f"model.n_routed_experts = {self.model.n_routed_experts} does not divide over "
@@ -60,29 +85,23 @@ class Recipe(Frozen):
                 f"pretrain.batch_sequences = {self.pretrain.batch_sequences} does not divide over "
                 f"cluster.trainers = {workers}; choose a multiple"
             )
-        minibatch = self.posttrain.prompts_per_step // self.posttrain.minibatches
-        if minibatch * self.posttrain.group_size % workers:
+        dense_steps, steps = self.pretrain.indexer.dense_steps, self.pretrain.steps
+        if self.model.has_indexer and dense_steps >= steps:
             raise ValueError(
-                f"posttrain.prompts_per_step / minibatches * group_size = "
-                f"{minibatch * self.posttrain.group_size} answers do not divide over "
-                f"cluster.trainers = {workers}; choose a multiple"
+                f"pretrain.indexer.dense_steps = {dense_steps} leaves none of pretrain.steps = "
+                f"{steps} in which attention is as sparse as it is when the model is used; lower "
+                "the first"
             )
-        if self.model.vocab_size < self.data.tokenizer.vocab_size:
+        if tokenizer.file is None and self.model.vocab_size < tokenizer.vocab_size:
             raise ValueError(
                 f"model.vocab_size = {self.model.vocab_size} is below data.tokenizer.vocab_size = "
-                f"{self.data.tokenizer.vocab_size}; raise the first"
+                f"{tokenizer.vocab_size}; raise the first"
             )
         if self.model.max_position_embeddings < self.data.sequence_tokens:
             raise ValueError(
                 f"model.max_position_embeddings = {self.model.max_position_embeddings} is below "
                 f"data.sequence_tokens = {self.data.sequence_tokens}; raise the first"
             )
-        if not any(isinstance(s, ArithmeticSource) for s in self.data.sources.values()):
-            raise ValueError(
-                "data.sources has no source of checkable problems, which posttrain and evaluate "
-                'need; add one of type = "arithmetic"'
-            )
-        return self
 
 
 def shipped_recipes() -> list[str]:
@@ -95,9 +114,11 @@ def load_recipe(name: str, overlays: Sequence[str] = (), sets: Sequence[str] = (
     """The recipe `name` (shipped name or path) under overlays and `a.b=c` settings, validated.
 
     Tables merge key by key, later files win; lists and scalars replace, and so does a table that
-    changes `type`: it is another thing, to which the old one's fields mean nothing. All settings
-    together are one last overlay, so their order does not matter. Raises ConfigError with the
-    field's path, its value and the nearest valid spelling.
+    changes `type`: it is another thing, to which the old one's fields mean nothing. A model whose
+    `family` changes keeps its fields, and those that the new family lacks are refused: forgetting
+    them would leave that family's full size. All settings together are one last overlay, so their
+    order does not matter. Raises ConfigError with the field's path, its value and the nearest valid
+    spelling.
     """
     tree = _read(name)
     for overlay in overlays:
@@ -117,7 +138,7 @@ def explain(error: ValidationError, schema: type[BaseModel], *, origin: str) -> 
     lines = []
     for fault in error.errors():
         path = list(fault["loc"])
-        where = _spelling(path) or origin
+        where = _spelling(schema, path) or origin
         match fault["type"]:
             case "extra_forbidden":
                 allowed = _fields_at(schema, path[:-1])
@@ -126,6 +147,8 @@ def explain(error: ValidationError, schema: type[BaseModel], *, origin: str) -> 
                 lines.append(f"{where} = {_short(fault['input'])}: no such field; {hint}")
             case "missing":
                 lines.append(f"{where}: missing; add it to the recipe")
+            case "union_tag_invalid" | "union_tag_not_found":
+                lines.append(f"{where}{_unknown_tag(schema, path, fault['input'])}")
             case "value_error":
                 message = fault["msg"].removeprefix("Value error, ")
                 lines.append(f"{where}: {message}" if path else message)
@@ -134,10 +157,27 @@ def explain(error: ValidationError, schema: type[BaseModel], *, origin: str) -> 
     return f"recipe {origin}: " + "\n".join(lines)
 
 
-def _spelling(path: Sequence[Any]) -> str:
-    """A location as a recipe spells it: without the tag that follows a source's name."""
-    tags = {index + 2 for index, part in enumerate(path) if part == "sources"}
-    return ".".join(str(part) for index, part in enumerate(path) if index not in tags)
+def _unknown_tag(schema: type[BaseModel], path: Sequence[Any], found: object) -> str:
+    """What is wrong with a table that says of itself to be none of the kinds there are."""
+    tags = dict(tag for kind in _kinds_at(schema, path) for tag in _tags(kind))
+    field, known = next(iter(tags.values())), list(tags)
+    if not isinstance(found, Mapping):
+        return f" = {_short(found)}: should be a table"
+    if field not in found:
+        return f".{field}: missing; known: {', '.join(known)}"
+    near = difflib.get_close_matches(str(found[field]), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f".{field} = {_short(found[field])}: unknown; known: {', '.join(known)}{hint}"
+
+
+def _spelling(schema: type[BaseModel], path: Sequence[Any]) -> str:
+    """A location as a recipe spells it: without the tags that say which of a union was read."""
+    kept, kinds = [], _unwrap(schema)
+    for part in path:
+        if not any(part in dict(_tags(kind)) for kind in kinds):
+            kept.append(str(part))
+        kinds = [inner for one in kinds for inner in _step(one, part)]
+    return ".".join(kept)
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -189,22 +229,37 @@ def _same_type(base: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
 
 def _fields_at(schema: type[BaseModel], path: Sequence[Any]) -> list[str]:
     """Field names of the schema that stands at `path`, as pydantic names a location."""
-    candidates: list[Any] = [schema]
+    models = [kind for kind in _kinds_at(schema, path) if _is_model(kind)]
+    return sorted({name for one in models for name in one.model_fields})
+
+
+def _kinds_at(schema: type[BaseModel], path: Sequence[Any]) -> list[Any]:
+    """The types of which one stands at `path`."""
+    kinds = _unwrap(schema)
     for part in path:
-        candidates = [inner for one in candidates for inner in _step(one, part)]
-    names = {name for one in candidates if _is_model(one) for name in one.model_fields}
-    return sorted(names)
+        kinds = [inner for one in kinds for inner in _step(one, part)]
+    return kinds
 
 
 def _step(kind: Any, part: Any) -> list[Any]:
     if _is_model(kind):
         if part in kind.model_fields:
             return _unwrap(kind.model_fields[part].annotation)
-        tag = kind.model_fields.get("type")
-        return [kind] if tag is not None and tag.default == part else []
+        return [kind] if part in dict(_tags(kind)) else []
     if get_origin(kind) is dict:
         return _unwrap(get_args(kind)[1])
     return []
+
+
+def _tags(kind: Any) -> list[tuple[str, str]]:
+    """By what tag a union knows this member, and the field that holds it."""
+    fields = kind.model_fields if _is_model(kind) else {}
+    found = [(name, fields[name].annotation) for name in _TAG_FIELDS if name in fields]
+    return [
+        (str(get_args(annotation)[0]), name)
+        for name, annotation in found
+        if get_origin(annotation) is Literal
+    ]
 
 
 def _unwrap(annotation: Any) -> list[Any]:

@@ -76,6 +76,11 @@ class ModelConfig(Frozen):
                 f"engram.layer_ids holds {beyond[0]}, but num_hidden_layers = {self.depth}; "
                 "layers are numbered from 0"
             )
+        if self.engram and self.engram.pad_id >= self.vocab_size:
+            raise ValueError(
+                f"engram.pad_id = {self.engram.pad_id} is not below vocab_size = "
+                f"{self.vocab_size}; name a token of the vocabulary"
+            )
         return self
 
     @property
@@ -87,6 +92,11 @@ class ModelConfig(Frozen):
     def streams(self) -> int:
         """Residual streams; 1 unless the family has hyper-connections."""
         return 1
+
+    @property
+    def has_indexer(self) -> bool:
+        """Whether some layer attends to what an indexer picks."""
+        return False
 
     def has_experts(self, layer: int) -> bool:
         """Whether `layer` routes to experts; the MTP layer is number `num_hidden_layers`."""

@@ -20,6 +20,8 @@ class OptimConfig(Frozen):
     epsilon: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    table_rate_factor: float = Field(default=5.0, gt=0)
+    """Tables of n-grams learn at this many times the rate, and do not decay (arXiv 2601.07372)."""
 
 
 class BalanceConfig(Frozen):
@@ -29,6 +31,20 @@ class BalanceConfig(Frozen):
     """gamma: how far the routing bias of an over- or underloaded expert moves after a step."""
     sequence_loss_weight: float = Field(default=1e-4, ge=0)
     """alpha of the sequence-wise balance loss."""
+
+
+class IndexerConfig(Frozen):
+    """How the indexer of sparse attention is trained (DeepSeek-V3.2-Exp, section 2.1).
+
+    It learns from a loss of its own, which no other parameter receives a gradient from. Families
+    without an indexer have no use for any of this.
+    """
+
+    dense_steps: int = Field(default=1000, ge=0)
+    """First steps, in which attention is dense and the indexer learns its whole distribution; after
+    them attention keeps to what the indexer picks, and it learns the distribution over that."""
+    loss_weight: float = Field(default=1.0, gt=0)
+    """Of the divergences, each a mean over queries, summed over the layers that have an indexer."""
 
 
 class PretrainConfig(Frozen):
@@ -45,6 +61,7 @@ class PretrainConfig(Frozen):
     final_learning_rate_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     optim: OptimConfig = OptimConfig()
     balance: BalanceConfig = BalanceConfig()
+    indexer: IndexerConfig = IndexerConfig()
     mtp_loss_weight: float = Field(default=0.3, ge=0)
     """lambda of the multi-token-prediction loss."""
     attend_across_documents: bool = False

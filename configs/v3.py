@@ -14,7 +14,7 @@ class V3Config(ModelConfig):
     Defaults are DeepSeek-V3's (arXiv 2412.19437, section 4.2 and the released config).
     """
 
-    family: Literal["v3"] = "v3"  # type: ignore[assignment]
+    family: Literal["v3"] = "v3"
     vocab_size: PositiveInt = 129280
     hidden_size: PositiveInt = 7168
     num_hidden_layers: PositiveInt = 61
@@ -132,6 +132,11 @@ class V32Config(V3Config):
                 f"{self.qk_rope_head_dim}, which it must hold; raise the first"
             )
         return self
+
+    @property
+    def has_indexer(self) -> bool:
+        """In every layer."""
+        return True
 
     def attention_parameters(self) -> int:
         """MLA's and the indexer's, its LayerNorm's two vectors included."""

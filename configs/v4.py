@@ -1,4 +1,4 @@
-"""DeepSeek-V4: compressed attention over shared keys and values, hyper-connections, hash routing."""
+"""DeepSeek-V4: attention over compressed keys and values, hyper-connections, hash routing."""
 
 from typing import Literal, Self
 
@@ -15,7 +15,7 @@ class V4Config(ModelConfig):
     Field names are those of the released `config.json`. Defaults are V4-Flash's.
     """
 
-    family: Literal["v4"]  # type: ignore[assignment]
+    family: Literal["v4"]
     vocab_size: PositiveInt = 129280
     hidden_size: PositiveInt = 4096
     num_hidden_layers: PositiveInt = 43
@@ -100,6 +100,11 @@ class V4Config(ModelConfig):
     def streams(self) -> int:
         """`hc_mult`."""
         return self.hc_mult
+
+    @property
+    def has_indexer(self) -> bool:
+        """In the layers that compress by `csa_ratio`."""
+        return self.csa_ratio in self.compress_ratios
 
     def attention_kind(self, layer: int) -> AttentionKind:
         """What `layer` attends to beside its window; the MTP layer has the window alone."""

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from configs.model import V3Config
+from configs.model import V3Config, V4Config, V32Config, model_config
 
 TINY: dict[str, Any] = {
     "vocab_size": 512,
@@ -28,12 +28,51 @@ TINY: dict[str, Any] = {
 }
 
 
-def test_the_default_is_deepseek_v3_to_the_last_parameter() -> None:
+TINY_V32 = TINY | {"family": "v32", "q_lora_rank": 16, "index_n_heads": 4, "index_head_dim": 16}
+TINY_V4: dict[str, Any] = {
+    "family": "v4",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "qk_rope_head_dim": 8,
+    "q_lora_rank": 16,
+    "o_groups": 2,
+    "o_lora_rank": 12,
+    "compress_ratios": (0, 4, 16),
+    "hca_ratio": 16,
+    "index_n_heads": 4,
+    "index_head_dim": 16,
+    "index_topk": 4,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hash_layers": 1,
+    "max_position_embeddings": 256,
+}
+
+
+def test_the_defaults_are_the_released_models_to_the_last_parameter() -> None:
     assert V3Config().parameters() == 671_026_419_200
+    assert V32Config(family="v32").parameters() == 671_877_944_064
+    assert V4Config(family="v4").parameters() == 284_334_567_511
 
 
-def test_a_token_of_deepseek_v3_visits_37_billion_parameters() -> None:
+def test_a_token_visits_37_38_and_14_billion_parameters() -> None:
     assert V3Config().parameters(active=True) == 37_552_297_472
+    assert V32Config(family="v32").parameters(active=True) == 38_403_822_336
+    # The table's row that a token reads is counted, not the table.
+    assert V4Config(family="v4").parameters(active=True) == 13_799_632_489
+
+
+def test_a_table_without_a_family_is_the_first_family() -> None:
+    assert type(model_config(TINY)) is V3Config
+    assert type(model_config(TINY_V32)) is V32Config
+    assert type(model_config(TINY_V4)) is V4Config
+    for fields in (TINY, TINY_V32, TINY_V4):
+        made = model_config(fields)
+        assert model_config(made.model_dump(mode="json")) == made
 
 
 def test_the_count_equals_a_sum_over_every_tensor() -> None:
@@ -78,6 +117,47 @@ def test_impossible_dimensions_are_refused_with_both_numbers(
         V3Config(**TINY | change)
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"q_lora_rank": None}, "q_lora_rank"),
+        ({"index_head_dim": 4}, "index_head_dim = 4 is below qk_rope_head_dim = 8"),
+        ({"n_group": 3}, "n_routed_experts = 8 is not divisible by n_group = 3"),
+        ({"engram": {"layer_ids": [1, 3]}}, "layer_ids holds 3, but num_hidden_layers = 3"),
+        ({"engram": {"layer_ids": [1, 1]}}, r"layer_ids = \[1, 1\].*none twice"),
+        ({"rope_scaling": {"beta_fast": 1.0}}, "beta_fast = 1.0 must exceed beta_slow = 1.0"),
+        ({"rope_scaling": {"factor": 1.0}}, "greater than 1"),
+    ],
+)
+def test_impossible_dimensions_of_v32_are_refused_with_both_numbers(
+    change: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        model_config(TINY_V32 | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"num_hidden_layers": 4}, "compress_ratios has 3 entries, but num_hidden_layers = 4"),
+        ({"compress_ratios": (0, 4, 8)}, r"compress_ratios\[2\] = 8 is none of 0, csa_ratio = 4"),
+        ({"hca_ratio": 4, "compress_ratios": (0, 4, 4)}, "csa_ratio = hca_ratio = 4"),
+        ({"head_dim": 6}, "head_dim = 6 is below qk_rope_head_dim = 8"),
+        ({"index_head_dim": 6}, "index_head_dim = 6 is below qk_rope_head_dim = 8"),
+        ({"qk_rope_head_dim": 9}, "qk_rope_head_dim = 9 is odd"),
+        ({"o_groups": 3}, "num_attention_heads = 4 is not divisible by o_groups = 3"),
+        ({"num_hash_layers": 4}, "num_hash_layers = 4 exceeds num_hidden_layers = 3"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok = 9 exceeds n_routed_experts = 8"),
+        ({"rope_scaling": {"mscale": 0.5}}, "mscale = 0.5 differs from mscale_all_dim = 1.0"),
+    ],
+)
+def test_impossible_dimensions_of_v4_are_refused_with_both_numbers(
+    change: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        model_config(TINY_V4 | change)
+
+
 def test_a_config_never_changes() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        V3Config(**TINY).hidden_size = 128  # type: ignore[misc]
+        V3Config(**TINY).hidden_size = 128

@@ -8,6 +8,7 @@ import pytest
 
 from configs.data import ArithmeticSource, FilesSource
 from configs.errors import ConfigError
+from configs.model import V4Config, V32Config
 from configs.recipe import Recipe, load_recipe, shipped_recipes
 from tests.configs.test_model import TINY
 
@@ -146,6 +147,73 @@ def test_only_the_fields_of_the_sources_own_type_are_offered(recipe: str) -> Non
     assert "allowed: max_bytes, share, type" in said
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "v3": TINY,
+    "v32": TINY | {"family": "v32", "q_lora_rank": 16},
+    "v4": {"family": "v4"},
+}
+
+
+def with_model(path: Path, fields: dict[str, Any]) -> str:
+    """A recipe whose model table holds `fields`."""
+    spelt = [f'{k} = "{v}"' if isinstance(v, str) else f"{k} = {v}" for k, v in fields.items()]
+    path.write_text(RECIPE.format(model="\n".join(one for one in spelt if "None" not in one)))
+    return str(path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_misspelt_field_of_any_family_is_named_as_the_recipe_spells_it(
+    tmp_path: Path, family: str
+) -> None:
+    own = with_model(tmp_path / "own.toml", FAMILIES[family])
+    said = message(own, "model.hiden_size=96")
+    assert said.endswith("model.hiden_size = 96: no such field; did you mean 'hidden_size'?")
+    said = message(own, "model.rope_scaling.facto=8.0", "model.engram.layer_id=[1]")
+    assert "model.rope_scaling.facto = 8.0: no such field; did you mean 'factor'?" in said
+    assert "model.engram.layer_id = [1]: no such field; did you mean 'layer_ids'?" in said
+    said = message(own, "model.vocab_size=0", "model.qk_rope_head_dim=a")
+    assert "model.vocab_size = 0: input should be greater than 0" in said
+    assert "model.qk_rope_head_dim = 'a': input should be a valid integer" in said
+    said = message(own, "model.qk_rope_head_dim=7")
+    assert "model: qk_rope_head_dim = 7 is odd" in said
+
+
+def test_only_the_fields_of_the_models_own_family_are_offered(tmp_path: Path) -> None:
+    said = message(with_model(tmp_path / "own.toml", FAMILIES["v3"]), "model.zzz=1")
+    assert "kv_lora_rank" in said
+    assert "index_topk" not in said
+    assert "compress_ratios" not in said
+
+
+def test_an_unknown_family_is_one_line_with_the_known_ones(recipe: str) -> None:
+    said = message(recipe, "model.family=v5")
+    assert said == f"recipe {recipe}: model.family = 'v5': unknown; known: v3, v32, v4"
+
+
+def test_a_family_is_changed_by_giving_its_fields(recipe: str, tmp_path: Path) -> None:
+    """V3.2 has all fields of V3; V4 has not, and leaving them out would be V4 at full size."""
+    sets = ["model.family=v32", "model.q_lora_rank=16", "model.index_topk=8"]
+    sets += ["pretrain.indexer.dense_steps=20"]
+    changed = load_recipe(recipe, (), sets).model
+    assert isinstance(changed, V32Config)
+    assert (changed.hidden_size, changed.index_topk) == (64, 8)
+    assert "model.kv_lora_rank = 32: no such field" in message(recipe, "model.family=v4")
+    shape = {"num_hidden_layers": 2, "num_hash_layers": 1, "compress_ratios": [0, 4]}
+    own = with_model(tmp_path / "own.toml", FAMILIES["v4"] | shape)
+    assert isinstance(load_recipe(own, sets=sets[3:]).model, V4Config)
+
+
+def test_a_model_that_would_never_train_as_sparse_as_it_is_used_is_refused(
+    recipe: str, tmp_path: Path
+) -> None:
+    assert load_recipe(recipe, sets=["pretrain.indexer.dense_steps=100"])
+    sparse = ["model.family=v32", "model.q_lora_rank=16"]
+    told = message(recipe, *sparse, "pretrain.indexer.dense_steps=100")
+    assert "dense_steps = 100 leaves none of pretrain.steps = 100" in told
+    shape = {"num_hidden_layers": 2, "num_hash_layers": 1, "compress_ratios": [0, 128]}
+    assert load_recipe(with_model(tmp_path / "own.toml", FAMILIES["v4"] | shape))
+
+
 def test_every_fault_is_told_at_once(recipe: str) -> None:
     said = message(recipe, "pretrain.steps=many", "posttrain.group_size=1", "modell.x=1")
     assert "pretrain.steps = 'many': input should be a valid integer" in said
@@ -173,7 +241,9 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         ("evaluate.pass_at=[1, 16]", "pass@16"),
         ("evaluate.pass_at=[]", "evaluate.pass_at = []: tuple should have at least 1 item"),
         ("data.sources.sums.share=-0.5", "share = -0.5: input should be greater than or equal"),
-        ("data.sources.sums.type=sum", "does not match any of the expected tags"),
+        ("data.sources.sums.type=sum", "sums.type = 'sum': unknown; known: stdlib, arithmetic, "),
+        ("data.sources.more={share=0.5}", "data.sources.more.type: missing; known: stdlib, "),
+        ("model=3", "model = 3: should be a table"),
         ('data.sources."a/b"={type="stdlib", share=0.1}', "string should match pattern"),
         ("nodes.extra.use=nonsense", "string should match pattern"),
     ],
