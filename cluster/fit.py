@@ -67,7 +67,8 @@ class FitJob:
     checkpoint_every_steps: int
     learning_rate: Callable[[int], float]
     source: StepSource
-    loss: LossSpec
+    loss: Callable[[int], LossSpec]
+    """What is minimised at a step."""
     saves: str
     """Folder of the sharded saves."""
     open_log: Callable[[int], StepLog]
@@ -75,6 +76,8 @@ class FitJob:
     may_write: Callable[[], None]
     """Raises LeaseLost when this build must not write any more."""
     threads: int
+    vocabulary: tuple[int, ...] | None = None
+    """What each token counts as to a memory of n-grams; none where the model has no memory."""
 
 
 def fit(job: FitJob, machines: ClusterConfig, home: str) -> Path:
@@ -180,7 +183,12 @@ def _steps(job: FitJob, root: Path) -> None:
     torch.set_num_threads(job.threads)
     rank, world = dist.get_rank(), dist.get_world_size()
     trainer = Trainer(
-        job.model, optim=job.optim, balance=job.balance, precision=job.precision, seed=job.seed
+        job.model,
+        optim=job.optim,
+        balance=job.balance,
+        precision=job.precision,
+        seed=job.seed,
+        vocabulary=job.vocabulary,
     )
     if resume := checkpoint.latest(root):
         folder, step = resume
@@ -189,9 +197,8 @@ def _steps(job: FitJob, root: Path) -> None:
     log = job.open_log(trainer.step) if rank == 0 else None
     for step in range(trainer.step + 1, job.steps + 1):
         begin = time.perf_counter()
-        metrics: dict[str, Any] = dict(
-            trainer.forward_backward(job.source.batch(step, rank=rank, world=world), job.loss)
-        )
+        batch = job.source.batch(step, rank=rank, world=world)
+        metrics: dict[str, Any] = dict(trainer.forward_backward(batch, job.loss(step)))
         rate = job.learning_rate(step)
         metrics |= trainer.optim_step(rate) | {"learning_rate": rate}
         if log is not None:

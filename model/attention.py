@@ -4,23 +4,65 @@ Training and prefill expand the latents to per-head keys and values; decoding ab
 into the query and the output instead, so that the cache holds latents only: C + R values a token.
 
 Axes: B sequences, S positions, H heads, N no-position width, R rotary width, V value width,
-C latent width, L cache slots, D model width.
+C latent width, A query latent width, W = C + R entry width, L entries (cache slots), D model width,
+Q queries of any rows.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
 from configs.model import V3Config
 from configs.train import Precision
+from model.causal import causal_attention
 from model.fp8.linear import Linear, together
 from model.layers import RMSNorm
-from model.passes import Cache, Pass, Step, Whole
-from model.rope import rotary_table, rotate, softmax_factor
+from model.passes import Cache, Pass, Step
+from model.rope import rotary_table, rotate, rotate_tail, softmax_factor
 
 LATENT_NORM_EPSILON = 1e-6
 """The two latent norms keep this value whatever `rms_norm_eps` says, as in the reference."""
+
+
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """What the tokens of a pass are to attention, before any head's keys are expanded."""
+
+    q_BSHQ: Tensor
+    """The last R dims rotated."""
+    latent_BSC: Tensor
+    """Normed."""
+    k_rope_BSR: Tensor
+    """Rotated; one for all heads."""
+    q_latent_BSA: Tensor | None
+    """The normed query bottleneck, where there is one."""
+
+    @property
+    def q_nope_BSHN(self) -> Float[Tensor, "B S H N"]:
+        """The part of the queries that does not know its position."""
+        return self.q_BSHQ[..., : -self.k_rope_BSR.shape[-1]]
+
+    @property
+    def q_rope_BSHR(self) -> Float[Tensor, "B S H R"]:
+        """The rotated part of the queries."""
+        return self.q_BSHQ[..., -self.k_rope_BSR.shape[-1] :]
+
+    def entries(self) -> Float[Tensor, "B S W"]:
+        """What a cache keeps of each token: latent, then shared key."""
+        return torch.cat([self.latent_BSC, self.k_rope_BSR], dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Expanded:
+    """Every head's queries, keys and values."""
+
+    q_BHSQ: Tensor
+    k_BHSQ: Tensor
+    v_BHSV: Tensor
 
 
 class LatentAttention(nn.Module):
@@ -58,61 +100,51 @@ class LatentAttention(nn.Module):
         """Attend to each row's own past."""
         if isinstance(batch, Step):
             return self._step(x_BSD, batch)
-        positions_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
-        q_nope_BSHN, q_rope_BSHR, latent_BSC, k_rope_BSR = self.project(x_BSD, positions_S)
+        seen = self.project(x_BSD, torch.arange(x_BSD.shape[1], device=x_BSD.device))
         if batch.caches is not None:
-            entries_BSW = torch.cat([latent_BSC, k_rope_BSR], dim=-1)
-            batch.caches[self]["latent_BLW"][:, : x_BSD.shape[1]] = entries_BSW
-        return self.attend(q_nope_BSHN, q_rope_BSHR, latent_BSC, k_rope_BSR, batch)
+            batch.caches[self]["latent_BLW"][:, : x_BSD.shape[1]] = seen.entries()
+        return self.attend(self.expand(seen), batch.mask_B1SS)
 
-    def attend(
-        self,
-        q_nope_BSHN: Tensor,
-        q_rope_BSHR: Tensor,
-        latent_BSC: Tensor,
-        k_rope_BSR: Tensor,
-        batch: Whole,
-    ) -> Float[Tensor, "B S D"]:
-        """Expanded form: causal, and within segments where there are any."""
+    def project(self, x_BSD: Float[Tensor, "B S D"], positions: Int[Tensor, "*P"]) -> Projected:
+        """Queries, latents and shared keys of the tokens at `positions`, [S] or [B, S]."""
         config = self.config
-        kv_BSHE = self.kv_b_proj(latent_BSC).unflatten(-1, (config.num_attention_heads, -1))
-        k_nope_BSHN, v_BSHV = kv_BSHE.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
-        k_rope_BSHR = k_rope_BSR.unsqueeze(2).expand_as(q_rope_BSHR)
-        q = torch.cat([q_nope_BSHN, q_rope_BSHR], dim=-1).transpose(1, 2)
-        k = torch.cat([k_nope_BSHN, k_rope_BSHR], dim=-1).transpose(1, 2)
-        out_BHSV = F.scaled_dot_product_attention(
-            q,
-            k,
-            v_BSHV.transpose(1, 2),
-            attn_mask=batch.mask_B1SS,
-            is_causal=batch.mask_B1SS is None,
-            scale=self.scale,
-        )
-        out: Tensor = self.o_proj(out_BHSV.transpose(1, 2).flatten(2))
-        return out
-
-    def project(
-        self, x_BSD: Float[Tensor, "B S D"], positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries [B,S,H,N] and [B,S,H,R], normed latent [B,S,C], rotated shared key [B,S,R].
-
-        `positions` is [S] or [B, S].
-        """
-        config = self.config
+        q_latent = None
         if config.q_lora_rank is None:
             q, kv = together(x_BSD, self.q_proj, self.kv_a_proj_with_mqa)
         else:
             q_latent, kv = together(x_BSD, self.q_a_proj, self.kv_a_proj_with_mqa)
-            q = self.q_b_proj(self.q_a_layernorm(q_latent))
+            q_latent = self.q_a_layernorm(q_latent)
+            q = self.q_b_proj(q_latent)
         q_BSHQ = q.unflatten(-1, (config.num_attention_heads, -1))
-        q_nope, q_rope = q_BSHQ.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         latent, k_rope = kv.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        return (
-            q_nope,
-            rotate(q_rope, self.rotary_SR, positions.unsqueeze(-1)),
+        return Projected(
+            rotate_tail(q_BSHQ, self.rotary_SR, positions.unsqueeze(-1)),
             self.kv_a_layernorm(latent),
             rotate(k_rope, self.rotary_SR, positions),
+            q_latent,
         )
+
+    def expand(self, seen: Projected) -> Expanded:
+        """The heads' own keys and values, from the latents."""
+        config = self.config
+        kv_BSHE = self.kv_b_proj(seen.latent_BSC).unflatten(-1, (config.num_attention_heads, -1))
+        k_nope_BHSN, v_BHSV = kv_BSHE.transpose(1, 2).split(
+            [config.qk_nope_head_dim, config.v_head_dim], dim=-1
+        )
+        k_rope_BHSR = seen.k_rope_BSR.unsqueeze(1).expand(-1, config.num_attention_heads, -1, -1)
+        return Expanded(
+            seen.q_BSHQ.transpose(1, 2), torch.cat([k_nope_BHSN, k_rope_BHSR], dim=-1), v_BHSV
+        )
+
+    def attend(
+        self, heads: Expanded, mask_B1SS: Bool[Tensor, "B 1 S S"] | None
+    ) -> Float[Tensor, "B S D"]:
+        """Expanded form: where the mask is true, or causal where there is none."""
+        out_BSHV = causal_attention(
+            heads.q_BHSQ, heads.k_BHSQ, heads.v_BHSV, mask_B1SS, scale=self.scale
+        )
+        out: Tensor = self.o_proj(out_BSHV.flatten(2))
+        return out
 
     def new_cache(self, rows: int, tokens: int) -> Cache:
         """Room for the latents and shared keys of `tokens` tokens a row."""
@@ -120,35 +152,96 @@ class LatentAttention(nn.Module):
         weight = self.kv_a_layernorm.weight
         return {"latent_BLW": weight.new_zeros(rows, tokens, width)}
 
-    def _step(self, x_B1D: Float[Tensor, "B 1 D"], batch: Step) -> Float[Tensor, "B 1 D"]:
-        """Write each row's new latent into its cache, and attend over what is there."""
-        q_nope, q_rope, latent, k_rope = self.project(x_B1D, batch.positions_B[:, None])
-        cache_BLW = batch.caches[self]["latent_BLW"]
-        rows_B = torch.arange(x_B1D.shape[0], device=x_B1D.device)
-        cache_BLW[rows_B, batch.positions_B] = torch.cat([latent, k_rope], dim=-1)[:, 0]
-        # Slots beyond a row's own position hold padding or nothing, and are never read.
-        seen_BLW = cache_BLW[:, : int(batch.positions_B.max()) + 1]
-        slots_L = torch.arange(seen_BLW.shape[1], device=x_B1D.device)
-        visible_BL = slots_L <= batch.positions_B[:, None]
-        return self.absorbed(q_nope[:, 0], q_rope[:, 0], seen_BLW, visible_BL)[:, None]
-
-    def absorbed(
-        self,
-        q_nope_BHN: Float[Tensor, "B H N"],
-        q_rope_BHR: Float[Tensor, "B H R"],
-        entries_BLW: Float[Tensor, "B L W"],
-        visible_BL: Tensor,
-    ) -> Float[Tensor, "B D"]:
-        """One query a row over latents and shared keys, W = C + R, where `visible`."""
+    def absorption(self) -> tuple[Tensor, Tensor]:
+        """kv_b_proj as W_UK [H, N, C] and W_UV [H, V, C], in the attention operator's precision."""
         config = self.config
         expand_HEC = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
         key_HNC, value_HVC = expand_HEC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        q_BHW = torch.cat([torch.einsum("bhn,hnc->bhc", q_nope_BHN, key_HNC), q_rope_BHR], -1)
-        score_BHL = torch.einsum("bhw,blw->bhl", q_BHW, entries_BLW) * self.scale
-        weight_BHL = score_BHL.masked_fill(~visible_BL.unsqueeze(1), float("-inf")).softmax(-1)
-        latent_BHC = torch.einsum(
-            "bhl,blc->bhc", weight_BHL, entries_BLW[..., : config.kv_lora_rank]
+        return key_HNC, value_HVC
+
+    def _step(self, x_B1D: Float[Tensor, "B 1 D"], batch: Step) -> Float[Tensor, "B 1 D"]:
+        """Write each row's new latent into its cache, and attend over what is there."""
+        seen = self.project(x_B1D, batch.positions_B[:, None])
+        entries_BLW = remember(batch.caches[self]["latent_BLW"], seen.entries(), batch)
+        return self._attend_past(seen, entries_BLW, past(entries_BLW, batch))
+
+    def _attend_past(
+        self, seen: Projected, entries_BLW: Tensor, visible_BL: Tensor
+    ) -> Float[Tensor, "B 1 D"]:
+        out_BHV, _ = absorbed(
+            seen.q_nope_BSHN[:, 0],
+            seen.q_rope_BSHR[:, 0],
+            entries_BLW,
+            visible_BL,
+            *self.absorption(),
+            scale=self.scale,
         )
-        out_BHV = torch.einsum("bhc,hvc->bhv", latent_BHC, value_HVC)
-        out: Tensor = self.o_proj(out_BHV.flatten(1))
+        out: Tensor = self.o_proj(out_BHV.flatten(1)[:, None])
         return out
+
+
+def absorbed(
+    q_nope_QHN: Float[Tensor, "Q H N"],
+    q_rope_QHR: Float[Tensor, "Q H R"],
+    entries_QLW: Float[Tensor, "Q L W"],
+    visible_QL: Bool[Tensor, "Q L"],
+    key_HNC: Float[Tensor, "H N C"],
+    value_HVC: Float[Tensor, "H V C"],
+    *,
+    scale: float,
+) -> tuple[Float[Tensor, "Q H V"], Float[Tensor, "Q H L"]]:
+    """Heads' outputs and probabilities of queries with entries of their own, where `visible`.
+
+    W_UK goes into the query and W_UV into the output, so that no entry is ever expanded. The
+    probabilities pass no gradient on.
+    """
+    q_QHC = torch.einsum("qhn,hnc->qhc", q_nope_QHN, key_HNC)
+    q_QHW = torch.cat([q_QHC, q_rope_QHR], dim=-1)
+    out_QHW, weight_QHL = _OverEntries.apply(q_QHW * scale, entries_QLW, visible_QL)
+    latent_QHC = out_QHW[..., : key_HNC.shape[-1]]
+    return torch.einsum("qhc,hvc->qhv", latent_QHC, value_HVC), weight_QHL
+
+
+class _OverEntries(torch.autograd.Function):
+    """softmax(q E^T) E and the softmax, for queries with entries of their own.
+
+    Entries are by far the largest operand, so each direction passes over them as a whole and as
+    seldom as it can: the shared keys are summed in vain rather than cut off, which would copy the
+    rest, and the entries' two gradients, as keys and as values, come from one product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_QHW: Tensor, entries_QLW: Tensor, visible_QL: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        score_QHL = q_QHW @ entries_QLW.transpose(1, 2)
+        score_QHL.masked_fill_(~visible_QL.unsqueeze(1), float("-inf"))
+        weight_QHL = score_QHL.softmax(-1)
+        ctx.save_for_backward(q_QHW, entries_QLW, weight_QHL)
+        ctx.mark_non_differentiable(weight_QHL)
+        return weight_QHL @ entries_QLW, weight_QHL
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q_QHW, entries_QLW, weight_QHL = ctx.saved_tensors
+        slope_QHL = weight_QHL * (grads[0] @ entries_QLW.transpose(1, 2))
+        slope_QHL -= weight_QHL * slope_QHL.sum(-1, keepdim=True)
+        both_QGL = torch.cat([slope_QHL, weight_QHL], dim=1)
+        d_entries_QLW = both_QGL.transpose(1, 2) @ torch.cat([q_QHW, grads[0]], dim=1)
+        return slope_QHL @ entries_QLW, d_entries_QLW, None
+
+
+def remember(
+    cache_BLW: Float[Tensor, "B T W"], new_B1W: Float[Tensor, "B 1 W"], batch: Step
+) -> Float[Tensor, "B L W"]:
+    """Write each row's new entry at its position; the slots up to the newest row's."""
+    rows_B = torch.arange(len(new_B1W), device=new_B1W.device)
+    cache_BLW[rows_B, batch.positions_B] = new_B1W[:, 0]
+    return cache_BLW[:, : int(batch.positions_B.max()) + 1]
+
+
+def past(entries_BLW: Float[Tensor, "B L W"], batch: Step) -> Bool[Tensor, "B L"]:
+    """Which slots a row may read: those beyond its own position hold padding or nothing."""
+    slots_L = torch.arange(entries_BLW.shape[1], device=entries_BLW.device)
+    return slots_L <= batch.positions_B[:, None]

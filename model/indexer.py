@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.layers import widened
+
 NONE = -1
 """The index that stands for no entry, where fewer than K are visible."""
 
@@ -21,11 +23,13 @@ def index_scores(
     k_BLW: Float[Tensor, "B L W"],
     weights_BSJ: Float[Tensor, "B S J"],
 ) -> Float[Tensor, "B S L"]:
-    """I(t, s), float32, with the scales of the released models: W^-0.5 and J^-0.5."""
+    """I(t, s), float32 at least, with the scales of the released models: W^-0.5 and J^-0.5."""
     heads, width = q_BSJW.shape[-2:]
-    dots_BSJL = torch.einsum("bsjw,blw->bsjl", q_BSJW.float(), k_BLW.float())
-    weights_BS1J = (weights_BSJ.float() * (width**-0.5 * heads**-0.5)).unsqueeze(-2)
-    return (weights_BS1J @ F.relu(dots_BSJL)).squeeze(-2)
+    dots_BSJL = torch.einsum("bsjw,blw->bsjl", widened(q_BSJW), widened(k_BLW))
+    weights_BS1J = (widened(weights_BSJ) * (width**-0.5 * heads**-0.5)).unsqueeze(-2)
+    # In place: these are the largest tensors of an indexer, and their signs are all that is kept.
+    scores_BS1L: Tensor = weights_BS1J @ F.relu(dots_BSJL, inplace=True)
+    return scores_BS1L.squeeze(-2)
 
 
 def choose(
@@ -62,15 +66,27 @@ def indexer_loss(
 ) -> Float[Tensor, ""]:
     """Mean over queries of KL(p || softmax(I)), in nats, over the entries that are visible.
 
+    Queries that see no entry do not count. See `divergence`.
+    """
+    counted_Q = visible_QK.any(-1)
+    terms_Q = divergence(scores_QK, attention_QK, visible_QK)
+    return terms_Q.sum() / counted_Q.sum().clamp_min(1)
+
+
+def divergence(
+    scores_QK: Float[Tensor, "*Q K"],
+    attention_QK: Float[Tensor, "*Q K"],
+    visible_QK: Bool[Tensor, "*Q K"],
+) -> Float[Tensor, "*Q"]:
+    """KL(p || softmax(I)) of each query, in nats, over the entries that are visible.
+
     `attention` are the main attention's probabilities summed over its heads; they are normalised
     here to sum to 1 and never receive a gradient (section 2.1: the indexer learns from this alone,
-    the model from the language loss alone). Queries that see no entry do not count.
+    the model from the language loss alone). 0 for queries that see no entry.
     """
-    p_QK = attention_QK.detach().float().masked_fill(~visible_QK, 0.0)
-    p_QK = p_QK / p_QK.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    hidden = torch.finfo(torch.float32).min
-    log_q_QK = scores_QK.float().masked_fill(~visible_QK, hidden).log_softmax(-1)
-    log_p_QK = p_QK.clamp_min(torch.finfo(torch.float32).tiny).log()
-    terms_QK = torch.where(p_QK > 0, p_QK * (log_p_QK - log_q_QK), torch.zeros_like(p_QK))
-    counted_Q = visible_QK.any(-1)
-    return terms_QK.sum(-1).sum() / counted_Q.sum().clamp_min(1)
+    p_QK = widened(attention_QK.detach()).masked_fill(~visible_QK, 0.0)
+    least = torch.finfo(p_QK.dtype)
+    p_QK = p_QK / p_QK.sum(-1, keepdim=True).clamp_min(least.tiny)
+    log_q_QK = widened(scores_QK).masked_fill(~visible_QK, least.min).log_softmax(-1)
+    terms_QK = p_QK * (p_QK.clamp_min(least.tiny).log() - log_q_QK)
+    return torch.where(p_QK > 0, terms_QK, torch.zeros_like(terms_QK)).sum(-1)

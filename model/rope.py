@@ -6,10 +6,13 @@ Axes: S positions, R rotary width (even).
 """
 
 import math
+from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from configs.model import YarnConfig
 
@@ -30,6 +33,27 @@ def rotary_table(
     return (torch.cat([angle.cos(), angle.sin()], dim=1) * magnitude).float()
 
 
+def shared_rotary_table(
+    width: int, theta: float, positions: int, yarn: YarnConfig | None, device: torch.device
+) -> Float[Tensor, "S R"]:
+    """`rotary_table` of at least `positions` rows, one for all layers that ask for the same.
+
+    Made when first needed and no longer than needed, so that a model of a million positions costs
+    nothing to build. Rows are rounded up to a power of two: a growing text seldom asks anew.
+    """
+    rows = max(1024, 1 << (positions - 1).bit_length())
+    return _kept_rotary_table(width, theta, rows, yarn, device)
+
+
+@lru_cache(maxsize=16)
+def _kept_rotary_table(
+    width: int, theta: float, rows: int, yarn: YarnConfig | None, device: torch.device
+) -> Tensor:
+    # Made in inference mode, it could take no part in training later.
+    with torch.inference_mode(False), torch.device("cpu"):
+        return rotary_table(width, theta, rows, yarn).to(device)
+
+
 def softmax_factor(yarn: YarnConfig | None) -> float:
     """By how much YaRN widens the softmax's scale: the square of its magnitude."""
     return 1.0 if yarn is None else _magnitude(yarn.factor, yarn.mscale_all_dim) ** 2
@@ -46,11 +70,48 @@ def rotate(
 
     `positions` broadcasts against x without R.
     """
+    return rotate_tail(x, table_SR, positions, inverse=inverse)
+
+
+def rotate_tail(
+    x: Float[Tensor, "*B W"],
+    table_SR: Float[Tensor, "S R"],
+    positions: Int[Tensor, "*P"],
+    *,
+    inverse: bool = False,
+) -> Float[Tensor, "*B W"]:
+    """As `rotate`, for the last R dims of `x`; the others stay."""
     cos, sin = table_SR[positions].to(x.dtype).chunk(2, dim=-1)
-    if inverse:
-        sin = -sin
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    rotated: Tensor = _RotateTail.apply(x, cos, -sin if inverse else sin)
+    return rotated
+
+
+class _RotateTail(torch.autograd.Function):
+    """One copy of `x` either way; its derivative is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _tail_rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _tail_rotated(grads[0], cos, -sin), None, None
+
+
+def _tail_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotated = x.clone(memory_format=torch.contiguous_format)
+    tail = rotated[..., -2 * cos.shape[-1] :].unflatten(-1, (-1, 2))
+    if x.dtype in (torch.float32, torch.float64) and x.shape[-1] % 2 == 0:
+        # One pass over pairs that lie where complex numbers may.
+        torch.view_as_complex(tail).mul_(torch.complex(cos, sin))
+        return rotated
+    even, odd = x[..., -2 * cos.shape[-1] :].unflatten(-1, (-1, 2)).unbind(-1)
+    torch.sub(even * cos, odd * sin, out=tail[..., 0])
+    torch.add(even * sin, odd * cos, out=tail[..., 1])
+    return rotated
 
 
 def rotate_halves(

@@ -2,16 +2,19 @@
 
 import shutil
 from functools import partial
+from pathlib import Path
 
 from cluster.checkpoint import consolidate
 from cluster.fit import FitJob, fit
 from configs.errors import ConfigError
 from configs.train import PretrainConfig, PretrainSpec
+from model.engram import canonical_ids
 from model.optim import warmup_cosine
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace, stage
 from stages.pretrain.batches import PackedBatches
 from stages.pretrain.objective import PretrainLoss
+from stages.prompts import load_tokenizer
 from stages.telemetry import following, open_metrics, read_metrics
 
 
@@ -50,15 +53,30 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus) -> FitJob:
         checkpoint_every_steps=train.checkpoint_every_steps,
         learning_rate=partial(learning_rate, train),
         source=PackedBatches(str(corpus.path("train")), train.batch_sequences, config.seed),
-        loss=PretrainLoss(
-            mtp_weight=train.mtp_loss_weight,
-            balance_weight=train.balance.sequence_loss_weight,
-            attend_across_documents=train.attend_across_documents,
-        ),
+        loss=partial(loss_at, train),
         saves=str(work.path("resume", "saves")),
         open_log=partial(open_metrics, work.out),
         may_write=work.lease.check,
         threads=work.machines.threads_per_worker,
+        vocabulary=vocabulary(corpus.path("tokenizer.json")) if config.model.engram else None,
+    )
+
+
+def vocabulary(tokenizer_json: Path) -> tuple[int, ...]:
+    """What each token of the tokenizer counts as to a memory of n-grams."""
+    tokenizer = load_tokenizer(tokenizer_json)
+    ids = range(tokenizer.get_vocab_size())
+    return tuple(canonical_ids([tokenizer.decode([i], skip_special_tokens=False) for i in ids]))
+
+
+def loss_at(train: PretrainConfig, step: int) -> PretrainLoss:
+    """What is minimised at `step`: indexers learn dense attention first, then what they pick."""
+    return PretrainLoss(
+        mtp_weight=train.mtp_loss_weight,
+        balance_weight=train.balance.sequence_loss_weight,
+        attend_across_documents=train.attend_across_documents,
+        indexer="dense" if step <= train.indexer.dense_steps else "sparse",
+        indexer_weight=train.indexer.loss_weight,
     )
 
 

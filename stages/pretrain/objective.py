@@ -1,6 +1,6 @@
-"""The pretraining loss: next token, token after next, sequence-wise balance.
+"""The pretraining loss: next token, token after next, sequence-wise balance, and the indexer's.
 
-Axes: B sequences on this rank, S positions, V vocabulary.
+Axes: B sequences on this rank, S positions, P scored positions, D width, V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from model.balance import sequence_balance_loss
+from model.loss import UNSCORED, linear_cross_entropy
+from model.passes import IndexerPhase
 from model.transformer import Transformer
 from stages.shards import BOS_ID, segments_of
 
@@ -22,11 +23,18 @@ class PretrainLoss:
 
     DeepSeek-V3, eq. 17-25. A target that begins a document is never scored: nothing before it
     says what comes. A batch is {"tokens": int64 [B, S]}.
+
+    Sparse attention adds indexer_weight * sum over layers of its indexers' divergence, as the
+    phase says. Indexers read detached inputs, so this term trains them and nothing else, and the
+    others train everything else: one backward pass of the sum is both of DeepSeek-V3.2-Exp's
+    optimisations, whether or not the rest of the model is held still meanwhile.
     """
 
     mtp_weight: float
     balance_weight: float
     attend_across_documents: bool
+    indexer: IndexerPhase = "off"
+    indexer_weight: float = 1.0
 
     def counts(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
         """Scored targets of either head, and sequences."""
@@ -43,16 +51,23 @@ class PretrainLoss:
         """This rank's part of the loss; `next_token_loss` and the others are parts too."""
         tokens_BS = batch["tokens"]
         segments_BS = None if self.attend_across_documents else segments_of(tokens_BS)
-        predicted = model.predict(tokens_BS, segments_BS)
+        predicted = model.predict(tokens_BS, segments_BS, indexer=self.indexer)
         next_BS, after_BS = scored_targets(tokens_BS)
-        main = _cross_entropy(predicted.next_BSV, tokens_BS, next_BS, ahead=1) / totals["next"]
+        head_VD = predicted.head_VD
+        main = _cross_entropy(predicted.next_BSD, head_VD, tokens_BS, next_BS) / totals["next"]
         metrics = {"next_token_loss": float(main.detach())}
         loss = main
-        if predicted.after_next_BSV is not None:
-            mtp = _cross_entropy(predicted.after_next_BSV, tokens_BS, after_BS, ahead=2)
+        if predicted.after_next_BSD is not None:
+            mtp = _cross_entropy(predicted.after_next_BSD, head_VD, tokens_BS, after_BS)
             mtp = mtp / totals["after_next"]
             loss = loss + self.mtp_weight * mtp
             metrics["mtp_loss"] = float(mtp.detach())
+        if predicted.indexer_loss is not None:
+            # A mean over this rank's queries, of which every sequence has as many.
+            share = tokens_BS.shape[0] / totals["sequences"]
+            indexer = predicted.indexer_loss * share
+            loss = loss + self.indexer_weight * indexer
+            metrics["indexer_loss"] = float(indexer.detach())
         balance = self._balance(model, tokens_BS.shape) / totals["sequences"]
         metrics["balance_loss"] = float(balance.detach())
         return loss + self.balance_weight * balance, metrics
@@ -75,9 +90,11 @@ def scored_targets(
     return inside_BS[:, 1:], inside_BS[:, 1:-1] & inside_BS[:, 2:]
 
 
-def _cross_entropy(logits_BSV: Tensor, tokens_BS: Tensor, scored: Tensor, *, ahead: int) -> Tensor:
-    """Sum over scored targets of -log p(token `ahead` positions later)."""
-    targets = tokens_BS[:, ahead:].masked_fill(~scored, -100)
-    return F.cross_entropy(
-        logits_BSV[:, :-ahead].flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100
-    )
+def _cross_entropy(
+    normed_BSD: Tensor, head_VD: Tensor, tokens_BS: Tensor, scored_BP: Tensor
+) -> Tensor:
+    """Sum over scored targets of -log p(target); the last P tokens of a row are its targets."""
+    positions = scored_BP.shape[1]
+    targets_BS = torch.full_like(tokens_BS, UNSCORED)
+    targets_BS[:, :positions] = tokens_BS[:, -positions:].where(scored_BP, UNSCORED)
+    return linear_cross_entropy(normed_BSD.flatten(0, 1), head_VD, targets_BS.flatten())

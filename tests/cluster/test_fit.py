@@ -92,6 +92,10 @@ def rate(step: int) -> float:
     return 0.01
 
 
+def at_every_step(loss: LossSpec, step: int) -> LossSpec:
+    return loss
+
+
 def job(folder: Path, loss: LossSpec, **changes: Any) -> FitJob:
     settings: dict[str, Any] = {
         "model": TINY,
@@ -104,7 +108,7 @@ def job(folder: Path, loss: LossSpec, **changes: Any) -> FitJob:
         "checkpoint_every_steps": 2,
         "learning_rate": rate,
         "source": RandomBatches(),
-        "loss": loss,
+        "loss": partial(at_every_step, loss),
         "saves": str(folder / "resume" / "saves"),
         "open_log": partial(open_metrics, str(folder)),
         "may_write": allowed,

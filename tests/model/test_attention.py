@@ -1,12 +1,13 @@
-"""Latent attention against a loop over heads and positions in float64."""
+"""Latent attention against a loop over heads in float64, and against transformers' models."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from model.attention import LATENT_NORM_EPSILON, LatentAttention
+from model.attention import LatentAttention
 from model.passes import Whole
-from tests.references import rotate_as_complex, tiny
+from tests.model.transformers_twin import TOLERANCE, disagreement, transformers_twin
+from tests.references import latent_attention, random_tokens, tiny
 
 
 def attention(q_lora_rank: int | None) -> LatentAttention:
@@ -15,38 +16,6 @@ def attention(q_lora_rank: int | None) -> LatentAttention:
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.3, generator=generator)
     return made
-
-
-def normed(x: Tensor, weight: Tensor) -> Tensor:
-    """RMS norm with the latent norms' own epsilon, which is not the model's."""
-    return x / (x.square().mean(-1, keepdim=True) + LATENT_NORM_EPSILON).sqrt() * weight.double()
-
-
-def head_by_head(block: LatentAttention, x_SD: Tensor, allowed_SS: Tensor) -> Tensor:
-    """Eq. 1-11 of DeepSeek-V3 for one sequence."""
-    config, x_SD = block.config, x_SD.double()
-    nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
-    w = {name: parameter.double() for name, parameter in block.named_parameters()}
-    if config.q_lora_rank is None:
-        queries = x_SD @ w["q_proj.weight"].T
-    else:
-        latent = normed(x_SD @ w["q_a_proj.weight"].T, w["q_a_layernorm.weight"])
-        queries = latent @ w["q_b_proj.weight"].T
-    compressed = x_SD @ w["kv_a_proj_with_mqa.weight"].T
-    latent_SC = normed(compressed[:, : config.kv_lora_rank], w["kv_a_layernorm.weight"])
-    shared_key = rotate_as_complex(compressed[:, config.kv_lora_rank :], config.rope_theta)
-    expanded = latent_SC @ w["kv_b_proj.weight"].T
-    outputs = []
-    for head in range(config.num_attention_heads):
-        q = queries[:, head * (nope + rope) : (head + 1) * (nope + rope)]
-        kv = expanded[
-            :, head * (nope + config.v_head_dim) : (head + 1) * (nope + config.v_head_dim)
-        ]
-        q_rope = rotate_as_complex(q[:, nope:], config.rope_theta)
-        score = q[:, :nope] @ kv[:, :nope].T + q_rope @ shared_key.T
-        score = (score / (nope + rope) ** 0.5).masked_fill(~allowed_SS, float("-inf"))
-        outputs.append(score.softmax(-1) @ kv[:, nope:])
-    return torch.cat(outputs, 1) @ w["o_proj.weight"].T
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 16])
@@ -63,17 +32,42 @@ def test_attention_is_the_papers_head_by_head(q_lora_rank: int | None, masked: b
     tokens_BS = torch.zeros(2, 9, dtype=torch.int64)
     found = block(x_BSD, Whole(tokens_BS, segments_BS if masked else None))
     for row in range(2):
-        expected = head_by_head(block, x_BSD[row], mask_BSS[row])
+        expected, _ = latent_attention(block, x_BSD[row], mask_BSS[row])
         torch.testing.assert_close(found[row].double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_cached_is_a_latent_and_one_key_for_all_heads() -> None:
     block = attention(16)
     x = torch.randn(1, 3, 32)
-    *_, latent, k_rope = block.project(x, torch.arange(3))
-    assert latent.shape[-1] + k_rope.shape[-1] == 16 + 4
-    x_other = x.clone()
-    x_other[:, 2] = 0
-    *_, latent_other, k_rope_other = block.project(x_other, torch.arange(3))
-    assert torch.equal(latent[:, :2], latent_other[:, :2])
-    assert torch.equal(k_rope[:, :2], k_rope_other[:, :2])
+    entries = block.project(x, torch.arange(3)).entries()
+    assert entries.shape[-1] == 16 + 4
+    other = x.clone()
+    other[:, 2] = 0
+    entries_of_other = block.project(other, torch.arange(3)).entries()
+    assert torch.equal(entries[:, :2], entries_of_other[:, :2])
+    assert not torch.equal(entries[:, 2], entries_of_other[:, 2])
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0, "beta_slow": 1.0}
+WITHOUT = {"mscale": 0.0, "mscale_all_dim": 0.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
+        {"first_k_dense_replace": 2, "num_hidden_layers": 3, "norm_topk_prob": False},
+        {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+        {"rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.5}},
+        # The magnitude then lies in the rotary table instead of the softmax's scale.
+        {"rope_scaling": YARN | WITHOUT},
+        {"rope_scaling": YARN | WITHOUT | {"beta_fast": 32.0}, "qk_rope_head_dim": 8},
+    ],
+)
+@torch.no_grad()
+def test_a_model_of_latent_attention_is_transformers_model(changes: dict[str, object]) -> None:
+    config = tiny(num_nextn_predict_layers=0, max_position_embeddings=64, **changes)
+    ours, theirs = transformers_twin(config)
+    tokens_BS = random_tokens(2, 40)
+    assert disagreement(ours(tokens_BS), theirs(tokens_BS, use_cache=False).logits) < TOLERANCE

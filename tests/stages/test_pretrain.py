@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.data import TokenizerConfig
 from configs.train import OptimConfig, PretrainConfig
 from model.transformer import Transformer
+from stages.data.tokenizer import train_tokenizer
 from stages.pretrain.batches import PackedBatches
-from stages.pretrain.loop import learning_rate
+from stages.pretrain.loop import learning_rate, vocabulary
 from stages.pretrain.objective import PretrainLoss, scored_targets
 from stages.shards import BOS_ID, EOS_ID, consumed_rows, segments_of, write_rows
 from tests.references import TINY, random_model, random_tokens
@@ -118,6 +120,23 @@ def test_a_document_learns_nothing_from_its_neighbours_in_the_row() -> None:
     (grad,) = torch.autograd.grad(second, one.model.embed_tokens.weight)
     assert not grad[63].any()
     assert bool(grad[tokens[0, 4]].any())
+
+
+def test_a_memorys_vocabulary_folds_what_the_tokenizer_keeps_apart(tmp_path: Path) -> None:
+    words = "the cat and the dog, The Cat and The Dog; thé" * 20
+    tokenizer = train_tokenizer([words], TokenizerConfig(vocab_size=300))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found = vocabulary(tmp_path / "tokenizer.json")
+    assert len(found) == tokenizer.get_vocab_size()
+    ids = {text: tokenizer.encode(text).ids for text in ("the", " the", " The", " cat")}
+    assert {len(tokens) for tokens in ids.values()} == {1}
+    numbers = {text: found[token] for text, (token,) in ids.items()}
+    assert numbers["the"] == numbers[" the"] == numbers[" The"] != numbers[" cat"]
+    # Special tokens, and the 128 bytes that are no character alone, are what they are.
+    assert found[BOS_ID] != found[EOS_ID]
+    pieces = [i for i in range(len(found)) if "\ufffd" in tokenizer.decode([i])]
+    assert len(pieces) >= 128
+    assert len({found[i] for i in pieces}) == len(pieces)
 
 
 @pytest.fixture
