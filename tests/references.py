@@ -4,12 +4,15 @@ The small model that they run on stands here too.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from configs.model import V3Config
+from configs.model import ModelConfig, V3Config, V4Config, V32Config
+from model.attention import LATENT_NORM_EPSILON, LatentAttention
 from model.fp8.format import Quantized, dequantize, quantize
 from model.moe import Gate, MoE
 from model.transformer import Transformer
@@ -42,8 +45,52 @@ def tiny(**changes: object) -> V3Config:
     return V3Config.model_validate(TINY.model_dump() | changes)
 
 
+TINY_V32 = V32Config.model_validate(
+    TINY.model_dump() | {"family": "v32", "index_n_heads": 32, "index_head_dim": 6, "index_topk": 5}
+)
+"""`TINY` with an indexer, of so many heads that no two scores are ever 0 at once."""
+
+
+def tiny_v32(**changes: object) -> V32Config:
+    """`TINY_V32` with some fields changed, checked again."""
+    return V32Config.model_validate(TINY_V32.model_dump() | changes)
+
+
+TINY_V4 = V4Config(
+    family="v4",
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    head_dim=24,
+    qk_rope_head_dim=8,
+    q_lora_rank=20,
+    o_groups=2,
+    o_lora_rank=12,
+    sliding_window=8,
+    compress_ratios=(0, 4, 8, 4),
+    csa_ratio=4,
+    hca_ratio=8,
+    index_n_heads=32,
+    index_head_dim=16,
+    index_topk=4,
+    moe_intermediate_size=16,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    num_hash_layers=1,
+    max_position_embeddings=96,
+    initializer_range=0.2,
+)
+"""Layers of all kinds, in which 20 tokens cross the window, both ratios and the top-k."""
+
+
+def tiny_v4(**changes: object) -> V4Config:
+    """`TINY_V4` with some fields changed, checked again."""
+    return V4Config.model_validate(TINY_V4.model_dump() | changes)
+
+
 def random_model(
-    config: V3Config = TINY, *, seed: int = 0, precision: str = "high"
+    config: ModelConfig = TINY, *, seed: int = 0, precision: str = "high"
 ) -> Transformer:
     """A model in evaluation mode whose norms and routing biases are random as well.
 
@@ -52,13 +99,15 @@ def random_model(
     model = Transformer(config, precision=precision).initialize(seed)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.dim() == 1:
+        for name, tensor in model.state_dict().items():
+            prefix, _, leaf = name.rpartition(".")
+            constants = getattr(model.get_submodule(prefix), "initial_values", {})
+            if tensor.is_floating_point() and (tensor.dim() == 1 or leaf in constants):
                 tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
     return model.eval()
 
 
-def random_tokens(*shape: int, seed: int = 0, config: V3Config = TINY) -> Tensor:
+def random_tokens(*shape: int, seed: int = 0, config: ModelConfig = TINY) -> Tensor:
     """Uniform token ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(config.vocab_size, shape, generator=generator)
@@ -146,3 +195,57 @@ def rotate_as_complex(x_SR: Tensor, theta: float) -> Tensor:
     angle = torch.arange(length, dtype=torch.float64)[:, None] * rate
     pairs = torch.view_as_complex(x_SR.double().reshape(length, -1, 2).contiguous())
     return torch.view_as_real(pairs * torch.exp(1j * angle)).flatten(1)
+
+
+def latent_attention(
+    block: LatentAttention, x_SD: Tensor, allowed_SS: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Eq. 1-11 of DeepSeek-V3 for one sequence, head by head in float64.
+
+    The output, and the probabilities [S, S] summed over heads.
+    """
+    config, x_SD = block.config, x_SD.double()
+    nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+    w = {name: parameter.detach().double() for name, parameter in block.named_parameters()}
+    compressed = x_SD @ w["kv_a_proj_with_mqa.weight"].T
+    latent_SC = _latent_norm(compressed[:, : config.kv_lora_rank], w["kv_a_layernorm.weight"])
+    shared_key = rotate_as_complex(compressed[:, config.kv_lora_rank :], config.rope_theta)
+    expanded = latent_SC @ w["kv_b_proj.weight"].T
+    outputs, mass_SS = [], torch.zeros(len(x_SD), len(x_SD), dtype=torch.float64)
+    if config.q_lora_rank is None:
+        queries = x_SD @ w["q_proj.weight"].T
+    else:
+        bottleneck = _latent_norm(x_SD @ w["q_a_proj.weight"].T, w["q_a_layernorm.weight"])
+        queries = bottleneck @ w["q_b_proj.weight"].T
+    for head in range(config.num_attention_heads):
+        q = queries[:, head * (nope + rope) : (head + 1) * (nope + rope)]
+        kv = expanded[
+            :, head * (nope + config.v_head_dim) : (head + 1) * (nope + config.v_head_dim)
+        ]
+        q_rope = rotate_as_complex(q[:, nope:], config.rope_theta)
+        score = q[:, :nope] @ kv[:, :nope].T + q_rope @ shared_key.T
+        score = (score / (nope + rope) ** 0.5).masked_fill(~allowed_SS, float("-inf"))
+        outputs.append(score.softmax(-1) @ kv[:, nope:])
+        mass_SS += score.softmax(-1)
+    return torch.cat(outputs, 1) @ w["o_proj.weight"].T, mass_SS
+
+
+def _latent_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMS norm with the latent norms' own epsilon, which is not the model's."""
+    return x / (x.square().mean(-1, keepdim=True) + LATENT_NORM_EPSILON).sqrt() * weight
+
+
+class LargestTensor(TorchDispatchMode):
+    """Within it, `values` is the size of the largest tensor that any operation made."""
+
+    values = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operation and look at what it returns."""
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, Tensor):
+                self.values = max(self.values, tensor.numel())
+        return made

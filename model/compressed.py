@@ -1,0 +1,208 @@
+"""Attention of DeepSeek-V4 (section 2.3): one shared key and value, a window, compressed blocks.
+
+Three kinds, by layer: `window` sees the last tokens alone; `csa` sees beside them the blocks that
+an indexer picks, and `hca` all of its coarser blocks. Queries and values turn with position in
+their last dims, and outputs turn back, so that what an entry contributes depends on its distance.
+
+Axes: B rows, S positions, D width, H heads, W head width, A query latent width, T window slots,
+G groups of heads, O output latent width of a group, Y = G * O, L blocks, K blocks kept.
+"""
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from configs.model import V4Config
+from configs.train import Precision
+from model.compressor import BlockIndexer, Compressor, compressed_rotary, fill_ring
+from model.fp8.grouped import grouped_linear
+from model.fp8.linear import Linear, together
+from model.indexer import choose, index_scores
+from model.layers import RMSNorm
+from model.multiquery import Part, Sight, attend, gathered, weigh
+from model.passes import Cache, Pass, Step, Whole
+from model.rope import rotate_tail, shared_rotary_table
+
+
+class GroupedLinear(nn.Module):
+    """A matrix for each group of heads, stacked along the outputs."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int, precision: Precision) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups * outputs, inputs))
+        self.groups = groups
+        self.precision = precision
+
+    def forward(self, x_BSHW: Float[Tensor, "B S H W"]) -> Float[Tensor, "B S Y"]:
+        """Each group's heads, side by side, through that group's matrix."""
+        x_GNI = x_BSHW.flatten(0, 1).unflatten(1, (self.groups, -1)).flatten(2).transpose(0, 1)
+        weight_GOI = self.weight.unflatten(0, (self.groups, -1))
+        if self.precision == "high":
+            y_GNO = x_GNI @ weight_GOI.transpose(1, 2)
+        else:
+            counts_G = torch.full((self.groups,), x_GNI.shape[1], device=x_BSHW.device)
+            y_NO = grouped_linear(x_GNI.flatten(0, 1), weight_GOI, counts_G)
+            y_GNO = y_NO.unflatten(0, (self.groups, -1))
+        y_BSY: Tensor = y_GNO.transpose(0, 1).reshape(*x_BSHW.shape[:2], -1)
+        return y_BSY
+
+
+class PickingCompressor(Compressor):
+    """Overlapping blocks with the indexer that picks among them."""
+
+    def __init__(self, config: V4Config, precision: Precision) -> None:
+        super().__init__(config, config.head_dim, config.csa_ratio, series=2)
+        self.indexer = BlockIndexer(config, precision)
+
+
+class CompressedAttention(nn.Module):
+    """Attention of one layer, of the kind that `config.attention_kind(layer)` says."""
+
+    initial_values: ClassVar[dict[str, float]] = {"sinks": 0.0}
+
+    def __init__(self, config: V4Config, layer: int, precision: Precision) -> None:
+        super().__init__()
+        self.config = config
+        width, heads, head = config.hidden_size, config.num_attention_heads, config.head_dim
+        self.q_a_proj = Linear(width, config.q_lora_rank, precision=precision)
+        self.q_a_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+        self.q_b_proj = Linear(config.q_lora_rank, heads * head, precision=precision)
+        self.kv_proj = Linear(width, head, precision=precision)
+        self.kv_norm = RMSNorm(head, config.rms_norm_eps)
+        self.o_a_proj = GroupedLinear(
+            heads * head // config.o_groups, config.o_lora_rank, config.o_groups, precision
+        )
+        self.o_b_proj = Linear(config.o_groups * config.o_lora_rank, width, precision=precision)
+        self.sinks = nn.Parameter(torch.empty(heads))
+        self.compressor: Compressor | None = None
+        match config.attention_kind(layer):
+            case "csa":
+                self.compressor = PickingCompressor(config, precision)
+            case "hca":
+                self.compressor = Compressor(config, head, config.hca_ratio, series=1)
+        self.sight = Sight(
+            config.sliding_window, self.compressor.ratio if self.compressor is not None else 1
+        )
+
+    def forward(self, x_BSD: Float[Tensor, "B S D"], batch: Pass) -> Float[Tensor, "B S D"]:
+        """Attend to each row's own past; `batch.indexer` says what an indexer learns."""
+        if isinstance(batch, Step):
+            return self._step(x_BSD, batch)
+        positions_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
+        table = self._rotary(x_BSD.shape[1], x_BSD.device)
+        q_latent_BSA, q_BSHW, kv_BSW = self.project(x_BSD, table, positions_S)
+        if batch.caches is not None:
+            assert batch.lengths_B is not None
+            fill_ring(batch.caches[self]["window_BTW"], kv_BSW, batch.lengths_B)
+        sight = replace(self.sight, segments_BS=batch.segments_BS)
+        blocks_BLW = kv_BSW[:, :0] if self.compressor is None else self.compressor(x_BSD, batch)
+        if isinstance(self.compressor, PickingCompressor):
+            out_BSHW = self._attend_picked(
+                x_BSD, q_latent_BSA, (q_BSHW, kv_BSW, blocks_BLW), sight, batch
+            )
+        else:
+            out_BSHW, _ = attend(q_BSHW, kv_BSW, blocks_BLW, self.sinks, sight)
+        return self._output(out_BSHW, table, positions_S)
+
+    def project(
+        self, x_BSD: Float[Tensor, "B S D"], table: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query latent [B,S,A]; queries [B,S,H,W] and shared entries [B,S,W], both rotated."""
+        q_latent, kv = together(x_BSD, self.q_a_proj, self.kv_proj)
+        q_latent_BSA = self.q_a_norm(q_latent)
+        q_BSHW = self.q_b_proj(q_latent_BSA).unflatten(-1, (self.config.num_attention_heads, -1))
+        # Each head's query is brought to one length, without weights.
+        q_BSHW = F.rms_norm(q_BSHW, q_BSHW.shape[-1:], eps=self.config.rms_norm_eps)
+        return (
+            q_latent_BSA,
+            rotate_tail(q_BSHW, table, positions.unsqueeze(-1)),
+            rotate_tail(self.kv_norm(kv), table, positions),
+        )
+
+    def new_cache(self, rows: int, tokens: int) -> Cache:
+        """The shared entries of the window, each in slot position modulo window."""
+        slots = min(self.config.sliding_window, tokens)
+        return {"window_BTW": self.kv_norm.weight.new_zeros(rows, slots, self.config.head_dim)}
+
+    def _attend_picked(
+        self,
+        x_BSD: Tensor,
+        q_latent_BSA: Tensor,
+        operands: tuple[Tensor, Tensor, Tensor],
+        sight: Sight,
+        batch: Whole,
+    ) -> Float[Tensor, "B S H W"]:
+        """Attention beside an indexer, which sees copies of its inputs that carry no gradient."""
+        assert isinstance(self.compressor, PickingCompressor)
+        indexer, blocks = self.compressor.indexer, operands[2].shape[1]
+        learning = batch.indexer != "off"
+        picking = batch.indexer != "dense" and blocks > self.config.index_topk
+        if not (learning or picking):
+            if batch.caches is not None:
+                indexer(x_BSD.detach(), batch)
+            return attend(*operands, self.sinks, sight)[0]
+        x_BSD, q_latent_BSA = x_BSD.detach(), q_latent_BSA.detach()
+        key_BLW = indexer(x_BSD, batch)
+        positions_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
+        table = self._rotary(x_BSD.shape[1], x_BSD.device)
+        q_BSJW, weights_BSJ = indexer.queries(x_BSD, q_latent_BSA, table, positions_S)
+        if picking:
+            sight = replace(sight, chosen_BSK=indexer.pick(q_BSJW, key_BLW, weights_BSJ, sight))
+        out_BSHW, mass_BSK = attend(*operands, self.sinks, sight, mass=learning)
+        if mass_BSK is not None:
+            loss = indexer.loss(q_BSJW, key_BLW, weights_BSJ, mass_BSK, sight)
+            batch.indexer_losses.append(loss)
+        return out_BSHW
+
+    def _step(self, x_B1D: Float[Tensor, "B 1 D"], batch: Step) -> Float[Tensor, "B 1 D"]:
+        """Write each row's new entries into its caches, and attend over what is there."""
+        positions_B, ring_BTW = batch.positions_B, batch.caches[self]["window_BTW"]
+        longest = int(positions_B.max()) + 1
+        table = self._rotary(longest, x_B1D.device)
+        q_latent, q_B1HW, kv_B1W = self.project(x_B1D, table, positions_B[:, None])
+        rows_B, slots = torch.arange(len(x_B1D), device=x_B1D.device), ring_BTW.shape[1]
+        ring_BTW[rows_B, positions_B % slots] = kv_B1W[:, 0]
+        slots_T = torch.arange(min(slots, longest), device=x_B1D.device)
+        parts = [Part(ring_BTW[:, : len(slots_T)], (slots_T <= positions_B[:, None]).unsqueeze(1))]
+        if self.compressor is not None:
+            parts.append(self._step_blocks(self.compressor, x_B1D, q_latent, table, batch))
+        scaled_B1HW = q_B1HW * self.config.head_dim**-0.5
+        out_B1HW, _, _ = weigh(scaled_B1HW, parts, self.sinks)
+        return self._output(out_B1HW, table, positions_B[:, None])
+
+    def _step_blocks(
+        self, compressor: Compressor, x_B1D: Tensor, q_latent: Tensor, table: Tensor, batch: Step
+    ) -> Part:
+        """The complete blocks of each row, or those picked of them."""
+        done_B = (batch.positions_B + 1) // compressor.ratio
+        most = int(done_B.max())
+        blocks_BLW = compressor.step(x_B1D, batch)[:, :most]
+        blocks_L = torch.arange(most, device=x_B1D.device)
+        seen_B1L = (blocks_L < done_B[:, None]).unsqueeze(1)
+        if not isinstance(compressor, PickingCompressor):
+            return Part(blocks_BLW, seen_B1L)
+        indexer = compressor.indexer
+        key_BLW = indexer.step(x_B1D, batch)[:, :most]
+        if most <= self.config.index_topk:
+            return Part(blocks_BLW, seen_B1L)
+        queries = indexer.queries(x_B1D, q_latent, table, batch.positions_B[:, None])
+        scores_B1L = index_scores(queries[0], key_BLW, queries[1])
+        return gathered(blocks_BLW, choose(scores_B1L, seen_B1L, self.config.index_topk))
+
+    def _output(self, out_BSHW: Tensor, table: Tensor, positions: Tensor) -> Float[Tensor, "B S D"]:
+        """Turned back by the query's position, then through both output projections."""
+        turned = rotate_tail(out_BSHW, table, positions.unsqueeze(-1), inverse=True)
+        out: Tensor = self.o_b_proj(self.o_a_proj(turned))
+        return out
+
+    def _rotary(self, positions: int, device: torch.device) -> Tensor:
+        config = self.config
+        if self.compressor is not None:
+            return compressed_rotary(config, positions, device)
+        return shared_rotary_table(
+            config.qk_rope_head_dim, config.rope_theta, positions, None, device
+        )

@@ -1,0 +1,484 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.compressed import CompressedAttention, GroupedLinear, PickingCompressor
+from model.compressor import Compressor, fill_ring
+from model.fp8.linear import Linear
+from model.indexer import NONE, index_scores, indexer_loss
+from model.passes import Whole
+from model.rope import rotary_table, rotate, rotate_tail, shared_rotary_table
+from model.multiquery import Sight, attend
+from tests.references import random_model, tiny_v4
+
+KINDS = {"window": 0, "csa": 1, "hca": 2}
+"""Layers of `TINY_V4` by kind."""
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def attention(kind: str, **changes: object) -> CompressedAttention:
+    block = random_model(tiny_v4(**changes)).model.layers[KINDS[kind]].self_attn
+    assert isinstance(block, CompressedAttention)
+    return block.requires_grad_()
+
+
+def whole(x_BSD: Tensor, segments: Tensor | None = None, **more: object) -> Whole:
+    return Whole(torch.zeros(x_BSD.shape[:2], dtype=torch.int64), segments, **more)  # type: ignore[arg-type]
+
+
+def documents(*lengths: int) -> Tensor:
+    return torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
+
+
+@contextmanager
+def chunked(block: CompressedAttention, chunk: int, gather_factor: int) -> Iterator[None]:
+    before = block.sight
+    block.sight = replace(before, chunk=chunk, gather_factor=gather_factor)
+    yield
+    block.sight = before
+
+
+def chosen_blocks(rows: int, length: int, keep: int, sight: Sight) -> Tensor:
+    """For each query, some of the blocks it may see in no particular order, then none."""
+    generator = torch.Generator().manual_seed(5)
+    seen = sight.blocks(0, length, torch.device("cpu")).expand(rows, -1, -1)
+    chosen_BSK = torch.full((rows, length, keep), NONE)
+    for row in range(rows):
+        for t in range(length):
+            blocks = seen[row, t].nonzero().squeeze(1)
+            some = blocks[torch.randperm(len(blocks), generator=generator)][:keep]
+            chosen_BSK[row, t, : len(some)] = some
+    return chosen_BSK
+
+
+def attend_by_query(
+    q_BSHW: Tensor, kv_BSW: Tensor, blocks_BLW: Tensor, sinks_H: Tensor, sight: Sight
+) -> tuple[Tensor, Tensor]:
+    """One query and head at a time; also each query's weight of each block."""
+    rows, length, heads, width = q_BSHW.shape
+    out, mass = torch.zeros_like(q_BSHW), torch.zeros(rows, length, blocks_BLW.shape[1]).double()
+    for b in range(rows):
+        segment = [0] * length if sight.segments_BS is None else sight.segments_BS[b].tolist()
+        for t in range(length):
+            tokens = [
+                s for s in range(length) if t - sight.window < s <= t and segment[s] == segment[t]
+            ]
+            blocks = [
+                i
+                for i in range(blocks_BLW.shape[1])
+                if (i + 1) * sight.ratio - 1 <= t
+                and segment[(i + 1) * sight.ratio - 1] == segment[t]
+                and (sight.chosen_BSK is None or i in sight.chosen_BSK[b, t].tolist())
+            ]
+            entries = torch.stack(
+                [kv_BSW[b, s] for s in tokens] + [blocks_BLW[b, i] for i in blocks]
+            )
+            for h in range(heads):
+                scores = entries @ q_BSHW[b, t, h] * width**-0.5
+                weights = torch.cat([scores, sinks_H[h : h + 1]]).softmax(0)[:-1]
+                out[b, t, h] = weights @ entries
+                for i, weight in zip(blocks, weights[len(tokens) :], strict=True):
+                    mass[b, t, i] += weight
+    return out, mass
+
+
+def operands(length: int, ratio: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        2 * normal(2, length, 3, 4),
+        normal(2, length, 4, seed=1),
+        normal(2, length // ratio, 4, seed=2),
+        normal(3, seed=3),
+    )
+
+
+SIGHTS = [
+    Sight(window=3, chunk=1),
+    Sight(window=3, ratio=4, chunk=5),
+    Sight(window=7, ratio=4, chunk=100),
+    Sight(window=3, ratio=4, chunk=4, segments_BS=documents(6, 11, 2).expand(2, -1)),
+]
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.parametrize("pick", [None, 0, 100])
+def test_attention_is_one_softmax_over_window_blocks_and_sink(
+    sight: Sight, pick: int | None
+) -> None:
+    """`pick`: everything, or three chosen blocks that are gathered or masked."""
+    q, kv, blocks, sinks = operands(19, sight.ratio)
+    if sight.ratio == 1:
+        blocks = blocks[:, :0]
+    if pick is not None:
+        chosen = chosen_blocks(2, 19, min(3, blocks.shape[1]), sight)
+        sight = replace(sight, chosen_BSK=chosen, gather_factor=pick)
+    out, mass = attend(q, kv, blocks, sinks, sight, mass=True)
+    expected, expected_mass = attend_by_query(q, kv, blocks, sinks, sight)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    assert mass is not None
+    if pick is None:
+        torch.testing.assert_close(mass, expected_mass, rtol=1e-9, atol=1e-9)
+    elif blocks.shape[1]:
+        by_choice = expected_mass.gather(2, chosen.clamp_min(0)).masked_fill(chosen < 0, 0.0)
+        torch.testing.assert_close(mass, by_choice, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.parametrize("pick", [None, 0, 100])
+def test_gradients_of_attention_are_those_of_finite_differences(
+    sight: Sight, pick: int | None
+) -> None:
+    q, kv, blocks, sinks = operands(9, sight.ratio)
+    if sight.segments_BS is not None:
+        sight = replace(sight, segments_BS=sight.segments_BS[:, :9])
+    if pick is not None:
+        chosen = chosen_blocks(2, 9, min(2, blocks.shape[1]), sight)
+        sight = replace(sight, chosen_BSK=chosen, gather_factor=pick)
+    inputs = tuple(x.requires_grad_() for x in (q, kv, blocks, sinks))
+    # Along a random direction: every element alone would take minutes.
+    assert torch.autograd.gradcheck(
+        lambda *x: attend(*x, sight)[0], inputs, eps=1e-6, atol=1e-6, fast_mode=True
+    )
+
+
+def test_a_high_sink_takes_the_weight_and_a_low_one_leaves_it() -> None:
+    q, kv, blocks, _ = operands(8, 4)
+    sight = Sight(window=4, ratio=4)
+    none, _ = attend(q, kv, blocks, torch.full((3,), 60.0).double(), sight)
+    everything, _ = attend(q, kv, blocks, torch.full((3,), -60.0).double(), sight)
+    assert float(none.abs().max()) < 1e-15
+    # With nothing but itself to see, the first token is all that its query reads.
+    torch.testing.assert_close(everything[:, 0], kv[:, :1].expand(-1, 3, -1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("phase", ["off", "dense", "sparse"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_long_and_short_ways_agree_in_output_gradients_and_losses(
+    kind: str, phase: str, packed: bool
+) -> None:
+    """Chunks of one window whose blocks are gathered, against one mask over everything."""
+    block = attention(kind).double()
+    x_BSD = normal(2, 50, 32).requires_grad_()
+    segments = documents(21, 3, 26).expand(2, -1) if packed else None
+    found = []
+    for chunk, gather_factor in ((1, 0), (1000, 1000)):
+        batch = whole(x_BSD, segments, indexer=phase)
+        with chunked(block, chunk, gather_factor):
+            out = block(x_BSD, batch)
+        losses = batch.indexer_losses
+        assert len(losses) == (kind == "csa" and phase != "off")
+        (out.square().sum() + sum(losses)).backward()
+        gradients = {n: p.grad for n, p in block.named_parameters()} | {"x": x_BSD.grad}
+        found.append((out.detach(), [loss.detach() for loss in losses], gradients))
+        block.zero_grad()
+        x_BSD.grad = None
+    assert found[0][2].keys() == found[1][2].keys()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-8)
+
+
+def saved_numbers(block: CompressedAttention, length: int) -> int:
+    """Distinct numbers that one forward pass keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        alive.append(tensor)
+        return tensor
+
+    alive: list[Tensor] = []
+    x_BSD = normal(1, length, 32).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(x_BSD, whole(x_BSD))
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_training_keeps_grows_with_the_text_and_not_with_its_square(kind: str) -> None:
+    block = attention(kind, max_position_embeddings=2048).double()
+    with chunked(block, 1, 1):
+        short, double, long = (saved_numbers(block, length) for length in (256, 512, 1024))
+    # Weights are kept whatever the length, so it is the growth that doubles.
+    assert (long - double) / (double - short) == pytest.approx(2, abs=0.02)
+
+
+def pooled_by_channel(block: Compressor, x_SD: Tensor, segment: list[int]) -> Tensor:
+    """Entries of one row, block after block and channel after channel."""
+    config, m = block.config, block.ratio
+    width = len(block.kv_norm.weight)
+    kv, gate = x_SD @ block.kv_proj.weight.T, x_SD @ block.gate_proj.weight.T
+    entries = []
+    for i in range(len(x_SD) // m):
+        own = list(range(i * m, (i + 1) * m))
+        before = [s for s in range((i - 1) * m, i * m) if s >= 0] if block.series == 2 else []
+        offset = width if block.series == 2 else 0
+        candidates = [(s, 0) for s in before] + [(s, offset) for s in own]
+        candidates = [(s, o) for s, o in candidates if segment[s] == segment[own[-1]]]
+        entry = torch.zeros(width, dtype=x_SD.dtype)
+        for c in range(width):
+            score = torch.stack(
+                [gate[s, o + c] + block.position_bias[s % m, o + c] for s, o in candidates]
+            )
+            values = torch.stack([kv[s, o + c] for s, o in candidates])
+            entry[c] = (score.softmax(0) * values).sum()
+        entry = entry / (entry.square().mean() + config.rms_norm_eps).sqrt() * block.kv_norm.weight
+        rotary = config.qk_rope_head_dim
+        table = rotary_table(rotary, config.compress_rope_theta, len(x_SD))
+        turned = rotate(entry[-rotary:], table, torch.tensor(i * m))
+        entries.append(torch.cat([entry[:-rotary], turned]))
+    return torch.stack(entries)
+
+
+@pytest.mark.parametrize("kind", ["csa", "hca", "indexer"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_block_is_a_mean_weighted_by_channel_of_its_own_document(kind: str, packed: bool) -> None:
+    compressor = attention("hca" if kind == "hca" else "csa").double().compressor
+    if kind == "indexer":
+        assert isinstance(compressor, PickingCompressor)
+        compressor = compressor.indexer
+    assert compressor is not None
+    x_BSD, segments = normal(1, 27, 32), documents(6, 1, 12, 8)
+    found = compressor(x_BSD, whole(x_BSD, segments if packed else None))
+    expected = pooled_by_channel(compressor, x_BSD[0], segments[0].tolist() if packed else [0] * 27)
+    torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_do_not_see_each_other_wherever_they_are_cut(kind: str) -> None:
+    block = attention(kind)
+    segments = documents(5, 9, 13, 1, 12)
+    x_BSD = normal(1, 40, 32).float().requires_grad_()
+    out_BSD = block(x_BSD, whole(x_BSD, segments))
+    for i in range(5):
+        (gradient,) = torch.autograd.grad(out_BSD[segments == i].sum(), x_BSD, retain_graph=True)
+        assert gradient[segments == i].any(-1).all()
+        assert not gradient[segments != i].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("yarn", [False, True])
+def test_a_document_reads_the_same_wherever_whole_blocks_put_it(kind: str, yarn: bool) -> None:
+    """Turning outputs back leaves distances alone; blocks keep their tokens if 8 divides."""
+    scaling = {"factor": 16.0, "original_max_position_embeddings": 32}
+    block = attention(kind, rope_scaling=scaling if yarn else None)
+    x_BSD = normal(1, 50, 32).float()
+    packed = block(x_BSD, whole(x_BSD, documents(16, 34)))
+    alone = block(x_BSD[:, 16:], whole(x_BSD[:, 16:]))
+    torch.testing.assert_close(packed[:, 16:], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_depends_on_later_tokens(kind: str) -> None:
+    block = attention(kind)
+    x_BSD = normal(1, 40, 32).float().requires_grad_()
+    out_BSD = block(x_BSD, whole(x_BSD))
+    for t in (0, 7, 8, 22):
+        (gradient,) = torch.autograd.grad(out_BSD[0, t].sum(), x_BSD, retain_graph=True)
+        assert not gradient[0, t + 1 :].any()
+    # The window is 8 wide; what lies before reaches the last token through blocks alone.
+    (gradient,) = torch.autograd.grad(out_BSD[0, 39].sum(), x_BSD)
+    assert gradient[0, :32].any() == (kind != "window")
+
+
+def plain_block_mass(block: CompressedAttention, x_BSD: Tensor, sight: Sight) -> Tensor:
+    """How much weight each query gives each block, from operands as the block makes them."""
+    positions, table = torch.arange(x_BSD.shape[1]), block._rotary(x_BSD.shape[1], x_BSD.device)
+    _, q, kv = block.project(x_BSD, table, positions)
+    assert block.compressor is not None
+    return attend_by_query(q, kv, block.compressor(x_BSD, whole(x_BSD)), block.sinks, sight)[1]
+
+
+@pytest.mark.parametrize("phase", ["dense", "sparse"])
+def test_an_indexer_learns_how_attention_spreads_over_blocks(phase: str) -> None:
+    block = attention("csa").double()
+    x_BSD = normal(1, 40, 32)
+    assert isinstance(block.compressor, PickingCompressor)
+    indexer, sight = block.compressor.indexer, Sight(window=8, ratio=4)
+    batch = whole(x_BSD, indexer=phase)
+    block(x_BSD, batch)
+
+    positions, table = torch.arange(40), block._rotary(40, x_BSD.device)
+    latent = block.q_a_norm(block.q_a_proj(x_BSD))
+    q, weights = indexer.queries(x_BSD, latent, table, positions)
+    scores = index_scores(q, indexer(x_BSD, whole(x_BSD)), weights)
+    seen = sight.blocks(0, 40, x_BSD.device)
+    if phase == "sparse":
+        best = scores.masked_fill(~seen, float("-inf")).topk(4).indices
+        seen = seen & torch.zeros_like(seen).scatter(2, best, True)
+        chosen = torch.where(seen.gather(2, best), best, NONE)
+        sight = replace(sight, chosen_BSK=chosen)
+    with torch.no_grad():
+        mass = plain_block_mass(block, x_BSD, sight)
+    expected = indexer_loss(scores, mass, seen)
+    torch.testing.assert_close(batch.indexer_losses[0], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("phase", ["dense", "sparse"])
+def test_language_and_indexer_losses_train_parameters_apart(phase: str) -> None:
+    block = attention("csa")
+    x_BSD = normal(2, 40, 32).float().requires_grad_()
+    batch = whole(x_BSD, indexer=phase)
+    block(x_BSD, batch).square().sum().backward(retain_graph=True)
+    reached = {name for name, p in block.named_parameters() if p.grad is not None}
+    assert not any("indexer" in name for name in reached)
+    block.zero_grad()
+    x_BSD.grad = None
+    batch.indexer_losses[0].backward()
+    taught = {name for name, p in block.named_parameters() if p.grad is not None and p.grad.any()}
+    assert taught == {n for n, _ in block.named_parameters()} - reached
+    assert x_BSD.grad is None
+
+
+@pytest.mark.parametrize("phase", ["dense", "sparse"])
+def test_gradients_of_the_indexer_loss_are_those_of_finite_differences(phase: str) -> None:
+    block = attention("csa").double()
+    x_BSD = normal(1, 26, 32)
+    assert isinstance(block.compressor, PickingCompressor)
+    parameters = {n: p for n, p in block.named_parameters() if "indexer" in n}
+    directions = [normal(*p.shape, seed=i) for i, p in enumerate(parameters.values())]
+
+    def loss(step: float) -> Tensor:
+        moved = zip(parameters.items(), directions, strict=True)
+        values = {name: p + step * direction for (name, p), direction in moved}
+        batch = whole(x_BSD, indexer=phase)
+        torch.func.functional_call(block, values, (x_BSD, batch))
+        return batch.indexer_losses[0]
+
+    found = torch.autograd.grad(loss(0.0), list(parameters.values()))
+    slope = sum((g * d).sum() for g, d in zip(found, directions, strict=True))
+    # A step so small turns no ReLU and changes no choice; central differences err by its square.
+    expected = (loss(1e-6).detach() - loss(-1e-6).detach()) / 2e-6
+    torch.testing.assert_close(slope, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_texts_of_few_blocks_need_no_indexer_and_give_what_choosing_all_gives() -> None:
+    few, all_of_them = attention("csa", index_topk=5), attention("csa", index_topk=100)
+    x_BSD = normal(2, 23, 32).float()
+    torch.testing.assert_close(few(x_BSD, whole(x_BSD)), all_of_them(x_BSD, whole(x_BSD)))
+    x_BSD = normal(2, 24, 32).float()
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(few(x_BSD, whole(x_BSD)), all_of_them(x_BSD, whole(x_BSD)))
+
+
+def test_rings_hold_the_last_tokens_by_position() -> None:
+    x_BSE, lengths = normal(4, 11, 2), [1, 5, 8, 11]
+    ring = torch.zeros(4, 5, 2).double()
+    fill_ring(ring, x_BSE, torch.tensor(lengths))
+    for row, length in enumerate(lengths):
+        for position in range(max(0, length - 5), length):
+            assert torch.equal(ring[row, position % 5], x_BSE[row, position])
+
+
+@pytest.mark.parametrize("precision", ["high", "fp8"])
+def test_grouped_output_is_a_linear_for_each_group(precision: str) -> None:
+    grouped = GroupedLinear(3 * 64, 160, 2, precision)  # type: ignore[arg-type]
+    with torch.no_grad():
+        grouped.weight.copy_(normal(320, 192))
+    x_BSHW = normal(2, 5, 6, 64).float()
+    expected = []
+    for g in range(2):
+        linear = Linear(192, 160, precision=precision)  # type: ignore[arg-type]
+        with torch.no_grad():
+            linear.weight.copy_(grouped.weight[160 * g : 160 * (g + 1)])
+        expected.append(linear(x_BSHW[:, :, 3 * g : 3 * (g + 1)].flatten(2)))
+    torch.testing.assert_close(grouped(x_BSHW), torch.cat(expected, -1), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_projections_run_in_fp8_but_compressors_gates_and_head_weights_do_not(kind: str) -> None:
+    config = tiny_v4()
+    block = CompressedAttention(config, KINDS[kind], "fp8")
+    linears = [(n, m) for n, m in block.named_modules() if isinstance(m, Linear | GroupedLinear)]
+    rounded = {"q_a_proj", "q_b_proj", "kv_proj", "o_a_proj", "o_b_proj"}
+    if kind == "csa":
+        rounded.add("compressor.indexer.q_b_proj")
+    assert {name for name, linear in linears if linear.precision == "fp8"} == rounded
+    rough = random_model(config, precision="fp8").model.layers[KINDS[kind]].self_attn
+    x_BSD = normal(2, 20, 32).float().requires_grad_()
+    found, exact = rough(x_BSD, whole(x_BSD)), attention(kind)(x_BSD, whole(x_BSD))
+    # Five roundings of 2^-4 at most each, most of which cancel; but rounded they must be.
+    error = float((found - exact).norm().detach() / exact.norm().detach())
+    assert 1e-3 < error < 0.2
+    found.sum().backward()
+    assert all(p.grad is not None for n, p in rough.named_parameters() if "indexer" not in n)
+
+
+def test_only_the_last_dims_turn_and_turning_back_undoes_it() -> None:
+    table = rotary_table(6, 100.0, 20)
+    x_BSHW, positions = normal(2, 20, 3, 11).requires_grad_(), torch.arange(20)
+    turned = rotate_tail(x_BSHW, table, positions.unsqueeze(-1))
+    assert torch.equal(turned[..., :5], x_BSHW[..., :5])
+    expected = rotate(x_BSHW[..., 5:], table, positions.unsqueeze(-1))
+    torch.testing.assert_close(turned[..., 5:], expected)
+    back = rotate_tail(turned, table, positions.unsqueeze(-1), inverse=True)
+    torch.testing.assert_close(back, x_BSHW, rtol=0, atol=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda x: rotate_tail(x, table, positions.unsqueeze(-1)), (x_BSHW,), eps=1e-6, atol=1e-6
+    )
+
+
+def test_layers_share_one_table_which_grows_with_what_they_read() -> None:
+    def table(positions: int) -> Tensor:
+        return shared_rotary_table(8, 31337.0, positions, None, torch.device("cpu"))
+
+    with torch.inference_mode():
+        small = table(5)
+    assert table(1024) is small
+    assert len(table(1025)) == 2048
+    torch.testing.assert_close(table(1025)[:1024], small, rtol=0, atol=0)
+    # Made in inference mode, and yet fit to be saved for a backward pass.
+    x_SW = torch.zeros(4, 8, requires_grad=True)
+    rotate_tail(x_SW, small, torch.arange(4)).sum().backward()
+    assert x_SW.grad is not None
+
+
+def test_window_layers_turn_by_their_own_frequencies_without_yarn() -> None:
+    scaling = {"factor": 16.0, "original_max_position_embeddings": 32}
+    x_BSD = normal(1, 30, 32).float()
+
+    def out(kind: str, **changes: object) -> Tensor:
+        return attention(kind, **changes)(x_BSD, whole(x_BSD))
+
+    for kind in KINDS:
+        moved = {
+            name: not torch.allclose(out(kind), out(kind, **{name: value}), atol=1e-4)
+            for name, value in (
+                ("rope_theta", 50.0),
+                ("compress_rope_theta", 50.0),
+                ("rope_scaling", scaling),
+            )
+        }
+        compressing = kind != "window"
+        assert moved == {
+            "rope_theta": not compressing,
+            "compress_rope_theta": compressing,
+            "rope_scaling": compressing,
+        }
+
+
+def test_magnitudes_are_not_scaled_whatever_the_scaling_says_of_them() -> None:
+    scaling = {"factor": 16.0, "original_max_position_embeddings": 32}
+    x_BSD = normal(1, 30, 32).float()
+    plain = attention("csa", rope_scaling=scaling)(x_BSD, whole(x_BSD))
+    zeros = scaling | {"mscale": 0.0, "mscale_all_dim": 0.0}
+    assert torch.equal(attention("csa", rope_scaling=zeros)(x_BSD, whole(x_BSD)), plain)
+
+
+def test_a_text_shorter_than_any_block_is_read_by_the_window_alone() -> None:
+    x_BSD = normal(1, 3, 32).float()
+    for kind in KINDS:
+        block = attention(kind)
+        for phase in ("off", "dense", "sparse"):
+            batch = whole(x_BSD, indexer=phase)
+            assert torch.isfinite(block(x_BSD, batch)).all()
+            assert [float(loss) for loss in batch.indexer_losses] == [0.0] * len(
+                batch.indexer_losses
+            )
