@@ -1,37 +1,147 @@
-"""The table of each family: Ingot's tensors and configuration <-> Hugging Face's."""
+"""The table of each family: Ingot's tensors and configuration <-> Hugging Face's.
 
-from collections.abc import Mapping
+A checkpoint is any mapping from stored names to tensors; `StoredTensors` reads them from files when
+they are asked for, so that a model is never in memory twice.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from configs.errors import ArtifactError
-from configs.model import ModelConfig, V3Config
-from model.weights import v3
+from configs.model import ModelConfig
+from model.transformer import Transformer
+from model.weights import v3, v4, v32
+from model.weights.table import Narrowest, Part, Table
+
+_TABLES: dict[str, Table] = {"v3": v3, "v32": v32, "v4": v4}
+_DERIVED = "rotary_emb.inv_freq"
+"""Ends the names of frequencies that early conversions stored and that follow from the config."""
+
+
+def table_of(config: ModelConfig) -> Table:
+    """The table of the config's family."""
+    return _TABLES[config.family]
 
 
 def to_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a whole model's state; tensors are views of the originals where possible."""
-    assert isinstance(config, V3Config)
-    return v3.to_hf(config, state)
+    """Rename a whole model's state; tensors are views of the originals."""
+    return dict(pair for name, tensor in state.items() for pair in released(config, name, tensor))
 
 
-def from_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of `to_hf`; ArtifactError names a tensor that is missing or unexpected."""
-    assert isinstance(config, V3Config)
-    return v3.from_hf(config, state)
+def released(config: ModelConfig, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The stored tensors, by name, that one of Ingot's is: its parts, and their copies if any."""
+    table = table_of(config)
+    copies = table.copies(config)
+    for part in table.parts(config, name):
+        view = tensor[part.index] if part.index else tensor
+        yield part.name, view
+        yield from ((copy, view) for copy, one in copies.items() if one == part.name)
+
+
+def from_hf(config: ModelConfig, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of `to_hf`, of tensors under any of their names.
+
+    ArtifactError names the tensor that is missing, unexpected or misshapen.
+    """
+    with torch.device("meta"):
+        layout = Transformer(config).state_dict()
+    return dict(assemble(config, layout, stored))
+
+
+def assemble(
+    config: ModelConfig, layout: Mapping[str, Tensor], stored: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of `layout`, newly made of what is stored, one at a time.
+
+    Types and devices are those of `layout`, whose values do not matter; a device that holds no
+    values means the CPU. Nothing is read before all names are known to be right.
+    """
+    table = table_of(config)
+    found = {name: [*_locate(table.parts(config, name), stored)] for name in layout}
+    copies = {copy: one for copy, one in table.copies(config).items() if copy in stored}
+    expected = {name for pieces in found.values() for name, _ in pieces} | copies.keys()
+    if strange := [n for n in stored if n not in expected and not n.endswith(_DERIVED)]:
+        raise ArtifactError(f"{strange[0]} is in the checkpoint but not in the model")
+    for name, target in layout.items():
+        made = _assembled(target, found[name], stored)
+        if name.endswith("tid2eid"):
+            _check_experts(found[name][0][0], made, config.n_routed_experts)
+        yield name, made
+    names = {part.name: known for pieces in found.values() for known, part in pieces}
+    for copy, one in copies.items():
+        if not torch.equal(stored[copy], stored[names[one]]):
+            raise ArtifactError(
+                f"{copy} differs from {names[one]}, but this family shares them; "
+                "the checkpoint is not one that can be represented"
+            )
+
+
+def as_stored(config: ModelConfig, names: Collection[str]) -> ModelConfig:
+    """`config` without its MTP layer if none of that layer's tensors is among `names`.
+
+    transformers drops the layer when it saves a model and leaves the field as it was.
+    """
+    prefix = table_of(config).mtp_prefix(config)
+    if config.num_nextn_predict_layers and not any(name.startswith(prefix) for name in names):
+        return type(config).model_validate({**dict(config), "num_nextn_predict_layers": 0})
+    return config
+
+
+def narrowest(config: ModelConfig, name: str) -> Narrowest:
+    """The narrowest type in which the stored tensor `name` may be written."""
+    return table_of(config).narrowest(name)
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
-    """`config.json` as transformers writes it for a float32 model."""
-    assert isinstance(config, V3Config)
-    return v3.to_hf_config(config)
+    """`config.json` as transformers and the readers of released files take it, float32."""
+    return table_of(config).to_hf_config(config)
 
 
 def from_hf_config(raw: Mapping[str, Any]) -> ModelConfig:
     """The reverse; ArtifactError names the field that no family here has."""
-    if raw.get("model_type") != "deepseek_v3":
+    known = {table.MODEL_TYPE: table for table in _TABLES.values()}
+    table = known.get(str(raw.get("model_type")))
+    if table is None:
         raise ArtifactError(
-            f"config.json: model_type = {raw.get('model_type')!r}, expected 'deepseek_v3'"
+            f"config.json: model_type = {raw.get('model_type')!r} is unknown; known: "
+            f"{', '.join(known)}"
         )
-    return v3.from_hf_config(raw)
+    return table.from_hf_config(raw)
+
+
+def _locate(parts: tuple[Part, ...], stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Part]]:
+    """Each part with the name under which it is stored."""
+    for part in parts:
+        name = next((name for name in part.names if name in stored), None)
+        if name is None:
+            raise ArtifactError(f"{part.name} is missing from the checkpoint")
+        yield name, part
+
+
+def _assembled(
+    target: Tensor, pieces: list[tuple[str, Part]], stored: Mapping[str, Tensor]
+) -> Tensor:
+    made = torch.empty_like(target, device="cpu" if target.is_meta else target.device)
+    for name, part in pieces:
+        source, place = stored[name], made[part.index] if part.index else made
+        if source.shape != place.shape:
+            raise ArtifactError(
+                f"{name} has shape {list(source.shape)} in the checkpoint, "
+                f"{list(place.shape)} in the model"
+            )
+        if source.is_floating_point() != place.is_floating_point():
+            raise ArtifactError(
+                f"{name} is stored as {source.dtype}, but the model needs {place.dtype}"
+            )
+        place.copy_(source)
+    return made
+
+
+def _check_experts(name: str, table_VK: Tensor, experts: int) -> None:
+    low, high = int(table_VK.min()), int(table_VK.max())
+    if low < 0 or high >= experts:
+        wrong = low if low < 0 else high
+        raise ArtifactError(f"{name} names expert {wrong}, but n_routed_experts = {experts}")

@@ -1,101 +1,268 @@
-"""Models as folders: `config.json` and float32 safetensors under Hugging Face names."""
+"""Models as folders: `config.json` and safetensors under the names of the released models."""
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from configs.errors import ArtifactError
 from configs.model import ModelConfig
 from configs.train import Precision
+from model.fp8.format import TILE
 from model.transformer import Transformer
 from model.weights import families
+from model.weights.scaled import narrow
+from model.weights.stored import INDEX, WEIGHTS, StoredTensors
+from model.weights.table import Table
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SaveType = Literal["float32", "bfloat16", "float8"]
+MAX_SHARD_BYTES = 5_000_000_000
 
 
-def load_pretrained(folder: Path, *, precision: Precision = "high") -> Transformer:
-    """The model in `folder`, in evaluation mode, float32.
+def load_pretrained(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    precision: Precision = "high",
+) -> Transformer:
+    """The model in the folder `path`, in evaluation mode, its parameters of type `dtype`.
 
-    ArtifactError names the file or tensor that is missing, unexpected or misshapen; no weight is
-    ever left at a random value.
+    Reads float32, bfloat16, float16, FP8 and FP4. What released models keep in float32 is never
+    narrower than that. ArtifactError names the file, field or tensor that is missing, unexpected or
+    misshapen; no weight is ever left at a random value.
     """
-    config = read_config(folder)
-    model = Transformer(config, precision=precision)
-    load_state(model, read_tensors(folder))
-    return model.eval()
+    config, stored = open_pretrained(Path(path))
+    with _Unallocated():
+        model = Transformer(config, precision=precision)
+    layout = _layout(model, dtype)
+    model.load_state_dict(dict(families.assemble(config, layout, stored)), assign=True)
+    return model.to(device).eval()
 
 
-def save_pretrained(model: Transformer, folder: Path) -> None:
-    """Write a whole model (all experts on this device) as float32."""
-    state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
-    write_checkpoint(model.config, families.to_hf(model.config, state), folder)
+def open_pretrained(folder: Path) -> tuple[ModelConfig, StoredTensors]:
+    """A folder's config and tensors; the config has an MTP layer only if tensors of one are there.
+
+    ArtifactError if either cannot be read.
+    """
+    raw = read_json(folder)
+    stored = _open_tensors(folder, raw)
+    return families.as_stored(families.from_hf_config(raw), list(stored)), stored
 
 
-def write_checkpoint(config: ModelConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write tensors that already bear Hugging Face names, and their config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(families.to_hf_config(config), indent=2) + "\n")
-    # safetensors refuses aliases, and slices of stacked experts are views of one storage.
-    contiguous = {name: tensor.clone().contiguous() for name, tensor in sorted(tensors.items())}
-    draft = folder / f"{WEIGHTS}.draft"
-    save_file(contiguous, draft, metadata={"format": "pt"})
-    draft.chmod(0o644)  # safetensors lets only the owner read
-    os.replace(draft, folder / WEIGHTS)
+def save_pretrained(
+    model: Transformer,
+    path: str | Path,
+    *,
+    dtype: SaveType = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a whole model (all experts on this device) into the folder `path`.
+
+    `float8` stores the matrices that the released models of the family quantise as E4M3 in blocks
+    of 128 x 128, and the rest as `bfloat16` does; there, what released models keep in float32 stays
+    so. A file is closed before the tensor that would take it over `max_shard_bytes`.
+    """
+    config, table = model.config, families.table_of(model.config)
+    renamed = families.to_hf(config, {n: t.detach() for n, t in model.state_dict().items()})
+    fields = families.to_hf_config(config)
+    if dtype != "float32":
+        fields["dtype"] = "bfloat16"
+    if dtype == "float8":
+        fields["quantization_config"] = table.quantization()
+    encoded = (
+        pair for name in _sorted(renamed) for pair in _encoded(table, name, renamed[name], dtype)
+    )
+    _write(fields, encoded, Path(path), max_shard_bytes)
+
+
+def write_checkpoint(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write tensors that already bear Hugging Face names in float32, and their config.json."""
+    table = families.table_of(config)
+    encoded = (
+        pair
+        for name in _sorted(tensors)
+        for pair in _encoded(table, name, tensors[name], "float32")
+    )
+    _write(families.to_hf_config(config), encoded, folder, max_shard_bytes)
+
+
+def consolidate(source: Path, folder: Path) -> ModelConfig:
+    """Write the model folder `source` into `folder` in float32; its config.
+
+    One of Ingot's tensors is in memory at a time, however large the model; in layers with experts
+    that is a layer's. ArtifactError as of `load_pretrained`.
+    """
+    config, stored = open_pretrained(source)
+    with torch.device("meta"):
+        layout = Transformer(config).state_dict()
+    table = families.table_of(config)
+    encoded = (
+        pair
+        for name, tensor in families.assemble(config, layout, stored)
+        for released, part in families.released(config, name, tensor)
+        for pair in _encoded(table, released, part, "float32")
+    )
+    _write(families.to_hf_config(config), encoded, folder, MAX_SHARD_BYTES)
+    return config
 
 
 def load_state(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
     """Copy Hugging Face named tensors into `model`; ArtifactError unless they fit exactly."""
-    state = families.from_hf(model.config, tensors)
     own = model.state_dict()
-    for name in own:
-        if name not in state:
-            raise ArtifactError(f"{name} is missing from the checkpoint")
-    for name, tensor in state.items():
-        if name not in own:
-            raise ArtifactError(f"{name} is in the checkpoint but not in the model")
-        if tensor.shape != own[name].shape:
-            raise ArtifactError(
-                f"{name} has shape {list(tensor.shape)} in the checkpoint, "
-                f"{list(own[name].shape)} in the model"
-            )
     with torch.no_grad():
-        for name, target in own.items():
-            target.copy_(state[name])
+        for name, tensor in families.assemble(model.config, own, tensors):
+            own[name].copy_(tensor)
 
 
 def read_config(folder: Path) -> ModelConfig:
     """The model config in `folder/config.json`."""
+    return families.from_hf_config(read_json(folder))
+
+
+def read_tensors(folder: Path) -> StoredTensors:
+    """The tensors of a model folder, read when they are asked for."""
+    return _open_tensors(folder, read_json(folder))
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    """`folder/config.json` as it stands; ArtifactError if it is no table."""
     path = folder / "config.json"
     try:
-        return families.from_hf_config(json.loads(path.read_text()))
+        raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file, so {folder} is not a model folder") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ArtifactError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ArtifactError(f"{path}: holds a {type(raw).__name__}, expected a table")
+    return raw
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a model folder, single file or sharded by an index."""
-    index = folder / INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+class _Unallocated(TorchFunctionMode):
+    """Gives memory asked for without values no place, so that weights cost nothing until loaded.
+
+    Unlike on the meta device, tables that a module computes for itself have their values.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Send `torch.empty` to the meta device, and leave everything else alone."""
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _layout(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Shapes of the model's tensors and the types that they are loaded in, without values."""
+    layout = {}
+    for name, tensor in model.state_dict().items():
+        wanted = tensor.dtype
+        if tensor.is_floating_point():
+            stored_name = families.table_of(model.config).parts(model.config, name)[0].name
+            kept = families.narrowest(model.config, stored_name) == "float32"
+            wanted = torch.promote_types(dtype, torch.float32) if kept else dtype
+        layout[name] = torch.empty(tensor.shape, dtype=wanted, device="meta")
+    return layout
+
+
+def _open_tensors(folder: Path, raw: Mapping[str, Any]) -> StoredTensors:
+    """The folder's tensors, in blocks as its config says; ArtifactError for another scheme."""
+    scheme = raw.get("quantization_config") or {}
+    method = scheme.get("quant_method", "fp8")
+    if method != "fp8":
+        raise ArtifactError(
+            f"config.json: quantization_config.quant_method = {method!r}, but only 'fp8' is read"
+        )
+    tile = scheme.get("weight_block_size") or [TILE, TILE]
+    if len(tile) != 2 or not all(isinstance(size, int) and size > 0 for size in tile):
+        raise ArtifactError(
+            f"config.json: quantization_config.weight_block_size = {tile!r}, expected two numbers"
+        )
+    return StoredTensors(folder, (tile[0], tile[1]))
+
+
+def _encoded(table: Table, name: str, x: Tensor, dtype: SaveType) -> Iterator[tuple[str, Tensor]]:
+    """The stored tensors, by name, for the tensor `name`."""
+    narrowest = table.narrowest(name)
+    if not x.is_floating_point():
+        # A memory's ids and multipliers need all their bits.
+        yield name, x.to(torch.int32) if narrowest == "int32" else x
+    elif dtype == "float32" or narrowest == "float32":
+        yield name, x.float()
+    elif dtype == "float8" and narrowest == "float8":
+        values, scales = narrow(x.float(), table.SCALES)
+        yield name, values
+        yield table.scale_name(name), scales
     else:
-        names = [WEIGHTS]
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise ArtifactError(f"{path}: no such file; the checkpoint is incomplete")
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ArtifactError(f"{path}: not a whole safetensors file: {error}") from None
-    return tensors
+        yield name, x.to(torch.bfloat16)
+
+
+def _write(
+    fields: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    max_shard_bytes: int,
+) -> None:
+    """Write config and tensors, one file in memory at a time; names settle when all are written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drafts: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    total_bytes = shard_bytes = 0
+    for name, tensor in tensors:
+        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
+            drafts.append(_write_draft(shard, folder, len(drafts)))
+            shard, shard_bytes = {}, 0
+        # safetensors refuses aliases, and slices of stacked experts are views of one storage.
+        shard[name] = tensor.detach().clone().contiguous()
+        shard_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    drafts.append(_write_draft(shard, folder, len(drafts)))
+    _remove_earlier(folder)
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    if len(drafts) == 1:
+        os.replace(folder / _draft(0), folder / WEIGHTS)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(drafts):
+        file = f"model-{number + 1:05d}-of-{len(drafts):05d}.safetensors"
+        os.replace(folder / _draft(number), folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_draft(shard: dict[str, Tensor], folder: Path, number: int) -> list[str]:
+    path = folder / _draft(number)
+    save_file(shard, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors lets only the owner read
+    return list(shard)
+
+
+def _draft(number: int) -> str:
+    return f"model-{number}.draft"
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Take away the weights of an earlier save, which readers would find beside the new ones."""
+    for path in (folder / INDEX, folder / WEIGHTS, *folder.glob("model-*-of-*.safetensors")):
+        path.unlink(missing_ok=True)
+
+
+def _sorted(names: Iterable[str]) -> list[str]:
+    """Layers in numerical order."""
+    return sorted(
+        names, key=lambda name: [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")]
+    )

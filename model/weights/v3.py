@@ -12,18 +12,43 @@ Ingot's module names are the released ones. Three things differ, and only these:
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from pydantic import ValidationError
-from torch import Tensor
+from configs.model import ModelConfig, V3Config
+from model.fp8.format import TILE
+from model.weights.fields import (
+    agreed,
+    build,
+    check_fixed,
+    read_table,
+    read_yarn,
+    require,
+    write_engram,
+    write_yarn,
+)
+from model.weights.table import (
+    ENGRAM,
+    ENGRAM_INTEGERS,
+    EXPERTS,
+    ROUTING_BIAS,
+    ExpertNames,
+    Narrowest,
+    Part,
+    ScaleType,
+    expert_parts,
+)
 
-from configs.errors import ArtifactError
-from configs.model import V3Config
-
+MODEL_TYPE = "deepseek_v3"
+SCALES: ScaleType = "float32"
+ARCHITECTURE = "DeepseekV3ForCausalLM"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-_ARCHITECTURE = "DeepseekV3ForCausalLM"
-_MODEL_TYPE = "deepseek_v3"
-_COPIED = (
+LINEARS = frozenset(
+    {
+        *("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }
+)
+"""Modules whose weights the released files quantise (arXiv 2412.19437, section 3.3.1)."""
+COPIED = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -43,15 +68,15 @@ _COPIED = (
     "topk_group",
     "routed_scaling_factor",
     "norm_topk_prob",
-    "num_nextn_predict_layers",
     "max_position_embeddings",
     "rms_norm_eps",
     "initializer_range",
 )
 """Fields that have one name and one meaning on both sides."""
-_FIXED = {
+FIXED = {
     "attention_bias": False,
     "hidden_act": "silu",
+    "mlp_bias": False,
     "moe_layer_freq": 1,
     "rope_interleave": True,
     "scoring_func": "sigmoid",
@@ -59,66 +84,69 @@ _FIXED = {
     "topk_method": "noaux_tc",
 }
 """Fields in which this family has no choice; another value would be another model."""
+DEFAULT_THETA = 10000.0
+"""What the released code and transformers take where a config has no `rope_theta`."""
 
 
-def mtp_copies(config: V3Config) -> dict[str, str]:
+def parts(config: ModelConfig, name: str) -> tuple[Part, ...]:
+    """Where the Ingot tensor `name` lies on disk; the parts cover it."""
+    prefix, found, leaf = name.partition(EXPERTS)
+    if not found:
+        return (Part(name),)
+    names = ExpertNames((f"{prefix}{EXPERTS}",), gate="gate_proj", up="up_proj", down="down_proj")
+    return expert_parts(config, leaf, names)
+
+
+def copies(config: ModelConfig) -> dict[str, str]:
     """Released names of the MTP layer's copies -> the tensor that each repeats."""
     if not config.num_nextn_predict_layers:
         return {}
-    prefix = f"model.layers.{config.num_hidden_layers}"
-    return {f"{prefix}.embed_tokens.weight": EMBEDDING, f"{prefix}.shared_head.head.weight": HEAD}
+    prefix = mtp_prefix(config)
+    return {f"{prefix}embed_tokens.weight": EMBEDDING, f"{prefix}shared_head.head.weight": HEAD}
 
 
-def to_hf(config: V3Config, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a whole model's state; tensors are views of the originals where possible."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        prefix, _, leaf = name.rpartition(".")
-        if not prefix.endswith(".experts"):
-            renamed[name] = tensor
-            continue
-        for expert, weight in enumerate(tensor):
-            if leaf == "gate_up_proj":
-                gate, up = weight.chunk(2)
-                renamed[f"{prefix}.{expert}.gate_proj.weight"] = gate
-                renamed[f"{prefix}.{expert}.up_proj.weight"] = up
-            else:
-                renamed[f"{prefix}.{expert}.{leaf}.weight"] = weight
-    for copy, original in mtp_copies(config).items():
-        renamed[copy] = renamed[original]
-    return renamed
+def mtp_prefix(config: ModelConfig) -> str:
+    """The MTP layer is the one after the last."""
+    return f"model.layers.{config.num_hidden_layers}."
 
 
-def from_hf(config: V3Config, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of `to_hf`; ArtifactError names a tensor that is missing or unexpected."""
-    state = dict(state)
-    result: dict[str, Tensor] = {}
-    for copy, original in mtp_copies(config).items():
-        repeated = state.pop(copy, None)
-        if repeated is not None and not torch.equal(repeated, _find(state, original)):
-            raise ArtifactError(
-                f"{copy} differs from {original}, but this family shares them; "
-                "the checkpoint is not one that can be represented"
-            )
-    wide = config.moe_intermediate_size, config.hidden_size
-    for index in range(config.first_k_dense_replace, _layers(config)):
-        prefix = f"model.layers.{index}.mlp.experts"
-        gate_up, down = [], []
-        for expert in range(config.n_routed_experts):
-            name = f"{prefix}.{expert}.{{}}_proj.weight"
-            halves = [_take(state, name.format(leaf), wide) for leaf in ("gate", "up")]
-            gate_up.append(torch.cat(halves))
-            down.append(_take(state, name.format("down"), wide[::-1]))
-        result[f"{prefix}.gate_up_proj"] = torch.stack(gate_up)
-        result[f"{prefix}.down_proj"] = torch.stack(down)
-    return result | state
+def narrowest(name: str) -> Narrowest:
+    """The narrowest type in which the stored tensor `name` may be written."""
+    _, _, remembered = name.partition(f".{ENGRAM}")
+    if remembered:
+        return "int64" if remembered in ENGRAM_INTEGERS else "bfloat16"
+    if name.endswith(ROUTING_BIAS):
+        return "float32"
+    return "float8" if name.split(".")[-2] in LINEARS else "bfloat16"
 
 
-def to_hf_config(config: V3Config) -> dict[str, Any]:
-    """`config.json` as transformers 5 writes it for a float32 model."""
+def scale_name(name: str) -> str:
+    """The stored name of the scales of a quantised tensor."""
+    return f"{name}_scale_inv"
+
+
+def quantization() -> dict[str, Any]:
+    """`quantization_config` of the released models."""
     return {
-        "architectures": [_ARCHITECTURE],
-        "model_type": _MODEL_TYPE,
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [TILE, TILE],
+    }
+
+
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
+    """`config.json` of a float32 folder, for transformers 5 and for what reads released files."""
+    assert isinstance(config, V3Config)
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    scaling: dict[str, Any] = {}
+    if config.rope_scaling is not None:
+        stretched = write_yarn(config.rope_scaling, scales_magnitudes=True)
+        rope |= {name: value for name, value in stretched.items() if name != "type"}
+        scaling = {"rope_scaling": stretched}
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
         "attention_dropout": 0.0,
         "bos_token_id": 0,
         "eos_token_id": 1,
@@ -126,53 +154,46 @@ def to_hf_config(config: V3Config) -> dict[str, Any]:
         "dtype": "float32",
         "head_dim": config.qk_rope_head_dim,
         "num_key_value_heads": config.num_attention_heads,
+        "num_nextn_predict_layers": config.num_nextn_predict_layers,
         "qk_head_dim": config.qk_head_dim,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "rope_parameters": rope,
         "rope_theta": config.rope_theta,
         "use_cache": True,
-        **_FIXED,
-        **{name: getattr(config, name) for name in _COPIED},
+        **scaling,
+        **write_engram(config),
+        **FIXED,
+        **{name: getattr(config, name) for name in COPIED},
     }
 
 
 def from_hf_config(raw: Mapping[str, Any]) -> V3Config:
     """The reverse; ArtifactError names the field that this family does not have."""
-    if raw.get("model_type") != _MODEL_TYPE:
-        raise ArtifactError(
-            f"config.json: model_type = {raw.get('model_type')!r}, expected {_MODEL_TYPE!r}"
-        )
-    for name, value in _FIXED.items():
-        if raw.get(name, value) != value:
-            raise ArtifactError(f"config.json: {name} = {raw[name]!r}, but only {value!r} is read")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ArtifactError(f"config.json: rope_type = {kind!r}, but only 'default' is read")
-    missing = [name for name in _COPIED if name not in raw]
-    if missing:
-        raise ArtifactError(f"config.json: {missing[0]} is missing")
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    try:
-        return V3Config(rope_theta=theta, **{name: raw[name] for name in _COPIED})
-    except ValidationError as error:
-        raise ArtifactError(f"config.json: {error.errors()[0]['msg']}") from error
+    return build(V3Config, common_fields(raw))
 
 
-def _layers(config: V3Config) -> int:
-    return config.num_hidden_layers + config.num_nextn_predict_layers
-
-
-def _find(state: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in state:
-        raise ArtifactError(f"{name} is missing from the checkpoint")
-    return state[name]
-
-
-def _take(state: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    """Remove a tensor of an expert from `state`."""
-    tensor = _find(state, name)
-    if tuple(tensor.shape) != shape:
-        raise ArtifactError(
-            f"{name} has shape {list(tensor.shape)} in the checkpoint, {list(shape)} in the model"
-        )
-    return state.pop(name)
+def common_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that V3 and V3.2 share."""
+    check_fixed(raw, FIXED)
+    fields = require(raw, COPIED)
+    agreed(
+        {
+            "num_attention_heads": raw["num_attention_heads"],
+            "num_key_value_heads": raw.get("num_key_value_heads"),
+        }
+    )
+    where = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    rope = read_table(raw, where)
+    positions = raw["max_position_embeddings"]
+    theta = agreed(
+        {
+            "rope_theta": raw.get("rope_theta"),
+            "rope_parameters.rope_theta": read_table(raw, "rope_parameters").get("rope_theta"),
+            "rope_scaling.rope_theta": read_table(raw, "rope_scaling").get("rope_theta"),
+        }
+    )
+    return fields | {
+        "num_nextn_predict_layers": raw.get("num_nextn_predict_layers") or 0,
+        "rope_theta": DEFAULT_THETA if theta is None else theta,
+        "rope_scaling": read_yarn(rope, positions, where=where, scales_magnitudes=True),
+        "engram": raw.get("engram"),
+    }

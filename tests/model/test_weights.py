@@ -1,56 +1,109 @@
-"""Models as folders: nothing is lost on the way, and every damage is named."""
+"""Models as folders: nothing is lost on the way, whatever the family, type or number of files."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from configs.errors import ArtifactError
-from configs.model import V3Config
-from model.weights.files import INDEX, WEIGHTS, load_pretrained, save_pretrained
-from model.weights.v3 import from_hf, from_hf_config, to_hf, to_hf_config
-from tests.references import TINY, random_model, random_tokens, tiny
+from configs.engram import EngramConfig
+from configs.model import ModelConfig
+from model.transformer import Transformer
+from model.weights import load_pretrained, save_pretrained
+from model.weights.families import from_hf, narrowest, to_hf
+from model.weights.files import load_state, read_config, read_tensors
+from model.weights.stored import INDEX, WEIGHTS
+from tests.references import (
+    TINY,
+    TINY_V4,
+    TINY_V32,
+    random_model,
+    random_tokens,
+    tiny,
+    tiny_v4,
+    tiny_v32,
+)
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+ENGRAM = EngramConfig(layer_ids=(1,), table_sizes=(40, 40), n_embed_per_ngram=8, n_head_per_ngram=2)
+FAMILIES = [TINY, TINY_V32, TINY_V4]
+CONFIGS = [
+    TINY,
+    tiny(q_lora_rank=None),
+    tiny(num_nextn_predict_layers=0),
+    tiny(engram=ENGRAM),
+    TINY_V32,
+    tiny_v32(num_nextn_predict_layers=0),
+    TINY_V4,
+    tiny_v4(num_nextn_predict_layers=0, num_hash_layers=4),
+    tiny_v4(engram=ENGRAM),
+]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A whole model."""
-    save_pretrained(random_model(), tmp_path)
-    return tmp_path
+def family_of(config: ModelConfig) -> str:
+    return config.family
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    """Apply `change` to the tensors of a folder."""
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS)
-
-
-@pytest.mark.parametrize("config", [TINY, tiny(q_lora_rank=None), tiny(num_nextn_predict_layers=0)])
-def test_a_model_comes_back_bit_for_bit(config: V3Config, tmp_path: Path) -> None:
-    model = random_model(config)
-    save_pretrained(model, tmp_path)
-    back = load_pretrained(tmp_path)
-    assert back.config == config
-    assert not back.training
-    for (name, a), (other, b) in zip(
-        model.state_dict().items(), back.state_dict().items(), strict=True
+def assert_equal_states(a: Transformer, b: Transformer) -> None:
+    for (name, one), (other, two) in zip(
+        a.state_dict().items(), b.state_dict().items(), strict=True
     ):
         assert name == other
-        assert torch.equal(a, b), name
-    with torch.no_grad():
-        assert torch.equal(back(random_tokens(2, 9)), model(random_tokens(2, 9)))
+        assert one.dtype == two.dtype, name
+        assert torch.equal(one, two), name
 
 
-def test_files_hold_the_released_names_and_shapes(folder: Path) -> None:
-    shapes = {name: tuple(t.shape) for name, t in load_file(folder / WEIGHTS).items()}
+@pytest.mark.parametrize("config", CONFIGS, ids=family_of)
+@torch.no_grad()
+def test_a_model_comes_back_bit_for_bit(config: ModelConfig, tmp_path: Path) -> None:
+    model = random_model(config)
+    save_pretrained(model, tmp_path)
+    back = load_pretrained(str(tmp_path))
+    assert back.config == config
+    assert not back.training
+    assert_equal_states(back, model)
+    assert torch.equal(back(random_tokens(2, 9)), model(random_tokens(2, 9)))
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=family_of)
+def test_loading_draws_no_random_number(
+    config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pretrained(random_model(config), tmp_path)
+    before = torch.get_rng_state()
+    model = load_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=family_of)
+def test_many_files_hold_what_one_does(config: ModelConfig, tmp_path: Path) -> None:
+    model = random_model(config)
+    save_pretrained(model, tmp_path, max_shard_bytes=20_000)
+    index = json.loads((tmp_path / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 3
+    assert not (tmp_path / WEIGHTS).exists()
+    stored = {}
+    for file in files:
+        tensors = load_file(tmp_path / file)
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 20_000
+        assert all(index["weight_map"][name] == file for name in tensors)
+        stored |= tensors
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in stored.values())
+    assert_equal_states(load_pretrained(tmp_path), model)
+    (tmp_path / INDEX).unlink()
+    assert_equal_states(load_pretrained(tmp_path), model)
+    # A later save leaves nothing of an earlier one behind.
+    save_pretrained(model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, "config.json"}
+
+
+def test_files_hold_the_released_names_and_shapes(tmp_path: Path) -> None:
+    save_pretrained(random_model(), tmp_path)
+    shapes = {name: tuple(t.shape) for name, t in load_file(tmp_path / WEIGHTS).items()}
     for expert in range(8):
         prefix = f"model.layers.1.mlp.experts.{expert}"
         assert shapes[f"{prefix}.gate_proj.weight"] == (16, 32)
@@ -70,117 +123,199 @@ def test_files_hold_the_released_names_and_shapes(folder: Path) -> None:
     )
 
 
+def test_the_indexer_lies_where_v32_has_it(tmp_path: Path) -> None:
+    save_pretrained(random_model(TINY_V32), tmp_path)
+    shapes = {name: tuple(t.shape) for name, t in load_file(tmp_path / WEIGHTS).items()}
+    for layer in range(3):  # the MTP layer's is the third
+        prefix = f"model.layers.{layer}.self_attn.indexer"
+        assert shapes[f"{prefix}.wq_b.weight"] == (32 * 6, 16)
+        assert shapes[f"{prefix}.wk.weight"] == (6, 32)
+        assert shapes[f"{prefix}.k_norm.weight"] == shapes[f"{prefix}.k_norm.bias"] == (6,)
+        assert shapes[f"{prefix}.weights_proj.weight"] == (32, 32)
+
+
+RELEASED_V4 = {
+    "embed.weight": (64, 32),
+    "head.weight": (64, 32),
+    "norm.weight": (32,),
+    "hc_head_fn": (4, 128),
+    "hc_head_base": (4,),
+    "hc_head_scale": (1,),
+    "layers.1.attn_norm.weight": (32,),
+    "layers.1.ffn_norm.weight": (32,),
+    "layers.1.hc_attn_fn": (24, 128),
+    "layers.1.hc_ffn_scale": (3,),
+    "layers.1.attn.attn_sink": (4,),
+    "layers.1.attn.wq_a.weight": (20, 32),
+    "layers.1.attn.q_norm.weight": (20,),
+    "layers.1.attn.wq_b.weight": (96, 20),
+    "layers.1.attn.wkv.weight": (24, 32),
+    "layers.1.attn.kv_norm.weight": (24,),
+    "layers.1.attn.wo_a.weight": (24, 48),
+    "layers.1.attn.wo_b.weight": (32, 24),
+    "layers.1.attn.compressor.wkv.weight": (48, 32),
+    "layers.1.attn.compressor.wgate.weight": (48, 32),
+    "layers.1.attn.compressor.ape": (4, 48),
+    "layers.1.attn.compressor.norm.weight": (24,),
+    "layers.1.attn.indexer.wq_b.weight": (512, 20),
+    "layers.1.attn.indexer.weights_proj.weight": (32, 32),
+    "layers.1.attn.indexer.compressor.wkv.weight": (32, 32),
+    "layers.1.attn.indexer.compressor.ape": (4, 32),
+    "layers.2.attn.compressor.wkv.weight": (24, 32),
+    "layers.2.attn.compressor.ape": (8, 24),
+    "layers.0.ffn.gate.tid2eid": (64, 2),
+    "layers.1.ffn.gate.bias": (8,),
+    "layers.1.ffn.experts.7.w1.weight": (16, 32),
+    "layers.1.ffn.experts.7.w2.weight": (32, 16),
+    "layers.1.ffn.shared_experts.w3.weight": (16, 32),
+    "mtp.0.e_proj.weight": (32, 32),
+    "mtp.0.h_proj.weight": (32, 32),
+    "mtp.0.enorm.weight": (32,),
+    "mtp.0.norm.weight": (32,),
+    "mtp.0.hc_head_fn": (4, 128),
+    "mtp.0.hc_attn_base": (24,),
+    "mtp.0.attn.wo_b.weight": (32, 24),
+    "mtp.0.ffn.gate.bias": (8,),
+    "mtp.0.ffn.experts.0.w3.weight": (16, 32),
+}
+"""Some of each kind (the released model's code, `inference/model.py`)."""
+
+
+def test_v4_lies_on_disk_under_its_released_names(tmp_path: Path) -> None:
+    save_pretrained(random_model(TINY_V4), tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    found = {name: tuple(t.shape) for name, t in tensors.items() if name in RELEASED_V4}
+    assert found == RELEASED_V4
+    assert not any(name.startswith("model.") or "self_attn" in name for name in tensors)
+    assert tensors["layers.0.ffn.gate.tid2eid"].dtype == torch.int32
+    main = sum(t.numel() for name, t in tensors.items() if not name.startswith("mtp."))
+    assert main == TINY_V4.parameters()
+
+
 def test_gate_and_up_are_the_first_and_the_second_half() -> None:
     state = random_model().state_dict()
     renamed = to_hf(TINY, state)
     stacked = state["model.layers.1.mlp.experts.gate_up_proj"]
     assert torch.equal(renamed[EXPERT], stacked[3, 16:])
     assert torch.equal(renamed[EXPERT.replace("up_proj", "gate_proj")], stacked[3, :16])
+    state = random_model(TINY_V4).state_dict()
+    renamed = to_hf(TINY_V4, state)
+    stacked = state["model.layers.1.mlp.experts.gate_up_proj"]
+    assert torch.equal(renamed["layers.1.ffn.experts.3.w1.weight"], stacked[3, :16])
+    assert torch.equal(renamed["layers.1.ffn.experts.3.w3.weight"], stacked[3, 16:])
 
 
-def test_a_folder_in_several_files_is_read_by_its_index(folder: Path) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    (folder / WEIGHTS).unlink()
-    weight_map = {}
-    for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2])):
-        name = f"model-{number}.safetensors"
-        save_file({n: tensors[n] for n in names}, folder / name)
-        weight_map |= dict.fromkeys(names, name)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    tokens = random_tokens(1, 5)
-    with torch.no_grad():
-        assert torch.equal(load_pretrained(folder)(tokens), random_model()(tokens))
-    (folder / "model-1.safetensors").unlink()
-    with pytest.raises(ArtifactError, match=r"model-1\.safetensors: no such file"):
-        load_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [EXPERT, "model.norm.weight", "model.embed_tokens.weight", "model.layers.2.enorm.weight"],
-)
-def test_a_missing_tensor_is_named(folder: Path, name: str) -> None:
-    rewrite(folder, lambda tensors: tensors.pop(name))
-    with pytest.raises(ArtifactError, match=f"^{name} is missing"):
-        load_pretrained(folder)
-
-
-@pytest.mark.parametrize("name", [EXPERT.replace(".3.", ".8."), "model.layers.7.norm.weight"])
-def test_an_unexpected_tensor_is_named(folder: Path, name: str) -> None:
-    rewrite(folder, lambda tensors: tensors.update({name: torch.zeros(2)}))
-    with pytest.raises(ArtifactError, match=f"^{name} is in the checkpoint but not in the model"):
-        load_pretrained(folder)
-
-
-@pytest.mark.parametrize("name", [EXPERT, "lm_head.weight", "model.layers.1.mlp.gate.weight"])
-def test_a_misshapen_tensor_is_named_with_both_shapes(folder: Path, name: str) -> None:
-    rewrite(folder, lambda tensors: tensors.update({name: tensors[name][:-1].clone()}))
-    if name == "lm_head.weight":  # its copy would differ first
-        rewrite(folder, lambda tensors: tensors.pop("model.layers.2.shared_head.head.weight"))
-    with pytest.raises(ArtifactError, match=rf"^{name} has shape \[\d+, 32\] .* \[\d+, 32\]"):
-        load_pretrained(folder)
-
-
-def test_copies_of_the_mtp_layer_may_be_absent_but_not_differ(folder: Path) -> None:
-    copy = "model.layers.2.embed_tokens.weight"
-    rewrite(folder, lambda tensors: tensors[copy].add_(1))
-    with pytest.raises(ArtifactError, match=f"^{copy} differs from model.embed_tokens.weight"):
-        load_pretrained(folder)
-    rewrite(folder, lambda tensors: tensors.pop(copy))
-    assert load_pretrained(folder).config == TINY
-
-
-def test_a_file_cut_short_is_named(folder: Path) -> None:
-    whole = (folder / WEIGHTS).read_bytes()
-    for length in (0, 5, len(whole) // 2, len(whole) - 1):
-        (folder / WEIGHTS).write_bytes(whole[:length])
-        with pytest.raises(ArtifactError, match=r"model\.safetensors: not a whole"):
-            load_pretrained(folder)
-    (folder / WEIGHTS).unlink()
-    with pytest.raises(ArtifactError, match=r"model\.safetensors: no such file"):
-        load_pretrained(folder)
-
-
-def test_a_folder_without_a_readable_config_is_no_model_folder(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ArtifactError, match=r"config\.json: not valid JSON"):
-        load_pretrained(folder)
-    (folder / "config.json").unlink()
-    with pytest.raises(ArtifactError, match=r"config\.json: no such file"):
-        load_pretrained(folder)
-
-
-def test_configs_come_back_as_they_were() -> None:
-    for config in (TINY, tiny(q_lora_rank=None, rope_theta=7.0), V3Config()):
-        assert from_hf_config(json.loads(json.dumps(to_hf_config(config)))) == config
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model_type": "llama"}, "model_type = 'llama', expected 'deepseek_v3'"),
-        ({"model_type": None}, "model_type = None"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 40}}, "rope_type = 'yarn'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "yarn"}}, "rope_type = 'yarn'"),
-        ({"scoring_func": "softmax"}, "scoring_func = 'softmax', but only 'sigmoid' is read"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings = True"),
-        ({"n_group": 3}, "n_routed_experts = 8 is not divisible by n_group = 3"),
-    ],
-)
-def test_a_config_of_another_model_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ArtifactError, match=message):
-        from_hf_config(to_hf_config(TINY) | change)
-
-
-def test_a_field_that_is_missing_from_the_config_is_named() -> None:
-    raw = to_hf_config(TINY)
-    del raw["kv_lora_rank"]
-    with pytest.raises(ArtifactError, match="kv_lora_rank is missing"):
-        from_hf_config(raw)
-
-
-def test_the_naming_is_a_bijection() -> None:
-    state = random_model().state_dict()
-    back = from_hf(TINY, to_hf(TINY, state))
+@pytest.mark.parametrize("config", CONFIGS, ids=family_of)
+def test_the_naming_is_a_bijection(config: ModelConfig) -> None:
+    state = random_model(config).state_dict()
+    renamed = to_hf(config, state)
+    back = from_hf(config, renamed)
     assert set(back) == set(state)
     assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=family_of)
+def test_an_mtp_layer_of_which_nothing_is_stored_is_none(
+    config: ModelConfig, tmp_path: Path
+) -> None:
+    # So transformers leaves it: the layer gone, the field as it was.
+    model = random_model(config)
+    save_pretrained(model, tmp_path)
+    prefix = "mtp.0." if config.family == "v4" else f"model.layers.{config.depth}."
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({n: t for n, t in tensors.items() if not n.startswith(prefix)}, tmp_path / WEIGHTS)
+    assert read_config(tmp_path).num_nextn_predict_layers == 1
+    back = load_pretrained(tmp_path)
+    assert back.config.num_nextn_predict_layers == 0
+    with torch.no_grad():
+        assert torch.equal(back(random_tokens(2, 9)), model(random_tokens(2, 9)))
+
+
+def test_tensors_are_read_one_at_a_time(tmp_path: Path) -> None:
+    save_pretrained(random_model(), tmp_path)
+    stored = read_tensors(tmp_path)
+    assert len(stored) == len(list(stored)) == len(load_file(tmp_path / WEIGHTS))
+    assert EXPERT in stored
+    assert "model.layers.1.mlp.experts.8.up_proj.weight" not in stored
+    assert torch.equal(stored[EXPERT], load_file(tmp_path / WEIGHTS)[EXPERT])
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=family_of)
+def test_a_loaded_model_keeps_its_weights_when_the_files_change(
+    config: ModelConfig, tmp_path: Path
+) -> None:
+    save_pretrained(random_model(config), tmp_path)
+    model = load_pretrained(tmp_path)
+    weights = tmp_path / WEIGHTS
+    with weights.open("r+b") as file:
+        file.write(b"\xff" * weights.stat().st_size)
+    assert_equal_states(model, random_model(config))
+
+
+def test_state_is_copied_into_a_model_that_exists() -> None:
+    source, target = random_model(seed=1), random_model(seed=2)
+    load_state(target, to_hf(TINY, source.state_dict()))
+    assert_equal_states(target, source)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=family_of)
+def test_bfloat16_rounds_all_but_what_must_stay_exact(config: ModelConfig, tmp_path: Path) -> None:
+    model = random_model(config)
+    save_pretrained(model, tmp_path, dtype="bfloat16")
+    exact = to_hf(config, model.state_dict())
+    for name, tensor in load_file(tmp_path / WEIGHTS).items():
+        if narrowest(config, name) in ("bfloat16", "float8"):
+            assert tensor.dtype == torch.bfloat16
+            assert torch.equal(tensor, exact[name].bfloat16())
+        else:
+            assert tensor.dtype != torch.bfloat16
+            assert torch.equal(tensor.to(exact[name].dtype), exact[name]), name
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    back = load_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in back.parameters()} == {torch.float32}
+
+
+KEPT_EXACT = {
+    "model.layers.1.mlp.gate.e_score_correction_bias": TINY,
+    "layers.1.ffn.gate.bias": TINY_V4,
+    "layers.1.attn.attn_sink": TINY_V4,
+    "layers.1.attn.indexer.compressor.ape": TINY_V4,
+    "mtp.0.hc_head_base": TINY_V4,
+    "layers.3.hc_ffn_fn": TINY_V4,
+    "hc_head_scale": TINY_V4,
+}
+
+
+@pytest.mark.parametrize(("name", "config"), KEPT_EXACT.items(), ids=list(KEPT_EXACT))
+def test_what_released_models_hold_in_float32_is_never_narrower(
+    name: str, config: ModelConfig
+) -> None:
+    assert narrowest(config, name) == "float32"
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=family_of)
+@torch.no_grad()
+def test_a_model_can_be_loaded_and_run_in_bfloat16(config: ModelConfig, tmp_path: Path) -> None:
+    model = random_model(config)
+    save_pretrained(model, tmp_path)
+    narrow = load_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert narrow.lm_head.weight.dtype == torch.bfloat16
+    for name, buffer in narrow.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            assert buffer.dtype == torch.float32
+    tokens = random_tokens(2, 9)
+    expected = model(tokens)
+    # Rounding may send a token to another expert or entry, which moves its logits by far; most
+    # stay within the 2^-8 of each of some tens of roundings in a row.
+    error = (narrow(tokens) - expected).abs().median() / expected.std()
+    assert 1e-4 < float(error) < 0.1
+
+
+def test_float16_and_bfloat16_files_are_widened(tmp_path: Path) -> None:
+    save_pretrained(random_model(), tmp_path)
+    tensors: dict[str, Tensor] = load_file(tmp_path / WEIGHTS)
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, tmp_path / WEIGHTS)
+    model = load_pretrained(tmp_path)
+    head = model.lm_head.weight
+    assert head.dtype == torch.float32
+    assert torch.equal(head, tensors["lm_head.weight"].half().float())
