@@ -5,7 +5,7 @@ see every rank's tokens through the dispatcher, so their gradients are whole alr
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +20,7 @@ from configs.model import ModelConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
 from model.balance import imbalance, updated_bias
 from model.dispatch import LocalDispatcher
+from model.engram import set_vocabulary
 from model.moe import RoutedExperts
 from model.optim import adamw, moments, restore_moments
 from model.transformer import Transformer
@@ -56,8 +57,12 @@ class Trainer:
         balance: BalanceConfig,
         precision: Precision,
         seed: int,
+        vocabulary: Sequence[int] | None = None,
     ) -> None:
-        """Join the current process group's experts, or hold all of them where there is none."""
+        """Join the current process group's experts, or hold all of them where there is none.
+
+        `vocabulary` is what a new model's memories are told of its tokens (`model.engram`).
+        """
         self.parallel = dist.is_initialized() and dist.get_world_size() > 1
         self.rank = dist.get_rank() if self.parallel else 0
         self.world = dist.get_world_size() if self.parallel else 1
@@ -65,6 +70,8 @@ class Trainer:
         dispatcher = AllToAllDispatcher() if self.parallel else LocalDispatcher()
         self.model = Transformer(config, precision=precision, dispatcher=dispatcher)
         self.model.initialize(seed).train()
+        if vocabulary is not None:
+            set_vocabulary(self.model, vocabulary)
         self.optimizer = adamw(self.model, optim)
         self.step = 0
         sharded = expert_parameter_names(self.model)
@@ -109,7 +116,7 @@ class Trainer:
         for parameter in [*self.dense, *self.experts]:
             grad_of(parameter).mul_(factor)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_factor"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1

@@ -2,23 +2,37 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from configs.train import OptimConfig
+from model.engram import MemoryTable
 
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Weight decay on matrices only; norms and biases are vectors."""
-    named = list(model.named_parameters())
-    groups = [
-        {"params": [p for _, p in named if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for _, p in named if p.dim() <= 1], "weight_decay": 0.0},
+    """Weight decay on matrices only; norms and biases are vectors.
+
+    Tables of n-grams do not decay either, or rows would fade from one reading to the next, and
+    they learn at `config.table_rate_factor` times the rate. Each group says its factor of the rate
+    as `lr_factor`, for whoever sets `lr`.
+    """
+    tables = [m.weight for m in model.modules() if isinstance(m, MemoryTable)]
+    others = [p for p in model.parameters() if all(p is not table for table in tables)]
+    matrices, vectors = [p for p in others if p.dim() > 1], [p for p in others if p.dim() <= 1]
+    rate, factor = config.learning_rate, config.table_rate_factor
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay, "lr_factor": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "lr_factor": 1.0},
     ]
+    if tables:
+        groups.append(
+            {"params": tables, "weight_decay": 0.0, "lr_factor": factor, "lr": rate * factor}
+        )
     return torch.optim.AdamW(
         groups,
-        lr=config.learning_rate,
+        lr=rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
         fused=True,

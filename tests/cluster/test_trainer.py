@@ -8,13 +8,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cluster.checkpoint import consolidate
 from cluster.trainer import Trainer, expert_parameter_names
+from configs.engram import EngramConfig
 from configs.errors import TrainingError
 from configs.train import BalanceConfig, Precision
-from model.weights.v3 import to_hf
+from model.weights.families import to_hf
+from model.weights.files import load_pretrained, read_tensors
 from tests.cluster.jobs import OPTIM, NextToken, RandomBatches
 from tests.ranks import on_ranks
-from tests.references import TINY, random_model
+from tests.references import TINY, random_model, tiny
 
 RATE = 0.01
 BALANCE = BalanceConfig(bias_update_speed=0.01)
@@ -131,6 +134,34 @@ def test_a_resumed_trainer_repeats_the_uninterrupted_one_bit_for_bit(
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], tensor), name
     assert reports[3]["loss"] < reports[0]["loss"]
+
+
+def test_a_memory_is_saved_continued_and_delivered(tmp_path: Path) -> None:
+    memory = EngramConfig(
+        layer_ids=(1,), table_sizes=(40, 40), n_embed_per_ngram=8, n_head_per_ngram=2
+    )
+    config = tiny(engram=memory)
+    settings: dict[str, Any] = {"optim": OPTIM, "balance": BALANCE, "precision": "high"}
+    whole = Trainer(config, seed=0, vocabulary=[token // 2 for token in range(64)], **settings)
+    train(whole, range(1, 3))
+    whole.save(tmp_path / "save")
+    delivered = tmp_path / "model"
+    consolidate(tmp_path / "save", config, delivered)
+    tokens_BS = RandomBatches().batch(9, rank=0, world=1)["tokens"]
+    with torch.no_grad():
+        found = load_pretrained(delivered)(tokens_BS)
+        assert torch.equal(found, whole.model.eval()(tokens_BS))
+    whole.model.train()
+    resumed = Trainer(config, seed=99, **settings)
+    resumed.load(tmp_path / "save", step=2)
+    assert train(resumed, range(3, 5)) == train(whole, range(3, 5))
+    started = Trainer(config, seed=99, **settings)
+    started.load_whole(read_tensors(delivered))
+    name = "model.layers.1.engram.canonical_ids"
+    for other in (resumed, started):
+        assert other.model.state_dict()[name].tolist() == [token // 2 for token in range(64)]
+    rates = {group["lr"] for group in whole.optimizer.param_groups}
+    assert rates == {RATE, RATE * OPTIM.table_rate_factor}
 
 
 def test_the_load_of_a_layer_adds_up_and_moves_its_bias() -> None:

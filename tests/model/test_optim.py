@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from configs.train import OptimConfig
+from model.engram import MemoryTable
 from model.optim import adamw, moments, restore_moments, warmup_cosine
 
 CONFIG = OptimConfig(learning_rate=0.1, beta1=0.8, beta2=0.9, epsilon=1e-3, weight_decay=0.5)
@@ -44,6 +45,21 @@ def test_matrices_decay_and_vectors_do_not() -> None:
             root = (second / (1 - 0.9 ** (step + 1))).sqrt() + 1e-3
             start = start * (1 - 0.1 * decay) - 0.1 * first / (1 - 0.8 ** (step + 1)) / root
         torch.testing.assert_close(parameter.detach().double(), start, rtol=1e-5, atol=1e-6)
+
+
+def test_a_table_learns_faster_and_does_not_decay() -> None:
+    config = CONFIG.model_copy(update={"epsilon": 1e-12, "table_rate_factor": 3.0})
+    model = nn.ModuleDict({"table": MemoryTable(4, 3, on_host=False), "matrix": nn.Linear(3, 4)})
+    optimizer = adamw(model, config)
+    before = {name: p.detach().fill_(1.0).clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.25)
+    optimizer.step()
+    moved = {name: before[name] - p.detach() for name, p in model.named_parameters()}
+    # The first step of Adam is the rate, whatever the gradient; half a rate decays from 1.
+    expected = {"table.weight": 0.3, "matrix.weight": 0.1 + 0.1 * 0.5, "matrix.bias": 0.1}
+    for name, step in expected.items():
+        torch.testing.assert_close(moved[name], torch.full_like(moved[name], step))
 
 
 def test_moments_that_are_put_back_continue_the_same_walk() -> None:
