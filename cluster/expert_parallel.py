@@ -76,7 +76,7 @@ class AllToAllDispatcher:
         ticket: _Ticket = sent.ticket
         by_rank_ND = unsort(y_ND, ticket.arrival_N)
         home_ND = _exchange(by_rank_ND, ticket.received, ticket.sent, self.group)
-        return weigh(unsort(home_ND, ticket.order_N), gates_TK)
+        return weigh(home_ND, gates_TK, ticket.order_N)
 
 
 def _exchange(

@@ -7,6 +7,7 @@ but for the last bits of sums.
 Axes: B rows, S positions, V vocabulary, L layers with experts, K choices.
 """
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from configs.errors import DataError
+from configs.errors import ConfigError, DataError, TrainingError
 from configs.seed import derive
+from model.drawing import Drawing, draw
 from model.moe import MoE
 from model.passes import Caches, Step, Whole
 from model.transformer import Transformer
@@ -29,24 +31,12 @@ class Sample:
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    """Natural logarithms under the distribution that was sampled from."""
+    """Natural logarithms under the distribution that was drawn from (see `draw`)."""
     stopped: bool = False
     """False when the token limit cut the answer off."""
     experts: np.ndarray | None = None
     """On request int32 [tokens read, L, K]: the experts that each token of prompt and answer went
     to; the answer's last token was never read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Drawing:
-    """How a token is chosen from logits."""
-
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    top_k: int | None = None
-    """Keep only this many of the likeliest tokens; of equals, the lower ids."""
-    top_p: float = 1.0
-    """Then keep the fewest likeliest tokens whose probabilities reach this sum."""
 
 
 class Session:
@@ -55,6 +45,7 @@ class Session:
     def __init__(self, model: Transformer, *, rows: int, tokens: int) -> None:
         """Caches for at most `rows` rows of at most `tokens` tokens, prompt and answer."""
         self.model = model
+        self.rows = rows
         self.count = 0
         """Rows in the batch now; they are numbered from 0."""
         self._device = model.lm_head.weight.device
@@ -63,11 +54,13 @@ class Session:
 
     def join(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "B V"]:
         """Read the prompts into new rows at the end of the batch; logits after each."""
+        assert self.count + len(prompts) <= self.rows, "more rows than the session has room for"
         rows = slice(self.count, self.count + len(prompts))
-        lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
+        lengths_B = torch.tensor([len(prompt) for prompt in prompts])
         tokens_BS = torch.zeros(len(prompts), int(lengths_B.max()), dtype=torch.int64)
         for row, prompt in zip(tokens_BS, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
+        lengths_B = lengths_B.to(self._device)
         caches = self._view(rows)
         for cache in caches.values():
             for tensor in cache.values():
@@ -83,7 +76,9 @@ class Session:
         """Append one token to every row; logits after it."""
         rows = slice(0, self.count)
         tokens_B1 = tokens_B.to(self._device)[:, None]
-        hidden_B1D = self.model.read(Step(tokens_B1, self._lengths_R[rows], self._view(rows)))
+        # A copy: the pass must not see its own positions move on.
+        batch = Step(tokens_B1, self._lengths_R[rows].clone(), self._view(rows))
+        hidden_B1D = self.model.read(batch)
         self._lengths_R[rows] += 1
         return self.model.logits(hidden_B1D[:, 0])
 
@@ -115,9 +110,10 @@ def generate(
     stop_tokens: Collection[int] = (),
     seed: int = 0,
 ) -> Int[Tensor, "B S+N"]:
-    """Prompts of one length, continued by at most `max_new_tokens` tokens.
+    """Prompts of one length, continued by as many tokens as the longest answer has.
 
-    A row that reached a stop token is filled up with that token. Sampling is repeatable by `seed`.
+    An answer that reached a stop token is filled up with that token. Sampling is repeatable by
+    `seed`. Errors are those of `sample`.
     """
     answers = sample(
         model,
@@ -147,40 +143,37 @@ def sample(
     """One answer for each prompt, in order.
 
     At most `max_rows` rows decode at a time (all of them, if none is given); a prompt joins as
-    soon as an answer is finished. Row i draws from its own stream, seeded by `seeds[i]`. DataError
-    if a prompt and its answer cannot fit the context.
+    soon as an answer is finished. Row i draws from its own stream, seeded by `seeds[i]`.
+    ConfigError for a number that means nothing, DataError for a prompt that the model cannot read,
+    TrainingError if its logits are not finite.
     """
-    _check(model.config.max_position_embeddings, prompts, max_new_tokens)
-    if not prompts:
-        return []
-    longest = max(map(len, prompts)) + max_new_tokens
-    with torch.inference_mode(), _keeping_routing(model, keep_experts) as blocks:
-        session = Session(model, rows=min(max_rows or len(prompts), len(prompts)), tokens=longest)
-        requests = [
-            _Request(prompt, np.random.Generator(np.random.Philox(seed)).random(max_new_tokens))
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-        waiting = list(reversed(requests))
-        room = session._lengths_R.numel()
-        running: list[_Request] = []
-        logits_BV = torch.empty(0, model.config.vocab_size)
+    _check(model, prompts, max_new_tokens, max_rows)
+    requests = [
+        _Request(prompt, np.random.Generator(np.random.Philox(seed)).random(max_new_tokens))
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    stops = frozenset(stop_tokens)
+    waiting = requests[::-1]
+    running: list[_Request] = []
+    with _evaluating(model, keep_experts) as blocks:
+        session = Session(
+            model,
+            rows=min(max_rows or len(prompts), len(prompts)),
+            tokens=max(map(len, prompts), default=0) + max_new_tokens,
+        )
+        logits_BV = model.lm_head.weight.new_empty(0, model.config.vocab_size)
         while waiting or running:
-            joining = [waiting.pop() for _ in range(min(room - len(running), len(waiting)))]
-            if joining:
+            room = min(session.rows - len(running), len(waiting))
+            if room:
+                joining = [waiting.pop() for _ in range(room)]
                 joined_BV = session.join([request.prompt for request in joining])
                 _note_prompts(joining, blocks)
-                logits_BV = torch.cat([logits_BV.to(joined_BV.device), joined_BV])
+                logits_BV = torch.cat([logits_BV, joined_BV])
                 running += joining
-            chosen_B = _draw_tokens(running, logits_BV, drawing, stop_tokens)
-            for row in reversed(range(len(running))):
-                if running[row].finished:
-                    session.leave(row)
-                    # The session's last row took this number.
-                    running[row] = running[-1]
-                    chosen_B[row] = chosen_B[len(running) - 1]
-                    running.pop()
+            chosen_B = _draw_tokens(running, logits_BV, drawing, stops)
+            chosen_B = _dismiss(session, running, chosen_B)
             if running:
-                logits_BV = session.step(chosen_B[: len(running)])
+                logits_BV = session.step(chosen_B)
                 _note_step(running, blocks)
             else:
                 logits_BV = logits_BV[:0]
@@ -210,10 +203,7 @@ class _Request:
 
 
 def _draw_tokens(
-    running: Sequence[_Request],
-    logits_BV: Tensor,
-    drawing: Drawing,
-    stop_tokens: Collection[int],
+    running: Sequence[_Request], logits_BV: Tensor, drawing: Drawing, stops: frozenset[int]
 ) -> Tensor:
     """Choose each row's next token and note it."""
     uniform_B = np.array([r.uniform_N[len(r.answer.token_ids)] for r in running])
@@ -221,47 +211,41 @@ def _draw_tokens(
     for request, token, logprob in zip(
         running, chosen_B.tolist(), logprobs_B.tolist(), strict=True
     ):
-        request.answer.token_ids.append(token)
-        request.answer.logprobs.append(logprob)
-        request.answer.stopped = token in stop_tokens
+        if not math.isfinite(logprob):
+            raise TrainingError(
+                f"logits after {len(request.prompt)} tokens of prompt and "
+                f"{len(request.answer.token_ids)} of answer are not finite; the weights are "
+                "damaged, or training diverged: sample from an earlier checkpoint"
+            )
+        answer = request.answer
+        answer.token_ids.append(token)
+        answer.logprobs.append(logprob)
+        answer.stopped = token in stops
     return chosen_B
 
 
-def draw(
-    logits_BV: Float[Tensor, "B V"], drawing: Drawing, uniform_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Tokens by inverse transform sampling, with their log-probabilities after truncation."""
-    if drawing.temperature == 0:
-        logprobs_BV = logits_BV.log_softmax(-1)
-        chosen_B = logits_BV.argmax(-1)
-        return chosen_B, logprobs_BV.gather(1, chosen_B[:, None]).squeeze(1)
-    scaled_BV = _truncated(logits_BV / drawing.temperature, drawing)
-    logprobs_BV = scaled_BV.log_softmax(-1)
-    cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
-    target_B1 = uniform_B.to(cumulative_BV)[:, None] * cumulative_BV[:, -1:]
-    chosen_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1)
-    # Rounding may point past the end, or past the last token that has any probability.
-    possible_BV = logprobs_BV > float("-inf")
-    last_B = possible_BV.shape[1] - 1 - possible_BV.flip(1).int().argmax(1)
-    chosen_B = torch.minimum(chosen_B, last_B)
-    return chosen_B, logprobs_BV.gather(1, chosen_B[:, None]).squeeze(1)
+def _dismiss(session: Session, running: list[_Request], chosen_B: Tensor) -> Tensor:
+    """Let finished rows leave; the tokens of those that stay."""
+    for row in reversed(range(len(running))):
+        if running[row].finished:
+            session.leave(row)
+            # As in the session, the last row takes this number.
+            running[row], chosen_B[row] = running[-1], chosen_B[len(running) - 1]
+            running.pop()
+    return chosen_B[: len(running)]
 
 
-def _truncated(logits_BV: Tensor, drawing: Drawing) -> Tensor:
-    """Logits with -inf where top-k or top-p leave a token out."""
-    if drawing.top_k is None and drawing.top_p >= 1:
-        return logits_BV
-    sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
-    if drawing.top_k is not None:
-        sorted_BV[:, drawing.top_k :] = float("-inf")
-    if drawing.top_p < 1:
-        probabilities_BV = sorted_BV.double().softmax(-1)
-        before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
-        sorted_BV = sorted_BV.masked_fill(before_BV >= drawing.top_p, float("-inf"))
-    return torch.empty_like(logits_BV).scatter_(1, order_BV, sorted_BV)
-
-
-def _check(context: int, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    max_rows: int | None,
+) -> None:
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens = {max_new_tokens}, but an answer has 1 token or more")
+    if max_rows is not None and max_rows < 1:
+        raise ConfigError(f"max_rows = {max_rows}, but 1 row or more must decode; none means all")
+    context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     for prompt in prompts:
         if not prompt:
             raise DataError("a prompt has no tokens; begin it with the begin-of-text token")
@@ -270,18 +254,28 @@ def _check(context: int, prompts: Sequence[Sequence[int]], max_new_tokens: int) 
                 f"a prompt of {len(prompt)} tokens and max_new_tokens = {max_new_tokens} exceed "
                 f"the model's context of {context}; shorten either"
             )
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise DataError(
+                f"a prompt holds tokens {min(prompt)} to {max(prompt)}, but the model's are 0 to "
+                f"{vocabulary - 1}; encode it with the model's own tokenizer"
+            )
 
 
 @contextmanager
-def _keeping_routing(model: Transformer, keep: bool) -> Iterator[list[MoE]]:
-    """The main model's MoE blocks if their choices are asked for, which they then keep."""
+def _evaluating(model: Transformer, keep_routing: bool) -> Iterator[list[MoE]]:
+    """No gradients, evaluation mode, and the main model's MoE blocks that keep their choices."""
+    training = model.training
     layers = model.model.layers[: model.config.depth]
-    blocks = [m for layer in layers for m in layer.modules() if isinstance(m, MoE)] if keep else []
+    found = [module for layer in layers for module in layer.modules() if isinstance(module, MoE)]
+    blocks = found if keep_routing else []
+    model.eval()
     for block in blocks:
         block.keep_routing = True
     try:
-        yield blocks
+        with torch.inference_mode():
+            yield blocks
     finally:
+        model.train(training)
         for block in blocks:
             block.keep_routing, block.routing = False, None
 

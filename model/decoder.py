@@ -59,9 +59,7 @@ class MtpLayer(DecoderLayer):
     and so does this. Embedding and output head are the main model's.
     """
 
-    def __init__(
-        self, config: V3Config, precision: Precision, dispatcher: TokenDispatcher
-    ) -> None:
+    def __init__(self, config: V3Config, precision: Precision, dispatcher: TokenDispatcher) -> None:
         super().__init__(config, config.num_hidden_layers, precision, dispatcher)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)

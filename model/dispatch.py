@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,8 @@ class LocalDispatcher:
     def combine(
         self, y_ND: Float[Tensor, "N D"], gates_TK: Float[Tensor, "T K"], sent: Dispatched
     ) -> Float[Tensor, "T D"]:
-        """Undo the sort, then sum each token's K results with its gates."""
-        return weigh(unsort(y_ND, sent.ticket), gates_TK)
+        """Sum each token's K results, wherever the sort put them, with its gates."""
+        return weigh(y_ND, gates_TK, sent.ticket)
 
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -79,9 +81,10 @@ def unsort(y_ND: Tensor, order_N: Tensor) -> Tensor:
     return unsorted
 
 
-def weigh(flat_ND: Tensor, gates_TK: Tensor) -> Tensor:
-    """Sum of each token's K consecutive rows with its K gates."""
-    return torch.einsum("tkd,tk->td", flat_ND.unflatten(0, gates_TK.shape), gates_TK)
+def weigh(y_ND: Tensor, gates_TK: Tensor, order_N: Tensor) -> Tensor:
+    """Sum of each token's K rows with its K gates; row n of `y` is copy order[n] = t * K + k."""
+    summed: Tensor = _Weigh.apply(y_ND, gates_TK.to(y_ND.dtype), order_N)
+    return summed
 
 
 def _inverse(order_N: Tensor) -> Tensor:
@@ -90,8 +93,13 @@ def _inverse(order_N: Tensor) -> Tensor:
     return inverse_N
 
 
+def _sum_of_rows(y_ND: Tensor, rows_TK: Tensor, gates_TK: Tensor | None = None) -> Tensor:
+    """Sum over k of y[rows[t, k]] (* gates[t, k]), in the order of k, without gathering them."""
+    return F.embedding_bag(rows_TK, y_ND, mode="sum", per_sample_weights=gates_TK)
+
+
 class _GatherCopies(torch.autograd.Function):
-    """Backward is a gather and a fixed-order sum: quicker than index_add, and deterministic."""
+    """Backward is a fixed-order sum: quicker than index_add, and deterministic."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, choices: int) -> Tensor:
@@ -100,10 +108,10 @@ class _GatherCopies(torch.autograd.Function):
         return x_TD.index_select(0, order_N // choices)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (order_N,) = ctx.saved_tensors
-        flat_ND = grads[0].index_select(0, _inverse(order_N))
-        return flat_ND.unflatten(0, (-1, ctx.choices)).sum(1), None, None
+        return _sum_of_rows(grads[0], _inverse(order_N).view(-1, ctx.choices)), None, None
 
 
 class _Unsort(torch.autograd.Function):
@@ -113,6 +121,23 @@ class _Unsort(torch.autograd.Function):
         return y_ND.index_select(0, _inverse(order_N))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (order_N,) = ctx.saved_tensors
         return grads[0].index_select(0, order_N), None
+
+
+class _Weigh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, gates_TK: Tensor, order_N: Tensor) -> Tensor:
+        ctx.save_for_backward(y_ND, gates_TK, order_N)
+        return _sum_of_rows(y_ND, _inverse(order_N).view_as(gates_TK), gates_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y_ND, gates_TK, order_N = ctx.saved_tensors
+        d_y_ND = grads[0].index_select(0, order_N // gates_TK.shape[1])
+        d_gates_TK = torch.empty_like(gates_TK)
+        d_gates_TK.view(-1)[order_N] = (d_y_ND * y_ND).sum(1)
+        return d_y_ND.mul_(gates_TK.view(-1)[order_N].unsqueeze(1)), d_gates_TK, None

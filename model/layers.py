@@ -1,13 +1,17 @@
 """Small pieces that every block uses: RMS norm, SwiGLU, initial values."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from configs.seed import derive
 from configs.train import Precision
 from model.fp8.linear import Linear, together
+from model.swiglu import gated, swiglu
 
 
 class RMSNorm(nn.Module):
@@ -20,7 +24,41 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Normalise each last-dim vector."""
+        if torch.is_grad_enabled() and widened(x) is x:
+            normed: Tensor = _RMSNorm.apply(x, self.weight, self.epsilon)
+            return normed
         return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With a derivative in two passes over the slopes; torch has one only for layer norm."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        scale = scale.div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight_D, scale)
+        return (x * scale).mul_(weight_D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_D, scale = ctx.saved_tensors
+        slope = grads[0].contiguous()
+        # A layer norm whose mean is said to be 0 differs by the slopes' own mean, which it takes
+        # away though no mean was subtracted; it is put back.
+        dx, d_weight_D, _ = torch.ops.aten.native_layer_norm_backward(
+            slope,
+            x,
+            weight_D.shape,
+            torch.zeros_like(scale),
+            scale,
+            weight_D,
+            None,
+            [True, True, False],
+        )
+        mean = torch.mv(slope.flatten(0, -2), weight_D).view_as(scale).div_(x.shape[-1])
+        return dx.add_(mean.mul_(scale)), d_weight_D, None
 
 
 class SwiGLU(nn.Module):
@@ -37,21 +75,19 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Apply to each last-dim vector."""
-        gate, up = together(x, self.gate_proj, self.up_proj)
-        out: Tensor = self.down_proj(gated(gate, up, self.limit))
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if gate.precision == "high":
+            return swiglu(x, gate.weight, up.weight, down.weight, self.limit)
+        out: Tensor = down(gated(*together(x, gate, up), self.limit))
         return out
-
-
-def gated(
-    gate: Float[Tensor, "*B I"], up: Float[Tensor, "*B I"], limit: float | None
-) -> Float[Tensor, "*B I"]:
-    """silu(gate) * up, after gate <= limit and |up| <= limit where there is one (V4)."""
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return F.silu(gate) * up
 
 
 def seeded_normal(shape: tuple[int, ...], std: float, seed: int, *names: str | int) -> Tensor:
     """Float32 draws of N(0, std^2) that depend on the seed and names alone, not on draw order."""
     generator = torch.Generator().manual_seed(derive(seed, "init", *names))
     return torch.randn(shape, generator=generator) * std
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in float32 at least: narrower types are cast, float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -18,7 +18,8 @@ from configs.seed import derive
 from configs.train import Precision
 from model.dispatch import TokenDispatcher
 from model.fp8.grouped import grouped_linear
-from model.layers import SwiGLU, gated
+from model.layers import SwiGLU, widened
+from model.swiglu import gated, grouped_swiglu
 
 
 class Gate(nn.Module):
@@ -39,7 +40,7 @@ class Gate(nn.Module):
 
         Only a table asks which tokens the rows of `x` stand for.
         """
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        logits_TE = F.linear(widened(x_TD), widened(self.weight))
         if isinstance(self.config, V4Config):
             scores_TE = F.softplus(logits_TE).sqrt()
         else:
@@ -109,12 +110,11 @@ class RoutedExperts(nn.Module):
         self, x_ND: Float[Tensor, "N D"], counts_E: Int[Tensor, " E"]
     ) -> Float[Tensor, "N D"]:
         """SwiGLU of each row by its expert; rows are sorted by expert, `counts_E` of each."""
-        inner_NJ = grouped_linear(
-            x_ND, self.gate_up_proj, counts_E, precision=self.precision, halves=2
-        )
-        gate_NI, up_NI = inner_NJ.chunk(2, dim=-1)
+        if self.precision == "high":
+            return grouped_swiglu(x_ND, self.gate_up_proj, self.down_proj, counts_E, self.limit)
+        inner_NJ = grouped_linear(x_ND, self.gate_up_proj, counts_E, halves=2)
         return grouped_linear(
-            gated(gate_NI, up_NI, self.limit), self.down_proj, counts_E, precision=self.precision
+            gated(*inner_NJ.chunk(2, dim=-1), self.limit), self.down_proj, counts_E
         )
 
 

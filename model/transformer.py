@@ -28,21 +28,35 @@ from model.decoder import DecoderLayer, MtpLayer
 from model.dispatch import LocalDispatcher, TokenDispatcher
 from model.fp8.linear import Linear
 from model.hyper import HyperHead, HyperLayer, HyperMtpLayer
-from model.layers import RMSNorm, seeded_normal
+from model.layers import RMSNorm, seeded_normal, widened
 from model.moe import HashGate, MoE, RoutedExperts
 from model.passes import Caches, IndexerPhase, Pass, Whole
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """Logits of one forward pass, float32, and what the indexers of sparse attention missed."""
+    """What one forward pass predicts, and what the indexers of sparse attention missed.
 
-    next_BSV: Tensor
-    """Position i predicts token i + 1."""
-    after_next_BSV: Tensor | None
+    Logits are made when they are asked for; `model.loss` does without them.
+    """
+
+    next_BSD: Tensor
+    """The state from which position i predicts token i + 1."""
+    after_next_BSD: Tensor | None
     """From the MTP layer: position i predicts token i + 2; the last position has no input."""
+    head_VD: Tensor
     indexer_loss: Tensor | None
     """Sum over sparse attentions of the mean KL of a query, in nats; none if not asked for."""
+
+    @property
+    def next_BSV(self) -> Float[Tensor, "B S V"]:
+        """Logits of the next token, in float32 at least."""
+        return _logits(self.next_BSD, self.head_VD)
+
+    @property
+    def after_next_BSV(self) -> Float[Tensor, "B S V"] | None:
+        """Logits of the token after next, if there is an MTP layer."""
+        return None if self.after_next_BSD is None else _logits(self.after_next_BSD, self.head_VD)
 
 
 class Decoder(nn.Module):
@@ -140,31 +154,30 @@ class Transformer(nn.Module):
         *,
         indexer: IndexerPhase = "off",
     ) -> Predictions:
-        """Logits for the next token and, with an MTP layer, for the one after it."""
+        """The next token and, with an MTP layer, the one after it."""
         batch = Whole(tokens_BS, segments_BS, indexer=indexer)
         hidden = self.model(batch)
         normed_BSD = self.model.collapse(hidden)
-        logits_BSV = self.logits(normed_BSD)
-        after_BSV = None
+        ahead_BSD = None
         if self.config.num_nextn_predict_layers:
             mtp = self.model.layers[-1]
             # The last position joins with its own token for want of a next one; it is not scored.
             following_BS = torch.cat([tokens_BS[:, 1:], tokens_BS[:, -1:]], dim=1)
             following_BSD = self.model.embed_tokens(following_BS)
-            ahead = mtp.predict(
+            ahead_BSD = mtp.predict(
                 normed_BSD if isinstance(mtp, MtpLayer) else hidden, following_BSD, batch
             )
-            after_BSV = self.logits(ahead)
         losses = batch.indexer_losses
-        return Predictions(logits_BSV, after_BSV, torch.stack(losses).sum() if losses else None)
+        indexer_loss = torch.stack(losses).sum() if losses else None
+        return Predictions(normed_BSD, ahead_BSD, self.lm_head.weight, indexer_loss)
 
     def read(self, batch: Pass) -> Float[Tensor, "B S D"]:
         """The normed state after the main model; with caches in `batch`, they are brought up."""
         return self.model.collapse(self.model(batch))
 
     def logits(self, normed_BSD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
-        """What the output head makes of states that `read` gave; float32."""
-        return F.linear(normed_BSD, self.lm_head.weight).float()
+        """What the output head makes of states that `read` gave; in float32 at least."""
+        return _logits(normed_BSD, self.lm_head.weight)
 
     def new_caches(self, rows: int, tokens: int) -> Caches:
         """Empty caches for `rows` rows of at most `tokens` tokens, of the main model's layers."""
@@ -178,3 +191,7 @@ class Transformer(nn.Module):
     def moe_layers(self) -> dict[str, MoE]:
         """The MoE blocks by module name, the MTP layer's included."""
         return {name: module for name, module in self.named_modules() if isinstance(module, MoE)}
+
+
+def _logits(normed_BSD: Tensor, head_VD: Tensor) -> Tensor:
+    return widened(F.linear(normed_BSD, head_VD))

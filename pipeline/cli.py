@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import keyword
 import os
 import sys
 import traceback
@@ -17,11 +18,12 @@ _VERBS = {
     "show": "pipeline.verbs.inspect",
     "ui": "pipeline.verbs.ui",
     "sample": "pipeline.verbs.sample",
+    "import": "pipeline.verbs.import_",
     "clean": "pipeline.verbs.clean",
     "doctor": "pipeline.verbs.doctor",
 }
-"""Where each verb's function of the same name stands. Resolved when called: stages load torch and
-ray, which takes seconds, and `--help` must answer at once."""
+"""Where each verb's function of the same name stands (`import_` for `import`). Resolved when
+called: stages load torch and ray, which takes seconds, and `--help` must answer at once."""
 
 _INTERRUPTED = 130
 
@@ -32,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Set before MLflow is loaded, which reads it then.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
-        verb = getattr(importlib.import_module(_VERBS[args.verb]), args.verb)
+        name = f"{args.verb}_" if keyword.iskeyword(args.verb) else args.verb
+        verb = getattr(importlib.import_module(_VERBS[args.verb]), name)
         return int(verb(args))
     except IngotError as error:
         _report(f"error: {error}")
@@ -98,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--max-new-tokens", type=int, default=64, help="default: %(default)s")
     sample.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest")
     sample.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+    imports = _with_latest(
+        verbs.add_parser("import", help="take a model made elsewhere in place of pretraining")
+    )
+    imports.add_argument(
+        "folder", metavar="HF_DIR", help="config.json, safetensors and tokenizer.json"
+    )
 
     clean = _with_latest(
         verbs.add_parser("clean", help="delete artifacts that newer ones superseded")

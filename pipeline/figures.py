@@ -18,9 +18,10 @@ def key_figures(artifact: Artifact) -> dict[str, float]:
         case Checkpoint():
             last = read_metrics(artifact.path(METRICS))[-1:]
             found = scalars(last[0]) if last else {}
-            return {k: found[k] for k in _STEP_FIGURES if k in found} or {
-                "loss": artifact.final_loss
-            }
+            chosen = {k: found[k] for k in _STEP_FIGURES if k in found}
+            if chosen or artifact.final_loss is None:
+                return chosen or {"parameters": artifact.model.parameters()}
+            return {"loss": artifact.final_loss}
         case Report():
             chosen = {k: artifact.headline[k] for k in _HEADLINES if k in artifact.headline}
             return chosen or dict(list(artifact.headline.items())[:3])

@@ -13,6 +13,9 @@ def absolute(recipe: Recipe, base: Path) -> Recipe:
     """The recipe with every path of the user's made absolute from the folder `base`."""
     store = recipe.store.model_copy(update={"url": _absolute(recipe.store.url, base)})
     sources = {name: _absolute_source(one, base) for name, one in recipe.data.sources.items()}
+    tokenizer = recipe.data.tokenizer
+    if tokenizer.file is not None:
+        tokenizer = tokenizer.model_copy(update={"file": _absolute(tokenizer.file, base)})
     tracking = recipe.tracking
     if tracking.uri is not None and tracking.uri.startswith(SQLITE):
         path = _absolute(tracking.uri.removeprefix(SQLITE), base)
@@ -21,7 +24,8 @@ def absolute(recipe: Recipe, base: Path) -> Recipe:
         update={
             "store": store,
             "tracking": tracking,
-            "data": recipe.data.model_copy(update={"sources": sources}),
+            "base": None if recipe.base is None else _absolute(recipe.base, base),
+            "data": recipe.data.model_copy(update={"sources": sources, "tokenizer": tokenizer}),
         }
     )
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from configs.data import DataSpec
 from configs.delivery import EvaluateSpec, ExportSpec
 from configs.errors import ConfigError, PlanError
+from configs.imports import ImportSpec
 from configs.recipe import NodeConfig, Recipe, explain
 from configs.rl import PosttrainSpec
 from configs.train import PretrainSpec
@@ -16,31 +17,32 @@ from stages.contract import Planned, Stage
 from stages.data.loop import data
 from stages.evaluate.loop import evaluate
 from stages.export.bundle import export
+from stages.imported import TOKENIZER, imported
 from stages.posttrain.loop import posttrain
 from stages.pretrain.loop import pretrain
 
 Line = dict[str, Planned[Any]]
+IMPORT = "import"
+"""The node that stands in pretraining's place where a recipe has a `base`."""
 
 
 def production(recipe: Recipe) -> Line:
     """Plan everything that a recipe asks for. Runs nothing; PlanError if it cannot be wired."""
     seed = recipe.seed
 
-    corpus = data(DataSpec(seed=seed, data=recipe.data))
+    beginning = begin_pretraining(recipe) if recipe.base is None else begin_importing(recipe)
+    corpus = beginning["data"]
+    first = beginning["pretrain" if recipe.base is None else IMPORT]
 
-    pretrained = pretrain(
-        PretrainSpec(seed=seed, model=recipe.model, pretrain=recipe.pretrain),
-        corpus=corpus,
-    )
     posttrained = posttrain(
         PosttrainSpec(seed=seed, posttrain=recipe.posttrain),
         corpus=corpus,
-        base=pretrained,
+        base=first,
     )
     report = evaluate(
         EvaluateSpec(seed=seed, evaluate=recipe.evaluate),
         corpus=corpus,
-        before=pretrained,
+        before=first,
         after=posttrained,
     )
     bundles = {
@@ -52,13 +54,30 @@ def production(recipe: Recipe) -> Line:
         for target in recipe.export.targets
     }
     line: Line = {
-        "data": corpus,
-        "pretrain": pretrained,
+        **beginning,
         "posttrain": posttrained,
         "evaluate": report,
         **bundles,
     }
     return extend(line, recipe.nodes)
+
+
+def begin_pretraining(recipe: Recipe) -> Line:
+    """A corpus, and a model made of it."""
+    corpus = data(DataSpec(seed=recipe.seed, data=recipe.data))
+    spec = PretrainSpec(seed=recipe.seed, model=recipe.model, pretrain=recipe.pretrain)
+    return {"data": corpus, "pretrain": pretrain(spec, corpus=corpus)}
+
+
+def begin_importing(recipe: Recipe) -> Line:
+    """A model made elsewhere, and a corpus in its tokens."""
+    assert recipe.base is not None
+    tokenizer = recipe.data.tokenizer.model_copy(update={"file": f"{recipe.base}/{TOKENIZER}"})
+    corpus = recipe.data.model_copy(update={"tokenizer": tokenizer})
+    return {
+        IMPORT: imported(ImportSpec(folder=recipe.base)),
+        "data": data(DataSpec(seed=recipe.seed, data=corpus)),
+    }
 
 
 def extend(line: Line, added: Mapping[str, NodeConfig]) -> Line:

@@ -115,7 +115,8 @@ class Checkpoint(Artifact):
     sequences_seen: int
     """Pretraining rows consumed, in the order of `stages.shards.consumed_rows`."""
     model: AnyModelConfig
-    final_loss: float
+    final_loss: float | None
+    """That of the last step; none if the weights were imported."""
 
 
 class Report(Artifact):

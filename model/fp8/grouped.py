@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from configs.train import Precision
 from model.fp8.format import round_trip, round_trip_segments
 from model.fp8.linear import ACTIVATION, BLOCK
 
@@ -24,12 +23,10 @@ def grouped_linear(
     weight_EOI: Float[Tensor, "E O I"],
     counts_E: Int[Tensor, " E"],
     *,
-    precision: Precision,
     halves: int = 1,
 ) -> Float[Tensor, "N O"]:
     """Row block e of `x` times weight e, transposed. `halves` stacked outputs quantise apart."""
-    function = _Fp8Grouped if precision == "fp8" else _Grouped
-    result: Tensor = function.apply(x_NI, weight_EOI, counts_E, halves)
+    result: Tensor = _Fp8Grouped.apply(x_NI, weight_EOI, counts_E, halves)
     return result
 
 
@@ -39,25 +36,6 @@ def _per_expert(counts: list[int], product: Callable[[int, slice], Tensor]) -> l
         results.append(product(expert, slice(start, start + count)))
         start += count
     return results
-
-
-class _Grouped(torch.autograd.Function):
-    """One pass over the experts without a zero-filled gradient per slice."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts_E: Tensor, halves: int) -> Tensor:
-        counts = counts_E.tolist()
-        ctx.save_for_backward(x, weight)
-        ctx.counts = counts
-        return torch.cat(_per_expert(counts, lambda e, rows: x[rows] @ weight[e].T))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        x, weight = ctx.saved_tensors
-        dx = torch.cat(_per_expert(ctx.counts, lambda e, rows: dy[rows] @ weight[e]))
-        dw = torch.stack(_per_expert(ctx.counts, lambda e, rows: dy[rows].T @ x[rows]))
-        return dx, dw, None, None
 
 
 class _Fp8Grouped(torch.autograd.Function):

@@ -36,7 +36,14 @@ from stages.data.pack import (
     take_until,
 )
 from stages.data.quality import Drop, judge
-from stages.data.tokenizer import encode, sample, train_tokenizer
+from stages.data.tokenizer import (
+    encode,
+    identify_tokenizer,
+    read_tokenizer,
+    sample,
+    train_tokenizer,
+    vocabulary_size,
+)
 from stages.shards import BOS_ID, write_rows
 from stages.verifiers import write_problems
 
@@ -67,7 +74,8 @@ class _Texts:
 def reads(config: DataSpec) -> Mapping[str, Any]:
     """What the corpus depends on besides its config: files by content, the Python version."""
     found = {name: identify(name, source) for name, source in config.data.sources.items()}
-    return {name: facts for name, facts in sorted(found.items()) if facts}
+    known = {name: facts for name, facts in sorted(found.items()) if facts}
+    return known | identify_tokenizer(config.data.tokenizer)
 
 
 @stage(revision=1, reads=reads)
@@ -93,8 +101,8 @@ def data(config: DataSpec, work: Workspace) -> Corpus:
     for cut in _cuts(spec, texts):
         work.tracker.note(cut)
 
-    tokenizer = train_tokenizer(_training_sample(spec, texts), spec.tokenizer)
-    work.tracker.log({"vocab_size": tokenizer.get_vocab_size()}, step=2)
+    tokenizer = _tokenizer(spec, texts)
+    work.tracker.log({"vocab_size": vocabulary_size(tokenizer)}, step=2)
 
     train = _train_rows(spec, texts, tokenizer, seed=config.seed)
     held_out = _held_out_rows(spec, texts, tokenizer)
@@ -122,7 +130,7 @@ def data(config: DataSpec, work: Workspace) -> Corpus:
         train_rows=len(rows),
         held_out_rows={name: len(block) for name, block in held_out.items()},
         sequence_tokens=spec.sequence_tokens,
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=vocabulary_size(tokenizer),
         train_problems=len(train_problems),
         held_out_problems=len(held_out_problems),
     )
@@ -173,6 +181,13 @@ def _spell(split: Split, source: ArithmeticSource, *, seed: int) -> _Texts:
     total_bytes = sum(map(len, train)) + sum(map(len, held_out))
     read = Counter(documents=len(train) + len(held_out), bytes=total_bytes)
     return _Texts(train, held_out, read, Counter(), repeats=True)
+
+
+def _tokenizer(spec: DataConfig, texts: Mapping[str, _Texts]) -> Tokenizer:
+    """The one that the config names, or one trained on the texts."""
+    if spec.tokenizer.file is not None:
+        return read_tokenizer(Path(spec.tokenizer.file))
+    return train_tokenizer(_training_sample(spec, texts), spec.tokenizer)
 
 
 def _training_sample(spec: DataConfig, texts: Mapping[str, _Texts]) -> Iterator[str]:
@@ -322,7 +337,7 @@ def _statistics(
         for name, source in sorted(texts.items())
     }
     return {
-        "vocab_size": tokenizer.get_vocab_size(),
+        "vocab_size": vocabulary_size(tokenizer),
         "sequence_tokens": spec.sequence_tokens,
         "train_tokens_asked": spec.train_tokens,
         "train_tokens": train_tokens,

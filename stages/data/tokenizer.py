@@ -1,13 +1,18 @@
-"""Trains the byte-level BPE tokenizer, and encodes with it."""
+"""Trains the byte-level BPE tokenizer or takes one that exists, and encodes with it."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs.data import TokenizerConfig
-from stages.shards import BOS_TOKEN, EOS_TOKEN
+from configs.errors import DataError
+from stages.shards import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 
 Int32 = npt.NDArray[np.int32]
 
@@ -37,6 +42,49 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     # Text that spells a special token must not become one: it would end a document inside it.
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer made elsewhere, told to read text as those made here do.
+
+    DataError if it cannot be read, or does not keep the tokens 0 and 1 for framing documents.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(json.dumps(record))
+        special = {token["id"] for token in record["added_tokens"] if token["special"]}
+    except Exception as error:
+        # The library raises plain Exceptions for what it cannot parse.
+        raise DataError(f"{path}: not a tokenizer: {error}; name another") from None
+    if missing := {BOS_ID, EOS_ID} - special:
+        raise DataError(
+            f"{path}: token {min(missing)} is {tokenizer.id_to_token(min(missing))!r}, which is "
+            f"not special, but tokens {BOS_ID} and {EOS_ID} begin and end documents; use a "
+            "tokenizer that keeps them for that"
+        )
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the highest id, added tokens and gaps included."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+
+
+def identify_tokenizer(config: TokenizerConfig) -> dict[str, Any]:
+    """The file to be taken, by content; nothing if the tokenizer is to be trained."""
+    if config.file is None:
+        return {}
+    try:
+        content = Path(config.file).read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"data.tokenizer.file = {config.file!r}: cannot be read ({error.strerror}); name "
+            "another"
+        ) from None
+    digest = hashlib.sha256(content).hexdigest()
+    # No source can bear this name: theirs have no dots.
+    return {"tokenizer.json": {"bytes": len(content), "sha256": digest}}
 
 
 def sample(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

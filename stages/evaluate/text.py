@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,16 +55,19 @@ def byte_lengths(tokenizer_json: Path) -> NDArray[np.int64]:
     """Bytes of text that each token id stands for; special tokens stand for none.
 
     A byte-level vocabulary spells each byte as one character of a fixed alphabet of 256, so a
-    token has as many bytes as characters. DataError if a token uses any other character.
+    token has as many bytes as characters. Tokens added to it are spelt as text. DataError if a
+    token of the vocabulary itself uses any other character.
     """
     record = json.loads(tokenizer_json.read_text(encoding="utf-8"))
     vocabulary: dict[str, int] = record["model"]["vocab"]
-    added: list[dict[str, object]] = record["added_tokens"]
-    specials = {str(token["content"]) for token in added if token["special"]}
+    added: dict[str, dict[str, Any]] = {token["content"]: token for token in record["added_tokens"]}
     alphabet = set(ByteLevel.alphabet())
-    lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    highest = max([*vocabulary.values(), *(token["id"] for token in added.values())])
+    lengths = np.zeros(highest + 1, dtype=np.int64)
+    for content, one in added.items():
+        lengths[one["id"]] = 0 if one["special"] else len(content.encode())
     for token, token_id in vocabulary.items():
-        if token in specials:
+        if token in added:
             continue
         if strange := set(token) - alphabet:
             raise DataError(

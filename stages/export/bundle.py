@@ -17,8 +17,11 @@ from stages.export.card import render
 from stages.export.cuda import Fp8Blocks
 from stages.export.formats import Bf16, Format
 from stages.export.tensors import TensorFolder, write_json, write_weights
-from stages.shards import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN, Int64
+from stages.prompts import frame_texts
+from stages.shards import BOS_ID, EOS_ID, Int64
 
+ENGRAM_ARCHITECTURE = "IngotEngramForCausalLM"
+"""Known to no server, which therefore refuses a model whose memory it could not read."""
 PHASES = 3
 """Each variant is written, proved and compared."""
 
@@ -27,9 +30,9 @@ def formats(target: Target, model: ModelConfig) -> tuple[Format, ...]:
     """The variants that a bundle for `target` holds."""
     match target:
         case "cuda":
-            return Bf16(), Fp8Blocks()
+            return Bf16(model), Fp8Blocks(model)
         case "ascend":
-            return Bf16(), Int8Rows(num_hidden_layers=model.num_hidden_layers)
+            return Bf16(model), Int8Rows(model)
 
 
 @stage(revision=1)
@@ -100,13 +103,17 @@ def _write_config(folder: Path, form: Format, checkpoint: Checkpoint) -> None:
     config = json.loads(checkpoint.path("config.json").read_text())
     config.pop("quantization_config", None)
     config |= {"dtype": "bfloat16", **form.config_entries}
+    if checkpoint.model.engram is not None:
+        # A server that knows the family would leave the memory out and say nothing.
+        config["architectures"] = [ENGRAM_ARCHITECTURE]
     write_json(folder / "config.json", config)
     shutil.copyfile(checkpoint.path("tokenizer.json"), folder / "tokenizer.json")
+    begin, end = frame_texts(checkpoint.path("tokenizer.json"))
     tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS_TOKEN,
-        "eos_token": EOS_TOKEN,
-        "pad_token": EOS_TOKEN,
+        "bos_token": begin,
+        "eos_token": end,
+        "pad_token": end,
         "model_max_length": checkpoint.model.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
     }

@@ -1,42 +1,85 @@
 """The README.md of a variant: what the model is, how it was made, how exact, how to serve it."""
 
 import json
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
-from configs.model import ModelConfig
+from configs.model import ModelConfig, V4Config, V32Config
+from configs.v4 import AttentionKind
 from stages.artifacts import Checkpoint, Corpus, Parity, read_manifest
-from stages.shards import BOS_TOKEN, EOS_TOKEN
+from stages.prompts import frame_texts
 
-_STORED = {
-    "bf16": "All weights in bfloat16, the routing bias in float32.",
-    "fp8": (
-        "Linear and expert weights in float8 E4M3 with one float32 scale per 128 x 128 block; "
-        "embeddings, output head, norms and router in bfloat16, the routing bias in float32."
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """What a card says of a family."""
+
+    kind: str
+    exact: str
+    """Stays float32 in every variant."""
+    scales: str
+    """Of the blocks of the FP8 variant."""
+    bfloat16: str
+    """Of the layers, beside norms, in the FP8 variant."""
+    unrounded: str
+    """Of the layers, beside norms, not in int8 in the INT8 variant."""
+    mtp: str
+    """What transformers does with the MTP layer."""
+
+
+_V3 = _Words(
+    kind="DeepSeek-V3 family: multi-head latent attention and a mixture of experts",
+    exact="the routing bias",
+    scales="float32 scale",
+    bfloat16="router",
+    unrounded="key-value up-projection, router",
+    mtp="reports the tensors of the MTP layer as unexpected and does not use them",
+)
+_WORDS = {
+    "v3": _V3,
+    "v32": replace(
+        _V3,
+        kind="DeepSeek-V3.2 family: latent attention to the tokens that an indexer picks, and a "
+        "mixture of experts",
+        scales="float32 scale, a power of two,",
+        bfloat16="router and the indexer's norm and head weights",
+        unrounded="key-value up-projection, indexer, router",
     ),
-    "w8a8": (
-        "Linear and expert weights in int8 with one float32 scale per output row (W8A8_DYNAMIC); "
-        "key-value up-projection, router, norms, embeddings, output head and the MTP layer in "
-        "bfloat16. `quant_model_description.json` says which tensor is which."
+    "v4": _Words(
+        kind="DeepSeek-V4 family: attention over compressed keys and values, hyper-connections "
+        "between layers, and a mixture of experts",
+        exact="routing biases, attention sinks, position biases and hyper-connections",
+        scales="float8 E8M0 scale",
+        bfloat16="router, compressors and the indexer's head weights",
+        unrounded="attention's output projections, compressors, the indexer's head weights, router",
+        mtp="ignores the tensors of the MTP layer",
     ),
 }
-_SERVE = {
-    "cuda": """\
-```sh
-vllm serve . --served-model-name ingot
-python -m sglang.launch_server --model-path . --served-model-name ingot
-```
+_TRANSFORMERS = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
 ```
 transformers needs `accelerate` for the FP8 variant, which it widens to bfloat16 without a GPU; it
-reports the tensors of the MTP layer as unexpected and does not use them.""",
-    "ascend": """\
+{mtp}."""
+_CUDA = """\
 ```sh
-vllm serve . --served-model-name ingot --enable-expert-parallel{quantization}
+vllm serve . --served-model-name ingot
+python -m sglang.launch_server --model-path . --served-model-name ingot
 ```
-with vllm-ascend installed.""",
-}
+"""
+_ASCEND = """\
+```sh
+vllm serve . --served-model-name ingot --enable-expert-parallel{flags}
+```
+with vllm-ascend installed."""
+_INGOT_ONLY = """\
+```sh
+ingot sample . --prompt "..."
+```
+Neither transformers nor the servers know this memory: they would leave it out, and answer with
+another model."""
 
 
 def render(
@@ -44,16 +87,18 @@ def render(
 ) -> str:
     """Markdown for one variant. Says nothing that the artifacts do not record."""
     model = source.model
-    quantization = " --quantization ascend" if variant == "w8a8" else ""
+    begin, end = frame_texts(source.path("tokenizer.json"))
+    memory = ", with a memory of n-grams (Engram)" if model.engram else ""
     return f"""\
 ---
-library_name: transformers
+library_name: {"ingot" if model.engram else "transformers"}
 pipeline_tag: text-generation
 ---
 # Ingot, {model.parameters() / 1e6:,.1f}M parameters, {variant} for {target}
 
-A causal language model of the DeepSeek-V3 family: multi-head latent attention and a mixture of
-experts. {_STORED[variant]} Weights: {weight_bytes:,} bytes.
+A causal language model of the {_WORDS[model.family].kind}{memory}.
+
+{_stored(model, variant)} Weights: {weight_bytes:,} bytes.
 
 {_shape(model)}
 ## How it was made
@@ -76,40 +121,96 @@ between two nearly tied experts, so the largest logit error may be far above the
 
 ## How to serve it
 
-{_SERVE[target].format(quantization=quantization)}
+{_serving(model, target, variant)}
 
-A prompt must begin with `{BOS_TOKEN}`, which the tokenizer does not add by itself.
-The model ends an answer with `{EOS_TOKEN}`.
+A prompt must begin with `{begin}`, which the tokenizer does not add by itself.
+The model ends an answer with `{end}`.
 
 ## Limits
 
 {_limits(model, variant)}"""
 
 
+def _stored(model: ModelConfig, variant: str) -> str:
+    """How the weights lie on disk."""
+    words, memory = _WORDS[model.family], ", the memory" if model.engram else ""
+    match variant:
+        case "fp8":
+            return (
+                f"Linear and expert weights in float8 E4M3 with one {words.scales} per 128 x 128 "
+                f"block; embeddings, output head{memory}, norms and {words.bfloat16} in bfloat16, "
+                f"{words.exact} in float32."
+            )
+        case "w8a8":
+            return (
+                "Linear and expert weights in int8 with one float32 scale per output row "
+                f"(W8A8_DYNAMIC); {words.unrounded}, norms, embeddings, output head{memory} and "
+                f"the MTP layer in bfloat16, {words.exact} in float32. "
+                "`quant_model_description.json` says which tensor is which."
+            )
+        case _:
+            return f"All weights in bfloat16, {words.exact} in float32."
+
+
+def _serving(model: ModelConfig, target: str, variant: str) -> str:
+    if model.engram:
+        return _INGOT_ONLY
+    if target == "cuda":
+        return _CUDA + _TRANSFORMERS.format(mtp=_WORDS[model.family].mtp)
+    flags = " --block-size 128" if isinstance(model, V4Config) else ""
+    return _ASCEND.format(flags=flags + (" --quantization ascend" if variant == "w8a8" else ""))
+
+
 def _shape(model: ModelConfig) -> str:
     rows = {
-        "layers": f"{model.num_hidden_layers}, the first {model.first_k_dense_replace} dense, "
+        "layers": f"{model.num_hidden_layers}, {_layers(model)}, "
         f"and {model.num_nextn_predict_layers} for multi-token prediction",
-        "width": f"{model.hidden_size}",
+        "width": f"{model.hidden_size}"
+        + (f", in {model.streams} residual streams" if model.streams > 1 else ""),
         "experts": f"{model.n_routed_experts} routed, {model.num_experts_per_tok} a token, "
         f"{model.n_shared_experts} shared",
         "parameters": f"{model.parameters():,}, of which {model.parameters(active=True):,} a token",
         "vocabulary": f"{model.vocab_size:,}",
         "context": f"{model.max_position_embeddings:,} tokens",
     }
+    if isinstance(model, V32Config):
+        rows["attention"] = f"to {model.index_topk} tokens that the indexer picks"
+    if model.engram:
+        rows["memory"] = (
+            f"n-grams of up to {model.engram.max_ngram_size} tokens, in front of layers "
+            f"{', '.join(map(str, model.engram.layer_ids))}"
+        )
     body = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     return f"| | |\n|---|---|\n{body}"
 
 
+def _layers(model: ModelConfig) -> str:
+    """Of which kinds the layers are."""
+    if not isinstance(model, V4Config):
+        dense = model.num_hidden_layers - model.num_moe_layers
+        return f"the first {dense} dense"
+    counts = Counter(model.attention_kind(layer) for layer in range(model.num_hidden_layers))
+    kinds: dict[AttentionKind, str] = {
+        "window": "with a window alone",
+        "csa": f"compressing by {model.csa_ratio} and selecting",
+        "hca": f"compressing by {model.hca_ratio}",
+    }
+    told = [f"{counts[kind]} {text}" for kind, text in kinds.items() if counts[kind]]
+    return f"{', '.join(told)}; the first {model.num_hash_layers} route by token"
+
+
 def _history(corpus: Corpus, source: Checkpoint) -> str:
     manifest = read_manifest(source.uri)
+    read = f"Pretraining read {source.sequences_seen:,} rows."
+    beginning = read if source.sequences_seen else "It began with weights made elsewhere."
+    loss = "" if source.final_loss is None else f", at a loss of {source.final_loss:.4f}"
     return f"""\
 - Corpus: {corpus.train_rows:,} rows of {corpus.sequence_tokens} tokens, a vocabulary of
   {corpus.vocab_size:,}; held out from training: {sum(corpus.held_out_rows.values()):,} rows and
   {corpus.held_out_problems:,} problems.
-{_training_text(corpus)}- Pretraining read {source.sequences_seen:,} rows.
-- The weights are those that stage `{manifest.stage}` left after step {source.step:,}, at a loss of
-  {source.final_loss:.4f} (artifact {manifest.fingerprint[:12]}).
+{_training_text(corpus)}- {beginning}
+- The weights are those that stage `{manifest.stage}` left after step {source.step:,}{loss}
+  (artifact {manifest.fingerprint[:12]}).
 """
 
 
@@ -142,12 +243,24 @@ def _limits(model: ModelConfig, variant: str) -> str:
     ragged = {
         name: size
         for name in ("intermediate_size", "moe_intermediate_size", "hidden_size")
-        if (size := getattr(model, name)) % 128
+        if (size := getattr(model, name, 0)) % 128
     }
     if variant == "fp8" and ragged:
         sizes = ", ".join(f"{name} = {size}" for name, size in ragged.items())
         limits.append(
             f"Block-FP8 kernels want sizes that are multiples of 128; here {sizes}. A server that "
             "insists must be given the bf16 variant."
+        )
+    if variant == "fp8" and isinstance(model, V4Config):
+        limits.append("The released DeepSeek-V4 has its routed experts in FP4; these are in FP8.")
+    if variant == "w8a8":
+        limits.append(
+            "Weights were neither rotated nor smoothed before rounding, which ModelSlim's recipes "
+            "do with calibration text."
+        )
+    if model.engram:
+        limits.append(
+            "No released model of this family has a memory of n-grams. Its tensors are named "
+            "`engram.` and are stored in bfloat16; only Ingot reads them."
         )
     return "".join(f"- {limit}\n" for limit in limits)

@@ -1,8 +1,9 @@
 """What a variant of a bundle is: for each source tensor, its parts on disk and how to read them.
 
-A format encodes one tensor at a time, so that a model is never whole in memory. It also states how
-far a decoded element may lie from its source; that bound is computed apart from the encoder, and
-`parity.prove_weights` holds every element to it.
+Which tensors may be narrowed, and how far, is the family's to say (`model/weights`); a format says
+into what. It encodes one tensor at a time, so that a model is never whole in memory. It also states
+how far a decoded element may lie from its source; that bound is computed apart from the encoder,
+and `parity.prove_weights` holds every element to it.
 
 Axes: R rows (outputs of a Linear), C columns (inputs).
 """
@@ -15,24 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from configs.errors import ExportError
-
-MLP_LINEARS = frozenset({"gate_proj", "up_proj", "down_proj"})
-"""Dense, shared and routed feed-forwards alike."""
-ATTENTION_LINEARS = frozenset(
-    {"q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
-)
-LINEARS = MLP_LINEARS | ATTENTION_LINEARS
-"""Modules whose GEMM runs in low precision in DeepSeek-V3 (arXiv 2412.19437, section 3.3.1)."""
-KEPT = frozenset(
-    {
-        *("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm"),
-        *("q_a_layernorm", "kv_a_layernorm", "gate", "enorm", "hnorm", "eh_proj", "head"),
-    }
-)
-"""Modules that no format quantises: embeddings, heads, norms, router, the MTP layer's joint."""
-ROUTING_BIAS = "e_score_correction_bias"
-"""Added to scores that differ by less than bfloat16 resolves, so it stays float32 everywhere."""
+from configs.model import ModelConfig
+from model.weights.families import narrowest
 
 ARITHMETIC_SLACK = 2.0**-21
 """Relative error of the few float32 operations around a rounding."""
@@ -48,7 +33,7 @@ Read = Callable[[str], Tensor]
 
 @runtime_checkable
 class Format(Protocol):
-    """One variant's rules. Names are the source's, Hugging Face style."""
+    """One variant's rules, for one model. Names are the source's, those of released files."""
 
     @property
     def variant(self) -> str:
@@ -72,53 +57,21 @@ class Format(Protocol):
     def parts(self, name: str) -> tuple[str, ...]:
         """Names of the stored tensors that together are the source tensor `name`."""
 
-    def encode(self, name: str, x: Float[Tensor, "..."]) -> dict[str, Tensor]:
-        """The stored tensors for the float32 `x`, by name; exactly `parts(name)`."""
+    def encode(self, name: str, x: Tensor) -> dict[str, Tensor]:
+        """The stored tensors for `x`, float32 or integers, by name; exactly `parts(name)`."""
 
-    def decode(self, name: str, read: Read) -> Float[Tensor, "..."]:
-        """The float32 tensor that the stored parts stand for."""
+    def decode(self, name: str, read: Read) -> Tensor:
+        """The float32 or integer tensor that the stored parts stand for."""
 
-    def error_bound(self, name: str, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def error_bound(self, name: str, x: Tensor) -> Float[Tensor, "..."]:
         """float64: the most by which each decoded element may differ from the source `x`."""
 
 
 @dataclass(frozen=True, slots=True)
-class TensorName:
-    """A Hugging Face tensor name, taken apart."""
-
-    layer: int | None
-    module: str
-    """The innermost module, e.g. `q_a_proj`."""
-    parameter: str
-
-    @property
-    def is_routing_bias(self) -> bool:
-        """Whether this is the router's bias rather than a weight."""
-        return self.parameter == ROUTING_BIAS
-
-
-def parse(name: str) -> TensorName:
-    """Take `name` apart; ExportError for a tensor that no rule here covers.
-
-    A tensor of an unknown module might have to be quantised or be left alone; guessing would give
-    a bundle that loads and is wrong.
-    """
-    *path, parameter = name.split(".")
-    module = path[-1] if path else ""
-    known = module in LINEARS | KEPT and parameter == "weight"
-    if not known and (module, parameter) != ("gate", ROUTING_BIAS):
-        raise ExportError(
-            f"tensor {name}: no export rule covers module {module!r} with parameter "
-            f"{parameter!r}; add it to stages/export/formats.py"
-        )
-    layer = int(path[2]) if path[:2] == ["model", "layers"] else None
-    return TensorName(layer=layer, module=module, parameter=parameter)
-
-
-@dataclass(frozen=True, slots=True)
 class Bf16:
-    """Everything in bfloat16, the routing bias in float32."""
+    """Everything in bfloat16 but for what the family keeps wider, such as routing biases."""
 
+    model: ModelConfig
     variant: str = "bf16"
     stem: str = "model"
     index_names: tuple[str, ...] = (INDEX,)
@@ -136,23 +89,24 @@ class Bf16:
         """The tensor itself."""
         return (name,)
 
-    def encode(self, name: str, x: Float[Tensor, "..."]) -> dict[str, Tensor]:
-        """Round to the nearest bfloat16, ties to even."""
-        return {name: x.contiguous() if parse(name).is_routing_bias else x.to(torch.bfloat16)}
+    def encode(self, name: str, x: Tensor) -> dict[str, Tensor]:
+        """Round to the nearest bfloat16, ties to even; float32 and integers stay as they are."""
+        return {name: x.contiguous() if self._is_exact(name, x) else x.to(torch.bfloat16)}
 
-    def decode(self, name: str, read: Read) -> Float[Tensor, "..."]:
-        """Widen to float32."""
-        return read(name).float()
+    def decode(self, name: str, read: Read) -> Tensor:
+        """Widen to float32; integers stay as they are."""
+        x = read(name)
+        return x.float() if x.is_floating_point() else x
 
-    def error_bound(self, name: str, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Half a step of a number with 8 significant bits; nothing for the routing bias."""
-        if parse(name).is_routing_bias:
-            return torch.zeros_like(x, dtype=torch.float64)
+    def error_bound(self, name: str, x: Tensor) -> Float[Tensor, "..."]:
+        """Half a step of a number with 8 significant bits; nothing for what stays as it is."""
+        if self._is_exact(name, x):
+            return torch.zeros(x.shape, dtype=torch.float64)
         return half_step(x.double(), bits=8, smallest_exponent=-126)
 
-
-KEPT_AS = Bf16()
-"""How every variant stores what it does not quantise."""
+    def _is_exact(self, name: str, x: Tensor) -> bool:
+        """Whether the values are not to be rounded: indices, and what is too fine for bfloat16."""
+        return not x.is_floating_point() or narrowest(self.model, name) == "float32"
 
 
 def half_step(

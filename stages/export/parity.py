@@ -72,14 +72,15 @@ def prove_weights(source: TensorFolder, stored: TensorFolder, form: Format) -> f
         raise ExportError(f"{form.variant}: tensor {strange[0]} {state}; export again")
     worst = 0.0
     for name in source.names:
-        x = source.read(name).float()
+        x = source.read(name)
+        x = x.float() if x.is_floating_point() else x
         decoded = form.decode(name, stored.read)
         if decoded.shape != x.shape:
             raise ExportError(
                 f"{form.variant}: tensor {name} is {tuple(decoded.shape)} on disk but "
                 f"{tuple(x.shape)} in the source; export again"
             )
-        error, bound = (decoded.double() - x.double()).abs(), form.error_bound(name, x)
+        error, bound = _error(decoded, x), form.error_bound(name, x)
         if not (error <= bound).all():
             at = int((error / bound).nan_to_num(math.inf).argmax())
             raise ExportError(
@@ -89,6 +90,13 @@ def prove_weights(source: TensorFolder, stored: TensorFolder, form: Format) -> f
             )
         worst = max(worst, float(torch.where(error == 0, 0.0, error / bound).max()))
     return worst
+
+
+def _error(decoded: Tensor, x: Tensor) -> Float[Tensor, "..."]:
+    """float64: how far each element lies off; 1 for a wrong integer, which float64 may not hold."""
+    if not x.is_floating_point():
+        return (decoded != x).double()
+    return (decoded.double() - x.double()).abs()
 
 
 def reload(stored: TensorFolder, form: Format, names: Iterable[str]) -> Transformer:

@@ -127,7 +127,7 @@ def _shards(
                 f"tensor {name}: {int((~torch.isfinite(x)).sum())} of {x.numel()} values are not "
                 "finite; export a checkpoint from before the training broke"
             )
-        encoded = form.encode(name, x.float())
+        encoded = form.encode(name, x.float() if x.is_floating_point() else x)
         if shard and _bytes(shard) + _bytes(encoded) > max_shard_bytes:
             yield shard
         shard |= encoded

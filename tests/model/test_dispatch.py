@@ -35,13 +35,14 @@ def test_unsorting_undoes_a_permutation() -> None:
     assert torch.equal(grads_of(found, flat)[0], grads_of(flat * 1, flat)[0])
 
 
-def test_results_are_summed_with_their_gates() -> None:
+def test_results_are_summed_with_their_gates_wherever_they_lie() -> None:
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(6, 4, generator=generator, requires_grad=True)
     gates = torch.rand(3, 2, generator=generator, requires_grad=True)
+    order_N = torch.randperm(6, generator=generator)
     expected = torch.stack(
         [flat[2 * t] * gates[t, 0] + flat[2 * t + 1] * gates[t, 1] for t in range(3)]
     )
-    found = weigh(flat, gates)
+    found = weigh(flat[order_N], gates, order_N)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(grads_of(found, flat, gates), grads_of(expected, flat, gates))

@@ -1,6 +1,7 @@
 """The command line: quick help, one clear line for each mistake, and what each verb prints."""
 
 import json
+import keyword
 import re
 import socket
 import subprocess
@@ -73,7 +74,8 @@ def test_help_answers_at_once_and_loads_neither_torch_nor_ray_nor_mlflow() -> No
 def test_every_verb_has_a_module_with_its_function() -> None:
     for verb, module in cli._VERBS.items():
         path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
-        assert f"\ndef {verb}(args: argparse.Namespace) -> int:" in path.read_text()
+        name = f"{verb}_" if keyword.iskeyword(verb) else verb
+        assert f"\ndef {name}(args: argparse.Namespace) -> int:" in path.read_text()
 
 
 def test_overlays_may_stand_anywhere_but_in_a_prompt() -> None:

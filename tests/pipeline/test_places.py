@@ -17,9 +17,18 @@ def test_every_path_of_the_users_becomes_absolute() -> None:
     settled = absolute(recipe, BASE)
     assert settled.store.url == "/home/user/.ingot"
     assert settled.tracking.uri == "sqlite:////home/user/runs.db"
+    assert settled.base is None
     source = settled.data.sources["mine"]
     assert isinstance(source, FilesSource)
     assert source.glob == "/home/user/books/*.txt"
+    assert absolute(settled, Path("/elsewhere")) == settled
+
+
+def test_a_base_and_a_tokenizer_become_absolute() -> None:
+    sets = ["base='models/v3'", "data.tokenizer.file='tok.json'"]
+    settled = absolute(load_recipe("smoke", sets=sets), BASE)
+    assert settled.base == "/home/user/models/v3"
+    assert settled.data.tokenizer.file == "/home/user/tok.json"
     assert absolute(settled, Path("/elsewhere")) == settled
 
 

@@ -1,11 +1,16 @@
 """The real line is wired as promised, and takes a recipe's own nodes."""
 
+from pathlib import Path
+
 import pytest
 
 from configs.errors import ConfigError, PlanError
 from configs.recipe import NodeConfig, Recipe, load_recipe
-from pipeline.graph import make_graph
+from model.weights import save_pretrained
+from pipeline.graph import Graph, make_graph
 from pipeline.production import production
+from tests.references import random_model, tiny
+from tests.stages.bundles import MODEL, make_tokenizer
 
 FAKE = "tests.pipeline.fakes"
 
@@ -88,3 +93,46 @@ def test_a_node_that_cannot_be_planned_is_named(
 def test_a_name_of_the_lines_own_cannot_be_taken() -> None:
     with pytest.raises(PlanError, match="choose another"):
         production(with_nodes(data=added("gather")))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A model made elsewhere, with a tokenizer."""
+    folder = tmp_path / "base"
+    save_pretrained(random_model(tiny(vocab_size=MODEL.vocab_size)), folder)
+    make_tokenizer(folder / "tokenizer.json")
+    return folder
+
+
+def based_on(folder: Path, *sets: str) -> Graph:
+    recipe = load_recipe("smoke", sets=[f"base='{folder}'", *sets])
+    return make_graph(production(recipe))
+
+
+def test_a_base_stands_where_pretraining_stood(base: Path) -> None:
+    assert {node.name: set(node.inputs.values()) for node in based_on(base)} == {
+        "import": set(),
+        "data": set(),
+        "posttrain": {"data", "import"},
+        "evaluate": {"data", "import", "posttrain"},
+        "export.cuda": {"data", "posttrain"},
+        "export.ascend": {"data", "posttrain"},
+    }
+
+
+def test_the_corpus_of_a_base_is_in_its_tokens(base: Path) -> None:
+    plain = make_graph(production(load_recipe("smoke")))
+    mine = based_on(base)
+    assert mine["data"].fingerprint != plain["data"].fingerprint
+    reads = mine["data"].identity.fields["reads"]
+    assert reads["tokenizer.json"] == mine["import"].identity.fields["reads"]["tokenizer.json"]
+    # Its address is not part of what it is, nor is the model that the recipe would have made.
+    moved = base.rename(base.with_name("moved"))
+    again = based_on(moved, "model.n_group=1", "model.n_routed_experts=7", "pretrain.steps=9")
+    assert [n.fingerprint for n in again] == [n.fingerprint for n in mine]
+
+
+def test_a_base_without_a_tokenizer_is_refused_when_planned(base: Path) -> None:
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"base = .*holds no tokenizer\.json"):
+        based_on(base)

@@ -10,7 +10,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs.delivery import ExportConfig, ExportSpec, Target
-from configs.model import V3Config
+from configs.engram import EngramConfig
+from configs.model import ModelConfig, V3Config, V4Config, V32Config
 from configs.parallel import ClusterConfig
 from model.transformer import Transformer
 from model.weights.files import save_pretrained
@@ -40,6 +41,48 @@ MODEL = V3Config(
     initializer_range=0.05,
 )
 """Every quantised dimension is at most 128 or a multiple of it: transformers mis-sizes others."""
+MODEL_V32 = V32Config(
+    **MODEL.model_dump(exclude={"family"}),
+    family="v32",
+    index_n_heads=32,
+    index_head_dim=32,
+    index_topk=8,
+)
+"""Heads enough that ReLU makes no ties, of which transformers would take others than Ingot."""
+MODEL_V4 = V4Config(
+    family="v4",
+    vocab_size=384,
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    head_dim=32,
+    qk_rope_head_dim=16,
+    q_lora_rank=64,
+    o_groups=2,
+    o_lora_rank=32,
+    sliding_window=8,
+    compress_ratios=(0, 4, 8, 4),
+    hca_ratio=8,
+    index_n_heads=32,
+    index_head_dim=32,
+    index_topk=3,
+    moe_intermediate_size=64,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    num_hash_layers=1,
+    max_position_embeddings=64,
+    initializer_range=0.05,
+)
+MODEL_ENGRAM = MODEL_V4.model_copy(
+    update={
+        "engram": EngramConfig(
+            layer_ids=(1,), table_sizes=(50, 90), n_embed_per_ngram=16, n_head_per_ngram=2
+        )
+    }
+)
+"""With a memory, which only Ingot reads."""
+MODELS: dict[str, ModelConfig] = {"v3": MODEL, "v32": MODEL_V32, "v4": MODEL_V4}
+"""One for each family, of equal vocabulary."""
 SEQUENCE_TOKENS = 32
 ROWS = 24
 
@@ -91,13 +134,13 @@ def make_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def make_checkpoint(folder: Path, model: V3Config = MODEL) -> Checkpoint:
-    """A random model whose norms and routing biases are random too, with a manifest."""
+def make_checkpoint(folder: Path, model: ModelConfig = MODEL) -> Checkpoint:
+    """A random model of which nothing is constant, with a manifest."""
     built = Transformer(model).initialize(seed=5)
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for name, tensor in built.state_dict().items():
-            if tensor.dim() == 1:
+            if (tensor.dim() == 1 and tensor.is_floating_point()) or "position_bias" in name:
                 spread = 0.05 if name.endswith("bias") else 0.2
                 tensor.add_(spread * torch.randn(tensor.shape, generator=generator))
     save_pretrained(built, folder)
@@ -144,6 +187,16 @@ def make_corpus(folder: Path, rows: int = ROWS) -> Corpus:
     )
 
 
+def unquantised_dtype(name: str) -> torch.dtype:
+    """How every variant stores the tensor `name` of a released folder, unless it quantises it."""
+    *_, module, leaf = ("", *name.split("."))
+    if leaf == "tid2eid":
+        return torch.int32
+    biases = {("gate", "e_score_correction_bias"), ("gate", "bias")}
+    exact = leaf in ("attn_sink", "ape") or leaf.startswith("hc_") or (module, leaf) in biases
+    return torch.float32 if exact else torch.bfloat16
+
+
 def make_workspace(out: Path) -> Workspace:
     """A slot held by this test."""
     out.mkdir(parents=True, exist_ok=True)
@@ -152,9 +205,11 @@ def make_workspace(out: Path) -> Workspace:
     return Workspace(out=str(out), machines=ClusterConfig(), tracker=Notebook(), lease=lease)
 
 
-def make_bundle(root: Path, target: Target, **settings: Any) -> tuple[Bundle, Checkpoint]:
+def make_bundle(
+    root: Path, target: Target, model: ModelConfig = MODEL, **settings: Any
+) -> tuple[Bundle, Checkpoint]:
     """Export a fresh checkpoint under `root`, with `ExportConfig` fields from `settings`."""
-    checkpoint = make_checkpoint(root / "checkpoint")
+    checkpoint = make_checkpoint(root / "checkpoint", model)
     corpus = make_corpus(root / "corpus")
     spec = ExportSpec(seed=1, target=target, export=ExportConfig(**settings))
     work = make_workspace(root / "bundle")

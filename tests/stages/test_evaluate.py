@@ -72,6 +72,14 @@ def test_byte_lengths_of_tokens_add_up_to_the_texts_bytes(
     assert lengths[tokenizer.encode(TEXT).ids].max() > 1
 
 
+def test_tokens_added_to_a_vocabulary_count_as_they_are_spelt(tmp_path: Path) -> None:
+    made = Tokenizer(models.BPE(vocab={"a": 0, "｜b｜": 1, "c": 2}, merges=[]))
+    made.add_special_tokens(["a"])
+    made.add_tokens(["｜b｜", "東d"])
+    made.save(str(tmp_path / "added.json"))
+    assert byte_lengths(tmp_path / "added.json").tolist() == [0, 7, 1, 4]
+
+
 def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path: Path) -> None:
     words = Tokenizer(models.BPE({"東": 0}, []))
     words.save(str(tmp_path / "words.json"))

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from configs.delivery import ExportConfig, ExportSpec
+from configs.delivery import ExportConfig, ExportSpec, Target
 from configs.errors import ExportError, LeaseLost
+from model.weights.files import read_config
 from stages.artifacts import Bundle, Checkpoint, Corpus, Parity
 from stages.contract import Workspace
 from stages.export import bundle, parity
@@ -23,6 +24,8 @@ from stages.export.cuda import Fp8Blocks
 from stages.export.tensors import TensorFolder, write_weights
 from tests.stages.bundles import (
     MODEL,
+    MODEL_ENGRAM,
+    MODELS,
     Notebook,
     make_bundle,
     make_checkpoint,
@@ -170,7 +173,7 @@ def test_writing_holds_one_shard_and_one_tensor(
     source = TensorFolder(parts[0].path())
     total = write_weights(
         source,
-        Watched(),
+        Watched(MODEL),
         folder,
         max_shard_bytes=max_shard_bytes,
         before_write=lambda: writes.append(1),
@@ -179,7 +182,7 @@ def test_writing_holds_one_shard_and_one_tensor(
     assert max(held) <= max(max_shard_bytes, largest) + largest
     assert total > 7 * max(held)
     assert largest > max_shard_bytes
-    assert parity.prove_weights(source, TensorFolder(folder), Fp8Blocks()) <= 1
+    assert parity.prove_weights(source, TensorFolder(folder), Fp8Blocks(MODEL)) <= 1
 
 
 def test_layers_are_written_in_numerical_order(tmp_path: Path) -> None:
@@ -207,6 +210,63 @@ def test_the_card_warns_of_sizes_that_fp8_kernels_refuse(
         source = checkpoint.model_copy(update={"model": model})
         card = render("cuda", "fp8", measured, 1, corpus, source)
         assert ("multiples of 128" in card) == warned
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "said"),
+    [
+        ("v3", "fp8", ["DeepSeek-V3 family", "one float32 scale per", "the first 1 dense"]),
+        (
+            "v32",
+            "fp8",
+            ["an indexer picks", "a power of two,", "indexer's norm and head"],
+        ),
+        ("v32", "w8a8", ["indexer, router, norms", "neither rotated nor smoothed"]),
+        ("v4", "bf16", ["hyper-connections in float32", "128, in 4 residual streams"]),
+        ("v4", "fp8", ["one float8 E8M0 scale per", "experts in FP4; these are in FP8"]),
+        (
+            "v4",
+            "w8a8",
+            ["attention's output projections", "--block-size 128 --quantization"],
+        ),
+        (
+            "v4",
+            "w8a8",
+            ["1 with a window alone, 2 compressing by 4 and selecting, 1 "],
+        ),
+    ],
+)
+def test_the_card_says_what_is_particular_to_a_family(
+    parts: tuple[Checkpoint, Corpus, Workspace], family: str, variant: str, said: list[str]
+) -> None:
+    checkpoint, corpus, _ = parts
+    measured = Parity(positions=1, max_abs_logit_error=0, top1_agreement=1, mean_kl_nats=0)
+    source = checkpoint.model_copy(update={"model": MODELS[family]})
+    target = "ascend" if variant == "w8a8" else "cuda"
+    card = render(target, variant, measured, 1, corpus, source)
+    assert [words for words in said if words not in card] == []
+    assert "Engram" not in card
+
+
+@pytest.mark.parametrize("target", ["cuda", "ascend"])
+def test_a_model_with_a_memory_is_exported_whole_and_its_card_says_who_reads_it(
+    tmp_path: Path, target: Target
+) -> None:
+    made, checkpoint = make_bundle(tmp_path, target, MODEL_ENGRAM, **LOOSE)
+    names = [name for name in TensorFolder(checkpoint.path()).names if ".engram." in name]
+    assert names
+    for variant in VARIANTS[target]:
+        stored = TensorFolder(Path(made.uri, variant))
+        kinds = {stored.read(name).dtype for name in names}
+        assert kinds == {torch.bfloat16, torch.int64}
+        assert not {f"{name}_scale" for name in names} & stored.file_of.keys()
+        card = Path(made.uri, variant, "README.md").read_text()
+        assert "library_name: ingot" in card
+        assert "Neither transformers nor the servers know this memory" in card
+        assert "vllm serve" not in card
+        config = json.loads(Path(made.uri, variant, "config.json").read_text())
+        assert config["architectures"] == ["IngotEngramForCausalLM"]
+        assert read_config(Path(made.uri, variant)) == MODEL_ENGRAM
 
 
 def test_the_card_says_what_the_training_text_was_and_what_of_it_is_wrong_on_purpose(

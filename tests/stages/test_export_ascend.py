@@ -1,6 +1,7 @@
 """Promises of the Ascend variants."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,53 +9,81 @@ import numpy as np
 import pytest
 import torch
 
-from configs.model import V3Config
+from configs.model import ModelConfig
+from model.weights.files import read_config
 from stages.export.ascend import Int8Rows
 from stages.export.tensors import TensorFolder
-from tests.stages.bundles import MODEL, make_bundle
+from tests.stages.bundles import MODEL, MODELS, make_bundle, unquantised_dtype
 
 GLOBALS = {"model_quant_type", "version", "group_size", "metadata", "optional"}
 LINEARS = {
-    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"),
-    *("gate_proj", "up_proj", "down_proj"),
+    "v3": {
+        *("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    },
+    "v4": {"wq_a", "wq_b", "wkv", "w1", "w2", "w3"},
 }
+LINEARS["v32"] = LINEARS["v3"]
+"""What ModelSlim's recipes quantise, wherever it is not in a compressor."""
+FUSED = {
+    "v3": {"up_proj": "gate_proj", "kv_a_proj_with_mqa": "q_a_proj"},
+    "v4": {"w3": "w1", "wkv": "wq_a"},
+}
+FUSED["v32"] = FUSED["v3"]
+"""Pairs that the server makes one GEMM of."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A bundle's folder and the model it was made of."""
+
+    root: Path
+    model: ModelConfig
+
+    @property
+    def family(self) -> str:
+        return self.model.family
+
+    def is_quantised(self, name: str) -> bool:
+        """By the rules as ModelSlim's recipes put them."""
+        if name.startswith(("mtp.", f"model.layers.{self.model.num_hidden_layers}.")):
+            return False
+        *path, module, _ = ("", *name.split("."))
+        return module in LINEARS[self.family] and "compressor" not in path
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Made:
+    root, model = tmp_path_factory.mktemp("ascend"), MODELS[request.param]
+    make_bundle(
+        root, "ascend", model, max_shard_bytes=500_000, min_top1_agreement=0.5, max_kl_nats=0.1
+    )
+    return Made(root, model)
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("ascend")
-    make_bundle(root, "ascend", max_shard_bytes=500_000)
-    return root
-
-
-@pytest.fixture(scope="module")
-def description(root: Path) -> dict[str, Any]:
-    path = root / "bundle" / "w8a8" / "quant_model_description.json"
+def description(made: Made) -> dict[str, Any]:
+    path = made.root / "bundle" / "w8a8" / "quant_model_description.json"
     read: dict[str, Any] = json.loads(path.read_text())
     return read
 
 
-def _is_quantised(name: str) -> bool:
-    layer = int(name.split(".")[2]) if name.startswith("model.layers.") else MODEL.num_hidden_layers
-    return layer < MODEL.num_hidden_layers and name.split(".")[-2] in LINEARS
-
-
 def test_the_description_has_one_row_for_each_tensor(
-    root: Path, description: dict[str, Any]
+    made: Made, description: dict[str, Any]
 ) -> None:
-    stored = TensorFolder(root / "bundle" / "w8a8")
+    stored = TensorFolder(made.root / "bundle" / "w8a8")
     assert description.keys() - GLOBALS == set(stored.names)
     assert description.keys() >= GLOBALS
     assert description["model_quant_type"] == "W8A8_DYNAMIC"
 
 
-def test_rows_say_how_each_tensor_is_stored(root: Path, description: dict[str, Any]) -> None:
-    stored = TensorFolder(root / "bundle" / "w8a8")
-    source = TensorFolder(root / "checkpoint").names
-    assert any(_is_quantised(name) for name in source)
+def test_rows_say_how_each_tensor_is_stored(made: Made, description: dict[str, Any]) -> None:
+    stored = TensorFolder(made.root / "bundle" / "w8a8")
+    source = TensorFolder(made.root / "checkpoint").names
+    assert any(made.is_quantised(name) for name in source)
     for name in source:
         tensor = stored.read(name)
-        if _is_quantised(name):
+        if made.is_quantised(name):
             scale, offset = (stored.read(f"{name}_{part}") for part in ("scale", "offset"))
             kinds = {description[part] for part in (name, f"{name}_scale", f"{name}_offset")}
             assert kinds == {"W8A8_DYNAMIC"}
@@ -63,34 +92,34 @@ def test_rows_say_how_each_tensor_is_stored(root: Path, description: dict[str, A
             assert scale.shape == offset.shape == (tensor.shape[0], 1)
             assert not offset.any()
         else:
-            wide = name.endswith("e_score_correction_bias")
             assert description[name] == "FLOAT"
-            assert tensor.dtype == (torch.float32 if wide else torch.bfloat16)
+            assert tensor.dtype == unquantised_dtype(name)
 
 
-def test_fused_linears_have_one_kind(description: dict[str, Any]) -> None:
-    """The server fuses these pairs into one GEMM and refuses pairs of two kinds."""
-    fused = {"up_proj": "gate_proj", "kv_a_proj_with_mqa": "q_a_proj"}
+def test_fused_linears_have_one_kind(made: Made, description: dict[str, Any]) -> None:
+    """The server refuses pairs of two kinds."""
     for name, kind in description.items():
-        for one, other in fused.items():
-            if f".{one}." in name:
+        for one, other in FUSED[made.family].items():
+            if f".{one}." in name and "compressor" not in name:
                 assert description[name.replace(f".{one}.", f".{other}.")] == kind
 
 
 def test_a_model_without_query_bottleneck_has_its_query_quantised() -> None:
-    assert Int8Rows(num_hidden_layers=1).parts("model.layers.0.self_attn.q_proj.weight")[1:]
+    assert Int8Rows(MODEL).parts("model.layers.0.self_attn.q_proj.weight")[1:]
 
 
 @pytest.mark.parametrize("variant", ["bf16", "w8a8"])
-def test_no_config_names_a_quantisation(root: Path, variant: str) -> None:
-    config = json.loads((root / "bundle" / variant / "config.json").read_text())
-    assert "quantization_config" not in config
-    assert V3Config.model_validate({k: config[k] for k in MODEL.model_dump() if k in config})
+def test_no_config_names_a_quantisation(made: Made, variant: str) -> None:
+    folder = made.root / "bundle" / variant
+    config = json.loads((folder / "config.json").read_text())
+    assert not {"quantization_config", "expert_dtype"} & config.keys()
+    assert read_config(folder) == made.model
 
 
-def test_each_int8_weight_is_within_half_a_step_of_its_source(root: Path) -> None:
-    stored, source = TensorFolder(root / "bundle" / "w8a8"), TensorFolder(root / "checkpoint")
-    for name in filter(_is_quantised, source.names):
+def test_each_int8_weight_is_within_half_a_step_of_its_source(made: Made) -> None:
+    stored = TensorFolder(made.root / "bundle" / "w8a8")
+    source = TensorFolder(made.root / "checkpoint")
+    for name in filter(made.is_quantised, source.names):
         x = source.read(name).numpy().astype(np.float64)
         weight, scale = (stored.read(part).numpy() for part in (name, f"{name}_scale"))
         for row, (values, integers) in enumerate(zip(x, weight, strict=True)):
@@ -101,7 +130,7 @@ def test_each_int8_weight_is_within_half_a_step_of_its_source(root: Path) -> Non
 
 
 def test_a_row_of_zeros_stays_zero() -> None:
-    form, name = Int8Rows(num_hidden_layers=1), "model.layers.0.self_attn.o_proj.weight"
+    form, name = Int8Rows(MODEL), "model.layers.0.self_attn.o_proj.weight"
     x = torch.zeros(3, 8)
     x[1] = torch.linspace(-1, 1, 8)
     parts = form.encode(name, x)
@@ -111,8 +140,8 @@ def test_a_row_of_zeros_stays_zero() -> None:
     torch.testing.assert_close(decoded[1], x[1], atol=0.5 / 127 + 1e-7, rtol=0)
 
 
-def test_both_names_of_the_index_say_the_same(root: Path) -> None:
-    folder = root / "bundle" / "w8a8"
+def test_both_names_of_the_index_say_the_same(made: Made) -> None:
+    folder = made.root / "bundle" / "w8a8"
     names = ("model.safetensors.index.json", "quant_model_weights.safetensors.index.json")
     one, other = (json.loads((folder / name).read_text()) for name in names)
     assert one == other
@@ -122,8 +151,8 @@ def test_both_names_of_the_index_say_the_same(root: Path) -> None:
     assert all(file.startswith("quant_model_weights-") for file in stored.file_of.values())
 
 
-def test_nothing_for_ascend_is_fp8(root: Path) -> None:
+def test_nothing_for_ascend_is_fp8(made: Made) -> None:
     for variant in ("bf16", "w8a8"):
-        stored = TensorFolder(root / "bundle" / variant)
+        stored = TensorFolder(made.root / "bundle" / variant)
         kinds = {stored.read(name).dtype for name in stored.names}
-        assert kinds <= {torch.bfloat16, torch.float32, torch.int8}
+        assert kinds <= {torch.bfloat16, torch.float32, torch.int8, torch.int32}

@@ -12,40 +12,84 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 
+from configs.model import ModelConfig
 from model.transformer import Transformer
+from model.weights.files import load_pretrained
 from stages.export import parity
 from stages.export.bundle import formats
 from stages.export.cuda import Fp8Blocks
 from stages.export.tensors import TensorFolder
-from tests.stages.bundles import MODEL, lines, make_bundle
+from tests.stages.bundles import MODELS, lines, make_bundle, unquantised_dtype
 
 MAX_SHARD_BYTES = 90_000
-QUANTISED = {
+_V3_LINEARS = {
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj"),
 }
+QUANTISED = {
+    "v3": _V3_LINEARS,
+    "v32": _V3_LINEARS | {"wq_b", "wk"},
+    "v4": {"wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3", "e_proj", "h_proj"},
+}
+"""As in the released files of each family, wherever it is not in a compressor."""
+_SCHEME = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "v3": _SCHEME,
+    "v32": _SCHEME | {"scale_fmt": "ue8m0"},
+    "v4": _SCHEME | {"scale_fmt": "ue8m0", "expert_dtype": "fp8"},
+}
+ARCHITECTURES = {
+    "v3": "DeepseekV3ForCausalLM",
+    "v32": "DeepseekV32ForCausalLM",
+    "v4": "DeepseekV4ForCausalLM",
+}
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("cuda")
+@dataclass(frozen=True)
+class Made:
+    """A bundle's folder and the model it was made of."""
+
+    root: Path
+    model: ModelConfig
+
+    @property
+    def family(self) -> str:
+        return self.model.family
+
+    def scales(self, name: str) -> str | None:
+        """Where the scales of the tensor `name` must lie, if it must have any."""
+        *path, module, _ = ("", *name.split("."))
+        if module not in QUANTISED[self.family] or "compressor" in path:
+            return None
+        return f"{name[:-7]}.scale" if self.family == "v4" else f"{name}_scale_inv"
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Made:
+    root, model = tmp_path_factory.mktemp("cuda"), MODELS[request.param]
     settings: dict[str, Any] = {"min_top1_agreement": 0.5, "max_kl_nats": 0.1}
-    make_bundle(root, "cuda", max_shard_bytes=MAX_SHARD_BYTES, **settings)
-    return root
+    make_bundle(root, "cuda", model, max_shard_bytes=MAX_SHARD_BYTES, **settings)
+    return Made(root, model)
 
 
 @dataclass
 class Loaded:
     """One variant, as transformers reads it and as Ingot does."""
 
+    model: ModelConfig
     theirs: Any
     info: dict[str, Any]
     ours: Transformer
 
 
 @pytest.fixture(scope="module", params=["bf16", "fp8"])
-def loaded(root: Path, request: pytest.FixtureRequest) -> Loaded:
-    folder = root / "bundle" / request.param
+def loaded(made: Made, request: pytest.FixtureRequest) -> Loaded:
+    folder = made.root / "bundle" / request.param
     widened: dict[str, Any] = {}
     if request.param == "fp8":
         widened = {"quantization_config": FineGrainedFP8Config(dequantize=True)}
@@ -56,29 +100,45 @@ def loaded(root: Path, request: pytest.FixtureRequest) -> Loaded:
             folder, dtype=torch.float32, output_loading_info=True, **widened
         )
     theirs, info = both
-    form = next(form for form in formats("cuda", MODEL) if form.variant == request.param)
-    names = TensorFolder(root / "checkpoint").names
-    return Loaded(theirs.float().eval(), info, parity.reload(TensorFolder(folder), form, names))
+    form = next(form for form in formats("cuda", made.model) if form.variant == request.param)
+    names = TensorFolder(made.root / "checkpoint").names
+    ours = parity.reload(TensorFolder(folder), form, names)
+    return Loaded(made.model, theirs.float().eval(), info, ours)
 
 
 def test_transformers_misses_nothing_and_finds_only_the_mtp_layer_unexpected(
     loaded: Loaded,
 ) -> None:
-    mtp = f"model.layers.{MODEL.num_hidden_layers}."
+    mtp = f"model.layers.{loaded.model.num_hidden_layers}."
     assert not loaded.info["missing_keys"]
     assert not loaded.info["mismatched_keys"]
     assert not loaded.info["error_msgs"]
-    assert loaded.info["unexpected_keys"]
+    # Of V4 it knows that there is such a layer, and says nothing of it.
+    assert bool(loaded.info["unexpected_keys"]) == (loaded.model.family != "v4")
     assert all(name.startswith(mtp) for name in loaded.info["unexpected_keys"])
 
 
 @torch.no_grad()
 def test_transformers_gives_the_same_logits(loaded: Loaded) -> None:
     generator = torch.Generator().manual_seed(1)
-    tokens_BS = torch.randint(MODEL.vocab_size, (6, 48), generator=generator)
+    tokens_BS = torch.randint(loaded.model.vocab_size, (6, 48), generator=generator)
     torch.testing.assert_close(
         loaded.theirs(tokens_BS).logits, loaded.ours(tokens_BS), atol=1e-4, rtol=0
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["bf16", "fp8"])
+def test_ingots_own_reader_of_released_folders_reads_the_same_weights(
+    made: Made, variant: str
+) -> None:
+    folder = made.root / "bundle" / variant
+    form = next(form for form in formats("cuda", made.model) if form.variant == variant)
+    names = TensorFolder(made.root / "checkpoint").names
+    proved = parity.reload(TensorFolder(folder), form, names).state_dict()
+    read = load_pretrained(folder).state_dict()
+    assert read.keys() == proved.keys()
+    assert all(torch.equal(read[name], proved[name]) for name in proved)
 
 
 @torch.no_grad()
@@ -95,9 +155,9 @@ def test_transformers_continues_greedily_with_the_same_tokens(loaded: Loaded) ->
 
 
 @pytest.mark.parametrize("variant", ["bf16", "fp8"])
-def test_auto_tokenizer_encodes_as_the_tokenizers_file(root: Path, variant: str) -> None:
-    theirs = AutoTokenizer.from_pretrained(root / "bundle" / variant)
-    ours = Tokenizer.from_file(str(root / "checkpoint" / "tokenizer.json"))
+def test_auto_tokenizer_encodes_as_the_tokenizers_file(made: Made, variant: str) -> None:
+    theirs = AutoTokenizer.from_pretrained(made.root / "bundle" / variant)
+    ours = Tokenizer.from_file(str(made.root / "checkpoint" / "tokenizer.json"))
     text = lines()
     assert len(text) == 1000
     assert theirs(text)["input_ids"] == [encoded.ids for encoded in ours.encode_batch(text)]
@@ -105,8 +165,8 @@ def test_auto_tokenizer_encodes_as_the_tokenizers_file(root: Path, variant: str)
 
 
 @pytest.mark.parametrize("variant", ["bf16", "fp8"])
-def test_the_index_counts_the_bytes_that_the_files_hold(root: Path, variant: str) -> None:
-    folder = root / "bundle" / variant
+def test_the_index_counts_the_bytes_that_the_files_hold(made: Made, variant: str) -> None:
+    folder = made.root / "bundle" / variant
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     stored = TensorFolder(folder)
     tensors = {name: stored.read(name) for name in stored.names}
@@ -117,39 +177,39 @@ def test_the_index_counts_the_bytes_that_the_files_hold(root: Path, variant: str
     assert files == [f"model-{n + 1:05}-of-{len(files):05}.safetensors" for n in range(len(files))]
     for file in files:
         within = {name: t.nbytes for name, t in tensors.items() if stored.file_of[name] == file}
-        alone = len({name.removesuffix("_scale_inv") for name in within}) == 1
+        owners = {name.removesuffix("_scale_inv").removesuffix(".scale") for name in within}
+        alone = len({owner.removesuffix(".weight") for owner in owners}) == 1
         assert sum(within.values()) <= MAX_SHARD_BYTES or alone
 
 
-def test_fp8_quantises_every_linear_and_nothing_else(root: Path) -> None:
-    stored = TensorFolder(root / "bundle" / "fp8")
-    for name in TensorFolder(root / "checkpoint").names:
-        tensor = stored.read(name)
-        if name.split(".")[-2] in QUANTISED:
-            scales = stored.read(f"{name}_scale_inv")
-            rows, columns = tensor.shape
-            assert tensor.dtype == torch.float8_e4m3fn
-            assert scales.dtype == torch.float32
-            assert scales.shape == (-(-rows // 128), -(-columns // 128))
-        else:
-            wide = name.endswith("e_score_correction_bias")
-            assert tensor.dtype == (torch.float32 if wide else torch.bfloat16)
-            assert f"{name}_scale_inv" not in stored.file_of
+def test_fp8_quantises_every_linear_and_nothing_else(made: Made) -> None:
+    stored = TensorFolder(made.root / "bundle" / "fp8")
+    expected = set()
+    for name in TensorFolder(made.root / "checkpoint").names:
+        tensor, at = stored.read(name), made.scales(name)
+        expected |= {name, at} - {None}
+        if at is None:
+            assert tensor.dtype == unquantised_dtype(name)
+            continue
+        scales = stored.read(at)
+        rows, columns = tensor.shape
+        assert tensor.dtype == torch.float8_e4m3fn
+        assert scales.dtype == (torch.float8_e8m0fnu if made.family == "v4" else torch.float32)
+        assert scales.shape == (-(-rows // 128), -(-columns // 128))
+        powers_of_two = bool((torch.frexp(scales.float()).mantissa == 0.5).all())
+        assert powers_of_two or made.family == "v3"
+    assert set(stored.names) == expected
 
 
-def test_only_the_fp8_config_names_a_quantisation(root: Path) -> None:
+def test_only_the_fp8_config_names_a_quantisation(made: Made) -> None:
     read = {
-        variant: json.loads((root / "bundle" / variant / "config.json").read_text())
+        variant: json.loads((made.root / "bundle" / variant / "config.json").read_text())
         for variant in ("bf16", "fp8")
     }
-    assert read["fp8"].pop("quantization_config") == {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "quant_method": "fp8",
-        "weight_block_size": [128, 128],
-    }
+    assert read["fp8"].pop("quantization_config") == SCHEMES[made.family]
+    assert read["fp8"].pop("expert_dtype", None) == SCHEMES[made.family].get("expert_dtype")
     assert read["bf16"] == read["fp8"]
-    assert read["bf16"]["architectures"] == ["DeepseekV3ForCausalLM"]
+    assert read["bf16"]["architectures"] == [ARCHITECTURES[made.family]]
     assert read["bf16"]["dtype"] == "bfloat16"
 
 
@@ -162,18 +222,43 @@ def _block_by_block(weight: Tensor, scales: Tensor) -> Tensor:
     return out
 
 
-def test_blocks_at_the_edge_count_as_padded_with_zeros() -> None:
+@pytest.mark.parametrize(
+    ("family", "name", "scale_name"),
+    [
+        ("v3", "model.layers.0.self_attn.kv_a_proj_with_mqa.weight", None),
+        ("v32", "model.layers.0.self_attn.kv_a_proj_with_mqa.weight", None),
+        ("v4", "layers.0.attn.wkv.weight", "layers.0.attn.wkv.scale"),
+    ],
+)
+def test_blocks_at_the_edge_count_as_padded_with_zeros(
+    family: str, name: str, scale_name: str | None
+) -> None:
     """576 rows are the real key-value down-projection's; transformers cannot read them."""
     x = torch.randn(576, 200, generator=torch.Generator().manual_seed(2))
     x[:, 128:] *= 100
-    form, name = Fp8Blocks(), "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    form = Fp8Blocks(MODELS[family])
     parts = form.encode(name, x)
-    assert parts[f"{name}_scale_inv"].shape == (5, 2)
+    scales = parts[scale_name or f"{name}_scale_inv"].float()
+    assert scales.shape == (5, 2)
     for row, column in ((0, 0), (4, 0), (4, 1)):
         block = x[row * 128 : row * 128 + 128, column * 128 : column * 128 + 128]
         expected = block.abs().max() / 448
-        torch.testing.assert_close(parts[f"{name}_scale_inv"][row, column], expected)
+        if family != "v3":
+            expected = 2 ** expected.log2().ceil()
+        torch.testing.assert_close(scales[row, column], expected)
     decoded = form.decode(name, parts.__getitem__)
-    assert torch.equal(decoded, _block_by_block(parts[name], parts[f"{name}_scale_inv"]))
+    assert torch.equal(decoded, _block_by_block(parts[name], scales))
     assert ((decoded - x).abs() <= form.error_bound(name, x)).all()
     assert ((decoded - x).abs() > form.error_bound(name, x) / 2).any()
+
+
+def test_a_scale_that_is_a_power_of_two_already_is_kept() -> None:
+    """An off-by-one in rounding up would give such a block twice its scale, and the bound too."""
+    x = torch.full((128, 128), 448.0 * 2.0**-7)
+    x[0, 1] = 2.0**-16
+    form, name = Fp8Blocks(MODELS["v4"]), "layers.0.attn.wq_a.weight"
+    parts = form.encode(name, x)
+    assert parts["layers.0.attn.wq_a.scale"].float().tolist() == [[2.0**-7]]
+    assert form.decode(name, parts.__getitem__)[0, 1] == 2.0**-16
+    # Half the smallest step of E4M3, 2^-9, under that scale.
+    assert form.error_bound(name, x)[0, 1] == pytest.approx(2.0**-10 * 2.0**-7, rel=1e-5)

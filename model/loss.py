@@ -1,0 +1,72 @@
+"""Cross-entropy of a linear head that keeps neither the logits nor their gradient.
+
+Logits of a batch are its largest tensor by far: at 4,096 tokens of vocabulary they outweigh every
+activation, and a pass over them costs more in fresh memory than in arithmetic. Rows go chunk by
+chunk through one buffer instead, and a chunk's gradients are taken while its probabilities lie
+there (the loss is a sum, so they are known but for one factor).
+
+Axes: N rows, D width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.layers import widened
+
+CHUNK_ROWS = 256
+"""Rows whose logits are there at a time: a few MiB that stay in a core's reach between passes, and
+enough rows to make adding to the head's gradient cheap."""
+
+UNSCORED = -1
+"""The target of a row that says nothing."""
+
+
+def linear_cross_entropy(
+    x_ND: Float[Tensor, "N D"], head_VD: Float[Tensor, "V D"], targets_N: Int[Tensor, " N"]
+) -> Float[Tensor, ""]:
+    """Sum of -log softmax(x head^T)[target] in nats, over the rows whose target is not negative.
+
+    Products and sums are in float32 at least. Memory is one chunk of logits and, if gradients are
+    asked for, those of `x` and `head`.
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(x_ND, head_VD, targets_N)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
+        ctx.dtypes = x_ND.dtype, head_VD.dtype
+        x_ND, head_VD = widened(x_ND), widened(head_VD)
+        loss = x_ND.new_zeros(())
+        learning = any(ctx.needs_input_grad)
+        slopes = (torch.empty_like(x_ND), torch.zeros_like(head_VD)) if learning else ()
+        for begin in range(0, len(x_ND), CHUNK_ROWS):
+            part = slice(begin, begin + CHUNK_ROWS)
+            x_CD, targets_C1 = x_ND[part], targets_N[part, None]
+            scored_C1 = (targets_C1 >= 0).to(x_ND.dtype)
+            targets_C1 = targets_C1.clamp_min(0)
+            logits_CV = x_CD @ head_VD.T
+            torch.log_softmax(logits_CV, dim=1, out=logits_CV)
+            loss -= (logits_CV.gather(1, targets_C1) * scored_C1).sum()
+            if slopes:
+                d_x_ND, d_head_VD = slopes
+                d_logits_CV = logits_CV.exp_()
+                d_logits_CV.scatter_add_(1, targets_C1, x_ND.new_full(targets_C1.shape, -1))
+                torch.mm(d_logits_CV, head_VD, out=d_x_ND[part]).mul_(scored_C1)
+                d_head_VD.addmm_(d_logits_CV.T, x_CD * scored_C1)
+        ctx.save_for_backward(*slopes)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_x, d_head = (
+            (slope * grads[0]).to(dtype)
+            for slope, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return d_x, d_head, None

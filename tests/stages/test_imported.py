@@ -1,0 +1,155 @@
+"""A Hugging Face folder becomes a checkpoint, and everything that is wrong with it is named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from configs.errors import ArtifactError, ConfigError, DataError, IngotError
+from configs.imports import ImportSpec
+from configs.parallel import ClusterConfig
+from model.weights import load_pretrained, save_pretrained
+from stages.artifacts import Checkpoint, Lease
+from stages.contract import Workspace
+from stages.imported import imported, reads
+from tests.references import random_model, random_tokens, tiny
+from tests.stages.bundles import MODEL, Notebook, make_tokenizer
+
+SPEC = tiny(vocab_size=MODEL.vocab_size)
+"""Its vocabulary is that of the tokenizer."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model and its tokenizer, in FP8."""
+    made = tmp_path / "theirs"
+    save_pretrained(random_model(SPEC), made, dtype="float8")
+    make_tokenizer(made / "tokenizer.json")
+    return made
+
+
+def take(folder: Path, out: Path) -> Checkpoint:
+    """Run the stage in a slot of its own."""
+    out.mkdir()
+    lease = out / "lease.json"
+    lease.write_text(json.dumps({"owner": "me"}))
+    work = Workspace(str(out), ClusterConfig(), Notebook(), Lease(str(lease), "me"))
+    return imported.run(ImportSpec(folder=str(folder)), work)
+
+
+def test_an_fp8_folder_becomes_a_float32_checkpoint_of_its_own_tokenizer(
+    folder: Path, tmp_path: Path
+) -> None:
+    checkpoint = take(folder, tmp_path / "out")
+    assert checkpoint.model == SPEC
+    assert (checkpoint.step, checkpoint.sequences_seen, checkpoint.final_loss) == (0, 0, None)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    source = load_pretrained(folder)
+    copy = load_pretrained(checkpoint.path())
+    tokens = random_tokens(2, 12)
+    with torch.no_grad():
+        assert torch.equal(copy(tokens), source(tokens))
+    tokenizer = checkpoint.path("tokenizer.json").read_bytes()
+    assert tokenizer == (folder / "tokenizer.json").read_bytes()
+
+
+def test_what_transformers_saved_in_bfloat16_is_taken_without_an_mtp_layer(tmp_path: Path) -> None:
+    config = DeepseekV3Config(
+        **SPEC.model_dump(exclude={"family", "engram", "rope_theta", "rope_scaling"}),
+        num_key_value_heads=SPEC.num_attention_heads,
+    )
+    theirs = DeepseekV3ForCausalLM(config).bfloat16()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
+    make_tokenizer(tmp_path / "theirs" / "tokenizer.json")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
+    checkpoint = take(tmp_path / "theirs", tmp_path / "out")
+    assert checkpoint.model.num_nextn_predict_layers == 0
+    written = json.loads(checkpoint.path("config.json").read_text())
+    assert written["num_nextn_predict_layers"] == 0
+    head = load_pretrained(checkpoint.path()).lm_head.weight
+    assert torch.equal(head, theirs.lm_head.weight.float())
+
+
+def test_identity_is_what_the_files_hold_wherever_they_lie(folder: Path, tmp_path: Path) -> None:
+    seen = reads(ImportSpec(folder=str(folder)))
+    assert list(seen) == ["config.json", "tokenizer.json", "model.safetensors"]
+    assert seen["config.json"]["bytes"] == (folder / "config.json").stat().st_size
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "README.md").write_text("other words")
+    assert reads(ImportSpec(folder=str(tmp_path / "elsewhere"))) == seen
+    weights = folder / "model.safetensors"
+    body = bytearray(weights.read_bytes())
+    body[-1] ^= 1
+    weights.write_bytes(body)
+    assert reads(ImportSpec(folder=str(folder))) != seen
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def with_field(name: str, value: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+
+    return change
+
+
+def with_tokenizer(tokenizer: Tokenizer) -> Callable[[Path], None]:
+    return lambda folder: tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def plain_tokenizer() -> Tokenizer:
+    return Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+
+
+def large_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(vocab={f"t{i}": i for i in range(500)}, merges=[]))
+    tokenizer.add_special_tokens(["t0", "t1"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (shutil.rmtree, ConfigError, "no such folder; name one that holds config.json"),
+        (without("tokenizer.json"), ConfigError, "holds no tokenizer.json; put the one"),
+        (without("config.json"), ConfigError, "holds no config.json"),
+        (without("model.safetensors"), ArtifactError, "model.safetensors: no such file"),
+        (with_field("model_type", "llama"), ArtifactError, "model_type = 'llama' is unknown"),
+        (with_field("eos_token_id", 7), ConfigError, "eos_token_id = 7, but documents are framed"),
+        (with_tokenizer(plain_tokenizer()), DataError, "token 0 is 'a', which is not special"),
+        (
+            with_tokenizer(large_tokenizer()),
+            ArtifactError,
+            "has 500 tokens, but vocab_size = 384 in its config.json",
+        ),
+        (
+            lambda folder: (folder / "tokenizer.json").write_text("{"),
+            DataError,
+            "tokenizer.json: not a tokenizer",
+        ),
+    ],
+)
+def test_a_folder_that_cannot_be_started_from_is_refused(
+    folder: Path,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    error: type[IngotError],
+    message: str,
+) -> None:
+    change(folder)
+    with pytest.raises(error) as caught:
+        reads(ImportSpec(folder=str(folder)))
+        take(folder, tmp_path / "out")
+    assert message in str(caught.value)
+    assert str(folder) in str(caught.value) or "config.json" in str(caught.value)
