@@ -15,8 +15,8 @@ from model.weights.files import consolidate, read_json
 from model.weights.stored import INDEX
 from stages.artifacts import Checkpoint, FileEntry, hash_file
 from stages.contract import Workspace, stage
-from stages.data.tokenizer import read_tokenizer, vocabulary_size
 from stages.shards import BOS_ID, EOS_ID
+from stages.tokens import read_tokenizer, vocabulary_size
 
 TOKENIZER = "tokenizer.json"
 _CONFIG = "config.json"

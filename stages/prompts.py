@@ -30,12 +30,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def frame_texts(path: str | Path) -> tuple[str, str]:
-    """How the tokenizer in a `tokenizer.json` spells the tokens that begin and end a document."""
-    tokenizer = Tokenizer.from_file(str(path))
-    return str(tokenizer.id_to_token(BOS_ID)), str(tokenizer.id_to_token(EOS_ID))
-
-
 def encode_prompts(
     problems: Iterable[Problem], tokenizer: Tokenizer, *, context_tokens: int, max_new_tokens: int
 ) -> list[Prompt]:

@@ -166,7 +166,7 @@ class _Unallocated(TorchFunctionMode):
 
 
 def _layout(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Shapes of the model's tensors and the types that they are loaded in, without values."""
+    """Shapes and strides of the model's tensors and the types to load them in, without values."""
     layout = {}
     for name, tensor in model.state_dict().items():
         wanted = tensor.dtype
@@ -174,7 +174,7 @@ def _layout(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
             stored_name = families.table_of(model.config).parts(model.config, name)[0].name
             kept = families.narrowest(model.config, stored_name) == "float32"
             wanted = torch.promote_types(dtype, torch.float32) if kept else dtype
-        layout[name] = torch.empty(tensor.shape, dtype=wanted, device="meta")
+        layout[name] = torch.empty_like(tensor, dtype=wanted, device="meta")
     return layout
 
 

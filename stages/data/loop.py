@@ -36,15 +36,9 @@ from stages.data.pack import (
     take_until,
 )
 from stages.data.quality import Drop, judge
-from stages.data.tokenizer import (
-    encode,
-    identify_tokenizer,
-    read_tokenizer,
-    sample,
-    train_tokenizer,
-    vocabulary_size,
-)
+from stages.data.tokenizer import encode, identify_tokenizer, sample, train_tokenizer
 from stages.shards import BOS_ID, write_rows
+from stages.tokens import read_tokenizer, vocabulary_size
 from stages.verifiers import write_problems
 
 MIN_ROWS = 8

@@ -1,7 +1,6 @@
 """Trains the byte-level BPE tokenizer or takes one that exists, and encodes with it."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs.data import TokenizerConfig
 from configs.errors import DataError
-from stages.shards import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
+from stages.shards import BOS_TOKEN, EOS_TOKEN
 
 Int32 = npt.NDArray[np.int32]
 
@@ -42,33 +41,6 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     # Text that spells a special token must not become one: it would end a document inside it.
     tokenizer.encode_special_tokens = True
     return tokenizer
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer made elsewhere, told to read text as those made here do.
-
-    DataError if it cannot be read, or does not keep the tokens 0 and 1 for framing documents.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        tokenizer = Tokenizer.from_str(json.dumps(record))
-        special = {token["id"] for token in record["added_tokens"] if token["special"]}
-    except Exception as error:
-        # The library raises plain Exceptions for what it cannot parse.
-        raise DataError(f"{path}: not a tokenizer: {error}; name another") from None
-    if missing := {BOS_ID, EOS_ID} - special:
-        raise DataError(
-            f"{path}: token {min(missing)} is {tokenizer.id_to_token(min(missing))!r}, which is "
-            f"not special, but tokens {BOS_ID} and {EOS_ID} begin and end documents; use a "
-            "tokenizer that keeps them for that"
-        )
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the highest id, added tokens and gaps included."""
-    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
 
 def identify_tokenizer(config: TokenizerConfig) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from stages.export.card import render
 from stages.export.cuda import Fp8Blocks
 from stages.export.formats import Bf16, Format
 from stages.export.tensors import TensorFolder, write_json, write_weights
-from stages.prompts import frame_texts
 from stages.shards import BOS_ID, EOS_ID, Int64
+from stages.tokens import frame_texts
 
 ENGRAM_ARCHITECTURE = "IngotEngramForCausalLM"
 """Known to no server, which therefore refuses a model whose memory it could not read."""

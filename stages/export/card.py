@@ -8,7 +8,7 @@ from typing import Any
 from configs.model import ModelConfig, V4Config, V32Config
 from configs.v4 import AttentionKind
 from stages.artifacts import Checkpoint, Corpus, Parity, read_manifest
-from stages.prompts import frame_texts
+from stages.tokens import frame_texts
 
 
 @dataclass(frozen=True, slots=True)

@@ -468,6 +468,10 @@ def test_a_table_on_the_host_takes_part_in_casts_and_saves() -> None:
     assert engram.float().table.weight.dtype == torch.float32
     assert torch.equal(engram.table.weight, expected)
     assert torch.equal(engram.state_dict()["table.weight"], expected)
+    # A move with a cast is a cast.
+    engram.to("meta", torch.bfloat16)
+    assert engram.key_proj.weight.dtype == engram.table.weight.dtype == torch.bfloat16
+    assert torch.equal(engram.table.weight, expected.bfloat16())
 
 
 def test_a_table_on_the_host_is_made_there_unless_it_is_only_counted() -> None:

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 
 from configs.errors import DataError
-from stages.prompts import answer_text, encode_prompts, frame_texts, load_tokenizer
+from stages.prompts import answer_text, encode_prompts, load_tokenizer
 from stages.shards import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 from stages.verifiers import Problem
 
@@ -59,11 +59,3 @@ def test_text_that_spells_a_special_token_stays_text_once_loaded(
     (prompt,) = encode_prompts([sly], loaded, context_tokens=99, max_new_tokens=3)
     assert not {BOS_ID, EOS_ID} & set(prompt.token_ids[1:])
     assert answer_text(loaded, prompt.token_ids[1:]) == sly.prompt
-
-
-def test_the_tokens_that_frame_documents_are_spelt_as_their_tokenizer_does(tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    made = Tokenizer(models.BPE(vocab={"<begin>": 0, "<end>": 1, "x": 2}, merges=[]))
-    made.add_special_tokens(["<begin>", "<end>"])
-    made.save(str(path))
-    assert frame_texts(path) == ("<begin>", "<end>")

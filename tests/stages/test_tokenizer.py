@@ -8,18 +8,11 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
 
 from configs.data import TokenizerConfig
 from configs.errors import DataError
-from stages.data.tokenizer import (
-    encode,
-    identify_tokenizer,
-    read_tokenizer,
-    sample,
-    train_tokenizer,
-    vocabulary_size,
-)
+from stages.data.tokenizer import encode, identify_tokenizer, sample, train_tokenizer
 from stages.evaluate.text import byte_lengths
 from stages.shards import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 
@@ -103,21 +96,6 @@ def test_the_saved_tokenizer_encodes_as_the_trained_one(tmp_path: Path) -> None:
 def test_the_sample_stops_at_its_budget() -> None:
     assert list(sample(["abcd", "efgh", "ijkl"], 6)) == ["abcd", "ef"]
     assert list(sample(["abcd"], 100)) == ["abcd"]
-
-
-def test_a_tokenizer_made_elsewhere_reads_text_as_one_made_here(tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    TOKENIZER.save(str(path))
-    taken = read_tokenizer(path)
-    for text in [*TEXTS[:2], f"a {EOS_TOKEN} b", "日本 42"]:
-        assert encode(taken, [text])[0].tolist() == ids(text)
-    assert vocabulary_size(taken) == TOKENIZER.get_vocab_size()
-
-
-def test_a_vocabulary_with_gaps_is_as_large_as_its_highest_id() -> None:
-    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 9}, merges=[]))
-    assert tokenizer.get_vocab_size() == 2
-    assert vocabulary_size(tokenizer) == 10
 
 
 def test_a_tokenizer_enters_identity_by_content(tmp_path: Path) -> None:
