@@ -1,7 +1,6 @@
-"""Engram, conditional memory: what follows known n-grams, looked up instead of computed
-(arXiv 2601.07372, section 2).
+"""Engram, conditional memory: what follows known n-grams, looked up instead of computed.
 
-In front of a layer, each token's last 2, 3, ... tokens are hashed, several times over, into tables
+Described in arXiv 2601.07372, section 2. In front of a layer, each token's last 2, 3, ... tokens are hashed, several times over, into tables
 of trained rows. The rows side by side are the memory e; one value v = W_V e goes to every residual
 stream, through a gate of its own that compares the stream's state with its key W_K e:
 

@@ -1,4 +1,4 @@
-"""What a module that looks back over the tokens is handed: a whole text, or one more token.
+"""What a layer that looks back over the tokens is handed: a whole text, or one more token.
 
 Attention and memory read the past. In training and prefill the past is in the same tensor
 (`Whole`); in decoding it is in caches that an earlier pass filled (`Step`). Every such module takes

@@ -15,6 +15,7 @@ from configs.model import ModelConfig, V3Config, V4Config, V32Config
 from model.attention import LATENT_NORM_EPSILON, LatentAttention
 from model.fp8.format import Quantized, dequantize, quantize
 from model.moe import Gate, MoE
+from model.multiquery import Sight
 from model.transformer import Transformer
 
 TINY = V3Config(
@@ -249,3 +250,34 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.values = max(self.values, tensor.numel())
         return made
+
+
+def attend_by_query(
+    q_BSHW: Tensor, kv_BSW: Tensor, blocks_BLW: Tensor, sinks_H: Tensor, sight: Sight
+) -> tuple[Tensor, Tensor]:
+    """V4's attention, one query and head at a time; also each query's weight of each block."""
+    rows, length, heads, width = q_BSHW.shape
+    out, mass = torch.zeros_like(q_BSHW), torch.zeros(rows, length, blocks_BLW.shape[1]).double()
+    for b in range(rows):
+        segment = [0] * length if sight.segments_BS is None else sight.segments_BS[b].tolist()
+        for t in range(length):
+            tokens = [
+                s for s in range(length) if t - sight.window < s <= t and segment[s] == segment[t]
+            ]
+            blocks = [
+                i
+                for i in range(blocks_BLW.shape[1])
+                if (i + 1) * sight.ratio - 1 <= t
+                and segment[(i + 1) * sight.ratio - 1] == segment[t]
+                and (sight.chosen_BSK is None or i in sight.chosen_BSK[b, t].tolist())
+            ]
+            entries = torch.stack(
+                [kv_BSW[b, s] for s in tokens] + [blocks_BLW[b, i] for i in blocks]
+            )
+            for h in range(heads):
+                scores = entries @ q_BSHW[b, t, h] * width**-0.5
+                weights = torch.cat([scores, sinks_H[h : h + 1]]).softmax(0)[:-1]
+                out[b, t, h] = weights @ entries
+                for i, weight in zip(blocks, weights[len(tokens) :], strict=True):
+                    mass[b, t, i] += weight
+    return out, mass

@@ -1,3 +1,5 @@
+"""DeepSeek-V4's attention: its ways to one result, documents, and what its indexer learns."""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -7,13 +9,11 @@ import torch
 from torch import Tensor
 
 from model.compressed import CompressedAttention, GroupedLinear, PickingCompressor
-from model.compressor import Compressor, fill_ring
 from model.fp8.linear import Linear
 from model.indexer import NONE, index_scores, indexer_loss
+from model.multiquery import Sight
 from model.passes import Whole
-from model.rope import rotary_table, rotate, rotate_tail, shared_rotary_table
-from model.multiquery import Sight, attend
-from tests.references import random_model, tiny_v4
+from tests.references import attend_by_query, random_model, tiny_v4
 
 KINDS = {"window": 0, "csa": 1, "hca": 2}
 """Layers of `TINY_V4` by kind."""
@@ -44,118 +44,6 @@ def chunked(block: CompressedAttention, chunk: int, gather_factor: int) -> Itera
     block.sight = replace(before, chunk=chunk, gather_factor=gather_factor)
     yield
     block.sight = before
-
-
-def chosen_blocks(rows: int, length: int, keep: int, sight: Sight) -> Tensor:
-    """For each query, some of the blocks it may see in no particular order, then none."""
-    generator = torch.Generator().manual_seed(5)
-    seen = sight.blocks(0, length, torch.device("cpu")).expand(rows, -1, -1)
-    chosen_BSK = torch.full((rows, length, keep), NONE)
-    for row in range(rows):
-        for t in range(length):
-            blocks = seen[row, t].nonzero().squeeze(1)
-            some = blocks[torch.randperm(len(blocks), generator=generator)][:keep]
-            chosen_BSK[row, t, : len(some)] = some
-    return chosen_BSK
-
-
-def attend_by_query(
-    q_BSHW: Tensor, kv_BSW: Tensor, blocks_BLW: Tensor, sinks_H: Tensor, sight: Sight
-) -> tuple[Tensor, Tensor]:
-    """One query and head at a time; also each query's weight of each block."""
-    rows, length, heads, width = q_BSHW.shape
-    out, mass = torch.zeros_like(q_BSHW), torch.zeros(rows, length, blocks_BLW.shape[1]).double()
-    for b in range(rows):
-        segment = [0] * length if sight.segments_BS is None else sight.segments_BS[b].tolist()
-        for t in range(length):
-            tokens = [
-                s for s in range(length) if t - sight.window < s <= t and segment[s] == segment[t]
-            ]
-            blocks = [
-                i
-                for i in range(blocks_BLW.shape[1])
-                if (i + 1) * sight.ratio - 1 <= t
-                and segment[(i + 1) * sight.ratio - 1] == segment[t]
-                and (sight.chosen_BSK is None or i in sight.chosen_BSK[b, t].tolist())
-            ]
-            entries = torch.stack(
-                [kv_BSW[b, s] for s in tokens] + [blocks_BLW[b, i] for i in blocks]
-            )
-            for h in range(heads):
-                scores = entries @ q_BSHW[b, t, h] * width**-0.5
-                weights = torch.cat([scores, sinks_H[h : h + 1]]).softmax(0)[:-1]
-                out[b, t, h] = weights @ entries
-                for i, weight in zip(blocks, weights[len(tokens) :], strict=True):
-                    mass[b, t, i] += weight
-    return out, mass
-
-
-def operands(length: int, ratio: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        2 * normal(2, length, 3, 4),
-        normal(2, length, 4, seed=1),
-        normal(2, length // ratio, 4, seed=2),
-        normal(3, seed=3),
-    )
-
-
-SIGHTS = [
-    Sight(window=3, chunk=1),
-    Sight(window=3, ratio=4, chunk=5),
-    Sight(window=7, ratio=4, chunk=100),
-    Sight(window=3, ratio=4, chunk=4, segments_BS=documents(6, 11, 2).expand(2, -1)),
-]
-
-
-@pytest.mark.parametrize("sight", SIGHTS)
-@pytest.mark.parametrize("pick", [None, 0, 100])
-def test_attention_is_one_softmax_over_window_blocks_and_sink(
-    sight: Sight, pick: int | None
-) -> None:
-    """`pick`: everything, or three chosen blocks that are gathered or masked."""
-    q, kv, blocks, sinks = operands(19, sight.ratio)
-    if sight.ratio == 1:
-        blocks = blocks[:, :0]
-    if pick is not None:
-        chosen = chosen_blocks(2, 19, min(3, blocks.shape[1]), sight)
-        sight = replace(sight, chosen_BSK=chosen, gather_factor=pick)
-    out, mass = attend(q, kv, blocks, sinks, sight, mass=True)
-    expected, expected_mass = attend_by_query(q, kv, blocks, sinks, sight)
-    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
-    assert mass is not None
-    if pick is None:
-        torch.testing.assert_close(mass, expected_mass, rtol=1e-9, atol=1e-9)
-    elif blocks.shape[1]:
-        by_choice = expected_mass.gather(2, chosen.clamp_min(0)).masked_fill(chosen < 0, 0.0)
-        torch.testing.assert_close(mass, by_choice, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("sight", SIGHTS)
-@pytest.mark.parametrize("pick", [None, 0, 100])
-def test_gradients_of_attention_are_those_of_finite_differences(
-    sight: Sight, pick: int | None
-) -> None:
-    q, kv, blocks, sinks = operands(9, sight.ratio)
-    if sight.segments_BS is not None:
-        sight = replace(sight, segments_BS=sight.segments_BS[:, :9])
-    if pick is not None:
-        chosen = chosen_blocks(2, 9, min(2, blocks.shape[1]), sight)
-        sight = replace(sight, chosen_BSK=chosen, gather_factor=pick)
-    inputs = tuple(x.requires_grad_() for x in (q, kv, blocks, sinks))
-    # Along a random direction: every element alone would take minutes.
-    assert torch.autograd.gradcheck(
-        lambda *x: attend(*x, sight)[0], inputs, eps=1e-6, atol=1e-6, fast_mode=True
-    )
-
-
-def test_a_high_sink_takes_the_weight_and_a_low_one_leaves_it() -> None:
-    q, kv, blocks, _ = operands(8, 4)
-    sight = Sight(window=4, ratio=4)
-    none, _ = attend(q, kv, blocks, torch.full((3,), 60.0).double(), sight)
-    everything, _ = attend(q, kv, blocks, torch.full((3,), -60.0).double(), sight)
-    assert float(none.abs().max()) < 1e-15
-    # With nothing but itself to see, the first token is all that its query reads.
-    torch.testing.assert_close(everything[:, 0], kv[:, :1].expand(-1, 3, -1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,47 +96,6 @@ def test_what_training_keeps_grows_with_the_text_and_not_with_its_square(kind: s
         short, double, long = (saved_numbers(block, length) for length in (256, 512, 1024))
     # Weights are kept whatever the length, so it is the growth that doubles.
     assert (long - double) / (double - short) == pytest.approx(2, abs=0.02)
-
-
-def pooled_by_channel(block: Compressor, x_SD: Tensor, segment: list[int]) -> Tensor:
-    """Entries of one row, block after block and channel after channel."""
-    config, m = block.config, block.ratio
-    width = len(block.kv_norm.weight)
-    kv, gate = x_SD @ block.kv_proj.weight.T, x_SD @ block.gate_proj.weight.T
-    entries = []
-    for i in range(len(x_SD) // m):
-        own = list(range(i * m, (i + 1) * m))
-        before = [s for s in range((i - 1) * m, i * m) if s >= 0] if block.series == 2 else []
-        offset = width if block.series == 2 else 0
-        candidates = [(s, 0) for s in before] + [(s, offset) for s in own]
-        candidates = [(s, o) for s, o in candidates if segment[s] == segment[own[-1]]]
-        entry = torch.zeros(width, dtype=x_SD.dtype)
-        for c in range(width):
-            score = torch.stack(
-                [gate[s, o + c] + block.position_bias[s % m, o + c] for s, o in candidates]
-            )
-            values = torch.stack([kv[s, o + c] for s, o in candidates])
-            entry[c] = (score.softmax(0) * values).sum()
-        entry = entry / (entry.square().mean() + config.rms_norm_eps).sqrt() * block.kv_norm.weight
-        rotary = config.qk_rope_head_dim
-        table = rotary_table(rotary, config.compress_rope_theta, len(x_SD))
-        turned = rotate(entry[-rotary:], table, torch.tensor(i * m))
-        entries.append(torch.cat([entry[:-rotary], turned]))
-    return torch.stack(entries)
-
-
-@pytest.mark.parametrize("kind", ["csa", "hca", "indexer"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_block_is_a_mean_weighted_by_channel_of_its_own_document(kind: str, packed: bool) -> None:
-    compressor = attention("hca" if kind == "hca" else "csa").double().compressor
-    if kind == "indexer":
-        assert isinstance(compressor, PickingCompressor)
-        compressor = compressor.indexer
-    assert compressor is not None
-    x_BSD, segments = normal(1, 27, 32), documents(6, 1, 12, 8)
-    found = compressor(x_BSD, whole(x_BSD, segments if packed else None))
-    expected = pooled_by_channel(compressor, x_BSD[0], segments[0].tolist() if packed else [0] * 27)
-    torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -368,15 +215,6 @@ def test_texts_of_few_blocks_need_no_indexer_and_give_what_choosing_all_gives() 
         torch.testing.assert_close(few(x_BSD, whole(x_BSD)), all_of_them(x_BSD, whole(x_BSD)))
 
 
-def test_rings_hold_the_last_tokens_by_position() -> None:
-    x_BSE, lengths = normal(4, 11, 2), [1, 5, 8, 11]
-    ring = torch.zeros(4, 5, 2).double()
-    fill_ring(ring, x_BSE, torch.tensor(lengths))
-    for row, length in enumerate(lengths):
-        for position in range(max(0, length - 5), length):
-            assert torch.equal(ring[row, position % 5], x_BSE[row, position])
-
-
 @pytest.mark.parametrize("precision", ["high", "fp8"])
 def test_grouped_output_is_a_linear_for_each_group(precision: str) -> None:
     grouped = GroupedLinear(3 * 64, 160, 2, precision)  # type: ignore[arg-type]
@@ -409,35 +247,6 @@ def test_projections_run_in_fp8_but_compressors_gates_and_head_weights_do_not(ki
     assert 1e-3 < error < 0.2
     found.sum().backward()
     assert all(p.grad is not None for n, p in rough.named_parameters() if "indexer" not in n)
-
-
-def test_only_the_last_dims_turn_and_turning_back_undoes_it() -> None:
-    table = rotary_table(6, 100.0, 20)
-    x_BSHW, positions = normal(2, 20, 3, 11).requires_grad_(), torch.arange(20)
-    turned = rotate_tail(x_BSHW, table, positions.unsqueeze(-1))
-    assert torch.equal(turned[..., :5], x_BSHW[..., :5])
-    expected = rotate(x_BSHW[..., 5:], table, positions.unsqueeze(-1))
-    torch.testing.assert_close(turned[..., 5:], expected)
-    back = rotate_tail(turned, table, positions.unsqueeze(-1), inverse=True)
-    torch.testing.assert_close(back, x_BSHW, rtol=0, atol=1e-6)
-    assert torch.autograd.gradcheck(
-        lambda x: rotate_tail(x, table, positions.unsqueeze(-1)), (x_BSHW,), eps=1e-6, atol=1e-6
-    )
-
-
-def test_layers_share_one_table_which_grows_with_what_they_read() -> None:
-    def table(positions: int) -> Tensor:
-        return shared_rotary_table(8, 31337.0, positions, None, torch.device("cpu"))
-
-    with torch.inference_mode():
-        small = table(5)
-    assert table(1024) is small
-    assert len(table(1025)) == 2048
-    torch.testing.assert_close(table(1025)[:1024], small, rtol=0, atol=0)
-    # Made in inference mode, and yet fit to be saved for a backward pass.
-    x_SW = torch.zeros(4, 8, requires_grad=True)
-    rotate_tail(x_SW, small, torch.arange(4)).sum().backward()
-    assert x_SW.grad is not None
 
 
 def test_window_layers_turn_by_their_own_frequencies_without_yarn() -> None:

@@ -6,7 +6,14 @@ from transformers import DeepseekV3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from configs.model import YarnConfig
-from model.rope import rotary_table, rotate, rotate_halves, softmax_factor
+from model.rope import (
+    rotary_table,
+    rotate,
+    rotate_halves,
+    rotate_tail,
+    shared_rotary_table,
+    softmax_factor,
+)
 from tests.references import rotate_as_complex
 
 
@@ -93,3 +100,38 @@ def test_yarn_widens_the_released_models_softmax_by_the_papers_number() -> None:
     assert softmax_factor(YarnConfig()) == pytest.approx(1.87386, abs=1e-5)
     assert softmax_factor(YarnConfig(mscale_all_dim=0.0)) == 1.0
     assert softmax_factor(None) == 1.0
+
+
+def test_only_the_last_dims_turn_and_turning_back_undoes_it() -> None:
+    table = rotary_table(6, 100.0, 20)
+    x_BSHW = torch.randn(2, 20, 3, 11, generator=torch.Generator().manual_seed(0)).double()
+    x_BSHW.requires_grad_()
+    positions = torch.arange(20)
+    turned = rotate_tail(x_BSHW, table, positions.unsqueeze(-1))
+    assert torch.equal(turned[..., :5], x_BSHW[..., :5])
+    expected = rotate(x_BSHW[..., 5:], table, positions.unsqueeze(-1))
+    torch.testing.assert_close(turned[..., 5:], expected)
+    back = rotate_tail(turned, table, positions.unsqueeze(-1), inverse=True)
+    torch.testing.assert_close(back, x_BSHW, rtol=0, atol=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda x: rotate_tail(x, table, positions.unsqueeze(-1)),
+        (x_BSHW,),
+        eps=1e-6,
+        atol=1e-6,
+        fast_mode=True,
+    )
+
+
+def test_layers_share_one_table_which_grows_with_what_they_read() -> None:
+    def table(positions: int) -> torch.Tensor:
+        return shared_rotary_table(8, 31337.0, positions, None, torch.device("cpu"))
+
+    with torch.inference_mode():
+        small = table(5)
+    assert table(1024) is small
+    assert len(table(1025)) == 2048
+    torch.testing.assert_close(table(1025)[:1024], small, rtol=0, atol=0)
+    # Made in inference mode, and yet fit to be saved for a backward pass.
+    x_SW = torch.zeros(4, 8, requires_grad=True)
+    rotate_tail(x_SW, small, torch.arange(4)).sum().backward()
+    assert x_SW.grad is not None
