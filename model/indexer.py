@@ -35,18 +35,19 @@ def index_scores(
 def choose(
     scores_QL: Float[Tensor, "*Q L"], visible_QL: Bool[Tensor, "*Q L"], keep: int
 ) -> Int[Tensor, "*Q K"]:
-    """The `keep` visible entries of highest score, K = min(keep, L); NONE where there are fewer.
+    """The `keep` visible entries of highest score, in no order; K = min(keep, L).
 
-    Of entries that tie for the last place, those of lowest index are taken: ReLU makes exact ties
-    at zero when heads are few, and torch's own choice among them is not specified.
+    NONE fills up where fewer are visible. Of entries that tie for the last place, those of lowest
+    index are taken: ReLU makes exact ties at zero when heads are few, and torch's own choice among
+    them is not specified.
     """
     entries = scores_QL.shape[-1]
     kept = min(keep, entries)
     masked_QL = scores_QL.masked_fill(~visible_QL, float("-inf"))
     if kept == 0:
         return torch.empty(*scores_QL.shape[:-1], 0, dtype=torch.int64, device=scores_QL.device)
-    values_QK, chosen_QK = masked_QL.topk(kept, dim=-1)
-    last_Q1 = values_QK[..., -1:]
+    values_QK, chosen_QK = masked_QL.topk(kept, dim=-1, sorted=False)
+    last_Q1 = values_QK.amin(-1, keepdim=True)
     tied_Q = (masked_QL >= last_Q1).sum(-1) > kept
     tied_Q &= last_Q1.squeeze(-1) > float("-inf")
     if bool(tied_Q.any()):

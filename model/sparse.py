@@ -41,10 +41,12 @@ from model.indexer import NONE, choose, divergence, index_scores
 from model.passes import Cache, Pass, Step, Whole
 from model.rope import rotate_halves
 
-CHUNK_SCORES = 2**24
-"""Scores [B, heads, Q, L] that are built at a time: 64 MiB in float32."""
-GATHERING_COST = 1.0
-"""What a product of gathered attention costs, measured in products of expanded attention."""
+CHUNK_SCORES = 2**21
+"""Scores [B, heads, Q, L] that are built at a time: 8 MiB in float32, which caches still hold."""
+GATHER_FROM = 8
+"""Texts of this many times K are gathered. A query of the expanded form meets S / 2 keys, a
+gathered one K at a higher price for each, since latents are wider than heads and have to be
+fetched. On a CPU the two cost the same at 6 to 12 K in training, forwards alone at 6 to 8."""
 
 
 class KeyNorm(nn.LayerNorm):
@@ -128,25 +130,13 @@ class SparseLatentAttention(LatentAttention):
         index = Index(
             *self.indexer.queries(x_BSD, seen.q_latent_BSA, self.rotary_SR, positions_S), key_BSI
         )
-        if not dense and length >= self.gathered_from:
+        if not dense and length >= GATHER_FROM * self.keep:
             return self._attend_gathered(seen, index, batch)
         mask_B1SS = batch.mask_B1SS if dense else self._chosen_mask(index, batch)
         heads = self.expand(seen)
         if batch.indexer != "off":
             batch.indexer_losses.append(self._loss(heads, index, batch, mask_B1SS))
         return self.attend(heads, mask_B1SS)
-
-    @property
-    def gathered_from(self) -> int:
-        """The length from which gathering takes less time than masking.
-
-        A query of expanded attention meets S / 2 keys on average, a gathered one K, with more
-        products for each because latents are wider than heads.
-        """
-        config = self.config
-        expanded = config.qk_head_dim + config.v_head_dim
-        gathered = 2 * config.kv_lora_rank + config.qk_rope_head_dim
-        return round(2 * self.keep * GATHERING_COST * gathered / expanded)
 
     def new_cache(self, rows: int, tokens: int) -> Cache:
         """Latents and shared keys, and the indexer's rotated keys."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from model import gathering, sparse
-from model.decode import Session
+from model.decode import Session, sample
+from model.drawing import Drawing
 from model.passes import IndexerPhase, Whole
 from model.sparse import SparseLatentAttention
 from model.transformer import Transformer
@@ -29,8 +30,7 @@ SEGMENTS_BS = torch.tensor([[0] * LENGTH, [0] * 3 + [1] * 9 + [2] * 2])
 
 def take(way: Way, monkeypatch: pytest.MonkeyPatch, *, chunk: int = 700) -> None:
     """Make sparse passes go this way, a few queries at a time."""
-    first = 0 if way == "gathered" else 10**9
-    monkeypatch.setattr(SparseLatentAttention, "gathered_from", first)
+    monkeypatch.setattr(sparse, "GATHER_FROM", 0 if way == "gathered" else 10**9)
     monkeypatch.setattr(sparse, "CHUNK_SCORES", 4 * chunk)
     monkeypatch.setattr(gathering, "CHUNK_VALUES", chunk)
 
@@ -205,37 +205,19 @@ def test_a_text_that_is_chosen_whole_is_attended_to_densely() -> None:
     assert not torch.allclose(shorter(x_BSD, batch)[:, -1], found["off"][:, -1])
 
 
-def test_gathering_starts_where_its_products_cost_less() -> None:
-    """At the released widths a gathered pair costs 3.4 times an expanded one."""
-    released = {
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "index_head_dim": 128,
-        "index_topk": 2048,
-    }
-    block = attention(**released)
-    pairs = block.gathered_from / 2 / block.keep
-    assert pairs == pytest.approx(sparse.GATHERING_COST * (576 + 512) / (192 + 128), rel=1e-3)
-
-
-def test_the_gathered_way_makes_no_tensor_of_all_pairs_of_tokens(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_long_texts_make_no_tensor_of_all_pairs_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     length = 600
-    take("gathered", monkeypatch, chunk=2**13)
-    block, x_BSD = (
-        attention(index_n_heads=4, max_position_embeddings=1024),
-        inputs(1, length).requires_grad_(),
-    )
-    batch = whole(x_BSD, "sparse", torch.zeros(1, length, dtype=torch.int64))
+    monkeypatch.setattr(sparse, "CHUNK_SCORES", 2**15)
+    monkeypatch.setattr(gathering, "CHUNK_VALUES", 2**13)
+    block, x_BSD = attention(index_n_heads=4, max_position_embeddings=1024), inputs(1, length)
+    segments_BS = torch.zeros(1, length, dtype=torch.int64)
     with LargestTensor() as made:
+        batch = whole(x_BSD.requires_grad_(), "sparse", segments_BS)
         (block(x_BSD, batch).sum() + batch.indexer_losses[0]).backward()
     assert made.values < length * length / 4
-    take("masked", monkeypatch)
+    monkeypatch.setattr(sparse, "GATHER_FROM", 1 + length // block.keep)
     with LargestTensor() as made:
-        block(x_BSD, whole(x_BSD, "off"))
+        block(x_BSD, whole(x_BSD, "off", segments_BS))
     assert made.values >= length * length, "or else this test sees nothing"
 
 
@@ -297,6 +279,30 @@ def test_decoding_keeps_to_the_choices_of_full_passes_while_rows_join_and_leave(
         for row in rows:
             lengths[row] += 1
     assert min(lengths) > 5
+
+
+@torch.no_grad()
+def test_greedy_answers_are_transformers_for_64_tokens() -> None:
+    config = tiny_v32(num_nextn_predict_layers=0, max_position_embeddings=80)
+    ours, theirs = transformers_twin(config)
+    prompts_BS = random_tokens(2, 7)
+    expected_BS = theirs.generate(
+        prompts_BS,
+        attention_mask=torch.ones_like(prompts_BS),
+        max_new_tokens=64,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    found = sample(
+        ours,
+        prompts_BS.tolist(),
+        max_new_tokens=64,
+        drawing=Drawing(),
+        stop_tokens=(),
+        seeds=[0, 1],
+    )
+    assert [answer.token_ids for answer in found] == expected_BS[:, 7:].tolist()
 
 
 def test_training_reaches_every_indexer_the_mtp_layers_too() -> None:

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from configs.data import TokenizerConfig
-from configs.train import OptimConfig, PretrainConfig
+from configs.train import IndexerConfig, OptimConfig, PretrainConfig
+from model.passes import IndexerPhase
 from model.transformer import Transformer
 from stages.data.tokenizer import train_tokenizer
 from stages.pretrain.batches import PackedBatches
-from stages.pretrain.loop import learning_rate, vocabulary
+from stages.pretrain.loop import learning_rate, loss_at, vocabulary
 from stages.pretrain.objective import PretrainLoss, scored_targets
 from stages.shards import BOS_ID, EOS_ID, consumed_rows, segments_of, write_rows
-from tests.references import TINY, random_model, random_tokens
+from tests.references import TINY, random_model, random_tokens, tiny_v32
 
 LOSS = PretrainLoss(mtp_weight=0.3, balance_weight=0.05, attend_across_documents=False)
 
@@ -137,6 +138,36 @@ def test_a_memorys_vocabulary_folds_what_the_tokenizer_keeps_apart(tmp_path: Pat
     pieces = [i for i in range(len(found)) if "\ufffd" in tokenizer.decode([i])]
     assert len(pieces) >= 128
     assert len({found[i] for i in pieces}) == len(pieces)
+
+
+@pytest.mark.parametrize("phase", ["dense", "sparse"])
+@torch.no_grad()
+def test_an_indexers_loss_is_added_as_a_mean_over_all_ranks_queries(phase: IndexerPhase) -> None:
+    one, batch = random_model(tiny_v32()).train(), {"tokens": rows()}
+    plain = PretrainLoss(0.3, 0.05, False)
+    loss = PretrainLoss(0.3, 0.05, False, indexer=phase, indexer_weight=0.25)
+    totals = loss.counts(batch)
+    value, metrics = loss(one, batch, totals)
+    seen = one.predict(rows(), segments_of(rows()), indexer=phase).indexer_loss
+    assert seen is not None
+    assert metrics["indexer_loss"] == pytest.approx(float(seen), rel=1e-6)
+    rest = metrics["next_token_loss"] + 0.3 * metrics["mtp_loss"] + 0.05 * metrics["balance_loss"]
+    assert float(value) == pytest.approx(rest + 0.25 * float(seen), rel=1e-5)
+    parts = [loss(one, {"tokens": part}, totals) for part in (rows()[:1], rows()[1:])]
+    assert float(sum(part for part, _ in parts)) == pytest.approx(float(value), rel=1e-5)
+    added = sum(report["indexer_loss"] for _, report in parts)
+    assert added == pytest.approx(metrics["indexer_loss"], rel=1e-5)
+    assert "indexer_loss" not in plain(one, batch, totals)[1]
+    assert "indexer_loss" not in loss(model(), batch, totals)[1]
+
+
+def test_attention_is_dense_for_as_many_steps_as_configured() -> None:
+    train = PretrainConfig(
+        steps=100, mtp_loss_weight=0.7, indexer=IndexerConfig(dense_steps=3, loss_weight=0.5)
+    )
+    losses = [loss_at(train, step) for step in range(1, 6)]
+    assert [loss.indexer for loss in losses] == ["dense"] * 3 + ["sparse"] * 2
+    assert {(loss.indexer_weight, loss.mtp_weight) for loss in losses} == {(0.5, 0.7)}
 
 
 @pytest.fixture
