@@ -1,6 +1,7 @@
 """What the corpus is made of: sources, quality rules, tokenizer, packing."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -78,10 +79,19 @@ class TokenizerConfig(Frozen):
     provenance_fields: ClassVar[frozenset[str]] = frozenset({"file"})
 
     file: str | None = None
-    """A `tokenizer.json` to take as it is; what else is said here then means nothing."""
+    """A `tokenizer.json` to take as it is; what else is said here then means nothing, and is
+    as if it were not said."""
     vocab_size: Annotated[int, Field(ge=260)] = 1024
     """Upper bound: 256 bytes, two special tokens, merges. A small corpus may need fewer."""
     training_bytes: PositiveInt = 4_000_000
+
+    @model_validator(mode="before")
+    @classmethod
+    def _file_says_it_all(cls, fields: Any) -> Any:
+        if not isinstance(fields, Mapping) or fields.get("file") is None:
+            return fields
+        # They would enter the identity of a corpus on which they have no bearing.
+        return {k: v for k, v in fields.items() if k not in ("vocab_size", "training_bytes")}
 
 
 class DataConfig(Frozen):

@@ -7,6 +7,9 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from configs.base import Frozen
 
+TableDevice = Literal["model", "host"]
+"""Where a memory's tables lie: with the rest of the model, or in main memory."""
+
 
 class EngramConfig(Frozen):
     """Which layers have a memory, and its size. Defaults are the paper's demonstration."""
@@ -26,9 +29,11 @@ class EngramConfig(Frozen):
     seed: NonNegativeInt = 0
     """Of the numbers that n-grams are hashed with."""
     pad_id: NonNegativeInt = 2
-    """Token that stands where an n-gram reaches back over the start of its document."""
-    table_device: Literal["model", "host"] = "model"
-    """`host` keeps the tables in main memory wherever the model goes."""
+    """Token that stands where an n-gram reaches back over the start of its document, or of its row
+    where documents attend to each other."""
+    table_device: TableDevice = "model"
+    """`host` keeps the tables in main memory wherever the model goes. A model's folder does not say
+    it: where a loaded model's tables lie, `load_pretrained` is told."""
 
     @model_validator(mode="after")
     def _numbers_agree(self) -> Self:

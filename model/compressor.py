@@ -187,12 +187,14 @@ class BlockIndexer(Compressor):
         mass_BSK: Float[Tensor, "B S K"],
         sight: Sight,
     ) -> Float[Tensor, ""]:
-        """Mean over queries that see a block of KL(attention || indexer), in nats.
+        """Mean over all queries of KL(attention || indexer), in nats; 0 for those without a block.
 
-        `mass` is what `attend` gave for this `sight`.
+        `mass` is what `attend` gave for this `sight`. How many queries see a block differs from row
+        to row where rows hold several documents. They do not set the divisor, so that a batch's
+        loss is the mean of its rows', however ranks share them.
         """
         rows, length = weights_BSJ.shape[:2]
-        total, counted = widened(weights_BSJ.new_zeros(())), 0
+        total = widened(weights_BSJ.new_zeros(()))
         for start, stop in self._chunks(rows, length, mass_BSK.shape[2]):
             part = slice(start, stop)
             if sight.chosen_BSK is None:
@@ -214,8 +216,7 @@ class BlockIndexer(Compressor):
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-            counted += int(seen_BCK.any(-1).sum())
-        return total / max(counted, 1)
+        return total / (rows * length)
 
     def _chunks(self, rows: int, length: int, blocks: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of queries whose scores fit into a chunk."""

@@ -1,14 +1,15 @@
 """Engram, conditional memory: what follows known n-grams, looked up instead of computed.
 
-Described in arXiv 2601.07372, section 2. In front of a layer, each token's last 2, 3, ... tokens are hashed, several times over, into tables
-of trained rows. The rows side by side are the memory e; one value v = W_V e goes to every residual
-stream, through a gate of its own that compares the stream's state with its key W_K e:
+Described in arXiv 2601.07372, section 2. In front of a layer, each token's last 2, 3, ... tokens
+are hashed, several times over, into tables of trained rows. The rows side by side are the memory e;
+one value v = W_V e goes to every residual stream, through a gate of its own that compares the
+stream's state with its key W_K e:
 
     alpha = sigmoid(sign(d) sqrt(max(|d|, 1e-6))),  d = norm(h) . norm(W_K e) / sqrt(D)
     u = alpha v,   H <- H + u + SiLU(conv(norm(u)))
 
 The convolution is causal and by channel, and its taps start at 0. Neither n-grams nor taps reach
-over the start of a document.
+over the start of a document, unless documents attend to each other.
 
 Before hashing, tokens that spell the same but for case, accents and white space become one
 (`canonical_ids`). That map and the hash multipliers, which depend on it, are buffers of the state,
@@ -261,17 +262,20 @@ def set_vocabulary(model: nn.Module, canonical: Sequence[int]) -> None:
             module.set_vocabulary(canonical)
 
 
-def canonical_ids(texts: Sequence[str]) -> list[int]:
+def canonical_ids(texts: Sequence[str | None]) -> list[int]:
     """A number for each token's text, equal for texts that spell the same, from 0 in their order.
 
     The same means: equal after NFKC, without accents and case, with runs of blanks as one and none
     at the ends. A text of which nothing would be left stands for itself. So does a token that is
     no whole character, told by U+FFFD in its text: equal texts of two such hide different bytes.
+    None is the text of an id that is no token's, and each such id is another.
     """
     numbers: dict[str | int, int] = {}
     found = []
     for token, text in enumerate(texts):
-        key: str | int = token if _REPLACEMENT in text else _folded(text) or text
+        key: str | int = token
+        if text is not None and _REPLACEMENT not in text:
+            key = _folded(text) or text
         found.append(numbers.setdefault(key, len(numbers)))
     return found
 

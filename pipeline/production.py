@@ -2,11 +2,12 @@
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from configs.data import DataSpec
+from configs.data import DataSpec, TokenizerConfig
 from configs.delivery import EvaluateSpec, ExportSpec
 from configs.errors import ConfigError, PlanError
 from configs.imports import ImportSpec
@@ -17,7 +18,7 @@ from stages.contract import Planned, Stage
 from stages.data.loop import data
 from stages.evaluate.loop import evaluate
 from stages.export.bundle import export
-from stages.imported import TOKENIZER, imported
+from stages.imported import TOKENIZER, imported, read_base
 from stages.posttrain.loop import posttrain
 from stages.pretrain.loop import pretrain
 
@@ -70,14 +71,31 @@ def begin_pretraining(recipe: Recipe) -> Line:
 
 
 def begin_importing(recipe: Recipe) -> Line:
-    """A model made elsewhere, and a corpus in its tokens."""
+    """A model made elsewhere, and a corpus in its tokens; ConfigError if the recipe is too large
+    for it."""
     assert recipe.base is not None
-    tokenizer = recipe.data.tokenizer.model_copy(update={"file": f"{recipe.base}/{TOKENIZER}"})
+    check_base(recipe, recipe.base)
+    tokenizer = TokenizerConfig(file=f"{recipe.base}/{TOKENIZER}")
     corpus = recipe.data.model_copy(update={"tokenizer": tokenizer})
     return {
         IMPORT: imported(ImportSpec(folder=recipe.base)),
         "data": data(DataSpec(seed=recipe.seed, data=corpus)),
     }
+
+
+def check_base(recipe: Recipe, base: str) -> None:
+    """What must agree with the model in the folder `base`; ConfigError where it does not."""
+    model, workers = read_base(Path(base)), recipe.cluster.trainers
+    if model.max_position_embeddings < recipe.data.sequence_tokens:
+        raise ConfigError(
+            f"base = {base!r}: its max_position_embeddings = {model.max_position_embeddings} is "
+            f"below data.sequence_tokens = {recipe.data.sequence_tokens}; lower the second"
+        )
+    if model.n_routed_experts % workers:
+        raise ConfigError(
+            f"base = {base!r}: its n_routed_experts = {model.n_routed_experts} does not divide "
+            f"over cluster.trainers = {workers}; change the second to a divisor"
+        )
 
 
 def extend(line: Line, added: Mapping[str, NodeConfig]) -> Line:

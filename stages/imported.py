@@ -11,7 +11,8 @@ from typing import Any
 
 from configs.errors import ArtifactError, ConfigError
 from configs.imports import ImportSpec
-from model.weights.files import consolidate, read_json
+from configs.model import ModelConfig
+from model.weights.files import consolidate, read_config, read_json
 from model.weights.stored import INDEX
 from stages.artifacts import Checkpoint, FileEntry, hash_file
 from stages.contract import Workspace, stage
@@ -31,6 +32,12 @@ def reads(config: ImportSpec) -> Mapping[str, Any]:
         ).model_dump()
         for name in _files(Path(config.folder))
     }
+
+
+def read_base(folder: Path) -> ModelConfig:
+    """The config of the model in `folder`; errors as of `reads`, ArtifactError if it is wrong."""
+    list(_files(folder))
+    return read_config(folder)
 
 
 @stage(revision=1, reads=reads)

@@ -105,6 +105,24 @@ def read_yarn(
         raise ArtifactError(f"config.json: {name} = {fault['input']!r}: {fault['msg']}") from error
 
 
+def agreed_yarn(
+    tables: Mapping[str, Mapping[str, Any]], positions: Any, *, scales_magnitudes: bool
+) -> YarnConfig | None:
+    """The stretching that all of the named `tables` give that name a kind of rotation.
+
+    ArtifactError as of `read_yarn`, or if two of them disagree.
+    """
+    found = {
+        where: read_yarn(table, positions, where=where, scales_magnitudes=scales_magnitudes)
+        for where, table in tables.items()
+        if "rope_type" in table or "type" in table
+    }
+    agreed({f"{where}.rope_type": "yarn" if yarn else "default" for where, yarn in found.items()})
+    for name in YarnConfig.model_fields:
+        agreed({f"{where}.{name}": getattr(yarn, name, None) for where, yarn in found.items()})
+    return next(iter(found.values()), None)
+
+
 def write_yarn(yarn: YarnConfig, *, scales_magnitudes: bool) -> dict[str, Any]:
     """As the released files have it, under both spellings of its kind; 0 magnitudes left out."""
     fields: dict[str, Any] = {"type": "yarn", "rope_type": "yarn"}

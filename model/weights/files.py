@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from configs.errors import ArtifactError
+from configs.engram import TableDevice
+from configs.errors import ArtifactError, ConfigError
 from configs.model import ModelConfig
 from configs.train import Precision
 from model.fp8.format import TILE
@@ -31,14 +32,25 @@ def load_pretrained(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     precision: Precision = "high",
+    table_device: TableDevice = "model",
 ) -> Transformer:
     """The model in the folder `path`, in evaluation mode, its parameters of type `dtype`.
 
     Reads float32, bfloat16, float16, FP8 and FP4. What released models keep in float32 is never
-    narrower than that. ArtifactError names the file, field or tensor that is missing, unexpected or
-    misshapen; no weight is ever left at a random value.
+    narrower than that. With `table_device="host"`, tables of an Engram stay in main memory whatever
+    the `device`. ArtifactError names the file, field or tensor that is missing, unexpected or
+    misshapen; no weight is ever left at a random value. ConfigError if `precision` cannot be
+    computed in `dtype`.
     """
+    if precision == "fp8" and dtype != torch.float32:
+        raise ConfigError(
+            f"dtype = {dtype} with precision = 'fp8', which is emulated in float32; load with "
+            "dtype=torch.float32, or with precision='high'"
+        )
     config, stored = open_pretrained(Path(path))
+    if config.engram is not None:
+        engram = config.engram.model_copy(update={"table_device": table_device})
+        config = config.model_copy(update={"engram": engram})
     with _Unallocated():
         model = Transformer(config, precision=precision)
     layout = _layout(model, dtype)

@@ -16,10 +16,10 @@ from configs.model import ModelConfig, V3Config
 from model.fp8.format import TILE
 from model.weights.fields import (
     agreed,
+    agreed_yarn,
     build,
     check_fixed,
     read_table,
-    read_yarn,
     require,
     write_engram,
     write_yarn,
@@ -181,19 +181,18 @@ def common_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
             "num_key_value_heads": raw.get("num_key_value_heads"),
         }
     )
-    where = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    rope = read_table(raw, where)
+    rotary = {name: read_table(raw, name) for name in ("rope_scaling", "rope_parameters")}
     positions = raw["max_position_embeddings"]
     theta = agreed(
         {
             "rope_theta": raw.get("rope_theta"),
-            "rope_parameters.rope_theta": read_table(raw, "rope_parameters").get("rope_theta"),
-            "rope_scaling.rope_theta": read_table(raw, "rope_scaling").get("rope_theta"),
+            "rope_parameters.rope_theta": rotary["rope_parameters"].get("rope_theta"),
+            "rope_scaling.rope_theta": rotary["rope_scaling"].get("rope_theta"),
         }
     )
     return fields | {
         "num_nextn_predict_layers": raw.get("num_nextn_predict_layers") or 0,
         "rope_theta": DEFAULT_THETA if theta is None else theta,
-        "rope_scaling": read_yarn(rope, positions, where=where, scales_magnitudes=True),
+        "rope_scaling": agreed_yarn(rotary, positions, scales_magnitudes=True),
         "engram": raw.get("engram"),
     }

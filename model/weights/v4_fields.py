@@ -20,10 +20,10 @@ from configs.errors import ArtifactError
 from configs.model import ModelConfig, V4Config
 from model.weights.fields import (
     agreed,
+    agreed_yarn,
     build,
     check_fixed,
     read_table,
-    read_yarn,
     require,
     write_engram,
     write_yarn,
@@ -154,16 +154,6 @@ def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
             "rope_parameters.compress": compress.get("rope_theta"),
         }
     )
-    where, rope = "rope_scaling", read_table(raw, "rope_scaling")
-    if not rope:
-        where, rope = (
-            ("rope_parameters.compress", compress)
-            if compress
-            else (
-                "rope_parameters",
-                nested,
-            )
-        )
     if main.get("rope_type", "default") != "default":
         raise ArtifactError(
             f"config.json: rope_parameters.main.rope_type = {main['rope_type']!r}, but window "
@@ -173,9 +163,14 @@ def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     if missing := [name for name, value in fields.items() if value is None]:
         raise ArtifactError(f"config.json: {missing[0]} is missing")
     positions = require(raw, ["max_position_embeddings"])["max_position_embeddings"]
+    stretching = {
+        "rope_scaling": read_table(raw, "rope_scaling"),
+        "rope_parameters.compress": compress,
+        "rope_parameters": nested,
+    }
     return fields | {
         "qk_rope_head_dim": _rotary_width(raw),
-        "rope_scaling": read_yarn(rope, positions, where=where, scales_magnitudes=False),
+        "rope_scaling": agreed_yarn(stretching, positions, scales_magnitudes=False),
     }
 
 

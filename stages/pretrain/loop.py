@@ -16,6 +16,7 @@ from stages.pretrain.batches import PackedBatches
 from stages.pretrain.objective import PretrainLoss
 from stages.prompts import load_tokenizer
 from stages.telemetry import following, open_metrics, read_metrics
+from stages.tokens import vocabulary_size
 
 
 @stage(revision=1)
@@ -63,10 +64,14 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus) -> FitJob:
 
 
 def vocabulary(tokenizer_json: Path) -> tuple[int, ...]:
-    """What each token of the tokenizer counts as to a memory of n-grams."""
+    """What each id of the tokenizer, up to its highest, counts as to a memory of n-grams."""
     tokenizer = load_tokenizer(tokenizer_json)
-    ids = range(tokenizer.get_vocab_size())
-    return tuple(canonical_ids([tokenizer.decode([i], skip_special_tokens=False) for i in ids]))
+    texts: list[str | None] = []
+    for i in range(vocabulary_size(tokenizer)):
+        # What no token has would be decoded to an empty text, as if all such ids were one token.
+        known = tokenizer.id_to_token(i) is not None
+        texts.append(tokenizer.decode([i], skip_special_tokens=False) if known else None)
+    return tuple(canonical_ids(texts))
 
 
 def loss_at(train: PretrainConfig, step: int) -> PretrainLoss:

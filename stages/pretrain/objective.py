@@ -28,6 +28,9 @@ class PretrainLoss:
     phase says. Indexers read detached inputs, so this term trains them and nothing else, and the
     others train everything else: one backward pass of the sum is both of DeepSeek-V3.2-Exp's
     optimisations, whether or not the rest of the model is held still meanwhile.
+
+    Layers that route by hash have no part in the balance: no loss can change which experts their
+    tokens visit, and its gradient would only bend the weights that outputs are mixed with.
     """
 
     mtp_weight: float
@@ -63,7 +66,7 @@ class PretrainLoss:
             loss = loss + self.mtp_weight * mtp
             metrics["mtp_loss"] = float(mtp.detach())
         if predicted.indexer_loss is not None:
-            # A mean over this rank's queries, of which every sequence has as many.
+            # A mean over all of this rank's queries, of which every sequence has as many.
             share = tokens_BS.shape[0] / totals["sequences"]
             indexer = predicted.indexer_loss * share
             loss = loss + self.indexer_weight * indexer
@@ -75,6 +78,8 @@ class PretrainLoss:
     def _balance(self, model: Transformer, shape: torch.Size) -> Tensor:
         total = torch.zeros(())
         for block in model.moe_layers().values():
+            if block.bias_E is None:
+                continue
             assert block.routing is not None
             experts_TK, scores_TE = block.routing
             experts_BSK, scores_BSE = experts_TK.unflatten(0, shape), scores_TE.unflatten(0, shape)

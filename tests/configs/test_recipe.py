@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from configs.data import ArithmeticSource, FilesSource
+from configs.data import ArithmeticSource, FilesSource, TokenizerConfig
 from configs.errors import ConfigError
 from configs.model import V4Config, V32Config
 from configs.recipe import Recipe, load_recipe, shipped_recipes
@@ -289,3 +289,15 @@ def test_a_recipe_survives_the_way_through_json(recipe: str) -> None:
 
 def test_a_glob_is_a_place_and_no_identity() -> None:
     assert "glob" in FilesSource.provenance_fields
+
+
+def test_beside_a_tokenizer_file_the_size_of_one_to_train_means_nothing(recipe: str) -> None:
+    file = "data.tokenizer.file='tok.json'"
+    plain = load_recipe(recipe, sets=[file])
+    sized = load_recipe(recipe, sets=[file, "data.tokenizer.vocab_size=600"])
+    assert sized == load_recipe(recipe, sets=[file, "data.tokenizer.training_bytes=7"]) == plain
+    assert plain.data.tokenizer == TokenizerConfig(file="tok.json")
+    # Without a file it says what is made; and a misspelt field stays an error.
+    assert load_recipe(recipe).data.tokenizer.vocab_size == 512
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.size = 3: no such field"):
+        load_recipe(recipe, sets=[file, "data.tokenizer.size=3"])

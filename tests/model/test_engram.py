@@ -180,6 +180,10 @@ def test_pieces_of_characters_are_never_the_same() -> None:
     assert canonical_ids(["\ufffd", "x", "\ufffd", "X"]) == [0, 1, 2, 1]
 
 
+def test_ids_of_no_token_are_never_the_same() -> None:
+    assert canonical_ids([None, "", None, "x", ""]) == [0, 1, 2, 3, 1]
+
+
 def test_folding_is_that_of_the_published_normaliser() -> None:
     published = normalizers.Sequence(
         [

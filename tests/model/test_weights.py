@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.engram import EngramConfig
+from configs.errors import ConfigError
 from configs.model import ModelConfig
 from model.transformer import Transformer
 from model.weights import load_pretrained, save_pretrained
@@ -309,6 +310,31 @@ def test_a_model_can_be_loaded_and_run_in_bfloat16(config: ModelConfig, tmp_path
     # stay within the 2^-8 of each of some tens of roundings in a row.
     error = (narrow(tokens) - expected).abs().median() / expected.std()
     assert 1e-4 < float(error) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_fp8_that_could_not_be_computed_is_refused_before_loading(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    message = f"^dtype = {dtype} with precision = 'fp8', .*; load with dtype=torch.float32, or "
+    with pytest.raises(ConfigError, match=message):
+        load_pretrained(tmp_path / "nowhere", dtype=dtype, precision="fp8")
+
+
+@torch.no_grad()
+def test_a_loaded_memory_lies_where_it_is_told(tmp_path: Path) -> None:
+    written = random_model(tiny(engram=ENGRAM))
+    save_pretrained(written, tmp_path)
+    kept = load_pretrained(tmp_path, device="meta", table_device="host")
+    on_cpu = {name for name, p in kept.named_parameters() if not p.is_meta}
+    assert on_cpu == {"model.layers.1.engram.table.weight"}
+    expected = written.state_dict()
+    assert all(torch.equal(kept.state_dict()[name], expected[name]) for name in on_cpu)
+    assert all(p.is_meta for p in load_pretrained(tmp_path, device="meta").parameters())
+    tokens = random_tokens(2, 9)
+    assert torch.equal(load_pretrained(tmp_path, table_device="host")(tokens), written(tokens))
+    save_pretrained(random_model(), tmp_path)
+    assert load_pretrained(tmp_path, table_device="host").config == TINY
 
 
 def test_float16_and_bfloat16_files_are_widened(tmp_path: Path) -> None:

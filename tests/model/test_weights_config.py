@@ -349,6 +349,45 @@ def test_a_field_that_is_missing_from_the_config_is_named(config: ModelConfig) -
             from_hf_config(raw)
 
 
+@pytest.mark.parametrize("config", [TINY, TINY_V32, TINY_V4], ids=lambda config: config.family)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"factor": 4.0}, "rope_scaling.factor = 40.0 disagrees with {where}.factor = 4.0"),
+        (
+            {"original_max_position_embeddings": 9},
+            "rope_scaling.original_max_position_embeddings = 4096 disagrees with {where}.* = 9",
+        ),
+        ({"beta_fast": 8}, "rope_scaling.beta_fast = 32.0 disagrees with {where}.beta_fast = 8.0"),
+        (
+            {"rope_type": "default"},
+            "rope_scaling.rope_type = 'yarn' disagrees with {where}.rope_type = 'default'",
+        ),
+    ],
+)
+def test_a_config_that_stretches_in_two_ways_is_refused(
+    config: ModelConfig, change: dict[str, Any], message: str
+) -> None:
+    raw = to_hf_config(config.model_copy(update={"rope_scaling": YarnConfig()}))
+    nested = config.family == "v4"
+    where = "rope_parameters.compress" if nested else "rope_parameters"
+    rope = raw["rope_parameters"]["compress"] if nested else raw["rope_parameters"]
+    from_hf_config(raw)
+    rope.update(change)
+    with pytest.raises(ArtifactError, match=f"^config.json: {message.format(where=where)}"):
+        from_hf_config(raw)
+
+
+def test_magnitudes_of_yarn_must_agree_and_a_table_of_a_base_alone_says_nothing_of_it() -> None:
+    raw = to_hf_config(tiny(rope_scaling=YarnConfig()))
+    alone = raw | {"rope_parameters": {"rope_theta": raw["rope_theta"]}}
+    assert from_hf_config(alone).rope_scaling == YarnConfig()
+    raw["rope_parameters"]["mscale"] = 0.5
+    message = "rope_scaling.mscale = 1.0 disagrees with rope_parameters.mscale = 0.5"
+    with pytest.raises(ArtifactError, match=message):
+        from_hf_config(raw)
+
+
 def test_numbers_that_are_no_numbers_are_named() -> None:
     with pytest.raises(ArtifactError, match=r"^config.json: rms_norm_eps = nan: "):
         from_hf_config(to_hf_config(TINY) | {"rms_norm_eps": math.nan})

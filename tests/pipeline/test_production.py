@@ -99,7 +99,8 @@ def test_a_name_of_the_lines_own_cannot_be_taken() -> None:
 def base(tmp_path: Path) -> Path:
     """A model made elsewhere, with a tokenizer."""
     folder = tmp_path / "base"
-    save_pretrained(random_model(tiny(vocab_size=MODEL.vocab_size)), folder)
+    theirs = tiny(vocab_size=MODEL.vocab_size, max_position_embeddings=64)
+    save_pretrained(random_model(theirs), folder)
     make_tokenizer(folder / "tokenizer.json")
     return folder
 
@@ -130,6 +131,40 @@ def test_the_corpus_of_a_base_is_in_its_tokens(base: Path) -> None:
     moved = base.rename(base.with_name("moved"))
     again = based_on(moved, "model.n_group=1", "model.n_routed_experts=7", "pretrain.steps=9")
     assert [n.fingerprint for n in again] == [n.fingerprint for n in mine]
+
+
+def test_what_a_recipe_says_of_a_tokenizer_of_its_own_means_nothing_beside_a_base(
+    base: Path,
+) -> None:
+    sets = ["data.tokenizer.vocab_size=300", "data.tokenizer.training_bytes=5"]
+    assert based_on(base, *sets)["data"].fingerprint == based_on(base)["data"].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (
+            "data.sequence_tokens=65",
+            "max_position_embeddings = 64 is below data.sequence_tokens = 65; lower the second",
+        ),
+        (
+            "cluster.trainers=16",
+            "n_routed_experts = 8 does not divide over cluster.trainers = 16; change the second",
+        ),
+    ],
+)
+def test_a_recipe_too_large_for_its_base_is_refused_when_planned(
+    base: Path, ask: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"^base = ") as caught:
+        based_on(base, ask)
+    assert str(base) in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_a_base_that_is_nowhere_is_refused_when_planned(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"base = .*no such folder"):
+        based_on(tmp_path / "nowhere")
 
 
 def test_a_base_without_a_tokenizer_is_refused_when_planned(base: Path) -> None:

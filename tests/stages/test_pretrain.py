@@ -6,10 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from configs.data import TokenizerConfig
+from configs.model import ModelConfig
 from configs.train import IndexerConfig, OptimConfig, PretrainConfig
+from model.balance import sequence_balance_loss
+from model.moe import HashGate
 from model.passes import IndexerPhase
 from model.transformer import Transformer
 from stages.data.tokenizer import train_tokenizer
@@ -17,7 +21,7 @@ from stages.pretrain.batches import PackedBatches
 from stages.pretrain.loop import learning_rate, loss_at, vocabulary
 from stages.pretrain.objective import PretrainLoss, scored_targets
 from stages.shards import BOS_ID, EOS_ID, consumed_rows, segments_of, write_rows
-from tests.references import TINY, random_model, random_tokens, tiny_v32
+from tests.references import TINY, random_model, random_tokens, tiny_v4, tiny_v32
 
 LOSS = PretrainLoss(mtp_weight=0.3, balance_weight=0.05, attend_across_documents=False)
 
@@ -128,7 +132,7 @@ def test_a_memorys_vocabulary_folds_what_the_tokenizer_keeps_apart(tmp_path: Pat
     tokenizer = train_tokenizer([words], TokenizerConfig(vocab_size=300))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     found = vocabulary(tmp_path / "tokenizer.json")
-    assert len(found) == tokenizer.get_vocab_size()
+    assert len(found) == 1 + max(tokenizer.get_vocab().values())
     ids = {text: tokenizer.encode(text).ids for text in ("the", " the", " The", " cat")}
     assert {len(tokens) for tokens in ids.values()} == {1}
     numbers = {text: found[token] for text, (token,) in ids.items()}
@@ -140,10 +144,37 @@ def test_a_memorys_vocabulary_folds_what_the_tokenizer_keeps_apart(tmp_path: Pat
     assert len({found[i] for i in pieces}) == len(pieces)
 
 
-@pytest.mark.parametrize("phase", ["dense", "sparse"])
+def test_a_memorys_vocabulary_reaches_over_gaps_to_the_highest_id(tmp_path: Path) -> None:
+    spelt = {"<begin>": 0, "<end>": 1, "the": 2, "cat": 5, "The": 9}
+    Tokenizer(models.WordLevel(spelt, unk_token="<end>")).save(str(tmp_path / "tokenizer.json"))
+    found = vocabulary(tmp_path / "tokenizer.json")
+    assert found == (0, 1, 2, 3, 4, 5, 6, 7, 8, 2)
+
+
 @torch.no_grad()
-def test_an_indexers_loss_is_added_as_a_mean_over_all_ranks_queries(phase: IndexerPhase) -> None:
-    one, batch = random_model(tiny_v32()).train(), {"tokens": rows()}
+def test_layers_that_route_by_hash_are_not_balanced() -> None:
+    one, batch = random_model(tiny_v4(num_hash_layers=2)).train(), {"tokens": rows()}
+    _, metrics = LOSS(one, batch, LOSS.counts(batch))
+    expected, hashed = 0.0, 0
+    for block in one.moe_layers().values():
+        assert block.routing is not None
+        if isinstance(block.gate, HashGate):
+            hashed += 1
+            continue
+        experts_BSK, scores_BSE = (part.unflatten(0, (4, 12)) for part in block.routing)
+        expected += float(sequence_balance_loss(experts_BSK, scores_BSE).mean())
+    assert hashed == 2
+    assert metrics["balance_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("phase", ["dense", "sparse"])
+@pytest.mark.parametrize("config", [tiny_v32(), tiny_v4(index_topk=2)], ids=["v32", "v4"])
+@torch.no_grad()
+def test_an_indexers_loss_is_added_as_a_mean_over_all_ranks_queries(
+    config: ModelConfig, phase: IndexerPhase
+) -> None:
+    """Rows of short documents have fewer queries than others from which V4 shows a block."""
+    one, batch = random_model(config).train(), {"tokens": rows()}
     plain = PretrainLoss(0.3, 0.05, False)
     loss = PretrainLoss(0.3, 0.05, False, indexer=phase, indexer_weight=0.25)
     totals = loss.counts(batch)
