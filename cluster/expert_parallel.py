@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from configs.errors import ConfigError
-from model.dispatch import Dispatched, gather_copies, sort_by_expert, unsort, weigh
+from model.dispatch import Dispatched, gather_copies, sort_by_expert, weigh
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,6 @@ class _Ticket:
 
     order_N: Tensor
     """Send order of this rank's own copies."""
-    arrival_N: Tensor
-    """Order that sorted the received rows by expert."""
     sent: list[int]
     received: list[int]
 
@@ -50,9 +48,13 @@ class AllToAllDispatcher:
         return range(self.rank * each, (self.rank + 1) * each)
 
     def dispatch(
-        self, x_TD: Float[Tensor, "T D"], experts_TK: Int[Tensor, "T K"], num_experts: int
+        self,
+        x_TD: Float[Tensor, "T D"],
+        experts_TK: Int[Tensor, "T K"],
+        gates_TK: Float[Tensor, "T K"],
+        num_experts: int,
     ) -> Dispatched:
-        """Send each token's copies to the ranks of its experts."""
+        """Send each token's copies to the ranks of its experts; gates stay at home."""
         order_N, counts_E = sort_by_expert(experts_TK, num_experts)
         counts_WL = counts_E.unflatten(0, (self.world, -1))
         arriving_WL = torch.empty_like(counts_WL)
@@ -60,22 +62,20 @@ class AllToAllDispatcher:
         sent = counts_WL.sum(1).tolist()
         received = arriving_WL.sum(1).tolist()
         outgoing_ND = gather_copies(x_TD, order_N, experts_TK.shape[1])
-        incoming_ND = _exchange(outgoing_ND, sent, received, self.group)
+        incoming_RD = _exchange(outgoing_ND, sent, received, self.group)
         # Rows arrive by rank, then by expert; number each row's expert and sort stably.
         local = torch.arange(arriving_WL.shape[1]).repeat(self.world)
         expert_N = local.repeat_interleave(arriving_WL.flatten())
-        arrival_N = expert_N.argsort(stable=True)
-        ticket = _Ticket(order_N, arrival_N, sent, received)
-        x_ND = gather_copies(incoming_ND, arrival_N, 1)
-        return Dispatched(x_ND, arriving_WL.sum(0), ticket)
+        rows_N = expert_N.argsort(stable=True)
+        ticket = _Ticket(order_N, sent, received)
+        return Dispatched(incoming_RD, rows_N, arriving_WL.sum(0), None, ticket)
 
     def combine(
-        self, y_ND: Float[Tensor, "N D"], gates_TK: Float[Tensor, "T K"], sent: Dispatched
+        self, y_RD: Float[Tensor, "R D"], gates_TK: Float[Tensor, "T K"], sent: Dispatched
     ) -> Float[Tensor, "T D"]:
         """Send results back to the tokens' ranks and sum them with their gates."""
         ticket: _Ticket = sent.ticket
-        by_rank_ND = unsort(y_ND, ticket.arrival_N)
-        home_ND = _exchange(by_rank_ND, ticket.received, ticket.sent, self.group)
+        home_ND = _exchange(y_RD, ticket.received, ticket.sent, self.group)
         return weigh(home_ND, gates_TK, ticket.order_N)
 
 

@@ -163,7 +163,7 @@ class LatentAttention(nn.Module):
         """Write each row's new latent into its cache, and attend over what is there."""
         seen = self.project(x_B1D, batch.positions_B[:, None])
         entries_BLW = remember(batch.caches[self]["latent_BLW"], seen.entries(), batch)
-        return self._attend_past(seen, entries_BLW, past(entries_BLW, batch))
+        return self._attend_past(seen, entries_BLW, batch.past_BL)
 
     def _attend_past(
         self, seen: Projected, entries_BLW: Tensor, visible_BL: Tensor
@@ -198,7 +198,8 @@ def absorbed(
     # One product a head: what einsum would do, without what it costs to plan it.
     q_QHC = torch.bmm(q_nope_QHN.transpose(0, 1), key_HNC).transpose(0, 1)
     q_QHW = torch.cat([q_QHC, q_rope_QHR], dim=-1)
-    out_QHW, weight_QHL = _OverEntries.apply(q_QHW * scale, entries_QLW, visible_QL)
+    over_entries = _OverEntries.apply if torch.is_grad_enabled() else _over_entries
+    out_QHW, weight_QHL = over_entries(q_QHW * scale, entries_QLW, visible_QL)
     latent_HQC = out_QHW[..., : key_HNC.shape[-1]].transpose(0, 1)
     return torch.bmm(latent_HQC, value_HVC.transpose(1, 2)).transpose(0, 1), weight_QHL
 
@@ -215,13 +216,10 @@ class _OverEntries(torch.autograd.Function):
     def forward(
         ctx: Any, q_QHW: Tensor, entries_QLW: Tensor, visible_QL: Tensor
     ) -> tuple[Tensor, Tensor]:
-        # Added to the product, the mask costs a fraction of a pass over all heads' scores.
-        mask_QL = q_QHW.new_zeros(visible_QL.shape).masked_fill_(~visible_QL, float("-inf"))
-        score_QHL = torch.baddbmm(mask_QL.unsqueeze(1), q_QHW, entries_QLW.transpose(1, 2))
-        weight_QHL = score_QHL.softmax(-1)
+        out_QHW, weight_QHL = _over_entries(q_QHW, entries_QLW, visible_QL)
         ctx.save_for_backward(q_QHW, entries_QLW, weight_QHL)
         ctx.mark_non_differentiable(weight_QHL)
-        return weight_QHL @ entries_QLW, weight_QHL
+        return out_QHW, weight_QHL
 
     @staticmethod
     @once_differentiable
@@ -234,16 +232,21 @@ class _OverEntries(torch.autograd.Function):
         return slope_QHL @ entries_QLW, d_entries_QLW, None
 
 
+def _over_entries(q_QHW: Tensor, entries_QLW: Tensor, visible_QL: Tensor) -> tuple[Tensor, Tensor]:
+    # Added to the product, the mask costs a fraction of a pass over all heads' scores.
+    mask_QL = q_QHW.new_zeros(visible_QL.shape).masked_fill_(~visible_QL, float("-inf"))
+    score_QHL = torch.baddbmm(mask_QL.unsqueeze(1), q_QHW, entries_QLW.transpose(1, 2))
+    weight_QHL = score_QHL.softmax(-1)
+    return torch.bmm(weight_QHL, entries_QLW), weight_QHL
+
+
 def remember(
     cache_BLW: Float[Tensor, "B T W"], new_B1W: Float[Tensor, "B 1 W"], batch: Step
 ) -> Float[Tensor, "B L W"]:
-    """Write each row's new entry at its position; the slots up to the newest row's."""
+    """Write each row's new entry at its position; the slots up to the longest row's.
+
+    Those beyond a row's own position hold padding or nothing: `batch.past_BL` leaves them out.
+    """
     rows_B = torch.arange(len(new_B1W), device=new_B1W.device)
     cache_BLW[rows_B, batch.positions_B] = new_B1W[:, 0]
-    return cache_BLW[:, : int(batch.positions_B.max()) + 1]
-
-
-def past(entries_BLW: Float[Tensor, "B L W"], batch: Step) -> Bool[Tensor, "B L"]:
-    """Which slots a row may read: those beyond its own position hold padding or nothing."""
-    slots_L = torch.arange(entries_BLW.shape[1], device=entries_BLW.device)
-    return slots_L <= batch.positions_B[:, None]
+    return cache_BLW[:, : batch.reach]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-BLOCK = 64
+BLOCK = 128
 """Queries in a block: a shorter one scores fewer pairs in vain, a longer one multiplies faster."""
 LONGEST = 1024
 """Positions up to which probabilities are kept."""
@@ -30,7 +30,7 @@ def causal_attention(
     *,
     scale: float,
 ) -> Float[Tensor, "B S H V"]:
-    """softmax(scale q k^T) v over the keys that are not later, and true in the mask if there is one.
+    """softmax(scale q k^T) v over the keys that are not later, or true in the mask if there is one.
 
     The mask must be false for later keys, and true somewhere for each query.
     """
@@ -71,31 +71,27 @@ class _CausalAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_PSQ, k_PSQ, v_PSV, *kept = ctx.saved_tensors
-        heads = grads[0].shape[0], grads[0].shape[2]
-        dy_PSV = grads[0].transpose(1, 2).flatten(0, 1)
-        d_q, d_k, d_v = (torch.empty_like(x) for x in (q_PSQ, k_PSQ, v_PSV))
-        blocks = list(zip(_blocks(q_PSQ.shape[1]), kept, strict=True))
-        for (begin, end), weights in reversed(blocks):
+        (dy_BSHV,) = grads
+        length, heads = q_PSQ.shape[1], (dy_BSHV.shape[0], dy_BSHV.shape[2])
+        dy_PSV = dy_BSHV.transpose(1, 2).flatten(0, 1)
+        d_q = q_PSQ.new_empty(heads[0], length, heads[1], q_PSQ.shape[2]).transpose(1, 2)
+        # The last block meets all keys and begins their gradients; the others add to them.
+        for (begin, end), weights in reversed(list(zip(_blocks(length), kept, strict=True))):
             dy = dy_PSV[:, begin:end]
             slope = torch.bmm(dy, v_PSV[:, :end].mT)
             torch.ops.aten._softmax_backward_data.out(
                 slope, weights, -1, weights.dtype, grad_input=slope
             )
-            torch.bmm(slope, k_PSQ[:, :end], out=d_q[:, begin:end])
-            for whole, left, right in ((d_v, weights, dy), (d_k, slope, q_PSQ[:, begin:end])):
-                if end == q_PSQ.shape[1]:  # it meets all keys, and begins their gradients
-                    torch.bmm(left.mT, right, out=whole)
-                else:
-                    whole[:, :end] += torch.bmm(left.mT, right)
-        d_q_BSHQ = d_q.new_empty(heads[0], d_q.shape[1], heads[1], d_q.shape[2])
-        torch.mul(d_q.unflatten(0, heads).transpose(1, 2), ctx.scale, out=d_q_BSHQ)
-        return (
-            d_q_BSHQ.transpose(1, 2),
-            d_k.unflatten(0, heads),
-            d_v.unflatten(0, heads),
-            None,
-            None,
-        )
+            d_q_part = torch.bmm(slope, k_PSQ[:, :end]).unflatten(0, heads)
+            torch.mul(d_q_part, ctx.scale, out=d_q[:, :, begin:end])
+            d_k_part = torch.bmm(slope.mT, q_PSQ[:, begin:end])
+            d_v_part = torch.bmm(weights.mT, dy)
+            if end == length:
+                d_k, d_v = d_k_part, d_v_part
+            else:
+                d_k[:, :end] += d_k_part
+                d_v[:, :end] += d_v_part
+        return d_q, d_k.unflatten(0, heads), d_v.unflatten(0, heads), None, None
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:

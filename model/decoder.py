@@ -46,9 +46,8 @@ class DecoderLayer(nn.Module):
             x_BSD = self.engram(x_BSD.unsqueeze(2), batch).squeeze(2)
         h_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), batch)
         normed_BSD = self.post_attention_layernorm(h_BSD)
-        if isinstance(self.mlp, MoE):
-            return h_BSD + self.mlp(normed_BSD, batch.tokens_BS)
-        out: Tensor = h_BSD + self.mlp(normed_BSD)
+        tokens = (batch.tokens_BS,) if isinstance(self.mlp, MoE) else ()
+        out: Tensor = h_BSD + self.mlp(normed_BSD, *tokens)
         return out
 
 

@@ -1,6 +1,7 @@
-"""The seam between routing and machines: carry token copies to their experts and back.
+"""The seam between routing and machines: carry tokens to their experts and results back.
 
-Axes: T tokens on this device, K choices a token, N token copies received, D width, E experts.
+Axes: T tokens on this device, K choices a token, R rows received, N visits of a row to an expert
+of this device, D width, E experts.
 """
 
 from dataclasses import dataclass
@@ -15,13 +16,30 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """Token copies sorted by the experts of this device."""
+    """Rows for the experts of this device, and which expert each is to visit.
 
-    x_ND: Tensor
+    A row may have visits to several experts or to none, and is not copied for them.
+    """
+
+    x_RD: Tensor
+    rows_N: Tensor
+    """int64: the row of each visit; visits are sorted by expert."""
     counts_E: Tensor
-    """int64: copies for each expert that lives here."""
+    """int64: visits to each expert that lives here."""
+    gates_N: Tensor | None
+    """The weight of each visit in its row's sum; none where every weight is 1."""
     ticket: Any
     """Read only by the dispatcher that made it."""
+
+    def copies(self) -> Float[Tensor, "N D"]:
+        """Each visit's row."""
+        return self.x_RD.index_select(0, self.rows_N)
+
+    def collect(self, y_ND: Float[Tensor, "N D"]) -> Float[Tensor, "R D"]:
+        """Each row's sum of its visits' results, by gate; 0 for a row without visits."""
+        if self.gates_N is not None:
+            y_ND = y_ND * self.gates_N.unsqueeze(1)
+        return torch.zeros_like(self.x_RD).index_add(0, self.rows_N, y_ND)
 
 
 @runtime_checkable
@@ -32,39 +50,48 @@ class TokenDispatcher(Protocol):
         """The routed experts that live on this device, by their global number."""
 
     def dispatch(
-        self, x_TD: Float[Tensor, "T D"], experts_TK: Int[Tensor, "T K"], num_experts: int
+        self,
+        x_TD: Float[Tensor, "T D"],
+        experts_TK: Int[Tensor, "T K"],
+        gates_TK: Float[Tensor, "T K"],
+        num_experts: int,
     ) -> Dispatched:
         """Send each token to each of its experts."""
 
     def combine(
-        self, y_ND: Float[Tensor, "N D"], gates_TK: Float[Tensor, "T K"], sent: Dispatched
+        self, y_RD: Float[Tensor, "R D"], gates_TK: Float[Tensor, "T K"], sent: Dispatched
     ) -> Float[Tensor, "T D"]:
-        """Bring the copies home and sum them with their gates."""
+        """Bring home the rows' sums, and make each token's sum of its experts' results by gate."""
 
 
 class LocalDispatcher:
-    """All experts on this device: a sort, and its inverse."""
+    """All experts on this device: rows are the tokens, and their sums are the whole."""
 
     def local_experts(self, num_experts: int) -> range:
         """All of them."""
         return range(num_experts)
 
     def dispatch(
-        self, x_TD: Float[Tensor, "T D"], experts_TK: Int[Tensor, "T K"], num_experts: int
+        self,
+        x_TD: Float[Tensor, "T D"],
+        experts_TK: Int[Tensor, "T K"],
+        gates_TK: Float[Tensor, "T K"],
+        num_experts: int,
     ) -> Dispatched:
-        """Copies sorted by expert; equal experts keep the order of tokens."""
+        """Visits sorted by expert; equal experts keep the order of tokens."""
         order_N, counts_E = sort_by_expert(experts_TK, num_experts)
-        return Dispatched(gather_copies(x_TD, order_N, experts_TK.shape[1]), counts_E, order_N)
+        gates_N = gates_TK.flatten().index_select(0, order_N).to(x_TD.dtype)
+        return Dispatched(x_TD, order_N // experts_TK.shape[1], counts_E, gates_N, None)
 
     def combine(
-        self, y_ND: Float[Tensor, "N D"], gates_TK: Float[Tensor, "T K"], sent: Dispatched
+        self, y_RD: Float[Tensor, "R D"], gates_TK: Float[Tensor, "T K"], sent: Dispatched
     ) -> Float[Tensor, "T D"]:
-        """Sum each token's K results, wherever the sort put them, with its gates."""
-        return weigh(y_ND, gates_TK, sent.ticket)
+        """The rows' sums as they are."""
+        return y_RD
 
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """(order_N, counts_E): order lists flat copies t * K + k by expert, stably."""
+    """(order_N, counts_E): order lists flat choices t * K + k by expert, stably."""
     flat_N = experts_TK.reshape(-1)
     return flat_N.argsort(stable=True), torch.bincount(flat_N, minlength=num_experts)
 
@@ -73,12 +100,6 @@ def gather_copies(x_TD: Tensor, order_N: Tensor, choices: int) -> Tensor:
     """Row order[n] // choices of x for each n, with a gradient that adds a token's K copies."""
     gathered: Tensor = _GatherCopies.apply(x_TD, order_N, choices)
     return gathered
-
-
-def unsort(y_ND: Tensor, order_N: Tensor) -> Tensor:
-    """Undo `y = flat[order]`."""
-    unsorted: Tensor = _Unsort.apply(y_ND, order_N)
-    return unsorted
 
 
 def weigh(y_ND: Tensor, gates_TK: Tensor, order_N: Tensor) -> Tensor:
@@ -112,19 +133,6 @@ class _GatherCopies(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (order_N,) = ctx.saved_tensors
         return _sum_of_rows(grads[0], _inverse(order_N).view(-1, ctx.choices)), None, None
-
-
-class _Unsort(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, order_N: Tensor) -> Tensor:
-        ctx.save_for_backward(order_N)
-        return y_ND.index_select(0, _inverse(order_N))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (order_N,) = ctx.saved_tensors
-        return grads[0].index_select(0, order_N), None
 
 
 class _Weigh(torch.autograd.Function):

@@ -38,7 +38,8 @@ class _RMSNorm(torch.autograd.Function):
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         scale = scale.div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight_D, scale)
-        return (x * scale).mul_(weight_D)
+        normed: Tensor = (x * scale).mul_(weight_D)
+        return normed
 
     @staticmethod
     @once_differentiable
@@ -78,7 +79,8 @@ class SwiGLU(nn.Module):
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         if gate.precision == "high":
             return swiglu(x, gate.weight, up.weight, down.weight, self.limit)
-        out: Tensor = down(gated(*together(x, gate, up), self.limit))
+        y_gate, y_up = together(x, gate, up)
+        out: Tensor = down(gated(y_gate, y_up, self.limit))
         return out
 
 

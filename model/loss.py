@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from model.layers import widened
 
-CHUNK_ROWS = 256
+CHUNK_ROWS = 512
 """Rows whose logits are there at a time: a few MiB that stay in a core's reach between passes, and
 enough rows to make adding to the head's gradient cheap."""
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from configs.model import ModelConfig, V3Config, V4Config
 from configs.seed import derive
 from configs.train import Precision
-from model.dispatch import TokenDispatcher
+from model.dispatch import Dispatched, TokenDispatcher
 from model.fp8.grouped import grouped_linear
 from model.layers import SwiGLU, widened
 from model.swiglu import gated, grouped_swiglu
@@ -100,22 +100,22 @@ class RoutedExperts(nn.Module):
     def __init__(self, config: ModelConfig, local: range, precision: Precision) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(len(local), 2 * inner, width))
-        self.down_proj = nn.Parameter(torch.empty(len(local), width, inner))
+        # In memory each matrix lies transposed: a product of few rows that reads it so takes about
+        # half the time, and one of many rows no longer.
+        self.gate_up_proj = nn.Parameter(torch.empty(len(local), width, 2 * inner).mT)
+        self.down_proj = nn.Parameter(torch.empty(len(local), inner, width).mT)
         self.local = local
         self.precision = precision
         self.limit = config.swiglu_limit if isinstance(config, V4Config) else None
 
-    def forward(
-        self, x_ND: Float[Tensor, "N D"], counts_E: Int[Tensor, " E"]
-    ) -> Float[Tensor, "N D"]:
-        """SwiGLU of each row by its expert; rows are sorted by expert, `counts_E` of each."""
+    def forward(self, sent: Dispatched) -> Float[Tensor, "R D"]:
+        """Each row's sum of what its visits give: an expert's SwiGLU times the visit's gate."""
         if self.precision == "high":
-            return grouped_swiglu(x_ND, self.gate_up_proj, self.down_proj, counts_E, self.limit)
-        inner_NJ = grouped_linear(x_ND, self.gate_up_proj, counts_E, halves=2)
-        return grouped_linear(
-            gated(*inner_NJ.chunk(2, dim=-1), self.limit), self.down_proj, counts_E
-        )
+            return grouped_swiglu(sent, self.gate_up_proj, self.down_proj, self.limit)
+        inner_NJ = grouped_linear(sent.copies(), self.gate_up_proj, sent.counts_E, halves=2)
+        gate_NI, up_NI = inner_NJ.chunk(2, dim=-1)
+        inner_NI = gated(gate_NI, up_NI, self.limit)
+        return sent.collect(grouped_linear(inner_NI, self.down_proj, sent.counts_E))
 
 
 class MoE(nn.Module):
@@ -167,8 +167,8 @@ class MoE(nn.Module):
             self.load_E += torch.bincount(experts_TK.flatten(), minlength=num_experts)
         if self.training or self.keep_routing:
             self.routing = (experts_TK, scores_TE)
-        sent = self.dispatcher.dispatch(x_TD, experts_TK, self.config.n_routed_experts)
-        routed_ND = self.experts(sent.x_ND, sent.counts_E)
-        routed_TD = self.dispatcher.combine(routed_ND, gates_TK, sent)
+        num_experts = self.config.n_routed_experts
+        sent = self.dispatcher.dispatch(x_TD, experts_TK, gates_TK, num_experts)
+        routed_TD = self.dispatcher.combine(self.experts(sent), gates_TK, sent)
         shared_BSD: Tensor = self.shared_experts(x_BSD)
         return routed_TD.view_as(x_BSD) + shared_BSD

@@ -4,12 +4,12 @@ Attention and memory read the past. In training and prefill the past is in the s
 (`Whole`); in decoding it is in caches that an earlier pass filled (`Step`). Every such module takes
 either, so that layers are written once.
 
-Axes: B rows, S positions.
+Axes: B rows, S positions, L positions that the longest row has reached.
 """
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -19,6 +19,15 @@ Cache = dict[str, Tensor]
 """What one module remembers of each row: tensors whose first axis is the row."""
 Caches = dict[nn.Module, Cache]
 """The cache of each module that has one."""
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """What keeps something of each row between steps."""
+
+    def new_cache(self, rows: int, tokens: int) -> Cache:
+        """An empty cache for `rows` rows of at most `tokens` tokens."""
+
 
 IndexerPhase = Literal["off", "dense", "sparse"]
 """How sparse attention is trained (DeepSeek-V3.2-Exp, section 2.1).
@@ -71,6 +80,16 @@ class Step:
     def tokens_BS(self) -> Int[Tensor, "B 1"]:
         """The tokens, under the name they have in `Whole`."""
         return self.tokens_B1
+
+    @cached_property
+    def reach(self) -> int:
+        """Tokens of the longest row, this one included. Asked of the device once a pass."""
+        return int(self.positions_B.max()) + 1
+
+    @cached_property
+    def past_BL(self) -> Bool[Tensor, "B L"]:
+        """Of the first `reach` positions, those that each row has reached."""
+        return torch.arange(self.reach, device=self.positions_B.device) <= self.positions_B[:, None]
 
 
 Pass = Whole | Step

@@ -82,7 +82,10 @@ def rotate_tail(
 ) -> Float[Tensor, "*B W"]:
     """As `rotate`, for the last R dims of `x`; the others stay."""
     cos, sin = table_SR[positions].to(x.dtype).chunk(2, dim=-1)
-    rotated: Tensor = _RotateTail.apply(x, cos, -sin if inverse else sin)
+    sin = -sin if inverse else sin
+    if not torch.is_grad_enabled():
+        return _tail_rotated(x, cos, sin)
+    rotated: Tensor = _RotateTail.apply(x, cos, sin)
     return rotated
 
 

@@ -32,7 +32,6 @@ from model.attention import (
     LatentAttention,
     Projected,
     absorbed,
-    past,
     remember,
 )
 from model.fp8.linear import Linear
@@ -225,7 +224,7 @@ class SparseLatentAttention(LatentAttention):
         entries_BLW = remember(cache["latent_BLW"], seen.entries(), batch)
         new_B1I = self.indexer.keys(x_B1D, self.rotary_SR, positions_B1)
         key_BLI = remember(cache["index_BLI"], new_B1I, batch)
-        visible_BL = past(entries_BLW, batch)
+        visible_BL = batch.past_BL
         if entries_BLW.shape[1] > self.keep:
             assert seen.q_latent_BSA is not None
             q_B1JI, weights_B1J = self.indexer.queries(

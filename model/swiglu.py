@@ -1,21 +1,34 @@
 """SwiGLU with derivatives of its own: down(silu(gate(x)) * up(x)), dense or expert by expert.
 
-Left to autograd, each small operation would keep its result and allocate its gradient; on a CPU
-that costs as much as the matrix products. Here a forward pass keeps the input and the products of
-gate and up, and the backward pass makes everything else again. Experts' products are written into
-one tensor for all of them. Only FP8 products, whose derivatives are other products, go through
-`gated` alone.
+Left to autograd, each small operation would keep its result and allocate its gradient, and rows
+would be copied for their experts and back again; on a CPU that costs as much as the matrix
+products. Here a forward pass keeps its input and the products of gate and up alone, and the
+backward pass makes everything else again. FP8 products, whose derivatives are other products, go
+through `gated`.
 
-Axes: N rows, D width, I inner width, J = 2 I gate and up side by side, E experts.
+Axes: R rows, N visits of a row to an expert, C visits of a group of experts, D width, I inner
+width, J = 2 I gate and up side by side, E experts, M room for visits to an expert, X = E * M.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from model.dispatch import Dispatched
+
+GROUP_ROWS = 2048
+"""Visits worked on at a time: enough to make small operations cheap, few enough for a cache."""
+FEW_VISITS = 64
+"""Up to so many visits to each expert, as in decoding, all experts go into one padded product:
+calls and threads then cost more than padding does."""
+LEAST_VISITS = 8
+"""A product with fewer rows takes no less time: reading the weights takes as long."""
 
 
 def gated(
@@ -34,20 +47,60 @@ def swiglu(
     limit: float | None,
 ) -> Float[Tensor, "*B D"]:
     """The whole of it for each last-dim vector, in the tensors' own precision."""
+    if not torch.is_grad_enabled():
+        return F.linear(_activation(F.linear(x, gate_ID), F.linear(x, up_ID), limit), down_DI)
+    if not torch.is_grad_enabled():
+        return _activation(x @ gate_ID.T, x @ up_ID.T, limit) @ down_DI.T
     result: Tensor = _SwiGLU.apply(x.reshape(-1, x.shape[-1]), gate_ID, up_ID, down_DI, limit)
     return result.view(x.shape)
 
 
 def grouped_swiglu(
-    x_ND: Float[Tensor, "N D"],
+    sent: Dispatched,
     gate_up_EJD: Float[Tensor, "E J D"],
     down_EDI: Float[Tensor, "E D I"],
-    counts_E: Int[Tensor, " E"],
     limit: float | None,
-) -> Float[Tensor, "N D"]:
-    """As `swiglu` for rows sorted by expert, of which expert e has `counts[e]`."""
-    result: Tensor = _Grouped.apply(x_ND, gate_up_EJD, down_EDI, counts_E.tolist(), limit)
+) -> Float[Tensor, "R D"]:
+    """Each row's sum of its visits' `swiglu`, by gate."""
+    counts = sent.counts_E.tolist()
+    if not torch.is_grad_enabled() and _are_few(counts):
+        return _padded(sent, gate_up_EJD, down_EDI, max(counts), limit)
+    result: Tensor = _Grouped.apply(
+        sent.x_RD, sent.gates_N, gate_up_EJD, down_EDI, sent.rows_N, counts, limit
+    )
     return result
+
+
+def _are_few(counts: list[int]) -> bool:
+    """Whether a padded product is worth its padding: that may double the work, but no more."""
+    most = max(counts)
+    work = sum(counts) + LEAST_VISITS * len(counts)
+    return 0 < most <= FEW_VISITS and most * len(counts) <= 2 * work
+
+
+def _padded(
+    sent: Dispatched, gate_up_EJD: Tensor, down_EDI: Tensor, most: int, limit: float | None
+) -> Tensor:
+    """What `_Grouped` computes, without derivatives, for at most `most` visits to an expert."""
+    rows_N, counts_E = sent.rows_N, sent.counts_E
+    device, experts = rows_N.device, len(counts_E)
+    first_E = counts_E.cumsum(0) - counts_E
+    shift_E = torch.arange(0, experts * most, most, device=device) - first_E
+    visits_N = torch.arange(len(rows_N), device=device)
+    place_N = visits_N + shift_E.repeat_interleave(counts_E, output_size=len(rows_N))
+    # Places without a visit read some row, and nobody reads them.
+    row_X = rows_N.new_zeros(experts * most).scatter_(0, place_N, rows_N)
+    x_EMD = sent.x_RD.index_select(0, row_X).unflatten(0, (experts, most))
+    gate_EMI, up_EMI = torch.bmm(x_EMD, gate_up_EJD.mT).chunk(2, dim=2)
+    y_EMD = torch.bmm(_activation(gate_EMI, up_EMI, limit), down_EDI.mT)
+    y_ND = y_EMD.flatten(0, 1).index_select(0, place_N)
+    return sent.collect(y_ND)
+
+
+def _halves(inner_NJ: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and up, as views."""
+    gate_NI, up_NI = inner_NJ.chunk(2, dim=1)
+    return gate_NI, up_NI
 
 
 def _activation(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
@@ -57,19 +110,34 @@ def _activation(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
 
 
 def _slopes(
-    gate: Tensor, up: Tensor, dy: Tensor, limit: float | None, d_gate: Tensor, d_up: Tensor
-) -> Tensor:
-    """Fill `d_gate` and `d_up` from `dy`, which is used up; returns the activation again."""
+    gate: Tensor,
+    up: Tensor,
+    dy: Tensor,
+    limit: float | None,
+    d_gate: Tensor,
+    d_up: Tensor,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Fill `d_gate` and `d_up` from `dy`, which is used up.
+
+    Returns the activation, times each row's weight if there is one, and the weights' gradient.
+    """
     kept_gate, kept_up = gate, up
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    y = F.silu(gate)
-    torch.mul(dy, y, out=d_up)
+    silu = F.silu(gate)
+    y = silu * up
+    d_weight = None
+    if weight is not None:
+        d_weight = (dy * y).sum(1)
+        dy.mul_(weight.unsqueeze(1))
+        y.mul_(weight.unsqueeze(1))
+    torch.mul(dy, silu, out=d_up)
     torch.ops.aten.silu_backward.grad_input(dy.mul_(up), gate, grad_input=d_gate)
     if limit is not None:
         d_gate.masked_fill_(kept_gate > limit, 0)
         d_up.masked_fill_(kept_up.abs() > limit, 0)
-    return y.mul_(up)
+    return y, d_weight
 
 
 class _Gated(torch.autograd.Function):
@@ -89,61 +157,120 @@ class _Gated(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
+    """Gate and up are multiplied as one matrix: narrow products are slow ones."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gate_ID: Tensor, up_ID: Tensor, down_DI: Tensor, limit: float | None
     ) -> Tensor:
-        gate, up = x @ gate_ID.T, x @ up_ID.T
-        ctx.save_for_backward(x, gate, up, gate_ID, up_ID, down_DI)
+        gate_up_JD = torch.cat([gate_ID, up_ID])
+        inner_NJ = x @ gate_up_JD.T
+        ctx.save_for_backward(x, inner_NJ, gate_up_JD, down_DI)
         ctx.limit = limit
-        return _activation(gate, up, limit) @ down_DI.T
+        return _activation(*_halves(inner_NJ), limit) @ down_DI.T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate, up, gate_ID, up_ID, down_DI = ctx.saved_tensors
-        dy = grads[0]
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        inner = _slopes(gate, up, dy @ down_DI, ctx.limit, d_gate, d_up)
-        dx = (d_gate @ gate_ID).addmm_(d_up, up_ID)
-        return dx, d_gate.T @ x, d_up.T @ x, dy.T @ inner, None
+        x, inner_NJ, gate_up_JD, down_DI = ctx.saved_tensors
+        (dy,) = grads
+        d_inner_NJ = torch.empty_like(inner_NJ)
+        inner_NI, _ = _slopes(
+            *_halves(inner_NJ), dy @ down_DI, ctx.limit, *_halves(d_inner_NJ)
+        )
+        d_gate_up_JD = d_inner_NJ.T @ x
+        inner = len(d_gate_up_JD) // 2
+        d_gate_ID, d_up_ID = d_gate_up_JD[:inner], d_gate_up_JD[inner:]
+        return d_inner_NJ @ gate_up_JD, d_gate_ID, d_up_ID, dy.T @ inner_NI, None
 
 
 class _Grouped(torch.autograd.Function):
+    """Experts in groups of a few, so that what passes between their products stays in cache."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, counts: list[int], limit: float | None
+        ctx: Any,
+        x_RD: Tensor,
+        gates_N: Tensor | None,
+        gate_up: Tensor,
+        down: Tensor,
+        rows_N: Tensor,
+        counts: list[int],
+        limit: float | None,
     ) -> Tensor:
-        inner_NJ = x.new_empty(len(x), gate_up.shape[1])
-        _each_mm(x.split(counts), gate_up.mT, inner_NJ.split(counts))
-        ctx.save_for_backward(x, inner_NJ, gate_up, down)
+        y_RD = torch.zeros_like(x_RD)
+        inner_NJ = x_RD.new_empty(len(rows_N), gate_up.shape[1])
+        for group in _groups(counts):
+            rows_C, inner_CJ = rows_N[group.visits], inner_NJ[group.visits]
+            x_CD = x_RD.index_select(0, rows_C)
+            group.each_mm(x_CD, gate_up[group.experts].mT, inner_CJ)
+            inner_CI = _activation(*_halves(inner_CJ), limit)
+            if gates_N is not None:
+                inner_CI.mul_(gates_N[group.visits, None])
+            y_CD = group.each_mm(inner_CI, down[group.experts].mT, x_CD)
+            y_RD.index_add_(0, rows_C, y_CD)
+        ctx.save_for_backward(x_RD, gates_N, gate_up, down, rows_N, inner_NJ)
         ctx.counts, ctx.limit = counts, limit
-        y = torch.empty_like(x)
-        inner_NI = _activation(*inner_NJ.chunk(2, dim=1), limit)
-        _each_mm(inner_NI.split(counts), down.mT, y.split(counts))
-        return y
+        return y_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, inner_NJ, gate_up, down = ctx.saved_tensors
-        counts = ctx.counts
-        dy = grads[0].contiguous()
-        rows = dy.split(counts)
-        d_inner_NI = dy.new_empty(len(dy), down.shape[2])
-        _each_mm(rows, down, d_inner_NI.split(counts))
-        d_inner_NJ = torch.empty_like(inner_NJ)
-        halves = inner_NJ.chunk(2, dim=1)
-        inner_NI = _slopes(*halves, d_inner_NI, ctx.limit, *d_inner_NJ.chunk(2, dim=1))
-        d_down, d_gate_up, dx = map(torch.empty_like, (down, gate_up, x))
-        _each_mm([r.T for r in rows], inner_NI.split(counts), d_down)
-        rows = d_inner_NJ.split(counts)
-        _each_mm([r.T for r in rows], x.split(counts), d_gate_up)
-        _each_mm(rows, gate_up, dx.split(counts))
-        return dx, d_gate_up, d_down, None, None
+        x_RD, gates_N, gate_up, down, rows_N, inner_NJ = ctx.saved_tensors
+        dx_RD = torch.zeros_like(x_RD)
+        d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
+        d_gates: list[Tensor] = []
+        for group in _groups(ctx.counts):
+            rows_C, inner_CJ = rows_N[group.visits], inner_NJ[group.visits]
+            dy_CD, x_CD = grads[0].index_select(0, rows_C), x_RD.index_select(0, rows_C)
+            d_inner_CI = dy_CD.new_empty(len(dy_CD), down.shape[2])
+            group.each_mm(dy_CD, down[group.experts], d_inner_CI)
+            d_inner_CJ = torch.empty_like(inner_CJ)
+            inner_CI, d_gates_C = _slopes(
+                *_halves(inner_CJ),
+                d_inner_CI,
+                ctx.limit,
+                *_halves(d_inner_CJ),
+                None if gates_N is None else gates_N[group.visits],
+            )
+            if d_gates_C is not None:
+                d_gates.append(d_gates_C)
+            group.each_outer(dy_CD, inner_CI, d_down[group.experts])
+            group.each_outer(d_inner_CJ, x_CD, d_gate_up[group.experts])
+            dx_CD = group.each_mm(d_inner_CJ, gate_up[group.experts], dy_CD)
+            dx_RD.index_add_(0, rows_C, dx_CD)
+        d_gates_N = torch.cat(d_gates) if d_gates else None
+        return dx_RD, d_gates_N, d_gate_up, d_down, None, None, None
 
 
-def _each_mm(left: Any, right: Any, out: Any) -> None:
-    """out[e] = left[e] @ right[e]; a product over no rows is zero."""
-    for a, b, c in zip(left, right, out, strict=True):
-        torch.mm(a, b, out=c)
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Neighbouring experts and their visits."""
+
+    experts: slice
+    visits: slice
+    counts: list[int]
+
+    def each_mm(self, left_CA: Tensor, right_EAB: Tensor, out_CB: Tensor) -> Tensor:
+        """Each expert's rows times its matrix, into `out`."""
+        split = (tensor.split(self.counts) for tensor in (left_CA, out_CB))
+        for left, out, right in zip(*split, right_EAB, strict=True):
+            torch.mm(left, right, out=out)
+        return out_CB
+
+    def each_outer(self, left_CA: Tensor, right_CB: Tensor, out_EAB: Tensor) -> None:
+        """Each expert's rows, transposed, times its other rows, into `out`; 0 for no rows."""
+        split = (tensor.split(self.counts) for tensor in (left_CA, right_CB))
+        for left, right, out in zip(*split, out_EAB, strict=True):
+            torch.mm(left.T, right, out=out)
+
+
+def _groups(counts: list[int]) -> Iterator[_Group]:
+    """All experts in order, as few at a time as have GROUP_ROWS visits."""
+    first, begin, end = 0, 0, 0
+    for expert, count in enumerate(counts):
+        end += count
+        if end - begin >= GROUP_ROWS or expert == len(counts) - 1:
+            experts = slice(first, expert + 1)
+            yield _Group(experts, slice(begin, end), counts[experts])
+            first, begin = expert + 1, end

@@ -30,7 +30,7 @@ from model.fp8.linear import Linear
 from model.hyper import HyperHead, HyperLayer, HyperMtpLayer
 from model.layers import RMSNorm, seeded_normal, widened
 from model.moe import HashGate, MoE, RoutedExperts
-from model.passes import Caches, IndexerPhase, Pass, Whole
+from model.passes import Caches, IndexerPhase, Pass, Remembering, Whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Decoder(nn.Module):
     def forward(self, batch: Pass) -> Tensor:
         """The state after the last layer of the main model: [B, S, D], or [B, S, streams, D]."""
         hidden: Tensor = self.embed_tokens(batch.tokens_BS)
-        if self.config.streams > 1:
+        if isinstance(self.config, V4Config):
             hidden = hidden.unsqueeze(2).repeat(1, 1, self.config.streams, 1)
         for layer in self.layers[: self.config.depth]:
             hidden = layer(hidden, batch)
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
 
     def collapse(self, hidden: Tensor) -> Float[Tensor, "B S D"]:
         """The normed state that the output head reads."""
-        if self.config.streams > 1:
+        if isinstance(self.config, V4Config):
             hidden = self.hc_head(hidden)
         out: Tensor = self.norm(hidden)
         return out
@@ -161,6 +161,7 @@ class Transformer(nn.Module):
         ahead_BSD = None
         if self.config.num_nextn_predict_layers:
             mtp = self.model.layers[-1]
+            assert isinstance(mtp, MtpLayer | HyperMtpLayer)
             # The last position joins with its own token for want of a next one; it is not scored.
             following_BS = torch.cat([tokens_BS[:, 1:], tokens_BS[:, -1:]], dim=1)
             following_BSD = self.model.embed_tokens(following_BS)
@@ -185,7 +186,7 @@ class Transformer(nn.Module):
         return {
             module: module.new_cache(rows, tokens)
             for module in layers.modules()
-            if hasattr(module, "new_cache")
+            if isinstance(module, Remembering)
         }
 
     def moe_layers(self) -> dict[str, MoE]:

@@ -67,14 +67,14 @@ def carry(dispatcher: TokenDispatcher, part: Part) -> dict[str, Any]:
     local = dispatcher.local_experts(EXPERTS)
     x_TD, gates_TK = part.x_TD.clone().requires_grad_(), part.gates_TK.clone().requires_grad_()
     w_EDD = weights()[local.start : local.stop].requires_grad_()
-    sent = dispatcher.dispatch(x_TD, part.experts_TK, EXPERTS)
-    pieces = sent.x_ND.split(sent.counts_E.tolist())
+    sent = dispatcher.dispatch(x_TD, part.experts_TK, gates_TK, EXPERTS)
+    pieces = sent.copies().split(sent.counts_E.tolist())
     y_ND = torch.cat([visit(w, piece) for w, piece in zip(w_EDD, pieces, strict=True)])
-    out_TD = dispatcher.combine(y_ND, gates_TK, sent)
+    out_TD = dispatcher.combine(sent.collect(y_ND), gates_TK, sent)
     out_TD.backward(part.dy_TD)
     return {
         "out": out_TD.detach(),
-        "received": sent.x_ND.detach(),
+        "received": sent.copies().detach(),
         "counts": sent.counts_E,
         "local": [local.start, local.stop],
         "dx": x_TD.grad,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from model.dispatch import gather_copies, sort_by_expert, unsort, weigh
+from model.dispatch import gather_copies, sort_by_expert, weigh
 
 
 def grads_of(y: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
@@ -24,15 +24,6 @@ def test_gathered_copies_and_their_gradient_are_those_of_indexing() -> None:
     found, expected = gather_copies(x, order_N, 2), x[order_N // 2]
     assert torch.equal(found, expected)
     torch.testing.assert_close(grads_of(found, x), grads_of(expected, x))
-
-
-def test_unsorting_undoes_a_permutation() -> None:
-    generator = torch.Generator().manual_seed(0)
-    flat = torch.randn(7, 3, generator=generator, requires_grad=True)
-    order_N = torch.randperm(7, generator=generator)
-    found = unsort(flat[order_N], order_N)
-    assert torch.equal(found, flat)
-    assert torch.equal(grads_of(found, flat)[0], grads_of(flat * 1, flat)[0])
 
 
 def test_results_are_summed_with_their_gates_wherever_they_lie() -> None:

@@ -1,10 +1,9 @@
-"""Grouped GEMMs against one Linear for each expert."""
+"""Grouped FP8 GEMMs against one FP8 Linear for each expert."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from configs.train import Precision
 from model.fp8.grouped import grouped_linear
 from model.fp8.linear import Linear
 
@@ -16,7 +15,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def one_by_one(
-    x: Tensor, weight: Tensor, dy: Tensor, counts: list[int], precision: Precision, halves: int
+    x: Tensor, weight: Tensor, dy: Tensor, counts: list[int], halves: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, dx, dw) from a Linear of its own for each expert, and for each half of it."""
     ys, dxs, dws = [], [], []
@@ -24,7 +23,7 @@ def one_by_one(
         for half, half_dy in zip(
             weight[expert].chunk(halves), part_dy.chunk(halves, 1), strict=True
         ):
-            linear = Linear(*reversed(half.shape), precision=precision)
+            linear = Linear(*reversed(half.shape), precision="fp8")
             linear.weight = torch.nn.Parameter(half.clone())
             leaf = part.clone().requires_grad_()
             if len(part):
@@ -45,20 +44,17 @@ def one_by_one(
 
 
 @pytest.mark.parametrize("halves", [1, 2])
-@pytest.mark.parametrize("precision", ["fp8", "high"])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_each_expert_computes_as_if_alone(
-    counts: list[int], precision: Precision, halves: int
-) -> None:
+def test_each_expert_computes_as_if_alone(counts: list[int], halves: int) -> None:
     # 2 x 96 outputs: a block of 128 would straddle the halves if they were quantised as one.
     weight = random(len(counts), 192, 136).requires_grad_()
     with torch.no_grad():
         weight[:, :96] *= 50
     x = random(sum(counts), 136, seed=1).requires_grad_()
     dy = random(sum(counts), 192, seed=2)
-    y = grouped_linear(x, weight, torch.tensor(counts), precision=precision, halves=halves)
+    y = grouped_linear(x, weight, torch.tensor(counts), halves=halves)
     y.backward(dy)
-    expected = one_by_one(x.detach(), weight.detach(), dy, counts, precision, halves)
+    expected = one_by_one(x.detach(), weight.detach(), dy, counts, halves)
     for found, reference in zip((y.detach(), x.grad, weight.grad), expected, strict=True):
         torch.testing.assert_close(found, reference, rtol=1e-4, atol=2e-3)
 
@@ -69,7 +65,7 @@ def test_halves_that_differ_in_size_keep_their_own_scales() -> None:
     weight[:, :8] *= 1e6
     x, counts = random(4, 16, seed=1), torch.tensor([4])
     exact = (x @ weight[0].T)[:, 8:]
-    apart = grouped_linear(x, weight, counts, precision="fp8", halves=2)[:, 8:]
-    as_one = grouped_linear(x, weight, counts, precision="fp8", halves=1)[:, 8:]
+    apart = grouped_linear(x, weight, counts, halves=2)[:, 8:]
+    as_one = grouped_linear(x, weight, counts, halves=1)[:, 8:]
     assert float((apart - exact).abs().max()) < 0.6
     assert float((as_one - exact).abs().max()) > 2

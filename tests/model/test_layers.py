@@ -16,6 +16,22 @@ def test_rms_norm_divides_by_the_root_mean_square() -> None:
     torch.testing.assert_close(norm(x).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_gradients_of_rms_norm_are_those_of_autograd() -> None:
+    norm = RMSNorm(24, epsilon=0.1).double()
+    generator = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(norm.weight, generator=generator)
+    # Means far from 0: a layer norm would take them away.
+    x = torch.randn(3, 24, 5, generator=generator, dtype=torch.float64) + 2
+    x = x.transpose(1, 2).requires_grad_()
+    dy = torch.randn(3, 5, 24, generator=generator, dtype=torch.float64)
+    root = (x.square().mean(-1, keepdim=True) + 0.1).sqrt()
+    leaves = [x, norm.weight]
+    expected = torch.autograd.grad(x / root * norm.weight, leaves, dy)
+    torch.testing.assert_close(torch.autograd.grad(norm(x), leaves, dy), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x), x / root * norm.weight)
+
+
 def test_the_feed_forward_is_swiglu() -> None:
     block = SwiGLU(12, 20, "high")
     generator = torch.Generator().manual_seed(0)

@@ -42,6 +42,21 @@ def test_the_block_and_its_gradients_are_a_sum_over_each_tokens_experts(
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("favourite", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 24, 100])
+def test_without_gradients_few_and_many_tokens_give_the_same_sum(
+    count: int, favourite: bool
+) -> None:
+    """In decoding: experts without visits, with a few, and one that all tokens visit."""
+    block, x_TD = moe(tiny(n_group=1, topk_group=1)), tokens(count)
+    if favourite:
+        assert block.bias_E is not None
+        block.bias_E[5] = 10
+    with torch.inference_mode():
+        found = block(x_TD.unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(found, moe_by_token(block, x_TD), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_each_token_gets_the_experts_of_the_formula(config: V3Config) -> None:
     gate, x_TD = moe(config).gate, tokens(100)
