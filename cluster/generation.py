@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from configs.errors import MachineError
 from configs.parallel import ClusterConfig
 from configs.train import Precision
 from model import decode
+from model.drawing import Drawing
 from model.weights.files import load_pretrained
 
 _ROLE = "sampler"
@@ -28,6 +30,16 @@ class Sampling:
     temperature: float
     """0 takes the likeliest token."""
     stop_token: int
+    more_stop_tokens: tuple[int, ...] = ()
+    top_k: int | None = None
+    """Draw from this many of the likeliest tokens only."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens whose probabilities reach this sum."""
+    max_rows: int | None = None
+    """Answers that a sampler works on at a time; none means all of its share at once. Whenever one
+    is finished, the next begins."""
+    keep_experts: bool = False
+    """Whether samples say which experts their tokens went to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +53,9 @@ class Sample:
     version: int
     """Version of the weights that drew every token of this answer."""
     stopped: bool
+    experts: np.ndarray | None = field(default=None, compare=False)
+    """On request int32 [tokens read, layers with experts, experts a token]: where each token of
+    prompt and answer went, but for the answer's last, which was never read."""
 
 
 class GenerationPool:
@@ -111,11 +126,15 @@ class _Sampler:
             self.model,
             prompts,
             max_new_tokens=sampling.max_new_tokens,
-            drawing=decode.Drawing(sampling.temperature),
-            stop_tokens={sampling.stop_token},
+            drawing=Drawing(sampling.temperature, sampling.top_k, sampling.top_p),
+            stop_tokens={sampling.stop_token, *sampling.more_stop_tokens},
             seeds=seeds,
+            max_rows=sampling.max_rows,
+            keep_experts=sampling.keep_experts,
         )
-        return [Sample(a.token_ids, a.logprobs, self.version, a.stopped) for a in answers]
+        return [
+            Sample(a.token_ids, a.logprobs, self.version, a.stopped, a.experts) for a in answers
+        ]
 
     def update_weights(self, version: int, *shards: dict[str, Tensor]) -> int:
         merged = merge_shards(list(shards))

@@ -98,8 +98,9 @@ class Trainer:
         """Sum and clip gradients, step AdamW, move the routing bias.
 
         TrainingError, before anything is changed, if the gradient is not finite. Returns
-        `grad_norm` before clipping, `imbalance` (worst layer) and `expert_load`, each layer's
-        share of token copies by expert.
+        `grad_norm` before clipping, `imbalance` (the worst of the layers whose routing can be
+        balanced, 0 where none can) and `expert_load`, every layer's share of token copies by
+        expert.
         """
         for parameter in [*self.dense, *self.experts]:
             if parameter.grad is None:
@@ -171,12 +172,13 @@ class Trainer:
         load_LE = torch.stack([block.load_E for block in blocks])
         if self.parallel:
             dist.all_reduce(load_LE)
+        worst = 0.0
         for block, load_E in zip(blocks, load_LE, strict=True):
             if (bias := block.bias_E) is not None:
                 bias.copy_(updated_bias(bias, load_E, self.balance.bias_update_speed))
+                worst = max(worst, imbalance(load_E))
             block.load_E.zero_()
         share_LE = load_LE / load_LE.sum(1, keepdim=True)
-        worst = max(imbalance(load_E) for load_E in load_LE)
         load = [[round(share, 5) for share in row] for row in share_LE.tolist()]
         return {"imbalance": worst, "expert_load": load}
 

@@ -4,7 +4,7 @@ Each layer keeps of a row what its kind of attention needs (latents, or compress
 window). A row's answer depends on its prompt, its seed and the weights, never on the other rows,
 but for the last bits of sums.
 
-Axes: B rows, S positions, V vocabulary, L layers with experts, K choices.
+Axes: B rows, S positions, T positions with answers, V vocabulary, L layers with experts, K choices.
 """
 
 import math
@@ -34,7 +34,7 @@ class Sample:
     """Natural logarithms under the distribution that was drawn from (see `draw`)."""
     stopped: bool = False
     """False when the token limit cut the answer off."""
-    experts: np.ndarray | None = None
+    experts: np.ndarray | None = field(default=None, compare=False)
     """On request int32 [tokens read, L, K]: the experts that each token of prompt and answer went
     to; the answer's last token was never read."""
 
@@ -109,8 +109,8 @@ def generate(
     top_p: float = 1.0,
     stop_tokens: Collection[int] = (),
     seed: int = 0,
-) -> Int[Tensor, "B S+N"]:
-    """Prompts of one length, continued by as many tokens as the longest answer has.
+) -> Int[Tensor, "B T"]:
+    """Prompts of one length, continued to T tokens by as many as the longest answer has.
 
     An answer that reached a stop token is filled up with that token. Sampling is repeatable by
     `seed`. Errors are those of `sample`.

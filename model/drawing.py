@@ -2,22 +2,20 @@
 
 All of it is deterministic: a row's token is a function of its logits and of one uniform number.
 
-Axes: B rows, V vocabulary, K tokens that truncation leaves (or all), C runs of W tokens.
+Axes: B rows, V vocabulary, K likeliest tokens, C runs of W tokens, X = C * W.
 """
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from configs.errors import ConfigError
-from model.indexer import choose
 
-_FIRST_RANKED = 256
-"""How many of the likeliest tokens are sorted at first, in the hope that top-p wants no more."""
 _RUN = 64
 """Tokens whose probabilities are summed before any are cumulated: a running sum over a whole
 vocabulary costs more than everything else here."""
@@ -64,21 +62,19 @@ def draw(
         best = logits_BV.max(-1)
         return best.indices, best.values - logits_BV.logsumexp(-1)
     scores_BV = logits_BV if drawing.temperature == 1 else logits_BV / drawing.temperature
-    scores_BK, ids_BK = _kept(scores_BV, drawing)
-    weights_BK = (scores_BK - scores_BK.amax(-1, keepdim=True)).exp_()
-    padded_BX = F.pad(weights_BK, (0, -weights_BK.shape[1] % _RUN))
+    scores_BV = _truncated(scores_BV, drawing)
+    weights_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)).exp_()
+    missing = -weights_BV.shape[1] % _RUN
+    padded_BX = F.pad(weights_BV, (0, missing)) if missing else weights_BV
     weights_BCW = padded_BX.unflatten(1, (-1, _RUN))
     mass_BC = weights_BCW.sum(-1).double()
     run_B1, rest_B1 = _pick(mass_BC, uniform_B.to(mass_BC)[:, None])
     inside_BW = weights_BCW.take_along_dim(run_B1.unsqueeze(-1), dim=1).squeeze(1).double()
-    place_B1 = run_B1 * _RUN + _pick(inside_BW, rest_B1)[0]
+    chosen_B1 = run_B1 * _RUN + _pick(inside_BW, rest_B1)[0]
     # Only of a row that is not finite can it lie past the end.
-    place_B1 = place_B1.clamp_max(scores_BK.shape[1] - 1)
-    chosen_B1 = place_B1 if ids_BK is None else ids_BK.gather(1, place_B1)
-    logprobs_B1 = (
-        weights_BK.gather(1, place_B1).double().log() - mass_BC.sum(-1, keepdim=True).log()
-    )
-    return chosen_B1.squeeze(1), logprobs_B1.squeeze(1).to(logits_BV.dtype)
+    chosen_B1 = chosen_B1.clamp_max(weights_BV.shape[1] - 1)
+    chance_B1 = weights_BV.gather(1, chosen_B1) / mass_BC.sum(-1, keepdim=True)
+    return chosen_B1.squeeze(1), chance_B1.log().squeeze(1).to(logits_BV.dtype)
 
 
 def _pick(mass_BC: Tensor, uniform_B1: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,33 +90,30 @@ def _pick(mass_BC: Tensor, uniform_B1: Tensor) -> tuple[Tensor, Tensor]:
     return place_B1, ((target_B1 - before_B1) / own_B1).clamp(0, 1)
 
 
-def _kept(scores_BV: Tensor, drawing: Drawing) -> tuple[Tensor, Tensor | None]:
-    """What truncation leaves, as (scores_BK, ids_BK) with -inf for what it does not; or all."""
-    vocabulary = scores_BV.shape[1]
-    if drawing.top_k is not None:
-        scores_BK, ids_BK = _ranked(scores_BV, min(drawing.top_k, vocabulary))
-        probabilities_BK = scores_BK.double().softmax(-1)
-    elif drawing.top_p < 1:
-        total_B1 = scores_BV.double().logsumexp(-1, keepdim=True)
-        count = _FIRST_RANKED
-        while True:
-            scores_BK, ids_BK = _ranked(scores_BV, min(count, vocabulary))
-            probabilities_BK = (scores_BK - total_B1).exp()
-            reached_B = probabilities_BK.sum(-1) >= drawing.top_p
-            if count >= vocabulary or bool(reached_B.all()):
-                break
-            count *= 8
-    else:
-        return scores_BV, None
+def _truncated(scores_BV: Tensor, drawing: Drawing) -> Tensor:
+    """Scores with -inf where top-k or top-p leave a token out."""
+    if drawing.top_k is None and drawing.top_p == 1:
+        return scores_BV
+    falling_BK = _falling(scores_BV)[:, : drawing.top_k]
+    last_B1 = torch.full_like(falling_BK[:, :1], falling_BK.shape[1] - 1, dtype=torch.int64)
     if drawing.top_p < 1:
+        probabilities_BK = falling_BK.double().softmax(-1)
         before_BK = probabilities_BK.cumsum(-1) - probabilities_BK
-        scores_BK = scores_BK.masked_fill(before_BK >= drawing.top_p, float("-inf"))
-    return scores_BK, ids_BK
+        last_B1 = ((before_BK < drawing.top_p).sum(-1, keepdim=True) - 1).clamp_min(0)
+    lowest_B1 = falling_BK.gather(1, last_B1)
+    kept_BV = scores_BV >= lowest_B1
+    excess_B1 = kept_BV.sum(-1, keepdim=True) - 1 - last_B1
+    if bool(excess_B1.any()):
+        # Of those that tie for the last place, the highest ids go.
+        equal_BV = scores_BV == lowest_B1
+        from_end_BV = equal_BV.flip(1).cumsum(-1).flip(1)
+        kept_BV &= ~(equal_BV & (from_end_BV <= excess_B1))
+    return torch.where(kept_BV, scores_BV, float("-inf"))
 
 
-def _ranked(scores_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` highest scores, falling, and their ids; of equals, the lower ids come first."""
-    chosen_BK = choose(scores_BV, torch.ones_like(scores_BV, dtype=torch.bool), count)
-    ids_BK = chosen_BK.sort(dim=-1).values
-    ranked_BK = scores_BV.gather(1, ids_BK).sort(dim=-1, descending=True, stable=True)
-    return ranked_BK.values, ids_BK.gather(1, ranked_BK.indices)
+def _falling(scores_BV: Tensor) -> Tensor:
+    """Each row sorted, highest first."""
+    if scores_BV.device.type == "cpu":
+        # torch carries indices along, and takes some 25 times as long.
+        return torch.from_numpy(np.sort(scores_BV.numpy(), axis=-1)).flip(1)
+    return scores_BV.sort(dim=-1, descending=True).values

@@ -1,7 +1,7 @@
 """AdamW as DeepSeek-V3 sets it, and learning-rate schedules as pure functions of the step."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,19 +12,29 @@ from model.engram import MemoryTable
 
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Weight decay on matrices only; norms and biases are vectors.
+    """Weight decay on matrices only, AdamW's update for every parameter.
+
+    A matrix is what has at least two dimensions and begins at random, V4's generators of
+    hyper-connection weights among them. What a module lists in its `initial_values` is an offset, a
+    factor or a tap, with a value of its own to begin from, and does not decay whatever its shape:
+    V4's `position_bias` and the taps of Engram's convolution have two dimensions. Norms and biases
+    are vectors.
 
     Tables of n-grams do not decay either, or rows would fade from one reading to the next, and
     they learn at `config.table_rate_factor` times the rate. Each group says its factor of the rate
     as `lr_factor`, for whoever sets `lr`.
     """
     tables = [m.weight for m in model.modules() if isinstance(m, MemoryTable)]
-    others = [p for p in model.parameters() if all(p is not table for table in tables)]
-    matrices, vectors = [p for p in others if p.dim() > 1], [p for p in others if p.dim() <= 1]
+    apart = {id(table) for table in tables}
+    others = [p for p in model.parameters() if id(p) not in apart]
+    constant = {id(p) for p in _start_at_a_constant(model)}
+    decaying = [p for p in others if p.dim() > 1 and id(p) not in constant]
+    matrices = {id(p) for p in decaying}
+    staying = [p for p in others if id(p) not in matrices]
     rate, factor = config.learning_rate, config.table_rate_factor
     groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": config.weight_decay, "lr_factor": 1.0},
-        {"params": vectors, "weight_decay": 0.0, "lr_factor": 1.0},
+        {"params": decaying, "weight_decay": config.weight_decay, "lr_factor": 1.0},
+        {"params": staying, "weight_decay": 0.0, "lr_factor": 1.0},
     ]
     if tables:
         groups.append(
@@ -74,8 +84,18 @@ def restore_moments(
 ) -> None:
     """Put back what `moments` gave, after `step` optimiser steps."""
     for name, parameter in named:
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(step)),
-            "exp_avg": tensors[f"exp_avg/{name}"].clone(),
-            "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].clone(),
+        optimizer.state[parameter] = {"step": torch.tensor(float(step))} | {
+            # Laid out as the parameter is: the fused step goes by memory, not by index.
+            moment: torch.empty_like(parameter, requires_grad=False).copy_(
+                tensors[f"{moment}/{name}"]
+            )
+            for moment in ("exp_avg", "exp_avg_sq")
         }
+
+
+def _start_at_a_constant(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        constants: Mapping[str, float] = getattr(module, "initial_values", {})
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in constants:
+                yield parameter

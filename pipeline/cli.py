@@ -100,6 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--prompt", action="append", required=True, help="may be repeated")
     sample.add_argument("--max-new-tokens", type=int, default=64, help="default: %(default)s")
     sample.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest")
+    sample.add_argument("--top-k", type=int, help="draw from so many of the likeliest tokens")
+    sample.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest that make up this share"
+    )
     sample.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
     imports = _with_latest(

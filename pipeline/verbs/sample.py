@@ -2,11 +2,13 @@
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 from configs.errors import ArtifactError, ConfigError
 from configs.seed import derive
 from model import decode
+from model.drawing import Drawing
 from model.weights.files import load_pretrained
 from pipeline.verbs.asked import load_asked, locate
 from stages.artifacts import Bundle, Checkpoint, read_manifest
@@ -18,9 +20,13 @@ READABLE_VARIANT = "bf16"
 
 
 def sample(args: argparse.Namespace) -> int:
-    """Print each prompt and its answer. ConfigError for a setting that means nothing."""
+    """Print each prompt and its answer, and before them, on stderr, which model gives it.
+
+    ConfigError for a setting that means nothing.
+    """
     _check(args)
     folder = _model_folder(args)
+    print(f"sampling from {folder}", file=sys.stderr)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     prompts = [
         [BOS_ID, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in args.prompt
@@ -29,7 +35,7 @@ def sample(args: argparse.Namespace) -> int:
         load_pretrained(folder),
         prompts,
         max_new_tokens=args.max_new_tokens,
-        drawing=decode.Drawing(args.temperature),
+        drawing=Drawing(args.temperature, args.top_k, args.top_p),
         stop_tokens={EOS_ID},
         seeds=[derive(args.seed, "sample", number) for number in range(len(prompts))],
     )
@@ -47,6 +53,12 @@ def _check(args: argparse.Namespace) -> None:
     if args.max_new_tokens < 1:
         raise ConfigError(
             f"--max-new-tokens {args.max_new_tokens}: must be 1 or more; leave it out for 64"
+        )
+    if args.top_k is not None and args.top_k < 1:
+        raise ConfigError(f"--top-k {args.top_k}: must be 1 or more; leave it out for all tokens")
+    if not 0 < args.top_p <= 1:
+        raise ConfigError(
+            f"--top-p {args.top_p}: must be above 0 and at most 1; leave it out for all tokens"
         )
 
 

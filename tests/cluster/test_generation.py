@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -13,6 +14,7 @@ from cluster.workers import WorkerDied
 from configs.errors import DataError, MachineError
 from configs.parallel import ClusterConfig
 from model import decode
+from model.drawing import Drawing
 from model.transformer import Transformer
 from model.weights.files import save_pretrained
 from tests.references import random_model
@@ -43,7 +45,7 @@ def assert_drawn_from(model: Transformer, found: list[Sample], count: int, versi
         model,
         PROMPTS[:count],
         max_new_tokens=SAMPLING.max_new_tokens,
-        drawing=decode.Drawing(SAMPLING.temperature),
+        drawing=Drawing(SAMPLING.temperature),
         stop_tokens={SAMPLING.stop_token},
         seeds=SEEDS[:count],
     )
@@ -74,6 +76,38 @@ def test_a_pool_draws_what_one_model_draws(pool: GenerationPool) -> None:
         assert_drawn_from(random_model(), found, count, version=0)
     with pytest.raises(DataError, match="context of 32"):
         pool.sample([[1], [2] * 30], SAMPLING, [0, 0])
+
+
+def test_truncation_stop_tokens_rows_and_routing_reach_the_samplers(pool: GenerationPool) -> None:
+    sampling = Sampling(
+        max_new_tokens=12,
+        temperature=1.3,
+        stop_token=7,
+        more_stop_tokens=(9, 23),
+        top_k=9,
+        top_p=0.8,
+        max_rows=2,
+        keep_experts=True,
+    )
+    found = pool.sample(PROMPTS, sampling, SEEDS)
+    expected = decode.sample(
+        random_model(),
+        PROMPTS,
+        max_new_tokens=12,
+        drawing=Drawing(1.3, 9, 0.8),
+        stop_tokens={7, 9, 23},
+        seeds=SEEDS,
+        keep_experts=True,
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.experts is not None
+        assert b.experts is not None
+        assert np.array_equal(a.experts, b.experts)
+    # The same without what was asked for beyond temperature says something else.
+    plain = pool.sample(PROMPTS, Sampling(12, 1.3, stop_token=7), SEEDS)
+    assert [a.token_ids for a in plain] != [a.token_ids for a in found]
+    assert all(a.experts is None for a in plain)
 
 
 def test_new_weights_come_under_their_version(pool: GenerationPool) -> None:

@@ -17,7 +17,7 @@ from model.weights.families import to_hf
 from model.weights.files import load_pretrained, read_tensors
 from tests.cluster.jobs import OPTIM, NextToken, RandomBatches
 from tests.ranks import on_ranks
-from tests.references import TINY, random_model, tiny
+from tests.references import TINY, random_model, tiny, tiny_v4
 
 RATE = 0.01
 BALANCE = BalanceConfig(bias_update_speed=0.01)
@@ -182,6 +182,24 @@ def test_the_load_of_a_layer_adds_up_and_moves_its_bias() -> None:
     )
 
 
+@pytest.mark.parametrize("hashed", [1, 4])
+def test_imbalance_is_that_of_layers_which_can_be_balanced(hashed: int) -> None:
+    config = tiny_v4(num_hash_layers=hashed, num_nextn_predict_layers=0)
+    one = Trainer(config, optim=OPTIM, balance=BALANCE, precision="high", seed=0)
+    with torch.no_grad():
+        # Every token of the first layer goes to the same two experts of eight.
+        one.model.state_dict()["model.layers.0.mlp.gate.tid2eid"].copy_(torch.tensor([0, 1]))
+    batch = RandomBatches().batch(1, rank=0, world=1)
+    logits = one.model(batch["tokens"])
+    logits.square().mean().backward()
+    report = one.optim_step(RATE)
+    worst = [max(load) * 8 - 1 for load in report["expert_load"]]
+    assert len(worst) == 4
+    assert worst[0] == pytest.approx(3.0)
+    assert report["imbalance"] == pytest.approx(max([0.0, *worst[hashed:]]), abs=1e-3)
+    assert report["imbalance"] < 3.0
+
+
 def blocks(one: Trainer) -> list[tuple[str, Any]]:
     return list(one.model.moe_layers().items())
 
@@ -221,7 +239,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
     one.forward_backward(RandomBatches().batch(1, rank=0, world=1), NextToken())
     gradient = one.experts[0].grad
     assert gradient is not None
-    gradient.view(-1)[0] = math.inf
+    gradient[(0,) * gradient.dim()] = math.inf
     before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
     with pytest.raises(TrainingError, match="step 1: the gradient's norm is inf"):
         one.optim_step(RATE)

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from configs.errors import DataError
+from configs.errors import ConfigError, DataError, TrainingError
 from model.attention import LatentAttention
-from model.decode import Drawing, Sample, sample
+from model.decode import Sample, sample
+from model.drawing import Drawing
 from model.passes import Step, Whole
 from model.transformer import Transformer
 from tests.references import random_model, random_tokens, tiny
@@ -117,18 +118,43 @@ def test_an_answer_ends_with_the_first_stop_token(model: Transformer) -> None:
     assert {stop in answer.token_ids for answer in free} == {True, False}
 
 
-def test_draws_follow_the_softmax() -> None:
-    """Chi-square of 4,000 draws over the likeliest tokens and the rest, below its 99.99 % point."""
+@pytest.mark.parametrize(
+    "drawing", [Drawing(0.9), Drawing(1.2, top_k=30), Drawing(0.9, top_p=0.8)], ids=str
+)
+def test_draws_follow_what_truncation_leaves_of_the_softmax(drawing: Drawing) -> None:
+    """Chi-square of 4,000 draws over the likeliest tokens and the rest, below its 99.99 % point.
+
+    Each draw has a seed of its own, so this is about the numbers that seeds make as well.
+    """
     model, prompt, draws = random_model(tiny(initializer_range=0.1)), [3, 1, 4], 4000
-    answers = draw(model, [prompt] * draws, list(range(draws)), new=1, temperature=0.9)
+    answers = sample(
+        model,
+        [prompt] * draws,
+        max_new_tokens=1,
+        drawing=drawing,
+        stop_tokens=(),
+        seeds=range(draws),
+    )
     counts = torch.bincount(torch.tensor([a.token_ids[0] for a in answers]), minlength=64)
-    expected = logprobs_by_forward(model, prompt, [0], 0.9)[0].exp() * draws
+    chances = logprobs_by_forward(model, prompt, [0], drawing.temperature)[0].double().exp()
+    order = chances.argsort(descending=True)
+    ranked = chances[order]
+    kept = ranked.cumsum(0) - ranked < drawing.top_p * ranked[: drawing.top_k].sum()
+    kept[drawing.top_k or len(kept) :] = False
+    chances[order[~kept]] = 0
+    chances /= chances.sum()
+    for answer in answers[:20]:
+        (token,), (logprob,) = answer.token_ids, answer.logprobs
+        assert logprob == pytest.approx(math.log(chances[token]), abs=1e-4)
+    expected = chances * draws
     often = expected > 20
     assert int(often.sum()) > 15
+    assert not counts[expected == 0].any()
     observed = torch.cat([counts[often], counts[~often].sum()[None]]).double()
-    wanted = torch.cat([expected[often], expected[~often].sum()[None]]).double()
-    freedom = len(wanted) - 1
-    chi_square = float(((observed - wanted).square() / wanted).sum())
+    wanted = torch.cat([expected[often], expected[~often].sum()[None]])
+    filled = wanted > 0
+    freedom = int(filled.sum()) - 1
+    chi_square = float(((observed - wanted).square() / wanted)[filled].sum())
     # Wilson and Hilferty's cube-root approximation of the quantile, z = 3.72.
     limit = freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
     assert chi_square < limit
@@ -148,6 +174,38 @@ def test_what_does_not_fit_the_context_is_refused(model: Transformer) -> None:
         draw(model, [[5], [*fits, 1]], [0, 1])
     with pytest.raises(DataError, match="no tokens"):
         draw(model, [[5], []], [0, 1])
+
+
+@pytest.mark.parametrize("prompt", [[3, 64], [-1, 3]])
+def test_tokens_that_the_model_does_not_have_are_refused(
+    model: Transformer, prompt: list[int]
+) -> None:
+    with pytest.raises(DataError, match=r"holds tokens .* but the model's are 0 to 63"):
+        draw(model, [[5], prompt], [0, 1])
+
+
+def test_no_tokens_and_no_rows_are_refused(model: Transformer) -> None:
+    with pytest.raises(ConfigError, match="max_new_tokens = 0"):
+        draw(model, [[5]], [0], new=0)
+    with pytest.raises(ConfigError, match="max_rows = 0"):
+        sample(
+            model,
+            [[5]],
+            max_new_tokens=1,
+            drawing=Drawing(),
+            stop_tokens=(),
+            seeds=[0],
+            max_rows=0,
+        )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_damaged_model_says_so_and_gives_no_answer(temperature: float) -> None:
+    model = random_model()
+    with torch.no_grad():
+        model.lm_head.weight[7, 3] = float("nan")
+    with pytest.raises(TrainingError, match=r"after 3 tokens of prompt and 0 of answer"):
+        draw(model, [[1, 2, 3]], [0], temperature=temperature)
 
 
 def test_no_prompts_make_no_answers(model: Transformer) -> None:

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from configs.engram import EngramConfig
 from configs.train import OptimConfig
 from model.engram import MemoryTable
 from model.optim import adamw, moments, restore_moments, warmup_cosine
+from model.transformer import Transformer
+from tests.references import tiny_v4
 
 CONFIG = OptimConfig(learning_rate=0.1, beta1=0.8, beta2=0.9, epsilon=1e-3, weight_decay=0.5)
 
@@ -62,6 +65,26 @@ def test_a_table_learns_faster_and_does_not_decay() -> None:
         torch.testing.assert_close(moved[name], torch.full_like(moved[name], step))
 
 
+def test_what_begins_at_a_constant_does_not_decay_whatever_its_shape() -> None:
+    memory = EngramConfig(
+        layer_ids=(1,), table_sizes=(40, 40), n_embed_per_ngram=8, n_head_per_ngram=2
+    )
+    model = Transformer(tiny_v4(engram=memory))
+    decay = {
+        id(parameter): group["weight_decay"]
+        for group in adamw(model, CONFIG).param_groups
+        for parameter in group["params"]
+    }
+    named = dict(model.named_parameters())
+    assert decay.keys() == {id(parameter) for parameter in named.values()}
+    spared = {n for n, p in named.items() if p.dim() > 1 and decay[id(p)] == 0.0}
+    leaves = ("position_bias", "short_conv.weight", "engram.table.weight")
+    assert spared == {name for name in named if name.endswith(leaves)}
+    assert len({leaf for leaf in leaves for name in spared if name.endswith(leaf)}) == 3
+    assert decay[id(named["model.layers.0.attn_hc.fn"])] == CONFIG.weight_decay
+    assert not any(decay[id(p)] for p in named.values() if p.dim() < 2)
+
+
 def test_moments_that_are_put_back_continue_the_same_walk() -> None:
     whole, resumed = toy(), toy()
     optimizer = adamw(whole, CONFIG)
@@ -79,6 +102,26 @@ def test_moments_that_are_put_back_continue_the_same_walk() -> None:
     walk(resumed, second, range(2, 5))
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_moments_read_from_a_file_take_the_layout_of_a_transposed_parameter() -> None:
+    def walked(steps: int, resumed: dict[str, torch.Tensor] | None) -> tuple[nn.Module, ...]:
+        torch.manual_seed(0)
+        model = nn.ParameterDict({"turned": nn.Parameter(torch.randn(2, 3, 5).mT)})
+        optimizer = adamw(model, CONFIG)
+        if resumed is not None:
+            restore_moments(optimizer, model.named_parameters(), resumed, 1)
+        for _ in range(steps):
+            model["turned"].grad = torch.arange(30.0).view(2, 3, 5).mT
+            optimizer.step()
+        return model, optimizer
+
+    model, optimizer = walked(1, None)
+    kept = moments(optimizer, model.named_parameters())  # type: ignore[arg-type]
+    assert not kept["exp_avg/turned"].is_contiguous()
+    restored, _ = walked(1, kept)
+    flat, _ = walked(1, {name: tensor.contiguous() for name, tensor in kept.items()})
+    assert torch.equal(flat["turned"], restored["turned"])  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

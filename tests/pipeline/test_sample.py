@@ -67,6 +67,24 @@ def test_a_prompt_is_continued_the_same_way_under_one_seed(
     assert "\n@x" in told(1)
 
 
+def test_truncation_is_what_was_asked_for_and_the_model_is_named_apart_from_the_answers(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*options: str) -> str:
+        words = ["sample", str(model_folder), "--prompt", "1+1=", "--max-new-tokens", "20"]
+        assert cli.main([*words, *options]) == 0
+        out, err = capsys.readouterr()
+        assert err == f"sampling from {model_folder}\n"
+        return out
+
+    greedy, free = told(), told("--temperature", "1")
+    assert greedy != free
+    # One token is left, or so little mass that the likeliest token has more.
+    assert told("--temperature", "1", "--top-k", "1") == greedy
+    assert told("--temperature", "1", "--top-p", "0.000001") == greedy
+    assert told("--temperature", "1", "--top-k", "300", "--top-p", "1") == free
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -74,6 +92,10 @@ def test_a_prompt_is_continued_the_same_way_under_one_seed(
         (["--temperature", "nan"], "--temperature nan: must be"),
         (["--temperature", "inf"], "--temperature inf: must be"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0: must be 1 or more"),
+        (["--top-k", "0"], "--top-k 0: must be 1 or more"),
+        (["--top-p", "0"], "--top-p 0.0: must be above 0"),
+        (["--top-p", "1.5"], "--top-p 1.5: must be above 0 and at most 1"),
+        (["--top-p", "nan"], "--top-p nan: must be"),
     ],
 )
 def test_a_setting_that_means_nothing_is_refused_with_a_remedy(
