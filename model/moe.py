@@ -100,10 +100,8 @@ class RoutedExperts(nn.Module):
     def __init__(self, config: ModelConfig, local: range, precision: Precision) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.moe_intermediate_size
-        # In memory each matrix lies transposed: a product of few rows that reads it so takes about
-        # half the time, and one of many rows no longer.
-        self.gate_up_proj = nn.Parameter(torch.empty(len(local), width, 2 * inner).mT)
-        self.down_proj = nn.Parameter(torch.empty(len(local), inner, width).mT)
+        self.gate_up_proj = nn.Parameter(torch.empty(len(local), 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.empty(len(local), width, inner))
         self.local = local
         self.precision = precision
         self.limit = config.swiglu_limit if isinstance(config, V4Config) else None

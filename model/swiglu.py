@@ -175,9 +175,7 @@ class _SwiGLU(torch.autograd.Function):
         x, inner_NJ, gate_up_JD, down_DI = ctx.saved_tensors
         (dy,) = grads
         d_inner_NJ = torch.empty_like(inner_NJ)
-        inner_NI, _ = _slopes(
-            *_halves(inner_NJ), dy @ down_DI, ctx.limit, *_halves(d_inner_NJ)
-        )
+        inner_NI, _ = _slopes(*_halves(inner_NJ), dy @ down_DI, ctx.limit, *_halves(d_inner_NJ))
         d_gate_up_JD = d_inner_NJ.T @ x
         inner = len(d_gate_up_JD) // 2
         d_gate_ID, d_up_ID = d_gate_up_JD[:inner], d_gate_up_JD[inner:]

@@ -176,10 +176,10 @@ def main(folder: Path) -> None:
     lines += [f"- **{kind}** attends to {what}." for kind, what in KINDS.items()]
     lines += [
         "",
-        f"Hidden width {HIDDEN}, 16 heads, 4 index heads, float32 on {THREADS} CPU thread; *reading* is a forward",
-        "pass without gradients, *training* forward and backward. Peaks are above what the process",
-        "held before. Made by `python -m tests.bench.attention_cost docs`, one run, medians of up",
-        "to three.",
+        f"Hidden width {HIDDEN}, 16 heads, 4 index heads, float32 on {THREADS} CPU thread.",
+        "*Reading* is a forward pass without gradients, *training* forward and backward. Peaks are",
+        "above what the process held before. Made by `python -m tests.bench.attention_cost docs`,",
+        "one run, medians of up to three; other work ran beside it, so single cells may be off.",
         "",
     ]
     for what in ("reading seconds", "training seconds", "reading bytes", "training bytes"):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from configs.engram import EngramConfig
 from configs.model import ModelConfig, V3Config, V4Config, YarnConfig
-from model.decode import Drawing, Sample, Session, generate, sample
+from model.decode import Sample, Session, generate, sample
+from model.drawing import Drawing
 from model.moe import MoE
 from model.transformer import Transformer
 from tests.model.test_v4 import twin as v4_twin

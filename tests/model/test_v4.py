@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from configs.model import V4Config
-from model.decode import Drawing, Session, sample
+from model.decode import Session, sample
+from model.drawing import Drawing
 from model.passes import IndexerPhase, Whole
 from model.transformer import Transformer
 from tests.references import TINY_V4, random_model, random_tokens, tiny_v4

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from configs.rl import GrpoConfig, PosttrainConfig
-from model.decode import Drawing, sample
+from model.decode import sample
+from model.drawing import Drawing
 from model.transformer import Transformer
 from stages.posttrain.learner import GrpoLoss, minibatches
 from stages.posttrain.objective import token_logprobs
