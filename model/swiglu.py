@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from model.dispatch import Dispatched
 
-GROUP_ROWS = 2048
-"""Visits worked on at a time: enough to make small operations cheap, few enough for a cache."""
+GROUP_ROWS = 2**14
+"""Visits worked on at a time: it bounds memory, and fewer would make small operations dear."""
 FEW_VISITS = 64
 """Up to so many visits to each expert, as in decoding, all experts go into one padded product:
 calls and threads then cost more than padding does."""
@@ -47,8 +47,6 @@ def swiglu(
     limit: float | None,
 ) -> Float[Tensor, "*B D"]:
     """The whole of it for each last-dim vector, in the tensors' own precision."""
-    if not torch.is_grad_enabled():
-        return F.linear(_activation(F.linear(x, gate_ID), F.linear(x, up_ID), limit), down_DI)
     if not torch.is_grad_enabled():
         return _activation(x @ gate_ID.T, x @ up_ID.T, limit) @ down_DI.T
     result: Tensor = _SwiGLU.apply(x.reshape(-1, x.shape[-1]), gate_ID, up_ID, down_DI, limit)
@@ -183,7 +181,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _Grouped(torch.autograd.Function):
-    """Experts in groups of a few, so that what passes between their products stays in cache."""
+    """Experts in groups of neighbours, so that what passes between their products is bounded."""
 
     @staticmethod
     def forward(

@@ -104,16 +104,23 @@ def test_a_row_gets_the_sum_of_its_visits_by_gate(
     assert_same(lambda: grouped_swiglu(sent, gate_up, down, limit), expected, leaves)
 
 
-def test_matrices_that_lie_transposed_in_memory_get_gradients_that_do() -> None:
-    """The fused optimiser goes by memory; a gradient laid out otherwise would have to be copied."""
-    x, rows_N = normal(4, 6, seed=0), torch.tensor([0, 1, 2, 3, 1])
-    leaves = [normal(2, 6, 10, seed=1), normal(2, 5, 6, seed=2)]
-    gate_up, down = (leaf.mT.detach().requires_grad_() for leaf in leaves)
-    sent = Dispatched(x, rows_N, torch.tensor([3, 2]), None, None)
-    grouped_swiglu(sent, gate_up, down, None).sum().backward()
-    for weight in (gate_up, down):
-        assert weight.grad is not None
-        assert weight.grad.stride() == weight.stride()
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize(
+    "counts", [*COUNTS, [2, 3, 2, 0], [64, 60], [65, 60], [40, 0, 0, 0]], ids=str
+)
+def test_without_gradients_few_visits_or_many_give_the_same(
+    counts: list[int], limit: float | None, weighted: bool
+) -> None:
+    """Few visits go through one padded product, many through a product for each expert."""
+    visits, experts = sum(counts), len(counts)
+    x, gates = normal(9, 6, seed=0), normal(visits, seed=1)
+    gate_up, down = normal(experts, 10, 6, seed=2), normal(experts, 6, 5, seed=3)
+    rows_N = torch.randint(9, (visits,), generator=torch.Generator().manual_seed(4))
+    sent = Dispatched(x, rows_N, torch.tensor(counts), gates if weighted else None, None)
+    learning = grouped_swiglu(sent, gate_up, down, limit)
+    with torch.no_grad():
+        torch.testing.assert_close(grouped_swiglu(sent, gate_up, down, limit), learning.detach())
 
 
 def test_training_keeps_the_input_and_one_product_for_each_visit() -> None:
