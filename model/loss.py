@@ -45,12 +45,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = x_ND.new_zeros(())
         learning = any(ctx.needs_input_grad)
         slopes = (torch.empty_like(x_ND), torch.zeros_like(head_VD)) if learning else ()
+        buffer_CV = x_ND.new_empty(min(CHUNK_ROWS, len(x_ND)), len(head_VD))
         for begin in range(0, len(x_ND), CHUNK_ROWS):
             part = slice(begin, begin + CHUNK_ROWS)
             x_CD, targets_C1 = x_ND[part], targets_N[part, None]
             scored_C1 = (targets_C1 >= 0).to(x_ND.dtype)
             targets_C1 = targets_C1.clamp_min(0)
-            logits_CV = x_CD @ head_VD.T
+            logits_CV = torch.mm(x_CD, head_VD.T, out=buffer_CV[: len(x_CD)])
             torch.log_softmax(logits_CV, dim=1, out=logits_CV)
             loss -= (logits_CV.gather(1, targets_C1) * scored_C1).sum()
             if slopes:
