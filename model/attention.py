@@ -5,7 +5,7 @@ into the query and the output instead, so that the cache holds latents only: C +
 
 Axes: B sequences, S positions, H heads, N no-position width, R rotary width, V value width,
 C latent width, A query latent width, W = C + R entry width, L entries (cache slots), D model width,
-Q queries of any rows.
+P positions with angles, Q queries of any rows.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from model.causal import causal_attention
 from model.fp8.linear import Linear, together
 from model.layers import RMSNorm
 from model.passes import Cache, Pass, Step
-from model.rope import rotary_table, rotate, rotate_tail, softmax_factor
+from model.rope import rotate, rotate_tail, shared_rotary_table, softmax_factor
 
 LATENT_NORM_EPSILON = 1e-6
 """The two latent norms keep this value whatever `rms_norm_eps` says, as in the reference."""
@@ -68,8 +68,6 @@ class Expanded:
 class LatentAttention(nn.Module):
     """MLA with or without the query bottleneck."""
 
-    rotary_SR: Tensor
-
     def __init__(self, config: V3Config, precision: Precision) -> None:
         super().__init__()
         self.config = config
@@ -87,25 +85,28 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPSILON)
         self.kv_b_proj = Linear(config.kv_lora_rank, expanded, precision=precision)
         self.o_proj = Linear(heads * config.v_head_dim, width, precision=precision)
-        table = rotary_table(
-            config.qk_rope_head_dim,
-            config.rope_theta,
-            config.max_position_embeddings,
-            config.rope_scaling,
-        )
-        self.register_buffer("rotary_SR", table, persistent=False)
         self.scale = config.qk_head_dim**-0.5 * softmax_factor(config.rope_scaling)
 
     def forward(self, x_BSD: Float[Tensor, "B S D"], batch: Pass) -> Float[Tensor, "B S D"]:
         """Attend to each row's own past."""
         if isinstance(batch, Step):
             return self._step(x_BSD, batch)
-        seen = self.project(x_BSD, torch.arange(x_BSD.shape[1], device=x_BSD.device))
+        positions_S = torch.arange(batch.reach, device=x_BSD.device)
+        seen = self.project(x_BSD, self.rotary(batch.reach, x_BSD.device), positions_S)
         if batch.caches is not None:
             batch.caches[self]["latent_BLW"][:, : x_BSD.shape[1]] = seen.entries()
         return self.attend(self.expand(seen), batch.mask_B1SS)
 
-    def project(self, x_BSD: Float[Tensor, "B S D"], positions: Int[Tensor, "*P"]) -> Projected:
+    def rotary(self, reach: int, device: torch.device) -> Float[Tensor, "P R"]:
+        """Angles of `reach` positions or more."""
+        config = self.config
+        return shared_rotary_table(
+            config.qk_rope_head_dim, config.rope_theta, reach, config.rope_scaling, device
+        )
+
+    def project(
+        self, x_BSD: Float[Tensor, "B S D"], table_PR: Tensor, positions: Int[Tensor, "*P"]
+    ) -> Projected:
         """Queries, latents and shared keys of the tokens at `positions`, [S] or [B, S]."""
         config = self.config
         q_latent = None
@@ -118,9 +119,9 @@ class LatentAttention(nn.Module):
         q_BSHQ = q.unflatten(-1, (config.num_attention_heads, -1))
         latent, k_rope = kv.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         return Projected(
-            rotate_tail(q_BSHQ, self.rotary_SR, positions.unsqueeze(-1)),
+            rotate_tail(q_BSHQ, table_PR, positions.unsqueeze(-1)),
             self.kv_a_layernorm(latent),
-            rotate(k_rope, self.rotary_SR, positions),
+            rotate(k_rope, table_PR, positions),
             q_latent,
         )
 
@@ -161,7 +162,8 @@ class LatentAttention(nn.Module):
 
     def _step(self, x_B1D: Float[Tensor, "B 1 D"], batch: Step) -> Float[Tensor, "B 1 D"]:
         """Write each row's new latent into its cache, and attend over what is there."""
-        seen = self.project(x_B1D, batch.positions_B[:, None])
+        table_PR = self.rotary(batch.reach, x_B1D.device)
+        seen = self.project(x_B1D, table_PR, batch.positions_B[:, None])
         entries_BLW = remember(batch.caches[self]["latent_BLW"], seen.entries(), batch)
         return self._attend_past(seen, entries_BLW, batch.past_BL)
 

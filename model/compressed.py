@@ -161,12 +161,11 @@ class CompressedAttention(nn.Module):
     def _step(self, x_B1D: Float[Tensor, "B 1 D"], batch: Step) -> Float[Tensor, "B 1 D"]:
         """Write each row's new entries into its caches, and attend over what is there."""
         positions_B, ring_BTW = batch.positions_B, batch.caches[self]["window_BTW"]
-        longest = int(positions_B.max()) + 1
-        table = self._rotary(longest, x_B1D.device)
+        table = self._rotary(batch.reach, x_B1D.device)
         q_latent, q_B1HW, kv_B1W = self.project(x_B1D, table, positions_B[:, None])
         rows_B, slots = torch.arange(len(x_B1D), device=x_B1D.device), ring_BTW.shape[1]
         ring_BTW[rows_B, positions_B % slots] = kv_B1W[:, 0]
-        slots_T = torch.arange(min(slots, longest), device=x_B1D.device)
+        slots_T = torch.arange(min(slots, batch.reach), device=x_B1D.device)
         parts = [Part(ring_BTW[:, : len(slots_T)], (slots_T <= positions_B[:, None]).unsqueeze(1))]
         if self.compressor is not None:
             parts.append(self._step_blocks(self.compressor, x_B1D, q_latent, table, batch))

@@ -60,20 +60,6 @@ def choose(
     return chosen_QK.masked_fill(values_QK.eq(float("-inf")), NONE)
 
 
-def indexer_loss(
-    scores_QK: Float[Tensor, "*Q K"],
-    attention_QK: Float[Tensor, "*Q K"],
-    visible_QK: Bool[Tensor, "*Q K"],
-) -> Float[Tensor, ""]:
-    """Mean over queries of KL(p || softmax(I)), in nats, over the entries that are visible.
-
-    Queries that see no entry do not count. See `divergence`.
-    """
-    counted_Q = visible_QK.any(-1)
-    terms_Q = divergence(scores_QK, attention_QK, visible_QK)
-    return terms_Q.sum() / counted_Q.sum().clamp_min(1)
-
-
 def divergence(
     scores_QK: Float[Tensor, "*Q K"],
     attention_QK: Float[Tensor, "*Q K"],

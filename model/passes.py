@@ -53,6 +53,11 @@ class Whole:
     indexer_losses: list[Tensor] = field(default_factory=list)
     """One scalar a sparse attention: the mean over queries of its indexer's KL, in nats."""
 
+    @property
+    def reach(self) -> int:
+        """Positions, padding included."""
+        return self.tokens_BS.shape[1]
+
     @cached_property
     def mask_B1SS(self) -> Bool[Tensor, "B 1 S S"] | None:
         """True where the key is not later than the query and of the same segment.

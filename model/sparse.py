@@ -12,7 +12,7 @@ Whole passes take one of three ways to the same numbers:
 - long ones gather the chosen latents and absorb the expansion: S * K, with no tensor of S * S.
 
 Axes: B sequences, S positions, Q queries of a chunk, L keys, K kept, H heads, J indexer heads,
-I indexer head width, R rotary width, A query latent width, D model width.
+I indexer head width, R rotary width, P positions with angles, A query latent width, D model width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -74,23 +74,23 @@ class LightningIndexer(nn.Module):
         self,
         x_BSD: Float[Tensor, "B S D"],
         q_latent_BSA: Float[Tensor, "B S A"],
-        table_SR: Tensor,
+        table_PR: Tensor,
         positions: Int[Tensor, "*P"],
     ) -> tuple[Float[Tensor, "B S J I"], Float[Tensor, "B S J"]]:
         """Rotated queries and the heads' weights, of either sign."""
         q_BSJI = self.wq_b(q_latent_BSA.detach()).unflatten(-1, (self.config.index_n_heads, -1))
-        rotated = self._rotate(q_BSJI, table_SR, positions.unsqueeze(-1))
+        rotated = self._rotate(q_BSJI, table_PR, positions.unsqueeze(-1))
         return rotated, self.weights_proj(x_BSD.detach())
 
     def keys(
-        self, x_BSD: Float[Tensor, "B S D"], table_SR: Tensor, positions: Int[Tensor, "*P"]
+        self, x_BSD: Float[Tensor, "B S D"], table_PR: Tensor, positions: Int[Tensor, "*P"]
     ) -> Float[Tensor, "B S I"]:
         """One rotated key a token, for all heads."""
-        return self._rotate(self.k_norm(self.wk(x_BSD.detach())), table_SR, positions)
+        return self._rotate(self.k_norm(self.wk(x_BSD.detach())), table_PR, positions)
 
-    def _rotate(self, x: Tensor, table_SR: Tensor, positions: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, table_PR: Tensor, positions: Tensor) -> Tensor:
         rotary = self.config.qk_rope_head_dim
-        turned = rotate_halves(x[..., :rotary], table_SR, positions)
+        turned = rotate_halves(x[..., :rotary], table_PR, positions)
         return torch.cat([turned, x[..., rotary:]], dim=-1)
 
 
@@ -117,17 +117,18 @@ class SparseLatentAttention(LatentAttention):
             return self._step(x_BSD, batch)
         length = x_BSD.shape[1]
         positions_S = torch.arange(length, device=x_BSD.device)
-        seen = self.project(x_BSD, positions_S)
+        table_PR = self.rotary(length, x_BSD.device)
+        seen = self.project(x_BSD, table_PR, positions_S)
         dense = length <= self.keep or batch.indexer == "dense"
         if batch.caches is None and batch.indexer == "off" and dense:
             return self.attend(self.expand(seen), batch.mask_B1SS)
-        key_BSI = self.indexer.keys(x_BSD, self.rotary_SR, positions_S)
+        key_BSI = self.indexer.keys(x_BSD, table_PR, positions_S)
         if batch.caches is not None:
             batch.caches[self]["latent_BLW"][:, :length] = seen.entries()
             batch.caches[self]["index_BLI"][:, :length] = key_BSI
         assert seen.q_latent_BSA is not None
         index = Index(
-            *self.indexer.queries(x_BSD, seen.q_latent_BSA, self.rotary_SR, positions_S), key_BSI
+            *self.indexer.queries(x_BSD, seen.q_latent_BSA, table_PR, positions_S), key_BSI
         )
         if not dense and length >= GATHER_FROM * self.keep:
             return self._attend_gathered(seen, index, batch)
@@ -219,16 +220,17 @@ class SparseLatentAttention(LatentAttention):
 
     def _step(self, x_B1D: Float[Tensor, "B 1 D"], batch: Step) -> Float[Tensor, "B 1 D"]:
         positions_B1 = batch.positions_B[:, None]
-        seen = self.project(x_B1D, positions_B1)
+        table_PR = self.rotary(batch.reach, x_B1D.device)
+        seen = self.project(x_B1D, table_PR, positions_B1)
         cache = batch.caches[self]
         entries_BLW = remember(cache["latent_BLW"], seen.entries(), batch)
-        new_B1I = self.indexer.keys(x_B1D, self.rotary_SR, positions_B1)
+        new_B1I = self.indexer.keys(x_B1D, table_PR, positions_B1)
         key_BLI = remember(cache["index_BLI"], new_B1I, batch)
         visible_BL = batch.past_BL
         if entries_BLW.shape[1] > self.keep:
             assert seen.q_latent_BSA is not None
             q_B1JI, weights_B1J = self.indexer.queries(
-                x_B1D, seen.q_latent_BSA, self.rotary_SR, positions_B1
+                x_B1D, seen.q_latent_BSA, table_PR, positions_B1
             )
             scores_BL = index_scores(q_B1JI, key_BLI, weights_B1J)[:, 0]
             chosen_BK = choose(scores_BL, visible_BL, self.keep)

@@ -34,7 +34,7 @@ from stages.telemetry import MetricsFile, following, read_metrics
 from stages.verifiers import read_problems
 
 
-@stage(revision=1)
+@stage(revision=2)
 def posttrain(
     config: PosttrainSpec, work: Workspace, *, corpus: Corpus, base: Checkpoint
 ) -> Checkpoint:

@@ -19,7 +19,7 @@ from stages.telemetry import following, open_metrics, read_metrics
 from stages.tokens import vocabulary_size
 
 
-@stage(revision=1)
+@stage(revision=2)
 def pretrain(config: PretrainSpec, work: Workspace, *, corpus: Corpus) -> Checkpoint:
     """Train a model on the corpus, over expert-parallel workers."""
     if corpus.vocab_size > config.model.vocab_size:

@@ -39,11 +39,12 @@ def test_attention_is_the_papers_head_by_head(q_lora_rank: int | None, masked: b
 def test_what_is_cached_is_a_latent_and_one_key_for_all_heads() -> None:
     block = attention(16)
     x = torch.randn(1, 3, 32)
-    entries = block.project(x, torch.arange(3)).entries()
+    table = block.rotary(3, x.device)
+    entries = block.project(x, table, torch.arange(3)).entries()
     assert entries.shape[-1] == 16 + 4
     other = x.clone()
     other[:, 2] = 0
-    entries_of_other = block.project(other, torch.arange(3)).entries()
+    entries_of_other = block.project(other, table, torch.arange(3)).entries()
     assert torch.equal(entries[:, :2], entries_of_other[:, :2])
     assert not torch.equal(entries[:, 2], entries_of_other[:, 2])
 
