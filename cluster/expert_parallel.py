@@ -64,7 +64,8 @@ class AllToAllDispatcher:
         outgoing_ND = gather_copies(x_TD, order_N, experts_TK.shape[1])
         incoming_RD = _exchange(outgoing_ND, sent, received, self.group)
         # Rows arrive by rank, then by expert; number each row's expert and sort stably.
-        local = torch.arange(arriving_WL.shape[1]).repeat(self.world)
+        experts = torch.arange(arriving_WL.shape[1], device=arriving_WL.device)
+        local = experts.repeat(self.world)
         expert_N = local.repeat_interleave(arriving_WL.flatten())
         rows_N = expert_N.argsort(stable=True)
         ticket = _Ticket(order_N, sent, received)

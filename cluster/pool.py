@@ -15,6 +15,7 @@ from cluster.expert_parallel import join_group
 from cluster.session import ensure_ray
 from cluster.trainer import Batch, LossSpec, Trainer
 from cluster.workers import Actor, dismiss, free_address, gather, spawn
+from configs.errors import ConfigError
 from configs.parallel import ClusterConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
 from model.transformer import Transformer
@@ -79,6 +80,12 @@ class TrainerPool:
 
     def _split(self, batch: Batch) -> list[dict[str, Tensor]]:
         parts = len(self.actors)
+        rows = min(len(tensor) for tensor in batch.values())
+        if rows < parts:
+            raise ConfigError(
+                f"a batch of {rows} rows for {parts} trainers leaves some without any; make the "
+                "batch larger, or cluster.trainers smaller"
+            )
         chunks = {name: tensor.tensor_split(parts) for name, tensor in batch.items()}
         return [{name: pieces[i] for name, pieces in chunks.items()} for i in range(parts)]
 

@@ -169,7 +169,7 @@ class Trainer:
         blocks = list(self.model.moe_layers().values())
         if not blocks:
             return {}
-        load_LE = torch.stack([block.load_E for block in blocks])
+        load_LE = torch.stack([block.load_E for block in blocks]).float()
         if self.parallel:
             dist.all_reduce(load_LE)
         worst = 0.0
@@ -178,7 +178,8 @@ class Trainer:
                 bias.copy_(updated_bias(bias, load_E, self.balance.bias_update_speed))
                 worst = max(worst, imbalance(load_E))
             block.load_E.zero_()
-        share_LE = load_LE / load_LE.sum(1, keepdim=True)
+        # The MTP layer's experts have no load where only the next token is predicted.
+        share_LE = load_LE / load_LE.sum(1, keepdim=True).clamp_min(1)
         load = [[round(share, 5) for share in row] for row in share_LE.tolist()]
         return {"imbalance": worst, "expert_load": load}
 

@@ -2,8 +2,8 @@
 
 torch's own kernels need equal widths of keys and values, or else score every pair of tokens and
 keep several copies of the scores. Here a block of queries meets the keys up to its last query and
-no more, and the probabilities are all that is kept; they take B H S^2 / 2 values, which is why
-longer texts are left to torch, as are other devices and narrower types.
+no more, and the probabilities are all that is kept for the backward pass; they take B H S^2 / 2
+values, which is why longer texts are left to torch, as are other devices and narrower types.
 
 Axes: B sequences, H heads, S positions, Q query and key width, V value width, P = B H pairs.
 """
@@ -62,7 +62,8 @@ class _CausalAttention(torch.autograd.Function):
             torch.softmax(weights, -1, out=weights)
             mixed = torch.bmm(weights, v_PSV[:, :end])
             out[:, begin:end] = mixed.unflatten(0, q.shape[:2]).transpose(1, 2)
-            kept.append(weights)
+            if any(ctx.needs_input_grad):
+                kept.append(weights)
         ctx.save_for_backward(q_PSQ, k_PSQ, v_PSV, *kept)
         ctx.scale = scale
         return out

@@ -156,6 +156,8 @@ def sample(
     waiting = requests[::-1]
     running: list[_Request] = []
     with _evaluating(model, keep_experts) as blocks:
+        if keep_experts and not blocks:
+            raise ConfigError("keep_experts is asked for, but no layer of the model has experts")
         session = Session(
             model,
             rows=min(max_rows or len(prompts), len(prompts)),

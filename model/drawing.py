@@ -61,9 +61,11 @@ def draw(
         # torch promises the first of equals.
         best = logits_BV.max(-1)
         return best.indices, best.values - logits_BV.logsumexp(-1)
-    scores_BV = logits_BV if drawing.temperature == 1 else logits_BV / drawing.temperature
-    scores_BV = _truncated(scores_BV, drawing)
-    weights_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)).exp_()
+    # Below the likeliest first: a logit over a tiny temperature need not be a number.
+    scores_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
+    if drawing.temperature != 1:
+        scores_BV /= max(drawing.temperature, torch.finfo(scores_BV.dtype).tiny)
+    weights_BV = _truncated(scores_BV, drawing).exp_()
     missing = -weights_BV.shape[1] % _RUN
     padded_BX = F.pad(weights_BV, (0, missing)) if missing else weights_BV
     weights_BCW = padded_BX.unflatten(1, (-1, _RUN))

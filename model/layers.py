@@ -58,7 +58,7 @@ class _RMSNorm(torch.autograd.Function):
             None,
             [True, True, False],
         )
-        mean = torch.mv(slope.flatten(0, -2), weight_D).view_as(scale).div_(x.shape[-1])
+        mean = torch.mv(slope.view(-1, len(weight_D)), weight_D).view_as(scale).div_(x.shape[-1])
         return dx.add_(mean.mul_(scale)), d_weight_D, None
 
 

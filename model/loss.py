@@ -30,20 +30,22 @@ def linear_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Sum of -log softmax(x head^T)[target] in nats, over the rows whose target is not negative.
 
-    Products and sums are in float32 at least. Memory is one chunk of logits and, if gradients are
-    asked for, those of `x` and `head`.
+    Products and sums are in float32 at least. Memory is one chunk of logits, copies of `x` and
+    `head` if they are narrower than that, and where gradients may follow, theirs.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(x_ND, head_VD, targets_N)
+    learning = torch.is_grad_enabled()
+    loss: Tensor = _LinearCrossEntropy.apply(x_ND, head_VD, targets_N, learning)
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, learning: bool
+    ) -> Tensor:
         ctx.dtypes = x_ND.dtype, head_VD.dtype
         x_ND, head_VD = widened(x_ND), widened(head_VD)
         loss = x_ND.new_zeros(())
-        learning = any(ctx.needs_input_grad)
         slopes = (torch.empty_like(x_ND), torch.zeros_like(head_VD)) if learning else ()
         buffer_CV = x_ND.new_empty(min(CHUNK_ROWS, len(x_ND)), len(head_VD))
         for begin in range(0, len(x_ND), CHUNK_ROWS):
@@ -70,4 +72,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (slope * grads[0]).to(dtype)
             for slope, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return d_x, d_head, None
+        return d_x, d_head, None, None

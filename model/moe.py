@@ -42,7 +42,8 @@ class Gate(nn.Module):
         """
         logits_TE = F.linear(widened(x_TD), widened(self.weight))
         if isinstance(self.config, V4Config):
-            scores_TE = F.softplus(logits_TE).sqrt()
+            # Further down the softplus underflows to 0, where a root has no slope.
+            scores_TE = F.softplus(logits_TE.clamp_min(-80)).sqrt()
         else:
             scores_TE = torch.sigmoid(logits_TE)
         experts_TK = self.choose(scores_TE.detach(), tokens_T)
@@ -119,10 +120,12 @@ class RoutedExperts(nn.Module):
 class MoE(nn.Module):
     """Shared experts for every token plus K routed ones.
 
-    After a forward in training mode `load_E` counts the copies sent to each expert and
-    `routing` holds (experts_TK, scores_TE) for the balance loss; with `keep_routing`, `routing`
-    is there in evaluation mode too.
+    After a forward in training mode `load_E` counts the copies sent to each expert, those of
+    padding included, and `routing` holds (experts_TK, scores_TE) for the balance loss; with
+    `keep_routing`, `routing` is there in evaluation mode too.
     """
+
+    load_E: Tensor
 
     def __init__(
         self,
@@ -143,7 +146,9 @@ class MoE(nn.Module):
             precision,
             limit=self.experts.limit,
         )
-        self.load_E = torch.zeros(config.n_routed_experts)
+        # Of integers: a model cast to a narrow type must still count.
+        counts_E = torch.zeros(config.n_routed_experts, dtype=torch.int64)
+        self.register_buffer("load_E", counts_E, persistent=False)
         self.keep_routing = False
         self.routing: tuple[Tensor, Tensor] | None = None
 

@@ -2,9 +2,9 @@
 
 Left to autograd, each small operation would keep its result and allocate its gradient, and rows
 would be copied for their experts and back again; on a CPU that costs as much as the matrix
-products. Here a forward pass keeps its input and the products of gate and up alone, and the
-backward pass makes everything else again. FP8 products, whose derivatives are other products, go
-through `gated`.
+products. Here a forward pass keeps its input and the products of gate and up alone, or nothing
+where no backward pass can follow, which makes everything else again. FP8 products, whose
+derivatives are other products, go through `gated`.
 
 Axes: R rows, N visits of a row to an expert, C visits of a group of experts, D width, I inner
 width, J = 2 I gate and up side by side, E experts, M room for visits to an expert, X = E * M.
@@ -24,11 +24,10 @@ from model.dispatch import Dispatched
 
 GROUP_ROWS = 2**11
 """Visits worked on at a time: what passes between their products stays in a core's cache."""
-FEW_VISITS = 64
-"""Up to so many visits to each expert, as in decoding, all experts go into one padded product:
-calls and threads then cost more than padding does."""
-LEAST_VISITS = 8
-"""A product with fewer rows takes no less time: reading the weights takes as long."""
+FEW_VISITS = range(8, 65)
+"""Where the busiest expert has so many visits, as in decoding, all experts may go into one padded
+product: calls and threads then cost more than padding does. With fewer visits most experts have
+none, and a product over all of them would read every weight for nothing."""
 
 
 def gated(
@@ -63,8 +62,9 @@ def grouped_swiglu(
     counts = sent.counts_E.tolist()
     if not torch.is_grad_enabled() and _are_few(counts):
         return _padded(sent, gate_up_EJD, down_EDI, max(counts), limit)
+    learning = torch.is_grad_enabled()
     result: Tensor = _Grouped.apply(
-        sent.x_RD, sent.gates_N, gate_up_EJD, down_EDI, sent.rows_N, counts, limit
+        sent.x_RD, sent.gates_N, gate_up_EJD, down_EDI, sent.rows_N, counts, limit, learning
     )
     return result
 
@@ -72,8 +72,7 @@ def grouped_swiglu(
 def _are_few(counts: list[int]) -> bool:
     """Whether a padded product is worth its padding: that may double the work, but no more."""
     most = max(counts)
-    work = sum(counts) + LEAST_VISITS * len(counts)
-    return 0 < most <= FEW_VISITS and most * len(counts) <= 2 * work
+    return most in FEW_VISITS and most * len(counts) <= 2 * sum(counts)
 
 
 def _padded(
@@ -164,25 +163,24 @@ class _SwiGLU(torch.autograd.Function):
     ) -> Tensor:
         gate_up_JD = torch.cat([gate_ID, up_ID])
         inner_NJ = x @ gate_up_JD.T
-        ctx.save_for_backward(x, inner_NJ, gate_up_JD, down_DI)
+        ctx.save_for_backward(x, inner_NJ, gate_ID, up_ID, down_DI)
         ctx.limit = limit
         return _activation(*_halves(inner_NJ), limit) @ down_DI.T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, inner_NJ, gate_up_JD, down_DI = ctx.saved_tensors
+        x, inner_NJ, gate_ID, up_ID, down_DI = ctx.saved_tensors
         (dy,) = grads
         d_inner_NJ = torch.empty_like(inner_NJ)
         inner_NI, _ = _slopes(*_halves(inner_NJ), dy @ down_DI, ctx.limit, *_halves(d_inner_NJ))
         d_gate_up_JD = d_inner_NJ.T @ x
-        inner = len(d_gate_up_JD) // 2
-        d_gate_ID, d_up_ID = d_gate_up_JD[:inner], d_gate_up_JD[inner:]
-        return d_inner_NJ @ gate_up_JD, d_gate_ID, d_up_ID, dy.T @ inner_NI, None
+        d_gate_ID, d_up_ID = d_gate_up_JD.split([len(gate_ID), len(up_ID)])
+        return d_inner_NJ @ torch.cat([gate_ID, up_ID]), d_gate_ID, d_up_ID, dy.T @ inner_NI, None
 
 
 class _Grouped(torch.autograd.Function):
-    """Experts in groups of neighbours, so that what passes between their products is bounded."""
+    """Experts in groups of neighbours: what passes between products is of one group's visits."""
 
     @staticmethod
     def forward(
@@ -194,12 +192,17 @@ class _Grouped(torch.autograd.Function):
         rows_N: Tensor,
         counts: list[int],
         limit: float | None,
+        learning: bool,
     ) -> Tensor:
         y_RD = torch.zeros_like(x_RD)
-        inner_NJ = x_RD.new_empty(len(rows_N), gate_up.shape[1])
+        inner_NJ = x_RD.new_empty(len(rows_N) if learning else 0, gate_up.shape[1])
         for group in _groups(counts):
-            rows_C, inner_CJ = rows_N[group.visits], inner_NJ[group.visits]
+            rows_C = rows_N[group.visits]
             x_CD = x_RD.index_select(0, rows_C)
+            if learning:
+                inner_CJ = inner_NJ[group.visits]
+            else:
+                inner_CJ = x_RD.new_empty(len(rows_C), gate_up.shape[1])
             group.each_mm(x_CD, gate_up[group.experts].mT, inner_CJ)
             inner_CI = _activation(*_halves(inner_CJ), limit)
             if gates_N is not None:
@@ -237,7 +240,7 @@ class _Grouped(torch.autograd.Function):
             dx_CD = group.each_mm(d_inner_CJ, gate_up[group.experts], dy_CD)
             dx_RD.index_add_(0, rows_C, dx_CD)
         d_gates_N = torch.cat(d_gates) if d_gates else None
-        return dx_RD, d_gates_N, d_gate_up, d_down, None, None, None
+        return dx_RD, d_gates_N, d_gate_up, d_down, None, None, None, None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from cluster.generation import merge_shards
 from cluster.pool import TrainerPool, TrainerSpec, open_trainers
 from cluster.trainer import Trainer
 from cluster.workers import WorkerDied
-from configs.errors import MachineError, TrainingError
+from configs.errors import ConfigError, MachineError, TrainingError
 from configs.parallel import ClusterConfig
 from configs.train import BalanceConfig
 from model.weights.files import save_pretrained
@@ -84,6 +84,12 @@ def test_a_pool_trains_as_one_trainer_does(pool: TrainerPool, tmp_path: Path) ->
         pool.forward_backward(batch(1), NextToken(scale=float("nan")))
     with pytest.raises(TrainingError, match="gradient's norm is nan"):
         pool.optim_step(RATE)
+
+
+def test_a_batch_that_leaves_a_trainer_without_rows_is_refused(pool: TrainerPool) -> None:
+    one = {name: tensor[:1] for name, tensor in batch(1).items()}
+    with pytest.raises(ConfigError, match="a batch of 1 rows for 2 trainers"):
+        pool.forward_backward(one, NextToken())
 
 
 def test_a_killed_trainer_is_named(pool: TrainerPool) -> None:

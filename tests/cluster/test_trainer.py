@@ -182,6 +182,17 @@ def test_the_load_of_a_layer_adds_up_and_moves_its_bias() -> None:
     )
 
 
+def test_a_layer_that_was_not_used_has_no_load() -> None:
+    """Where only the next token is predicted, the MTP layer is left out."""
+    one = Trainer(
+        tiny(num_nextn_predict_layers=1), optim=OPTIM, balance=BALANCE, precision="high", seed=0
+    )
+    one.model(RandomBatches().batch(1, rank=0, world=1)["tokens"]).square().mean().backward()
+    *used, unused = one.optim_step(RATE)["expert_load"]
+    assert unused == [0.0] * 8
+    assert all(sum(load) == pytest.approx(1, abs=1e-4) for load in used)
+
+
 @pytest.mark.parametrize("hashed", [1, 4])
 def test_imbalance_is_that_of_layers_which_can_be_balanced(hashed: int) -> None:
     config = tiny_v4(num_hash_layers=hashed, num_nextn_predict_layers=0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.engram import EngramConfig
+from configs.errors import ConfigError
 from configs.model import ModelConfig, V3Config, V4Config, YarnConfig
 from model.decode import Sample, Session, generate, sample
 from model.drawing import Drawing
@@ -222,6 +223,20 @@ def test_generate_fills_what_stopped_and_repeats_itself_under_one_seed() -> None
         assert set(after[ends[-1] :]) <= {before[ends[-1] - 1]}
     assert min(ends) < max(ends)
     assert stopped.shape == (4, 5 + max(ends))
+
+
+def test_experts_of_a_model_without_any_are_refused() -> None:
+    model = random_model(tiny(first_k_dense_replace=2))
+    with pytest.raises(ConfigError, match="no layer of the model has experts"):
+        sample(
+            model,
+            [[1]],
+            max_new_tokens=1,
+            drawing=Drawing(),
+            stop_tokens=(),
+            seeds=[0],
+            keep_experts=True,
+        )
 
 
 def test_sampling_leaves_a_training_model_as_it_was() -> None:

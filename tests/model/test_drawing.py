@@ -112,6 +112,14 @@ def test_logits_that_are_no_numbers_show_in_the_logprob(drawing: Drawing) -> Non
     assert bool((chosen < 9).all())
 
 
+def test_the_least_temperature_takes_the_likeliest_token() -> None:
+    """1e-300 makes infinities of logits; only what lies between them counts."""
+    logits_BV = random_logits(50, 3)[None]
+    chosen, logprobs = draw(logits_BV, Drawing(1e-300), torch.zeros(1, dtype=torch.float64))
+    assert chosen.tolist() == [int(logits_BV.argmax())]
+    assert logprobs.tolist() == [0.0]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from configs.model import V3Config
 from model.dispatch import LocalDispatcher
 from model.moe import Gate, MoE
-from tests.references import moe_by_token, route, tiny
+from tests.references import moe_by_token, route, tiny, tiny_v4
 
 CONFIGS = [
     tiny(),
@@ -128,6 +129,33 @@ def test_the_routing_bias_is_state_and_not_a_parameter() -> None:
     assert "gate.e_score_correction_bias" not in dict(block.named_parameters())
 
 
+def test_a_model_of_a_narrow_type_counts_as_exactly() -> None:
+    block = moe(tiny(n_group=1, topk_group=1)).bfloat16()
+    for _ in range(40):
+        block(tokens(30).view(5, 6, 32).bfloat16())
+    assert int(block.load_E.sum()) == 40 * 30 * block.config.num_experts_per_tok
+
+
+def test_an_expert_far_out_of_the_question_leaves_all_slopes_finite() -> None:
+    """softplus(-200) is 0 in float32, and the square root of 0 has no slope."""
+    gate = Gate(tiny_v4(n_routed_experts=4, num_experts_per_tok=2))
+    logits = torch.tensor([3.0, 2.0, -110.0, -200.0])
+    nn.init.zeros_(gate.weight)
+    with torch.no_grad():
+        gate.weight[:, 0] = logits
+    x_TD = torch.zeros(1, gate.weight.shape[1])
+    x_TD[0, 0] = 1
+    x_TD.requires_grad_()
+    experts_TK, gates_TK, scores_TE = gate(x_TD)
+    assert sorted(experts_TK[0].tolist()) == [0, 1]
+    torch.testing.assert_close(scores_TE[0], F.softplus(logits.double()).sqrt().float())
+    # Equal weights for both would sum to a constant.
+    weights = torch.tensor([[1.0, 2.0]])
+    for slope in torch.autograd.grad((gates_TK * weights).sum(), [x_TD, gate.weight]):
+        assert bool(slope.isfinite().all())
+        assert bool(slope.any())
+
+
 def test_training_counts_every_copy_and_evaluation_none() -> None:
     block = moe(tiny())
     block.eval()
@@ -138,7 +166,7 @@ def test_training_counts_every_copy_and_evaluation_none() -> None:
     for _ in range(2):
         block(tokens(30).view(5, 6, 32))
     experts_TK, _, scores_TE = block.gate(tokens(30))
-    assert torch.equal(block.load_E, 2 * torch.bincount(experts_TK.flatten(), minlength=8).float())
+    assert torch.equal(block.load_E, 2 * torch.bincount(experts_TK.flatten(), minlength=8))
     assert block.routing is not None
     assert torch.equal(block.routing[0], experts_TK)
     assert torch.equal(block.routing[1], scores_TE)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from model import swiglu as module
 from model.dispatch import Dispatched
@@ -107,7 +108,7 @@ def test_a_row_gets_the_sum_of_its_visits_by_gate(
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize(
-    "counts", [*COUNTS, [2, 3, 2, 0], [64, 60], [65, 60], [40, 0, 0, 0]], ids=str
+    "counts", [*COUNTS, [9, 8, 12, 0], [64, 60], [65, 60], [40, 0, 0, 0]], ids=str
 )
 def test_without_gradients_few_visits_or_many_give_the_same(
     counts: list[int], limit: float | None, weighted: bool
@@ -121,6 +122,39 @@ def test_without_gradients_few_visits_or_many_give_the_same(
     learning = grouped_swiglu(sent, gate_up, down, limit)
     with torch.no_grad():
         torch.testing.assert_close(grouped_swiglu(sent, gate_up, down, limit), learning.detach())
+
+
+@pytest.mark.parametrize(
+    ("counts", "padded"),
+    [
+        ([8, 7, 9, 8], True),
+        ([64, 50], True),
+        ([65, 50], False),  # So many that each expert's product is large enough alone.
+        ([7, 7, 7, 7], False),  # So few that reading a matrix is all the work.
+        ([9, 0, 0, 0], False),  # Three matrices would be read for nothing.
+        ([0, 0], False),
+    ],
+    ids=str,
+)
+def test_products_are_padded_where_most_of_them_is_work(counts: list[int], padded: bool) -> None:
+    assert module._are_few(counts) == padded
+
+
+def test_reading_needs_room_for_one_group_of_visits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GROUP_ROWS", 100)
+    x = torch.randn(1000, 6)
+    gate_up, down = torch.randn(20, 2 * 50, 6), torch.randn(20, 6, 50)
+    sent = Dispatched(x, torch.arange(2000) % 1000, torch.tensor([100] * 20), None, None)
+
+    def largest() -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            grouped_swiglu(sent, gate_up, down, None)
+        return max(event.cpu_memory_usage for event in seen.events())
+
+    visits = 2000 * 2 * 50 * 4
+    assert largest() >= visits
+    with torch.no_grad():
+        assert largest() < visits / 2
 
 
 def test_training_keeps_the_input_and_one_product_for_each_visit() -> None:
