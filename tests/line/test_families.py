@@ -86,3 +86,19 @@ def test_a_second_run_builds_nothing(built: Built) -> None:
     again = ingot(built.folder, "run", built.recipe, f"@{SHORT}")
     assert again.returncode == 0, again.stdout + again.stderr
     assert not re.search(r"│ built", again.stdout)
+
+
+def test_a_bundle_is_a_base_from_which_the_rest_of_the_line_goes_on(
+    built: Built, tmp_path: Path
+) -> None:
+    base = built.bundles()["cuda"][0] / "bf16"
+    command = ("run", built.recipe, f"@{SHORT}", "--set", f"base={base}")
+    done = ingot(tmp_path, *command, timeout_seconds=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = {folder.name for folder in (tmp_path / ".ingot" / "artifacts").iterdir()}
+    assert stages >= {"import", "data", "posttrain", "evaluate", "export"}
+    assert "pretrain" not in stages
+    again = Built(tmp_path, built.recipe).bundles()
+    for _, facts in again.values():
+        for measured in facts["parity"].values():
+            assert measured["top1_agreement"] >= 0.9
