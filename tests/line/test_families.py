@@ -96,7 +96,7 @@ def test_a_bundle_is_a_base_from_which_the_rest_of_the_line_goes_on(
     done = ingot(tmp_path, *command, timeout_seconds=600)
     assert done.returncode == 0, done.stdout + done.stderr
     stages = {folder.name for folder in (tmp_path / ".ingot" / "artifacts").iterdir()}
-    assert stages >= {"import", "data", "posttrain", "evaluate", "export"}
+    assert stages >= {"imported", "data", "posttrain", "evaluate", "export"}
     assert "pretrain" not in stages
     again = Built(tmp_path, built.recipe).bundles()
     for _, facts in again.values():
