@@ -54,7 +54,8 @@ def ensure_ray(machines: ClusterConfig, home: str, *, cpus_needed: float) -> Non
     if available < cpus_needed:
         raise MachineError(
             f"the workers ask for {cpus_needed:g} CPUs, the cluster has {available:g}; lower "
-            "cluster.cpus_per_worker or the number of workers"
+            "cluster.trainers, cluster.samplers or cluster.cpus_per_worker, or name a larger "
+            "cluster in cluster.address"
         )
 
 

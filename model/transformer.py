@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from configs.errors import DataError
 from configs.model import ModelConfig, V3Config, V4Config
 from configs.train import Precision
 from model.decoder import DecoderLayer, MtpLayer
@@ -144,7 +145,11 @@ class Transformer(nn.Module):
     def forward(
         self, tokens_BS: Int[Tensor, "B S"], segments_BS: Int[Tensor, "B S"] | None = None
     ) -> Float[Tensor, "B S V"]:
-        """Next-token logits, float32. Tokens attend only within equal `segments`, if given."""
+        """Next-token logits, float32. Tokens attend only within equal `segments`, if given.
+
+        DataError for tokens that are not in the vocabulary or not in rows.
+        """
+        _check_tokens(tokens_BS, self.config.vocab_size)
         return self.logits(self.read(Whole(tokens_BS, segments_BS)))
 
     def predict(
@@ -192,6 +197,21 @@ class Transformer(nn.Module):
     def moe_layers(self) -> dict[str, MoE]:
         """The MoE blocks by module name, the MTP layer's included."""
         return {name: module for name, module in self.named_modules() if isinstance(module, MoE)}
+
+
+def _check_tokens(tokens_BS: Tensor, vocabulary: int) -> None:
+    if tokens_BS.dim() != 2:
+        raise DataError(
+            f"tokens have shape {list(tokens_BS.shape)}, but texts are rows: [texts, tokens]"
+        )
+    # Elsewhere the question would make the caller wait for the device, which tells of it itself.
+    if tokens_BS.device.type == "cpu" and tokens_BS.numel():
+        low, high = (int(bound) for bound in tokens_BS.aminmax())
+        if not 0 <= low <= high < vocabulary:
+            raise DataError(
+                f"tokens are {low} to {high}, but the model's are 0 to {vocabulary - 1}; encode "
+                "the text with the model's own tokenizer"
+            )
 
 
 def _logits(normed_BSD: Tensor, head_VD: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import fcntl
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,9 @@ def serve(uri: str, store_root: Path, port: int) -> int:
     command += ["--backend-store-uri", uri, "--artifacts-destination", artifacts.as_uri()]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     # Not from the user's folder, whose modules could shadow those of the server.
+    # However this process is politely ended, the server ends with it.
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)
     server = subprocess.Popen(command, env=environment, cwd=store_root)
     try:
         return server.wait()

@@ -64,7 +64,10 @@ def assemble(
     copies = {copy: one for copy, one in table.copies(config).items() if copy in stored}
     expected = {name for pieces in found.values() for name, _ in pieces} | copies.keys()
     if strange := [n for n in stored if n not in expected and not n.endswith(_DERIVED)]:
-        raise ArtifactError(f"{strange[0]} is in the checkpoint but not in the model")
+        raise ArtifactError(
+            f"{strange[0]} is in the checkpoint but not in the model that config.json describes; "
+            "take the config that belongs to it"
+        )
     for name, target in layout.items():
         made = _assembled(target, found[name], stored)
         if name.endswith("tid2eid"):
@@ -117,7 +120,10 @@ def _locate(parts: tuple[Part, ...], stored: Mapping[str, Tensor]) -> Iterator[t
     for part in parts:
         name = next((name for name in part.names if name in stored), None)
         if name is None:
-            raise ArtifactError(f"{part.name} is missing from the checkpoint")
+            raise ArtifactError(
+                f"{part.name} is missing from the checkpoint, but config.json describes a model "
+                "that has it; complete the files, or take the config that belongs to them"
+            )
         yield name, part
 
 
@@ -130,7 +136,8 @@ def _assembled(
         if source.shape != place.shape:
             raise ArtifactError(
                 f"{name} has shape {list(source.shape)} in the checkpoint, "
-                f"{list(place.shape)} in the model"
+                f"{list(place.shape)} in the model that config.json describes; take the config "
+                "that belongs to it"
             )
         if source.is_floating_point() != place.is_floating_point():
             raise ArtifactError(

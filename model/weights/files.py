@@ -3,8 +3,9 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -47,14 +48,15 @@ def load_pretrained(
             f"dtype = {dtype} with precision = 'fp8', which is emulated in float32; load with "
             "dtype=torch.float32, or with precision='high'"
         )
-    config, stored = open_pretrained(Path(path))
-    if config.engram is not None:
-        engram = config.engram.model_copy(update={"table_device": table_device})
-        config = config.model_copy(update={"engram": engram})
-    with _Unallocated():
-        model = Transformer(config, precision=precision)
-    layout = _layout(model, dtype)
-    model.load_state_dict(dict(families.assemble(config, layout, stored)), assign=True)
+    with _speaking_of(Path(path)):
+        config, stored = open_pretrained(Path(path))
+        if config.engram is not None:
+            engram = config.engram.model_copy(update={"table_device": table_device})
+            config = config.model_copy(update={"engram": engram})
+        with _Unallocated():
+            model = Transformer(config, precision=precision)
+        layout = _layout(model, dtype)
+        model.load_state_dict(dict(families.assemble(config, layout, stored)), assign=True)
     return model.to(device).eval()
 
 
@@ -79,8 +81,10 @@ def save_pretrained(
 
     `float8` stores the matrices that the released models of the family quantise as E4M3 in blocks
     of 128 x 128, and the rest as `bfloat16` does; there, what released models keep in float32 stays
-    so. A file is closed before the tensor that would take it over `max_shard_bytes`.
+    so. A file is closed before the tensor that would take it over `max_shard_bytes`. ConfigError
+    for another `dtype`.
     """
+    _check_type(dtype)
     config, table = model.config, families.table_of(model.config)
     renamed = families.to_hf(config, {n: t.detach() for n, t in model.state_dict().items()})
     fields = families.to_hf_config(config)
@@ -115,19 +119,20 @@ def consolidate(source: Path, folder: Path) -> ModelConfig:
     """Write the model folder `source` into `folder` in float32; its config.
 
     One of Ingot's tensors is in memory at a time, however large the model; in layers with experts
-    that is a layer's. ArtifactError as of `load_pretrained`.
+    that is a layer's. ArtifactError as of `load_pretrained`, and for a value that is no number.
     """
-    config, stored = open_pretrained(source)
-    with torch.device("meta"):
-        layout = Transformer(config).state_dict()
-    table = families.table_of(config)
-    encoded = (
-        pair
-        for name, tensor in families.assemble(config, layout, stored)
-        for released, part in families.released(config, name, tensor)
-        for pair in _encoded(table, released, part, "float32")
-    )
-    _write(families.to_hf_config(config), encoded, folder, MAX_SHARD_BYTES)
+    with _speaking_of(source):
+        config, stored = open_pretrained(source)
+        with torch.device("meta"):
+            layout = Transformer(config).state_dict()
+        table = families.table_of(config)
+        encoded = (
+            pair
+            for name, tensor in families.assemble(config, layout, stored)
+            for released, part in families.released(config, name, tensor)
+            for pair in _encoded(table, released, _finite(released, part), "float32")
+        )
+        _write(families.to_hf_config(config), encoded, folder, MAX_SHARD_BYTES)
     return config
 
 
@@ -141,7 +146,8 @@ def load_state(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
 
 def read_config(folder: Path) -> ModelConfig:
     """The model config in `folder/config.json`."""
-    return families.from_hf_config(read_json(folder))
+    with _speaking_of(folder):
+        return families.from_hf_config(read_json(folder))
 
 
 def read_tensors(folder: Path) -> StoredTensors:
@@ -163,6 +169,26 @@ def read_json(folder: Path) -> dict[str, Any]:
     return raw
 
 
+@contextmanager
+def _speaking_of(folder: Path) -> Iterator[None]:
+    """Errors also name the folder, which whoever meets a tensor or a field does not know."""
+    try:
+        yield
+    except ArtifactError as error:
+        if str(folder) in str(error):
+            raise
+        raise ArtifactError(f"{folder}: {error}") from error
+
+
+def _finite(name: str, x: Tensor) -> Tensor:
+    if not bool(x.isfinite().all()):
+        raise ArtifactError(
+            f"{name} holds values that are not finite; training had diverged, or the file is "
+            "damaged: take another save"
+        )
+    return x
+
+
 class _Unallocated(TorchFunctionMode):
     """Gives memory asked for without values no place, so that weights cost nothing until loaded.
 
@@ -175,6 +201,14 @@ class _Unallocated(TorchFunctionMode):
         if func is torch.empty:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
+
+
+def _check_type(dtype: str) -> None:
+    known = get_args(SaveType)
+    if dtype not in known:
+        raise ConfigError(
+            f"dtype = {dtype!r} is not one that is written; take {' or '.join(known)}"
+        )
 
 
 def _layout(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ def load_asked(args: argparse.Namespace) -> Asked:
             invocation = Invocation(
                 invocation.recipe,
                 (*invocation.overlays, *_absolute(args.overlays, base)),
-                (*invocation.sets, *args.sets),
+                _last_of_each((*invocation.sets, *args.sets)),
             )
     else:
         latest = None
@@ -92,6 +92,8 @@ def locate(store: Store, recipe: str, target: str) -> Path:
         return Path(latest[target])
     near = difflib.get_close_matches(target, latest, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"built: {', '.join(latest) or 'nothing yet'}"
+    if others := sorted({name for name, node in artifacts if node == target}):
+        hint = f"--recipe {others[0]} has one"
     raise PlanError(
         f"{target!r} is neither a finished artifact's folder nor a node of {recipe} that was "
         f"built in {store.root}; {hint}"
@@ -102,6 +104,11 @@ def _latest_invocation(base: Path) -> Invocation | None:
     records = Records(base / StoreConfig().url / "runs", say=_ignore)
     latest = next(records.newest_first(), None)
     return None if latest is None else latest.invocation
+
+
+def _last_of_each(sets: tuple[str, ...]) -> tuple[str, ...]:
+    """Of several values for one field, the last, as they would be read."""
+    return tuple({one.partition("=")[0]: one for one in sets}.values())
 
 
 def _ignore(message: str) -> None:

@@ -8,24 +8,25 @@ from pipeline.decide import Damaged, Examiner, Fresh, Missing, Stale, State, Uns
 from pipeline.graph import Graph, Node, make_graph
 from pipeline.production import production
 from pipeline.provenance import source_digest
-from pipeline.verbs.asked import load_asked, locate
+from pipeline.verbs.asked import Asked, load_asked, locate
 from stages.artifacts import read_manifest, verify
 
 
 def status(args: argparse.Namespace) -> int:
     """Print every node as fresh, stale or missing, with the reason."""
-    graph, states = _survey(args)
+    asked, graph, states = _survey(args)
+    print(f"{asked.recipe.name} in {asked.recipe.store.url}")
     width = max(map(len, graph.nodes))
     for node in graph:
         state = states[node.name]
         reasons = [*_reasons(state), *_code_changes(node, state)]
-        print(f"{node.name:{width}}  {_word(state):8} {'; '.join(reasons)}".rstrip())
+        print(f"  {node.name:{width}}  {_word(state):8} {'; '.join(reasons)}".rstrip())
     return 0
 
 
 def why(args: argparse.Namespace) -> int:
     """Print the field, input or file for which a node must be built, and so on up the line."""
-    graph, states = _survey(args)
+    _, graph, states = _survey(args)
     for name in graph.resolve(args.stage):
         for line in _explain(graph, states, name, ""):
             print(line)
@@ -58,10 +59,10 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
-def _survey(args: argparse.Namespace) -> tuple[Graph, dict[str, State]]:
+def _survey(args: argparse.Namespace) -> tuple[Asked, Graph, dict[str, State]]:
     asked = load_asked(args)
     graph = make_graph(production(asked.recipe))
-    return graph, survey(graph, Examiner(asked.store(print), asked.recipe.name))
+    return asked, graph, survey(graph, Examiner(asked.store(print), asked.recipe.name))
 
 
 def _explain(graph: Graph, states: Mapping[str, State], name: str, indent: str) -> Iterator[str]:

@@ -48,6 +48,12 @@ def plan(args: argparse.Namespace) -> int:
         print(json.dumps(_plan_record(asked, graph, decisions), indent=1))
     else:
         print(f"{asked.recipe.name} in {store.root}")
+        if not asked.recipe.base:
+            model = asked.recipe.model
+            print(
+                f"  {model.family} of {model.parameters():,} parameters, "
+                f"{model.parameters(active=True):,} of them a token"
+            )
         width = max(map(len, graph.nodes))
         for name, decision in decisions.items():
             print(f"  {name:{width}}  {_line(decision, store.root)}")
@@ -93,7 +99,7 @@ def _conclude(record: Run, asked: Asked, tracking: Tracking, display: Display) -
     }
     display.table(record, shown)
     if record.tracking_id is not None:
-        hint = "" if tracking.uri.startswith("http") else " (`ingot ui` serves it)"
+        hint = "" if tracking.uri.startswith("http") else " (`ingot ui` serves these pages)"
         display.note(f"MLflow: {tracking.link(record.tracking_id)}{hint}")
     if record.interrupted:
         display.note(

@@ -9,7 +9,9 @@ from torch.nn import functional as F
 from transformers import DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
+from configs.errors import DataError
 from configs.model import V3Config
+from model import transformer
 from model.transformer import MtpLayer, Transformer
 from model.weights.files import load_pretrained, save_pretrained
 from tests.references import random_model, random_tokens, tiny
@@ -166,6 +168,24 @@ class Slice:
     def combine(self, y_ND: Tensor, gates_TK: Tensor, sent: object) -> None:
         """Never called."""
         raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[3, 64]], "tokens are 3 to 64, but the model's are 0 to 63"),
+        ([[-1, 3]], "tokens are -1 to 3"),
+    ],
+)
+def test_tokens_of_another_vocabulary_are_refused(tokens: list[list[int]], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        random_model()(torch.tensor(tokens))
+
+
+def test_tokens_that_are_no_rows_are_refused() -> None:
+    """As without the checks of shapes that tests switch on."""
+    with pytest.raises(DataError, match=r"tokens have shape \[3\], but texts are rows"):
+        transformer._check_tokens(torch.tensor([1, 2, 3]), 64)
 
 
 def test_initial_values_are_the_same_however_experts_are_divided() -> None:

@@ -71,7 +71,9 @@ def read_index(folder: Path) -> dict[str, Any]:
 def test_a_missing_tensor_is_named(family: str, name: str, tmp_path: Path) -> None:
     save_pretrained(random_model(FOLDERS[family]), tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.pop(name))
-    with pytest.raises(ArtifactError, match=f"^{name} is missing from the checkpoint$"):
+    with pytest.raises(
+        ArtifactError, match=f": {name} is missing from the checkpoint, but config.json"
+    ):
         load_pretrained(tmp_path)
 
 
@@ -90,7 +92,9 @@ def test_a_missing_tensor_is_named(family: str, name: str, tmp_path: Path) -> No
 def test_an_unexpected_tensor_is_named(family: str, name: str, tmp_path: Path) -> None:
     save_pretrained(random_model(FOLDERS[family]), tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.update({name: torch.zeros(2)}))
-    with pytest.raises(ArtifactError, match=f"^{name} is in the checkpoint but not in the model$"):
+    with pytest.raises(
+        ArtifactError, match=f": {name} is in the checkpoint but not in the model that"
+    ):
         load_pretrained(tmp_path)
 
 
@@ -102,7 +106,9 @@ def test_a_tensor_under_two_of_its_names_is_unexpected(config: ModelConfig, tmp_
         "v4": ("norm.weight", "model.norm.weight"),
     }[config.family]
     rewrite(tmp_path, lambda tensors: tensors.update({other: tensors[name].clone()}))
-    with pytest.raises(ArtifactError, match=f"^{other} is in the checkpoint but not in the model$"):
+    with pytest.raises(
+        ArtifactError, match=f": {other} is in the checkpoint but not in the model that"
+    ):
         load_pretrained(tmp_path)
 
 
@@ -122,7 +128,7 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(
 ) -> None:
     save_pretrained(random_model(FOLDERS[family]), tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.update({name: tensors[name][:-1].clone()}))
-    with pytest.raises(ArtifactError, match=rf"^{name} has shape \[\d+, 32\] .* \[\d+, 32\]"):
+    with pytest.raises(ArtifactError, match=rf": {name} has shape \[\d+, 32\] .* \[\d+, 32\]"):
         load_pretrained(tmp_path)
 
 
@@ -130,7 +136,7 @@ def test_a_tensor_of_the_wrong_kind_of_number_is_named(tmp_path: Path) -> None:
     save_pretrained(random_model(TINY_V4), tmp_path)
     table = "layers.0.ffn.gate.tid2eid"
     rewrite(tmp_path, lambda tensors: tensors.update({table: tensors[table].float()}))
-    with pytest.raises(ArtifactError, match=rf"^{table} is stored as .*32, .* torch.int64$"):
+    with pytest.raises(ArtifactError, match=rf": {table} is stored as .*32, .* torch.int64$"):
         load_pretrained(tmp_path)
 
 
@@ -140,7 +146,7 @@ def test_a_table_that_names_no_expert_is_refused(expert: int, tmp_path: Path) ->
     table = "layers.0.ffn.gate.tid2eid"
     rewrite(tmp_path, lambda tensors: tensors[table][5].fill_(expert))
     with pytest.raises(
-        ArtifactError, match=f"^{table} names expert {expert}, but n_routed_experts = 8$"
+        ArtifactError, match=f": {table} names expert {expert}, but n_routed_experts = 8$"
     ):
         load_pretrained(tmp_path)
 
@@ -148,7 +154,7 @@ def test_a_table_that_names_no_expert_is_refused(expert: int, tmp_path: Path) ->
 def test_copies_of_the_mtp_layer_may_be_absent_but_not_differ(folder: Path) -> None:
     copy = "model.layers.2.embed_tokens.weight"
     rewrite(folder, lambda tensors: tensors[copy].add_(1))
-    with pytest.raises(ArtifactError, match=f"^{copy} differs from model.embed_tokens.weight"):
+    with pytest.raises(ArtifactError, match=f": {copy} differs from model.embed_tokens.weight"):
         load_pretrained(folder)
     rewrite(folder, lambda tensors: tensors.pop(copy))
     assert load_pretrained(folder).config == TINY
@@ -205,7 +211,7 @@ def test_a_tensor_in_two_files_is_refused(sharded: Path) -> None:
     first, second, *_ = shards(sharded)
     name, tensor = next(iter(load_file(sharded / first).items()))
     rewrite(sharded, lambda tensors: tensors.update({name: tensor}), second)
-    with pytest.raises(ArtifactError, match=f"^{name} lies in {first} and in {second}"):
+    with pytest.raises(ArtifactError, match=f": {name} lies in {first} and in {second}"):
         load_pretrained(sharded)
 
 

@@ -2,7 +2,9 @@
 
 import json
 import keyword
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -93,6 +95,9 @@ def test_plan_then_run_then_plan_again(line: Path, capsys: pytest.CaptureFixture
     assert ingot("plan", "smoke", "@over.toml") == 0
     told = capsys.readouterr().out
     assert re.search(r"train +build +never built", told)
+    model = load_recipe("smoke").model
+    sizes = f"{model.parameters():,} parameters, {model.parameters(active=True):,} of them a token"
+    assert f"  v3 of {sizes}\n" in told
     assert not (line / ".ingot").exists()
 
     assert ingot("run", "smoke", "@over.toml") == 0
@@ -242,16 +247,36 @@ def test_status_why_and_show_speak_of_the_latest_run(
     assert ingot("run", "smoke", "@over.toml", "--set", "pretrain.steps=25") == 0
     capsys.readouterr()
     assert ingot("status") == 0
-    assert re.findall(r"^\S+ +(\S+)", capsys.readouterr().out, re.M) == ["fresh"] * 5
+    assert re.findall(r"^  \S+ +(\S+)", capsys.readouterr().out, re.M) == ["fresh"] * 5
     assert ingot("status", "--recipe", "smoke") == 0
     told = capsys.readouterr().out
-    assert re.search(r"^train +stale +steps: 25 -> 24$", told, re.M)
+    assert told.startswith(f"smoke in {line}/.ingot\n")
+    assert re.search(r"^  train +stale +steps: 25 -> 24$", told, re.M)
     assert ingot("why", "judge", "--recipe", "smoke") == 0
     assert "  train is stale\n    steps: 25 -> 24\n" in capsys.readouterr().out
     assert ingot("show", "train") == 0
     told = capsys.readouterr().out
     assert "step = 25" in told
     assert "verified: 1 files" in told
+
+
+def test_what_another_recipe_has_is_pointed_to(
+    line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ingot("run", "smoke", "@over.toml") == 0
+    assert ingot("run", "tiny", "@over.toml", "--only", "data") == 0
+    assert ingot("show", "judge") == 2
+    assert "nor a node of tiny that was built" in (told := capsys.readouterr().err)
+    assert "; --recipe smoke has one" in told
+
+
+def test_of_several_values_for_a_field_the_last_is_repeated(line: Path) -> None:
+    sets = [word for steps in (25, 26) for word in ("--set", f"pretrain.steps={steps}")]
+    assert ingot("run", "smoke", "@over.toml", *sets, "--only", "data") == 0
+    args = cli.parse(["import", "elsewhere", "--set", "pretrain.steps=27"])
+    args.recipe = None
+    invocation = asked.load_asked(args).invocation
+    assert invocation.sets == ("pretrain.steps=27",)
 
 
 def test_status_warns_of_code_that_changed_since(
@@ -262,7 +287,7 @@ def test_status_warns_of_code_that_changed_since(
     capsys.readouterr()
     assert ingot("status") == 0
     told = capsys.readouterr().out
-    assert re.search(r"^train +fresh +code changed since; --force train rebuilds it$", told, re.M)
+    assert re.search(r"^  train +fresh +code changed since; --force train rebuilds it$", told, re.M)
 
 
 def test_show_names_a_damaged_file(line: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -317,6 +342,34 @@ def test_a_port_that_is_taken_is_named_with_the_remedy(
     error = capsys.readouterr().err
     assert f"127.0.0.1:{port} is taken" in error
     assert f"--port {port + 1}" in error
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_server_ends_with_the_command_that_started_it(
+    tmp_path: Path, ending: signal.Signals
+) -> None:
+    server = tmp_path / "server"
+    server.write_text(
+        f"#!/bin/sh\necho $$ > {tmp_path}/pid.draft\nmv {tmp_path}/pid.draft "
+        f"{tmp_path}/pid\nexec sleep 60\n"
+    )
+    server.chmod(0o755)
+    code = (
+        "import sys, pathlib\n"
+        "from pipeline.embedded import serve\n"
+        f"sys.executable = {str(server)!r}\n"
+        f"sys.exit(serve('sqlite:///x', pathlib.Path({str(tmp_path)!r}), 5999))"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    pid = tmp_path / "pid"
+    deadline = time.monotonic() + 60
+    while not pid.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    number = int(pid.read_text())
+    command.send_signal(ending)
+    assert command.wait(20) == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
 
 
 def test_a_run_is_repeated_by_the_command_it_prints() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -108,6 +108,15 @@ def with_tokenizer(tokenizer: Tokenizer) -> Callable[[Path], None]:
     return lambda folder: tokenizer.save(str(folder / "tokenizer.json"))
 
 
+def with_value(name: str, value: float) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name].view(-1)[3] = value
+        save_file(tensors, folder / "model.safetensors")
+
+    return change
+
+
 def plain_tokenizer() -> Tokenizer:
     return Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
 
@@ -125,7 +134,26 @@ def large_tokenizer() -> Tokenizer:
         (without("tokenizer.json"), ConfigError, "holds no tokenizer.json; put the one"),
         (without("config.json"), ConfigError, "holds no config.json"),
         (without("model.safetensors"), ArtifactError, "model.safetensors: no such file"),
-        (with_field("model_type", "llama"), ArtifactError, "model_type = 'llama' is unknown"),
+        (
+            with_field("model_type", "llama"),
+            ArtifactError,
+            "/theirs: config.json: model_type = 'llama' is unknown",
+        ),
+        (
+            with_field("num_hidden_layers", 3),
+            ArtifactError,
+            "is in the checkpoint but not in the model that config.json describes; take the config",
+        ),
+        (
+            with_value("model.norm.weight", float("nan")),
+            ArtifactError,
+            "/theirs: model.norm.weight holds values that are not finite",
+        ),
+        (
+            with_value("lm_head.weight", float("-inf")),
+            ArtifactError,
+            "/theirs: lm_head.weight holds values that are not finite",
+        ),
         (with_field("eos_token_id", 7), ConfigError, "eos_token_id = 7, but documents are framed"),
         (with_tokenizer(plain_tokenizer()), DataError, "token 0 is 'a', which is not special"),
         (
