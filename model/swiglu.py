@@ -70,9 +70,9 @@ def grouped_swiglu(
 
 
 def _are_few(counts: list[int]) -> bool:
-    """Whether a padded product is worth its padding: that may double the work, but no more."""
+    """Whether a padded product is worth its padding: that may triple the work, but no more."""
     most = max(counts)
-    return most in FEW_VISITS and most * len(counts) <= 2 * sum(counts)
+    return most in FEW_VISITS and most * len(counts) <= 3 * sum(counts)
 
 
 def _padded(
