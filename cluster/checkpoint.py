@@ -47,11 +47,7 @@ def save_shard(
             split[name] = tensor.detach().contiguous()
         else:
             rows = zip(local, tensor.detach(), strict=True)
-            # A copy of its own: rows share a storage, and lie there transposed.
-            split |= {
-                f"{name}#{expert}": row.clone(memory_format=torch.contiguous_format)
-                for expert, row in rows
-            }
+            split |= {f"{name}#{expert}": row.clone() for expert, row in rows}
     path = folder / f"rank-{rank}-of-{world}.safetensors"
     draft = path.with_suffix(".draft")
     save_file(split, draft)

@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from configs.errors import ConfigError
-from model.dispatch import Dispatched, gather_copies, sort_by_expert, weigh
+from model.dispatch import Dispatched, sort_by_expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,61 @@ def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: Any) -> 
     out = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
     return out
+
+
+def gather_copies(x_TD: Tensor, order_N: Tensor, choices: int) -> Tensor:
+    """Row order[n] // choices of x for each n, with a gradient that adds a token's K copies."""
+    gathered: Tensor = _GatherCopies.apply(x_TD, order_N, choices)
+    return gathered
+
+
+def weigh(y_ND: Tensor, gates_TK: Tensor, order_N: Tensor) -> Tensor:
+    """Sum of each token's K rows with its K gates; row n of `y` is copy order[n] = t * K + k."""
+    summed: Tensor = _Weigh.apply(y_ND, gates_TK.to(y_ND.dtype), order_N)
+    return summed
+
+
+def _inverse(order_N: Tensor) -> Tensor:
+    inverse_N = torch.empty_like(order_N)
+    inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
+    return inverse_N
+
+
+def _sum_of_rows(y_ND: Tensor, rows_TK: Tensor, gates_TK: Tensor | None = None) -> Tensor:
+    """Sum over k of y[rows[t, k]] (* gates[t, k]), in the order of k, without gathering them."""
+    return F.embedding_bag(rows_TK, y_ND, mode="sum", per_sample_weights=gates_TK)
+
+
+class _GatherCopies(torch.autograd.Function):
+    """Backward is a fixed-order sum: quicker than index_add, and deterministic."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, choices: int) -> Tensor:
+        ctx.save_for_backward(order_N)
+        ctx.choices = choices
+        return x_TD.index_select(0, order_N // choices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (order_N,) = ctx.saved_tensors
+        return _sum_of_rows(grads[0], _inverse(order_N).view(-1, ctx.choices)), None, None
+
+
+class _Weigh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, gates_TK: Tensor, order_N: Tensor) -> Tensor:
+        ctx.save_for_backward(y_ND, gates_TK, order_N)
+        return _sum_of_rows(y_ND, _inverse(order_N).view_as(gates_TK), gates_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y_ND, gates_TK, order_N = ctx.saved_tensors
+        d_y_ND = grads[0].index_select(0, order_N // gates_TK.shape[1])
+        d_gates_TK = torch.empty_like(gates_TK)
+        d_gates_TK.view(-1)[order_N] = (d_y_ND * y_ND).sum(1)
+        return d_y_ND.mul_(gates_TK.view(-1)[order_N].unsqueeze(1)), d_gates_TK, None
 
 
 def join_group(rendezvous: str, rank: int, world: int, timeout_seconds: float) -> None:

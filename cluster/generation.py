@@ -29,8 +29,7 @@ class Sampling:
     max_new_tokens: int
     temperature: float
     """0 takes the likeliest token."""
-    stop_token: int
-    more_stop_tokens: tuple[int, ...] = ()
+    stop_tokens: tuple[int, ...]
     top_k: int | None = None
     """Draw from this many of the likeliest tokens only."""
     top_p: float = 1.0
@@ -127,7 +126,7 @@ class _Sampler:
             prompts,
             max_new_tokens=sampling.max_new_tokens,
             drawing=Drawing(sampling.temperature, sampling.top_k, sampling.top_p),
-            stop_tokens={sampling.stop_token, *sampling.more_stop_tokens},
+            stop_tokens=sampling.stop_tokens,
             seeds=seeds,
             max_rows=sampling.max_rows,
             keep_experts=sampling.keep_experts,

@@ -169,9 +169,10 @@ class Trainer:
         blocks = list(self.model.moe_layers().values())
         if not blocks:
             return {}
-        load_LE = torch.stack([block.load_E for block in blocks]).float()
+        load_LE = torch.stack([block.load_E for block in blocks])
         if self.parallel:
             dist.all_reduce(load_LE)
+        load_LE = load_LE.float()
         worst = 0.0
         for block, load_E in zip(blocks, load_LE, strict=True):
             if (bias := block.bias_E) is not None:

@@ -178,7 +178,7 @@ class CompressedAttention(nn.Module):
     ) -> Part:
         """The complete blocks of each row, or those picked of them."""
         done_B = (batch.positions_B + 1) // compressor.ratio
-        most = int(done_B.max())
+        most = batch.reach // compressor.ratio
         blocks_BLW = compressor.step(x_B1D, batch)[:, :most]
         blocks_L = torch.arange(most, device=x_B1D.device)
         seen_B1L = (blocks_L < done_B[:, None]).unsqueeze(1)

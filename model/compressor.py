@@ -86,7 +86,7 @@ class Compressor(nn.Module):
         done_N = ((positions_B + 1) % self.ratio == 0).nonzero().squeeze(1)
         if len(done_N):
             block_N = positions_B[done_N] // self.ratio
-            entries_BTW[done_N, block_N] = self._finish(raw_BRE[done_N], block_N)
+            entries_BTW[done_N, block_N] = self._finish(raw_BRE[done_N], block_N, batch.reach)
         return entries_BTW
 
     def new_cache(self, rows: int, tokens: int) -> Cache:
@@ -104,12 +104,11 @@ class Compressor(nn.Module):
         pooled = self.kv_norm((kv * weights).sum(-2))
         return rotate_tail(pooled, table, block * self.ratio)
 
-    def _finish(self, raw_NRE: Tensor, block_N: Tensor) -> Float[Tensor, "N W"]:
+    def _finish(self, raw_NRE: Tensor, block_N: Tensor, reach: int) -> Float[Tensor, "N W"]:
         """The entries of blocks whose last token has just come, from rings of projections."""
         kv_NRE, gate_NRE = raw_NRE.chunk(2, dim=-1)
         gate_NRE = widened(gate_NRE) + self.position_bias.repeat(self.series, 1)
-        last = int(block_N.max())
-        table = compressed_rotary(self.config, last * self.ratio + 1, raw_NRE.device)
+        table = compressed_rotary(self.config, reach, raw_NRE.device)
         if self.series == 1:
             return self._pool(kv_NRE, gate_NRE, table, block_N)
         kv_N2ME, gate_N2ME = (y.unflatten(1, (2, self.ratio)) for y in (kv_NRE, gate_NRE))

@@ -165,12 +165,11 @@ class MoE(nn.Module):
         experts_TK, gates_TK, scores_TE = self.gate(
             x_TD, None if tokens_BS is None else tokens_BS.flatten()
         )
+        num_experts = self.config.n_routed_experts
         if self.training:
-            num_experts = self.config.n_routed_experts
             self.load_E += torch.bincount(experts_TK.flatten(), minlength=num_experts)
         if self.training or self.keep_routing:
             self.routing = (experts_TK, scores_TE)
-        num_experts = self.config.n_routed_experts
         sent = self.dispatcher.dispatch(x_TD, experts_TK, gates_TK, num_experts)
         routed_TD = self.dispatcher.combine(self.experts(sent), gates_TK, sent)
         shared_BSD: Tensor = self.shared_experts(x_BSD)

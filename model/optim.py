@@ -84,12 +84,10 @@ def restore_moments(
 ) -> None:
     """Put back what `moments` gave, after `step` optimiser steps."""
     for name, parameter in named:
-        optimizer.state[parameter] = {"step": torch.tensor(float(step))} | {
-            # Laid out as the parameter is: the fused step goes by memory, not by index.
-            moment: torch.empty_like(parameter, requires_grad=False).copy_(
-                tensors[f"{moment}/{name}"]
-            )
-            for moment in ("exp_avg", "exp_avg_sq")
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(step)),
+            "exp_avg": tensors[f"exp_avg/{name}"].clone(),
+            "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].clone(),
         }
 
 

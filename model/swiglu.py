@@ -2,9 +2,9 @@
 
 Left to autograd, each small operation would keep its result and allocate its gradient, and rows
 would be copied for their experts and back again; on a CPU that costs as much as the matrix
-products. Here a forward pass keeps its input and the products of gate and up alone, or nothing
-where no backward pass can follow, which makes everything else again. FP8 products, whose
-derivatives are other products, go through `gated`.
+products. Here a forward pass keeps its input and the products of gate and up alone, and the
+backward pass makes everything else again; where none can follow, nothing is kept. FP8 products,
+whose derivatives are other products, go through `gated`.
 
 Axes: R rows, N visits of a row to an expert, C visits of a group of experts, D width, I inner
 width, J = 2 I gate and up side by side, E experts, M room for visits to an expert, X = E * M.
@@ -59,10 +59,9 @@ def grouped_swiglu(
     limit: float | None,
 ) -> Float[Tensor, "R D"]:
     """Each row's sum of its visits' `swiglu`, by gate."""
-    counts = sent.counts_E.tolist()
-    if not torch.is_grad_enabled() and _are_few(counts):
+    counts, learning = sent.counts_E.tolist(), torch.is_grad_enabled()
+    if not learning and _are_few(counts):
         return _padded(sent, gate_up_EJD, down_EDI, max(counts), limit)
-    learning = torch.is_grad_enabled()
     result: Tensor = _Grouped.apply(
         sent.x_RD, sent.gates_N, gate_up_EJD, down_EDI, sent.rows_N, counts, limit, learning
     )

@@ -48,10 +48,10 @@ def serve(uri: str, store_root: Path, port: int) -> int:
     command += ["--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri, "--artifacts-destination", artifacts.as_uri()]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    # Not from the user's folder, whose modules could shadow those of the server.
     # However this process is politely ended, the server ends with it.
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, signal.default_int_handler)
+    # Not from the user's folder, whose modules could shadow those of the server.
     server = subprocess.Popen(command, env=environment, cwd=store_root)
     try:
         return server.wait()

@@ -107,8 +107,13 @@ def _latest_invocation(base: Path) -> Invocation | None:
 
 
 def _last_of_each(sets: tuple[str, ...]) -> tuple[str, ...]:
-    """Of several values for one field, the last, as they would be read."""
-    return tuple({one.partition("=")[0]: one for one in sets}.values())
+    """Of several values for one field, the last, at its own place among the others."""
+    kept: dict[str, str] = {}
+    for one in sets:
+        field = one.partition("=")[0]
+        kept.pop(field, None)
+        kept[field] = one
+    return tuple(kept.values())
 
 
 def _ignore(message: str) -> None:

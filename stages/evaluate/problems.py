@@ -50,7 +50,7 @@ def answer(
     """
     each = config.samples_per_problem
     sampling = Sampling(
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature, stop_token=EOS_ID
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature, stop_tokens=(EOS_ID,)
     )
     step = max(1, _PROMPTS_PER_CALL // each)
     for start in range(0, len(prompts), step):

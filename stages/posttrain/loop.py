@@ -156,7 +156,7 @@ def _sample(
         for slot, prompt in enumerate(chosen)
         for index in range(rl.group_size)
     ]
-    sampling = Sampling(rl.max_new_tokens, rl.temperature, EOS_ID)
+    sampling = Sampling(rl.max_new_tokens, rl.temperature, (EOS_ID,))
     samples = samplers.sample(repeated, sampling, seeds)
     groups = group_rollouts(chosen, samples, group_size=rl.group_size)
     for group in groups:

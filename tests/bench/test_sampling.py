@@ -10,9 +10,7 @@ model.
 """
 
 import itertools
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +23,7 @@ from transformers import DeepseekV3ForCausalLM
 from configs.model import V3Config
 from model.decode import generate
 from model.transformer import Transformer
-from tests.bench.test_against_transformers import SHAPES, THREADS, theirs
+from tests.bench.test_against_transformers import SHAPES, THREADS, run_apart, theirs
 
 pytestmark = pytest.mark.slow
 
@@ -115,11 +113,7 @@ def main() -> float:
 
 
 def test_sampling_takes_less_time_than_that_of_transformers() -> None:
-    command = [sys.executable, "-m", "tests.bench.test_sampling"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    print(f"\n{done.stdout}")
-    assert done.returncode == 0, f"the ratio is below {FLOOR}, or:\n{done.stderr[-2000:]}"
+    run_apart("test_sampling")
 
 
 if __name__ == "__main__":

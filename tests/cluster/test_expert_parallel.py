@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.expert_parallel import AllToAllDispatcher
+from cluster.expert_parallel import AllToAllDispatcher, gather_copies, weigh
 from configs.errors import ConfigError
 from model.dispatch import LocalDispatcher, TokenDispatcher
 from model.moe import MoE
@@ -113,3 +113,30 @@ def test_a_collective_without_its_peer_fails_in_time(tmp_path: Path) -> None:
         2, tmp_path, wait_for_a_rank_that_never_comes, seconds=60, collective_seconds=group_timeout
     )
     assert group_timeout * 0.9 < waited < 4
+
+
+def grads_of(y: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
+    return torch.autograd.grad((y * weights).sum(), leaves)
+
+
+def test_gathered_copies_and_their_gradient_are_those_of_indexing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, generator=generator, requires_grad=True)
+    order_N = torch.randperm(10, generator=generator)
+    found, expected = gather_copies(x, order_N, 2), x[order_N // 2]
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(grads_of(found, x), grads_of(expected, x))
+
+
+def test_results_are_summed_with_their_gates_wherever_they_lie() -> None:
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(6, 4, generator=generator, requires_grad=True)
+    gates = torch.rand(3, 2, generator=generator, requires_grad=True)
+    order_N = torch.randperm(6, generator=generator)
+    expected = torch.stack(
+        [flat[2 * t] * gates[t, 0] + flat[2 * t + 1] * gates[t, 1] for t in range(3)]
+    )
+    found = weigh(flat[order_N], gates, order_N)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(grads_of(found, flat, gates), grads_of(expected, flat, gates))

@@ -21,7 +21,7 @@ from tests.references import random_model
 
 PROMPTS = [[5, 6], [7], [8, 9, 10, 11], [12], [13, 14]]
 SEEDS = [1, 2, 3, 4, 5]
-SAMPLING = Sampling(max_new_tokens=6, temperature=0.8, stop_token=7)
+SAMPLING = Sampling(max_new_tokens=6, temperature=0.8, stop_tokens=(7,))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def assert_drawn_from(model: Transformer, found: list[Sample], count: int, versi
         PROMPTS[:count],
         max_new_tokens=SAMPLING.max_new_tokens,
         drawing=Drawing(SAMPLING.temperature),
-        stop_tokens={SAMPLING.stop_token},
+        stop_tokens=SAMPLING.stop_tokens,
         seeds=SEEDS[:count],
     )
     assert len(found) == count
@@ -82,8 +82,7 @@ def test_truncation_stop_tokens_rows_and_routing_reach_the_samplers(pool: Genera
     sampling = Sampling(
         max_new_tokens=12,
         temperature=1.3,
-        stop_token=7,
-        more_stop_tokens=(9, 23),
+        stop_tokens=(7, 9, 23),
         top_k=9,
         top_p=0.8,
         max_rows=2,
@@ -105,7 +104,7 @@ def test_truncation_stop_tokens_rows_and_routing_reach_the_samplers(pool: Genera
         assert b.experts is not None
         assert np.array_equal(a.experts, b.experts)
     # The same without what was asked for beyond temperature says something else.
-    plain = pool.sample(PROMPTS, Sampling(12, 1.3, stop_token=7), SEEDS)
+    plain = pool.sample(PROMPTS, Sampling(12, 1.3, stop_tokens=(7,)), SEEDS)
     assert [a.token_ids for a in plain] != [a.token_ids for a in found]
     assert all(a.experts is None for a in plain)
 

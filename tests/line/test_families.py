@@ -99,6 +99,7 @@ def test_a_bundle_is_a_base_from_which_the_rest_of_the_line_goes_on(
     assert stages >= {"imported", "data", "posttrain", "evaluate", "export"}
     assert "pretrain" not in stages
     again = Built(tmp_path, built.recipe).bundles()
+    assert again.keys() == {"cuda", "ascend"}
     for _, facts in again.values():
         for measured in facts["parity"].values():
             assert measured["top1_agreement"] >= 0.9

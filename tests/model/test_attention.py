@@ -36,6 +36,12 @@ def test_attention_is_the_papers_head_by_head(q_lora_rank: int | None, masked: b
         torch.testing.assert_close(found[row].double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_layers_share_one_table_of_angles_and_none_is_their_own() -> None:
+    one, other = attention(16), attention(None)
+    assert one.rotary(3, torch.device("cpu")) is other.rotary(9, torch.device("cpu"))
+    assert not list(one.buffers())
+
+
 def test_what_is_cached_is_a_latent_and_one_key_for_all_heads() -> None:
     block = attention(16)
     x = torch.randn(1, 3, 32)

@@ -1,5 +1,7 @@
 """Attention in blocks against the formula, in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -82,3 +84,16 @@ def test_what_is_kept_grows_with_half_the_square() -> None:
     probabilities = sum(t.numel() for t in kept if t.dim() == 3 and t.shape[2] % 8 == 0)
     blocks = (1 + 2 + 3 + 4) * causal.BLOCK**2
     assert probabilities == pairs * blocks
+
+
+def test_reading_keeps_no_probabilities() -> None:
+    q, k, v = (leaf.detach().transpose(1, 2) for leaf in heads(4 * causal.BLOCK))
+    kept: list[Tensor] = []
+    for learns in (False, True):
+        kept.clear()
+        context = SimpleNamespace(
+            needs_input_grad=(learns,) * 3 + (False,) * 2,
+            save_for_backward=lambda *tensors: kept.extend(tensors),
+        )
+        causal._CausalAttention.forward(context, q, k, v, None, SCALE)
+        assert len(kept) == 3 + 4 * learns

@@ -1,10 +1,11 @@
 """Decoding in every family: against whole passes, transformers' generate, and other rows."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import GenerationMixin
 
 from configs.engram import EngramConfig
 from configs.errors import ConfigError
@@ -50,16 +51,25 @@ def prompts() -> list[list[int]]:
     return [random_tokens(length, seed=length).tolist() for length in LENGTHS]
 
 
-def draw(model: Transformer, asked: Sequence[int], **changes: object) -> list[Sample]:
+def draw(
+    model: Transformer,
+    asked: Sequence[int],
+    *,
+    stop_tokens: Collection[int] = (),
+    max_rows: int | None = None,
+    keep_experts: bool = False,
+) -> list[Sample]:
     """Answers of 30 tokens to those prompts that `asked` numbers."""
-    settings: dict[str, object] = {"drawing": Drawing(1.0), "stop_tokens": ()}
     given = prompts()
     return sample(
         model,
         [given[i] for i in asked],
         max_new_tokens=30,
+        drawing=Drawing(1.0),
+        stop_tokens=stop_tokens,
         seeds=[SEEDS[i] for i in asked],
-        **settings | changes,  # type: ignore[arg-type]
+        max_rows=max_rows,
+        keep_experts=keep_experts,
     )
 
 
@@ -179,16 +189,16 @@ def test_experts_on_request_are_those_of_a_whole_pass(model: Transformer) -> Non
 def test_greedy_tokens_are_those_of_transformers(family: str) -> None:
     """64 of them, of prompts below and over window and top-k."""
     config = CONFIGS[family]
-    theirs: nn.Module
     if isinstance(config, V4Config):
         ours = random_model(config)
         theirs = v4_twin(ours)
     else:
         assert isinstance(config, V3Config)
         ours, theirs = transformers_twin(config.model_copy(update={"num_nextn_predict_layers": 0}))
+    assert isinstance(theirs, GenerationMixin)
     for length in (3, 21):
         tokens_BS = random_tokens(3, length, seed=length)
-        expected = theirs.generate(  # type: ignore[operator]
+        expected = theirs.generate(
             tokens_BS,
             attention_mask=torch.ones_like(tokens_BS),
             max_new_tokens=64,

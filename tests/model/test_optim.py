@@ -104,26 +104,6 @@ def test_moments_that_are_put_back_continue_the_same_walk() -> None:
         assert torch.equal(a, b)
 
 
-def test_moments_read_from_a_file_take_the_layout_of_a_transposed_parameter() -> None:
-    def walked(steps: int, resumed: dict[str, torch.Tensor] | None) -> tuple[nn.Module, ...]:
-        torch.manual_seed(0)
-        model = nn.ParameterDict({"turned": nn.Parameter(torch.randn(2, 3, 5).mT)})
-        optimizer = adamw(model, CONFIG)
-        if resumed is not None:
-            restore_moments(optimizer, model.named_parameters(), resumed, 1)
-        for _ in range(steps):
-            model["turned"].grad = torch.arange(30.0).view(2, 3, 5).mT
-            optimizer.step()
-        return model, optimizer
-
-    model, optimizer = walked(1, None)
-    kept = moments(optimizer, model.named_parameters())  # type: ignore[arg-type]
-    assert not kept["exp_avg/turned"].is_contiguous()
-    restored, _ = walked(1, kept)
-    flat, _ = walked(1, {name: tensor.contiguous() for name, tensor in kept.items()})
-    assert torch.equal(flat["turned"], restored["turned"])  # type: ignore[index]
-
-
 @pytest.mark.parametrize(
     ("step", "factor"),
     [

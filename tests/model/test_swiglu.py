@@ -1,6 +1,6 @@
 """SwiGLU's own derivatives against autograd's, in float64, dense and by expert."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -171,7 +171,16 @@ def test_training_keeps_the_input_and_one_product_for_each_visit() -> None:
     assert sorted(kept) == sorted([(40, 6), (2, 10, 6), (2, 6, 5), (80,), (80, 10)])
 
 
-def test_two_runs_give_the_same_bits() -> None:
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Several, where tests else have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_runs_give_the_same_bits(threads: None) -> None:
     """Rows are added up in a fixed order, whatever the threads do."""
     x = normal(300, 64, seed=0, dtype=torch.float32)
     gate_up, down = (

@@ -277,6 +277,12 @@ def test_of_several_values_for_a_field_the_last_is_repeated(line: Path) -> None:
     args.recipe = None
     invocation = asked.load_asked(args).invocation
     assert invocation.sets == ("pretrain.steps=27",)
+    # A table between the two would be overruled by the second alone, and must stay so.
+    table = 'pretrain={"steps" = 1}'
+    assert asked._last_of_each(("pretrain.steps=25", table, "pretrain.steps=26")) == (
+        table,
+        "pretrain.steps=26",
+    )
 
 
 def test_status_warns_of_code_that_changed_since(

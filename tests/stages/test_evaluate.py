@@ -258,7 +258,7 @@ class Pool:
     def sample(
         self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]
     ) -> list[Sample]:
-        assert sampling == Sampling(max_new_tokens=4, temperature=1.0, stop_token=EOS_ID)
+        assert sampling == Sampling(max_new_tokens=4, temperature=1.0, stop_tokens=(EOS_ID,))
         found = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             self.lab.asked[self.name].append((tuple(prompt), seed))
