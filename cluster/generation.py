@@ -17,6 +17,7 @@ from configs.parallel import ClusterConfig
 from configs.train import Precision
 from model import decode
 from model.drawing import Drawing
+from model.fp8.scheme import Numerics
 from model.weights.files import load_pretrained
 
 _ROLE = "sampler"
@@ -94,7 +95,7 @@ class GenerationPool:
 
 @contextmanager
 def open_generation(
-    machines: ClusterConfig, checkpoint: Path, *, precision: Precision = "high"
+    machines: ClusterConfig, checkpoint: Path, *, precision: Precision | Numerics = "high"
 ) -> Iterator[GenerationPool]:
     """A pool of `machines.samplers` that holds `checkpoint` as version 0, closed afterwards."""
     ensure_ray(machines, str(checkpoint), cpus_needed=machines.samplers * machines.cpus_per_worker)
@@ -109,7 +110,9 @@ def open_generation(
 class _Sampler:
     """One actor of the pool."""
 
-    def __init__(self, checkpoint: str, precision: Precision, threads: int, rank: int) -> None:
+    def __init__(
+        self, checkpoint: str, precision: Precision | Numerics, threads: int, rank: int
+    ) -> None:
         torch.set_num_threads(threads)
         self.rank = rank
         self.version = 0

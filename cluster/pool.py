@@ -18,6 +18,7 @@ from cluster.workers import Actor, dismiss, free_address, gather, spawn
 from configs.errors import ConfigError
 from configs.parallel import ClusterConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
+from model.fp8.scheme import Numerics
 from model.transformer import Transformer
 from model.weights.files import read_config, read_tensors
 
@@ -33,7 +34,7 @@ class TrainerSpec:
 
     optim: OptimConfig
     balance: BalanceConfig
-    precision: Precision
+    precision: Precision | Numerics
     seed: int
     reference: bool
     """Keep a frozen copy of the starting weights, for `TrainerPool.reference`."""

@@ -21,6 +21,8 @@ from configs.train import BalanceConfig, OptimConfig, Precision
 from model.balance import imbalance, updated_bias
 from model.dispatch import LocalDispatcher
 from model.engram import set_vocabulary
+from model.fp8.recorder import Tally
+from model.fp8.scheme import Numerics, settle
 from model.moe import RoutedExperts
 from model.optim import adamw, moments, restore_moments
 from model.transformer import Transformer
@@ -55,7 +57,7 @@ class Trainer:
         *,
         optim: OptimConfig,
         balance: BalanceConfig,
-        precision: Precision,
+        precision: Precision | Numerics,
         seed: int,
         vocabulary: Sequence[int] | None = None,
     ) -> None:
@@ -68,7 +70,9 @@ class Trainer:
         self.world = dist.get_world_size() if self.parallel else 1
         self.optim, self.balance = optim, balance
         dispatcher = AllToAllDispatcher() if self.parallel else LocalDispatcher()
-        self.model = Transformer(config, precision=precision, dispatcher=dispatcher)
+        wanted = precision if isinstance(precision, Numerics) else Numerics(precision)
+        self.numerics, self.products = settle(wanted, torch.device("cpu"))
+        self.model = Transformer(config, precision=self.numerics, dispatcher=dispatcher)
         self.model.initialize(seed).train()
         if vocabulary is not None:
             set_vocabulary(self.model, vocabulary)
@@ -79,20 +83,45 @@ class Trainer:
         self.experts = [named[name] for name in sorted(sharded)]
         self.dense = [parameter for name, parameter in named.items() if name not in sharded]
 
-    def forward_backward(self, batch: Batch, loss: LossSpec) -> dict[str, float]:
-        """Add the gradients of `loss` on this rank's part; metrics of the whole batch."""
+    def forward_backward(
+        self, batch: Batch, loss: LossSpec, *, counting: bool = False
+    ) -> dict[str, float]:
+        """Add the gradients of `loss` on this rank's part; metrics of the whole batch.
+
+        `counting` tallies what FP8 does to every tensor, for `fp8_tallies`.
+        """
         totals = self._sum(loss.counts(batch))
+        self.numerics.recorder.start(counting=counting)
         value, metrics = loss(self.model, batch, totals)
         value.backward()
+        self.numerics.recorder.stop()
         for block in self.model.moe_layers().values():
             block.routing = None
         metrics = self._sum({"loss": float(value.detach()), **metrics})
         if not all(torch.isfinite(torch.tensor(list(metrics.values())))):
             raise TrainingError(
-                f"step {self.step + 1}: not finite: {metrics}; lower the learning rate, or look at "
-                "the batch"
+                f"step {self.step + 1}: not finite: {metrics}{self._culprit()}; lower the learning "
+                "rate, or look at the batch"
             )
         return metrics
+
+    def fp8_tallies(self) -> dict[str, Tally]:
+        """What FP8 did to each role's tensors in the last forward_backward, over all ranks."""
+        mine = self.numerics.recorder.tallies
+        if not self.parallel:
+            return mine
+        # A rank whose experts nobody visited has the same roles, with nothing in them.
+        roles = sorted(mine)
+        sums = torch.tensor(
+            [[mine[r].nonzero, mine[r].clipped, mine[r].flushed] for r in roles],
+            dtype=torch.float64,
+        )
+        ends = torch.tensor([[-mine[r].low, mine[r].high] for r in roles], dtype=torch.float64)
+        dist.all_reduce(sums)
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        ends[:, 0].neg_()
+        rows = zip(roles, sums.tolist(), ends.tolist(), strict=True)
+        return {role: Tally(*count, *end) for role, count, end in rows}
 
     def optim_step(self, learning_rate: float) -> dict[str, Any]:
         """Sum and clip gradients, step AdamW, move the routing bias.
@@ -110,8 +139,8 @@ class Trainer:
         norm = self._grad_norm()
         if not math.isfinite(norm):
             raise TrainingError(
-                f"step {self.step + 1}: the gradient's norm is {norm}; lower the learning rate, or "
-                "look at the batch"
+                f"step {self.step + 1}: the gradient's norm is {norm}{self._culprit()}; lower the "
+                "learning rate, or look at the batch"
             )
         factor = min(1.0, self.optim.max_grad_norm / (norm + 1e-6))
         for parameter in [*self.dense, *self.experts]:
@@ -164,6 +193,11 @@ class Trainer:
             for name, module in self.model.named_modules()
             if isinstance(module, RoutedExperts)
         }
+
+    def _culprit(self) -> str:
+        """Which tensors were the first that FP8 found not finite, if any."""
+        role = self.numerics.recorder.first_not_finite()
+        return "" if role is None else f", first in {role.replace('_', ' ')}"
 
     def _rebalance(self) -> dict[str, Any]:
         blocks = list(self.model.moe_layers().values())

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field, PositiveInt
 
 from configs.base import Frozen
+from configs.train import Fp8Backend
 
 
 class ClusterConfig(Frozen):
@@ -19,6 +20,8 @@ class ClusterConfig(Frozen):
     cpus_per_worker: Annotated[float, Field(gt=0)] = 0.5
     """CPUs that each worker reserves; fractions let trainers and samplers share a small machine."""
     threads_per_worker: PositiveInt = 1
+    fp8_backend: Fp8Backend = "auto"
+    """Who computes where `precision = "fp8"`: `reference` is slow and defines the others."""
     max_restarts: int = Field(default=3, ge=0)
     """How often a worker group is rebuilt after a worker dies, before the run gives up."""
     placement_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0

@@ -16,6 +16,7 @@ from configs.delivery import EvaluateConfig, ExportConfig
 from configs.errors import ConfigError
 from configs.model import AnyModelConfig
 from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
+from configs.parity import ParityConfig
 from configs.rl import PosttrainConfig
 from configs.train import PretrainConfig
 
@@ -45,7 +46,11 @@ class Recipe(Frozen):
     model: AnyModelConfig
     data: DataConfig
     pretrain: PretrainConfig
-    posttrain: PosttrainConfig
+    posttrain: PosttrainConfig | None = None
+    parity: ParityConfig | None = None
+    """With it the recipe asks for another line: `pretrain` once in FP8 and once in high precision
+    for each seed, and a report of how far their losses are apart. Nothing comes after pretraining,
+    so `posttrain`, `evaluate` and `export` then mean nothing."""
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -57,12 +62,39 @@ class Recipe(Frozen):
     def _sections_agree(self) -> Self:
         if self.base is None:
             self._check_pretraining()
+        if self.parity is not None:
+            self._check_parity()
+        elif self.posttrain is not None:
+            self._check_posttraining(self.posttrain)
+        else:
+            raise ValueError(
+                "neither posttrain nor parity is there, so nothing is said of what comes after "
+                "pretraining; add [posttrain] for the line to bundles, or [parity] for a "
+                "comparison of FP8 with high precision"
+            )
+        return self
+
+    def _check_parity(self) -> None:
+        """What must agree where two precisions are compared."""
+        if self.base is not None:
+            raise ValueError(
+                f"base = {self.base!r} takes pretraining's place, and parity compares pretraining "
+                "with itself; drop one of the two"
+            )
+        if self.pretrain.precision != "fp8":
+            raise ValueError(
+                f'pretrain.precision = "{self.pretrain.precision}", but parity compares "fp8" with '
+                '"high", and this leaves nothing to compare; set it to "fp8"'
+            )
+
+    def _check_posttraining(self, posttrain: PosttrainConfig) -> None:
+        """What must agree where the model is post-trained and evaluated."""
         workers = self.cluster.trainers
-        minibatch = self.posttrain.prompts_per_step // self.posttrain.minibatches
-        if minibatch * self.posttrain.group_size % workers:
+        minibatch = posttrain.prompts_per_step // posttrain.minibatches
+        if minibatch * posttrain.group_size % workers:
             raise ValueError(
                 f"posttrain.prompts_per_step / minibatches * group_size = "
-                f"{minibatch * self.posttrain.group_size} answers do not divide over "
+                f"{minibatch * posttrain.group_size} answers do not divide over "
                 f"cluster.trainers = {workers}; choose a multiple"
             )
         if not any(isinstance(s, ArithmeticSource) for s in self.data.sources.values()):
@@ -70,7 +102,6 @@ class Recipe(Frozen):
                 "data.sources has no source of checkable problems, which posttrain and evaluate "
                 'need; add one of type = "arithmetic"'
             )
-        return self
 
     def _check_pretraining(self) -> None:
         """What must agree where the model is made here."""

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from configs.base import Frozen
-from configs.train import OptimConfig, Precision
+from configs.train import Fp8Config, OptimConfig, Precision
 
 
 class GrpoConfig(Frozen):
@@ -45,6 +45,7 @@ class PosttrainConfig(Frozen):
     grpo: GrpoConfig = GrpoConfig()
     precision: Precision = "high"
     """Samplers and trainers both run in it, so that their log-probabilities agree."""
+    fp8: Fp8Config = Fp8Config()
     checkpoint_every_steps: PositiveInt = 20
 
     @model_validator(mode="after")

@@ -8,7 +8,52 @@ from configs.base import Frozen
 from configs.model import AnyModelConfig
 
 Precision = Literal["fp8", "high"]
-"""`fp8`: block-scaled E4M3 in every Linear and expert GEMM; `high`: the backend's own dtype."""
+"""`fp8`: block-scaled E4M3 where `Fp8Config` says so; `high`: the backend's own dtype."""
+
+Fp8Backend = Literal["auto", "reference", "cpu", "cublas", "triton"]
+"""Who computes in FP8; `auto` takes the fastest that the device has."""
+
+
+class Fp8Config(Frozen):
+    """What `precision = "fp8"` means, part by part; defaults are DeepSeek-V3's (section 3.3).
+
+    Every part that is a matrix product may be moved to the other side. What is none has no FP8
+    form, and its entry is there to say so.
+    """
+
+    provenance_fields: ClassVar[frozenset[str]] = frozenset({"telemetry_every_steps"})
+
+    attention: Precision = "fp8"
+    """Projections into and out of attention."""
+    indexer: Precision = "fp8"
+    """Queries and keys of a sparse attention's indexer; its heads' weights stay high."""
+    dense_ffn: Precision = "fp8"
+    shared_experts: Precision = "fp8"
+    routed_experts: Precision = "fp8"
+    gate: Precision = "high"
+    """Scores of the routed experts."""
+    head: Precision = "high"
+    """Logits."""
+    mtp_projection: Precision = "high"
+    """What joins a state and the next token's embedding for the MTP layer."""
+    compressor: Precision = "high"
+    """Keys, values and weights of V4's pooled entries."""
+    engram: Precision = "high"
+    """Keys and values of a memory's rows."""
+    embedding: Literal["high"] = "high"
+    norms: Literal["high"] = "high"
+    attention_operator: Literal["high"] = "high"
+    loss: Literal["high"] = "high"
+
+    fp4_experts: bool = False
+    """Quantisation-aware training for FP4: the routed experts' weights are rounded to MXFP4, which
+    FP8 holds without loss, and their gradients pass to the float32 weights as they are (V4)."""
+    scaling: Literal["tile", "tensor"] = "tile"
+    """One scale for each tile, or, to see why not, for each tensor."""
+    gradient_scaling: Literal["tile", "block"] = "tile"
+    """Tiles of activation gradients: 1 x 128, or, to see why not, 128 x 128 (V3, appendix B.2)."""
+    telemetry_every_steps: PositiveInt = 20
+    """How often clipped and flushed values and scales are counted; the first step always is."""
 
 
 class OptimConfig(Frozen):
@@ -20,8 +65,21 @@ class OptimConfig(Frozen):
     epsilon: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    moments: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type in which AdamW keeps its moments (DeepSeek-V3, section 3.3.3)."""
     table_rate_factor: float = Field(default=5.0, gt=0)
     """Tables of n-grams learn at this many times the rate, and do not decay (arXiv 2601.07372)."""
+
+    @model_validator(mode="after")
+    def _moments_can_move(self) -> Self:
+        # bfloat16 keeps 8 bits: an average that moves by less than half a step of it stands still.
+        if self.moments == "bfloat16" and max(self.beta1, self.beta2) > 1 - 2**-7:
+            raise ValueError(
+                f"beta1 = {self.beta1}, beta2 = {self.beta2}: with moments = 'bfloat16' an average "
+                "this slow would be lost in rounding; set moments = 'float32', or lower the betas "
+                f"to {1 - 2**-7} or less"
+            )
+        return self
 
 
 class BalanceConfig(Frozen):
@@ -67,6 +125,7 @@ class PretrainConfig(Frozen):
     attend_across_documents: bool = False
     """DeepSeek packs without a mask between documents; small models learn faster with one."""
     precision: Precision = "fp8"
+    fp8: Fp8Config = Fp8Config()
     checkpoint_every_steps: PositiveInt = 100
 
     @model_validator(mode="after")

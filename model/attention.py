@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from configs.model import V3Config
-from configs.train import Precision
 from model.causal import causal_attention
 from model.fp8.linear import Linear, together
+from model.fp8.scheme import Numerics
 from model.layers import RMSNorm
 from model.passes import Cache, Pass, Step
 from model.rope import rotate, rotate_tail, shared_rotary_table, softmax_factor
@@ -68,23 +68,26 @@ class Expanded:
 class LatentAttention(nn.Module):
     """MLA with or without the query bottleneck."""
 
-    def __init__(self, config: V3Config, precision: Precision) -> None:
+    def __init__(self, config: V3Config, numerics: Numerics) -> None:
         super().__init__()
         self.config = config
+        scheme = numerics.of("attention")
         width, heads = config.hidden_size, config.num_attention_heads
         queries = heads * config.qk_head_dim
         latent = config.kv_lora_rank + config.qk_rope_head_dim
         expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)
         if config.q_lora_rank is None:
-            self.q_proj = Linear(width, queries, precision=precision)
+            self.q_proj = Linear(width, queries, scheme)
         else:
-            self.q_a_proj = Linear(width, config.q_lora_rank, precision=precision)
+            self.q_a_proj = Linear(width, config.q_lora_rank, scheme)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPSILON)
-            self.q_b_proj = Linear(config.q_lora_rank, queries, precision=precision)
-        self.kv_a_proj_with_mqa = Linear(width, latent, precision=precision)
+            self.q_b_proj = Linear(config.q_lora_rank, queries, scheme)
+        self.kv_a_proj_with_mqa = Linear(width, latent, scheme)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPSILON)
-        self.kv_b_proj = Linear(config.kv_lora_rank, expanded, precision=precision)
-        self.o_proj = Linear(heads * config.v_head_dim, width, precision=precision)
+        self.kv_b_proj = Linear(config.kv_lora_rank, expanded, scheme)
+        self.o_proj = Linear(
+            heads * config.v_head_dim, width, numerics.of("attention", keeps_e5m6=True)
+        )
         self.scale = config.qk_head_dim**-0.5 * softmax_factor(config.rope_scaling)
 
     def forward(self, x_BSD: Float[Tensor, "B S D"], batch: Pass) -> Float[Tensor, "B S D"]:

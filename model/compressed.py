@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.model import V4Config
-from configs.train import Precision
 from model.compressor import BlockIndexer, Compressor, compressed_rotary, fill_ring
-from model.fp8.grouped import grouped_linear
+from model.fp8.grouped import fp8_grouped_linear
 from model.fp8.linear import Linear, together
+from model.fp8.scheme import Fp8, Numerics
 from model.indexer import choose, index_scores
 from model.layers import RMSNorm
 from model.multiquery import Part, Sight, attend, gathered, weigh
@@ -31,21 +31,21 @@ from model.rope import rotate_tail, shared_rotary_table
 class GroupedLinear(nn.Module):
     """A matrix for each group of heads, stacked along the outputs."""
 
-    def __init__(self, inputs: int, outputs: int, groups: int, precision: Precision) -> None:
+    def __init__(self, inputs: int, outputs: int, groups: int, scheme: Fp8 | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(groups * outputs, inputs))
         self.groups = groups
-        self.precision = precision
+        self.scheme = scheme
 
     def forward(self, x_BSHW: Float[Tensor, "B S H W"]) -> Float[Tensor, "B S Y"]:
         """Each group's heads, side by side, through that group's matrix."""
         x_GNI = x_BSHW.flatten(0, 1).unflatten(1, (self.groups, -1)).flatten(2).transpose(0, 1)
         weight_GOI = self.weight.unflatten(0, (self.groups, -1))
-        if self.precision == "high":
+        if self.scheme is None:
             y_GNO = x_GNI @ weight_GOI.transpose(1, 2)
         else:
-            counts_G = torch.full((self.groups,), x_GNI.shape[1], device=x_BSHW.device)
-            y_NO = grouped_linear(x_GNI.flatten(0, 1), weight_GOI, counts_G)
+            counts = [x_GNI.shape[1]] * self.groups
+            y_NO = fp8_grouped_linear(x_GNI.flatten(0, 1), weight_GOI, counts, self.scheme)
             y_GNO = y_NO.unflatten(0, (self.groups, -1))
         y_BSY: Tensor = y_GNO.transpose(0, 1).reshape(*x_BSHW.shape[:2], -1)
         return y_BSY
@@ -54,9 +54,9 @@ class GroupedLinear(nn.Module):
 class PickingCompressor(Compressor):
     """Overlapping blocks with the indexer that picks among them."""
 
-    def __init__(self, config: V4Config, precision: Precision) -> None:
-        super().__init__(config, config.head_dim, config.csa_ratio, series=2)
-        self.indexer = BlockIndexer(config, precision)
+    def __init__(self, config: V4Config, numerics: Numerics) -> None:
+        super().__init__(config, config.head_dim, config.csa_ratio, series=2, numerics=numerics)
+        self.indexer = BlockIndexer(config, numerics)
 
 
 class CompressedAttention(nn.Module):
@@ -64,26 +64,32 @@ class CompressedAttention(nn.Module):
 
     initial_values: ClassVar[dict[str, float]] = {"sinks": 0.0}
 
-    def __init__(self, config: V4Config, layer: int, precision: Precision) -> None:
+    def __init__(self, config: V4Config, layer: int, numerics: Numerics) -> None:
         super().__init__()
         self.config = config
         width, heads, head = config.hidden_size, config.num_attention_heads, config.head_dim
-        self.q_a_proj = Linear(width, config.q_lora_rank, precision=precision)
+        scheme = numerics.of("attention")
+        self.q_a_proj = Linear(width, config.q_lora_rank, scheme)
         self.q_a_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
-        self.q_b_proj = Linear(config.q_lora_rank, heads * head, precision=precision)
-        self.kv_proj = Linear(width, head, precision=precision)
+        self.q_b_proj = Linear(config.q_lora_rank, heads * head, scheme)
+        self.kv_proj = Linear(width, head, scheme)
         self.kv_norm = RMSNorm(head, config.rms_norm_eps)
         self.o_a_proj = GroupedLinear(
-            heads * head // config.o_groups, config.o_lora_rank, config.o_groups, precision
+            heads * head // config.o_groups,
+            config.o_lora_rank,
+            config.o_groups,
+            numerics.of("attention", keeps_e5m6=True),
         )
-        self.o_b_proj = Linear(config.o_groups * config.o_lora_rank, width, precision=precision)
+        self.o_b_proj = Linear(config.o_groups * config.o_lora_rank, width, scheme)
         self.sinks = nn.Parameter(torch.empty(heads))
         self.compressor: Compressor | None = None
         match config.attention_kind(layer):
             case "csa":
-                self.compressor = PickingCompressor(config, precision)
+                self.compressor = PickingCompressor(config, numerics)
             case "hca":
-                self.compressor = Compressor(config, head, config.hca_ratio, series=1)
+                self.compressor = Compressor(
+                    config, head, config.hca_ratio, series=1, numerics=numerics
+                )
         self.sight = Sight(
             config.sliding_window, self.compressor.ratio if self.compressor is not None else 1
         )

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configs.model import V4Config
-from configs.train import Precision
 from model.fp8.linear import Linear, together
+from model.fp8.scheme import HIGH, Numerics
 from model.indexer import NONE, choose, divergence, index_scores
 from model.layers import RMSNorm, widened
 from model.multiquery import Sight, gathered
@@ -39,13 +39,22 @@ class Compressor(nn.Module):
 
     initial_values: ClassVar[dict[str, float]] = {"position_bias": 0.0}
 
-    def __init__(self, config: V4Config, width: int, ratio: int, *, series: int) -> None:
+    def __init__(
+        self,
+        config: V4Config,
+        width: int,
+        ratio: int,
+        *,
+        series: int,
+        numerics: Numerics = HIGH,
+    ) -> None:
         super().__init__()
         self.config = config
         self.ratio = ratio
         self.series = series
-        self.kv_proj = Linear(config.hidden_size, series * width)
-        self.gate_proj = Linear(config.hidden_size, series * width)
+        scheme = numerics.of("compressor")
+        self.kv_proj = Linear(config.hidden_size, series * width, scheme)
+        self.gate_proj = Linear(config.hidden_size, series * width, scheme)
         self.position_bias = nn.Parameter(torch.empty(ratio, series * width))
         self.kv_norm = RMSNorm(width, config.rms_norm_eps)
 
@@ -141,10 +150,12 @@ class BlockIndexer(Compressor):
     dot product, and the rounding of queries and keys to FP4.
     """
 
-    def __init__(self, config: V4Config, precision: Precision) -> None:
-        super().__init__(config, config.index_head_dim, config.csa_ratio, series=2)
+    def __init__(self, config: V4Config, numerics: Numerics) -> None:
+        super().__init__(
+            config, config.index_head_dim, config.csa_ratio, series=2, numerics=numerics
+        )
         queries = config.index_n_heads * config.index_head_dim
-        self.q_b_proj = Linear(config.q_lora_rank, queries, precision=precision)
+        self.q_b_proj = Linear(config.q_lora_rank, queries, numerics.of("indexer"))
         self.scorer = nn.ModuleDict(
             {"weights_proj": Linear(config.hidden_size, config.index_n_heads)}
         )

@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from configs.model import V3Config, V32Config
-from configs.train import Precision
 from model.attention import LatentAttention
 from model.dispatch import TokenDispatcher
 from model.engram import Engram, engram_before
 from model.fp8.linear import Linear
+from model.fp8.scheme import Numerics
 from model.layers import RMSNorm, SwiGLU
 from model.moe import MoE
 from model.passes import Pass
@@ -23,20 +23,22 @@ class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward, dense or of experts."""
 
     def __init__(
-        self, config: V3Config, index: int, precision: Precision, dispatcher: TokenDispatcher
+        self, config: V3Config, index: int, numerics: Numerics, dispatcher: TokenDispatcher
     ) -> None:
         super().__init__()
-        self.engram: Engram | None = engram_before(config, index)
+        self.engram: Engram | None = engram_before(config, index, numerics)
         self.self_attn: LatentAttention = (
-            SparseLatentAttention(config, precision)
+            SparseLatentAttention(config, numerics)
             if isinstance(config, V32Config)
-            else LatentAttention(config, precision)
+            else LatentAttention(config, numerics)
         )
         self.mlp: nn.Module
         if config.has_experts(index):
-            self.mlp = MoE(config, index, precision, dispatcher)
+            self.mlp = MoE(config, index, numerics, dispatcher)
         else:
-            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, precision)
+            self.mlp = SwiGLU(
+                config.hidden_size, config.intermediate_size, numerics.of("dense_ffn")
+            )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -58,11 +60,12 @@ class MtpLayer(DecoderLayer):
     and so does this. Embedding and output head are the main model's.
     """
 
-    def __init__(self, config: V3Config, precision: Precision, dispatcher: TokenDispatcher) -> None:
-        super().__init__(config, config.num_hidden_layers, precision, dispatcher)
+    def __init__(self, config: V3Config, numerics: Numerics, dispatcher: TokenDispatcher) -> None:
+        super().__init__(config, config.num_hidden_layers, numerics, dispatcher)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
+        width, scheme = config.hidden_size, numerics.of("mtp_projection")
+        self.eh_proj = Linear(2 * width, width, scheme)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def predict(

@@ -16,7 +16,7 @@ Before hashing, tokens that spell the same but for case, accents and white space
 so that weights bring along what they were trained with. Without `set_vocabulary` every token stands
 for itself.
 
-Key and value projections stay in high precision, whatever the layer's: a few layers have them.
+Key and value projections are in high precision unless asked otherwise: a few layers have them.
 Gradients of the table are dense: at each step AdamW moves the moments of every row, whichever were
 read, and gradients take as much memory as the table. Tables of the published size would need a
 sparse optimiser.
@@ -41,6 +41,7 @@ from configs.engram import EngramConfig
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from model.fp8.linear import Linear
+from model.fp8.scheme import HIGH, Numerics
 from model.layers import widened
 from model.passes import Cache, Pass, Step, Whole
 
@@ -58,7 +59,7 @@ class Engram(nn.Module):
     rows_H: Tensor
     offsets_H: Tensor
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, numerics: Numerics = HIGH) -> None:
         super().__init__()
         engram = config.engram
         assert engram is not None
@@ -72,8 +73,9 @@ class Engram(nn.Module):
         self.register_buffer("canonical_ids", identity)
         self.register_buffer("multipliers", multipliers(engram, layer, config.vocab_size))
         self.table = MemoryTable(total, engram.head_dim, on_host=engram.table_device == "host")
-        self.key_proj = Linear(engram.width, config.streams * width)
-        self.value_proj = Linear(engram.width, width)
+        scheme = numerics.of("engram")
+        self.key_proj = Linear(engram.width, config.streams * width, scheme)
+        self.value_proj = Linear(engram.width, width, scheme)
         self.query_norm = StreamNorm(config.streams, width, epsilon)
         self.key_norm = StreamNorm(config.streams, width, epsilon)
         self.short_conv = ShortConv(engram, config.streams, width, epsilon)
@@ -248,11 +250,11 @@ class ShortConv(nn.Module):
             cache_BPND.copy_(_last(normed_BSND, batch.lengths_B, cache_BPND.shape[1]))
 
 
-def engram_before(config: ModelConfig, layer: int) -> Engram | None:
+def engram_before(config: ModelConfig, layer: int, numerics: Numerics) -> Engram | None:
     """The memory read in front of `layer`, if the config has one there."""
     if config.engram is None or layer not in config.engram.layer_ids:
         return None
-    return Engram(config, layer)
+    return Engram(config, layer, numerics)
 
 
 def set_vocabulary(model: nn.Module, canonical: Sequence[int]) -> None:

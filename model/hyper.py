@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from configs.model import V4Config
-from configs.train import Precision
 from model.compressed import CompressedAttention
 from model.dispatch import TokenDispatcher
 from model.engram import Engram, engram_before
 from model.fp8.linear import Linear
+from model.fp8.scheme import Numerics
 from model.layers import RMSNorm, widened
 from model.moe import MoE
 from model.passes import Pass, Whole
@@ -104,12 +104,12 @@ class HyperLayer(nn.Module):
     """Attention and experts over streams, each behind a norm and inside a hyper-connection."""
 
     def __init__(
-        self, config: V4Config, index: int, precision: Precision, dispatcher: TokenDispatcher
+        self, config: V4Config, index: int, numerics: Numerics, dispatcher: TokenDispatcher
     ) -> None:
         super().__init__()
-        self.engram: Engram | None = engram_before(config, index)
-        self.self_attn = CompressedAttention(config, index, precision)
-        self.mlp = MoE(config, index, precision, dispatcher)
+        self.engram: Engram | None = engram_before(config, index, numerics)
+        self.self_attn = CompressedAttention(config, index, numerics)
+        self.mlp = MoE(config, index, numerics, dispatcher)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn_hc = HyperConnection(config)
@@ -139,13 +139,13 @@ class HyperMtpLayer(HyperLayer):
     given, and one of each stream. Embedding and output head are the main model's.
     """
 
-    def __init__(self, config: V4Config, precision: Precision, dispatcher: TokenDispatcher) -> None:
-        super().__init__(config, config.num_hidden_layers, precision, dispatcher)
+    def __init__(self, config: V4Config, numerics: Numerics, dispatcher: TokenDispatcher) -> None:
+        super().__init__(config, config.num_hidden_layers, numerics, dispatcher)
         width = config.hidden_size
         self.enorm = RMSNorm(width, config.rms_norm_eps)
         self.hnorm = RMSNorm(width, config.rms_norm_eps)
-        self.e_proj = Linear(width, width)
-        self.h_proj = Linear(width, width)
+        self.e_proj = Linear(width, width, numerics.of("mtp_projection"))
+        self.h_proj = Linear(width, width, numerics.of("mtp_projection"))
         self.norm = RMSNorm(width, config.rms_norm_eps)
         self.hc_head = HyperHead(config)
 

@@ -9,9 +9,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from configs.seed import derive
-from configs.train import Precision
-from model.fp8.linear import Linear, together
-from model.swiglu import gated, swiglu
+from model.fp8.experts import fp8_swiglu
+from model.fp8.linear import Linear
+from model.fp8.scheme import Fp8
+from model.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
@@ -66,22 +67,21 @@ class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases."""
 
     def __init__(
-        self, width: int, inner: int, precision: Precision, limit: float | None = None
+        self, width: int, inner: int, scheme: Fp8 | None, limit: float | None = None
     ) -> None:
         super().__init__()
         self.limit = limit
-        self.gate_proj = Linear(width, inner, precision=precision)
-        self.up_proj = Linear(width, inner, precision=precision)
-        self.down_proj = Linear(inner, width, precision=precision)
+        self.gate_proj = Linear(width, inner, scheme)
+        self.up_proj = Linear(width, inner, scheme)
+        self.down_proj = Linear(inner, width, scheme)
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Apply to each last-dim vector."""
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if gate.precision == "high":
-            return swiglu(x, gate.weight, up.weight, down.weight, self.limit)
-        y_gate, y_up = together(x, gate, up)
-        out: Tensor = down(gated(y_gate, y_up, self.limit))
-        return out
+        gate_ID, up_ID = self.gate_proj.weight, self.up_proj.weight
+        down_DI, scheme = self.down_proj.weight, self.gate_proj.scheme
+        if scheme is None:
+            return swiglu(x, gate_ID, up_ID, down_DI, self.limit)
+        return fp8_swiglu(x, gate_ID, up_ID, down_DI, self.limit, scheme)
 
 
 def seeded_normal(shape: tuple[int, ...], std: float, seed: int, *names: str | int) -> Tensor:

@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
+from model.fp8.linear import Linear
 from model.layers import widened
 
 CHUNK_ROWS = 512
@@ -23,6 +25,16 @@ enough rows to make adding to the head's gradient cheap."""
 
 UNSCORED = -1
 """The target of a row that says nothing."""
+
+
+def cross_entropy(
+    x_ND: Float[Tensor, "N D"], head: Linear, targets_N: Int[Tensor, " N"]
+) -> Float[Tensor, ""]:
+    """`linear_cross_entropy` of the head, or of the logits that it makes in FP8."""
+    if head.scheme is None:
+        return linear_cross_entropy(x_ND, head.weight, targets_N)
+    logits_NV = widened(head(x_ND))
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=UNSCORED, reduction="sum")
 
 
 def linear_cross_entropy(

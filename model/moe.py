@@ -15,21 +15,23 @@ from torch.nn import functional as F
 
 from configs.model import ModelConfig, V3Config, V4Config
 from configs.seed import derive
-from configs.train import Precision
 from model.dispatch import Dispatched, TokenDispatcher
-from model.fp8.grouped import grouped_linear
+from model.fp8.experts import fp8_grouped_swiglu
+from model.fp8.linear import fp8_linears
+from model.fp8.scheme import HIGH, Fp8, Numerics
 from model.layers import SwiGLU, widened
-from model.swiglu import gated, grouped_swiglu
+from model.swiglu import grouped_swiglu
 
 
 class Gate(nn.Module):
-    """Chooses K experts a token; scores in float32 whatever the model's precision."""
+    """Chooses K experts a token, by scores in float32."""
 
     e_score_correction_bias: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, numerics: Numerics = HIGH) -> None:
         super().__init__()
         self.config = config
+        self.scheme = numerics.of("gate")
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
@@ -40,7 +42,10 @@ class Gate(nn.Module):
 
         Only a table asks which tokens the rows of `x` stand for.
         """
-        logits_TE = F.linear(widened(x_TD), widened(self.weight))
+        if self.scheme is None:
+            logits_TE = F.linear(widened(x_TD), widened(self.weight))
+        else:
+            logits_TE = widened(fp8_linears(x_TD, self.scheme, self.weight)[0])
         if isinstance(self.config, V4Config):
             # Further down the softplus underflows to 0, where a root has no slope.
             scores_TE = F.softplus(logits_TE.clamp_min(-80)).sqrt()
@@ -74,8 +79,8 @@ class HashGate(Gate):
 
     tid2eid: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, numerics: Numerics = HIGH) -> None:
+        super().__init__(config, numerics)
         del self.e_score_correction_bias
         shape = config.vocab_size, config.num_experts_per_tok
         self.register_buffer("tid2eid", torch.zeros(shape, dtype=torch.int64))
@@ -98,23 +103,21 @@ class HashGate(Gate):
 class RoutedExperts(nn.Module):
     """The routed experts that live on this device, stacked."""
 
-    def __init__(self, config: ModelConfig, local: range, precision: Precision) -> None:
+    def __init__(self, config: ModelConfig, local: range, scheme: Fp8 | None) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(len(local), 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(len(local), width, inner))
         self.local = local
-        self.precision = precision
+        self.scheme = scheme
         self.limit = config.swiglu_limit if isinstance(config, V4Config) else None
 
     def forward(self, sent: Dispatched) -> Float[Tensor, "R D"]:
         """Each row's sum of what its visits give: an expert's SwiGLU times the visit's gate."""
-        if self.precision == "high":
-            return grouped_swiglu(sent, self.gate_up_proj, self.down_proj, self.limit)
-        inner_NJ = grouped_linear(sent.copies(), self.gate_up_proj, sent.counts_E, halves=2)
-        gate_NI, up_NI = inner_NJ.chunk(2, dim=-1)
-        inner_NI = gated(gate_NI, up_NI, self.limit)
-        return sent.collect(grouped_linear(inner_NI, self.down_proj, sent.counts_E))
+        gate_up_EJD, down_EDI = self.gate_up_proj, self.down_proj
+        if self.scheme is None:
+            return grouped_swiglu(sent, gate_up_EJD, down_EDI, self.limit)
+        return fp8_grouped_swiglu(sent, gate_up_EJD, down_EDI, self.limit, self.scheme)
 
 
 class MoE(nn.Module):
@@ -131,19 +134,19 @@ class MoE(nn.Module):
         self,
         config: ModelConfig,
         layer: int,
-        precision: Precision,
+        numerics: Numerics,
         dispatcher: TokenDispatcher,
     ) -> None:
         super().__init__()
         self.config = config
         self.dispatcher = dispatcher
         local = dispatcher.local_experts(config.n_routed_experts)
-        self.gate = HashGate(config) if config.routes_by_hash(layer) else Gate(config)
-        self.experts = RoutedExperts(config, local, precision)
+        self.gate = (HashGate if config.routes_by_hash(layer) else Gate)(config, numerics)
+        self.experts = RoutedExperts(config, local, numerics.of("routed_experts"))
         self.shared_experts = SwiGLU(
             config.hidden_size,
             config.n_shared_experts * config.moe_intermediate_size,
-            precision,
+            numerics.of("shared_experts"),
             limit=self.experts.limit,
         )
         # Of integers: a model cast to a narrow type must still count.

@@ -1,7 +1,7 @@
 """AdamW as DeepSeek-V3 sets it, and learning-rate schedules as pure functions of the step."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,65 @@ from configs.train import OptimConfig
 from model.engram import MemoryTable
 
 
-def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, whose moments rest in a type of their own between steps.
+
+    DeepSeek-V3 keeps them in bfloat16 (section 3.3.3). A step widens one parameter's moments at a
+    time to float32 and rounds them to nearest when it is done.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
+        super().__init__(
+            groups,
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=config.epsilon,
+            fused=True,
+        )
+        self.rest_dtype = getattr(torch, config.moments)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One update of every parameter that has a gradient; closures are not called."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+
+    def rest(self, moment: Tensor) -> Tensor:
+        """`moment` in the type that moments rest in, as a tensor of its own."""
+        return moment.to(self.rest_dtype, copy=True)
+
+    def _update(self, parameter: Tensor, slope: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0, device=parameter.device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(parameter, dtype=self.rest_dtype)
+        state["step"] += 1
+        first, second = (state[name].to(parameter.dtype) for name in ("exp_avg", "exp_avg_sq"))
+        torch._fused_adamw_(
+            [parameter],
+            [slope],
+            [first],
+            [second],
+            [],
+            [state["step"]],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+        if first is not state["exp_avg"]:
+            state["exp_avg"].copy_(first)
+            state["exp_avg_sq"].copy_(second)
+
+
+def adamw(model: nn.Module, config: OptimConfig) -> AdamW:
     """Weight decay on matrices only, AdamW's update for every parameter.
 
     A matrix is what has at least two dimensions and begins at random, V4's generators of
@@ -40,13 +98,7 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         groups.append(
             {"params": tables, "weight_decay": 0.0, "lr_factor": factor, "lr": rate * factor}
         )
-    return torch.optim.AdamW(
-        groups,
-        lr=rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        fused=True,
-    )
+    return AdamW(groups, config)
 
 
 def warmup_cosine(
@@ -63,9 +115,7 @@ def warmup_cosine(
     return final_share + (1 - final_share) * cosine
 
 
-def moments(
-    optimizer: torch.optim.AdamW, named: Iterable[tuple[str, nn.Parameter]]
-) -> dict[str, Tensor]:
+def moments(optimizer: AdamW, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
     """First and second moments by parameter name: `exp_avg/<name>`, `exp_avg_sq/<name>`."""
     found = {}
     for name, parameter in named:
@@ -77,7 +127,7 @@ def moments(
 
 
 def restore_moments(
-    optimizer: torch.optim.AdamW,
+    optimizer: AdamW,
     named: Iterable[tuple[str, nn.Parameter]],
     tensors: Mapping[str, Tensor],
     step: int,
@@ -86,8 +136,8 @@ def restore_moments(
     for name, parameter in named:
         optimizer.state[parameter] = {
             "step": torch.tensor(float(step)),
-            "exp_avg": tensors[f"exp_avg/{name}"].clone(),
-            "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].clone(),
+            "exp_avg": optimizer.rest(tensors[f"exp_avg/{name}"]),
+            "exp_avg_sq": optimizer.rest(tensors[f"exp_avg_sq/{name}"]),
         }
 
 

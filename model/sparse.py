@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.model import V32Config
-from configs.train import Precision
 from model.attention import (
     Expanded,
     LatentAttention,
@@ -35,6 +34,7 @@ from model.attention import (
     remember,
 )
 from model.fp8.linear import Linear
+from model.fp8.scheme import Numerics
 from model.gathering import over_chosen
 from model.indexer import NONE, choose, divergence, index_scores
 from model.passes import Cache, Pass, Step, Whole
@@ -61,12 +61,13 @@ class LightningIndexer(nn.Module):
     dot product, and the rounding of queries and keys to FP8.
     """
 
-    def __init__(self, config: V32Config, precision: Precision) -> None:
+    def __init__(self, config: V32Config, numerics: Numerics) -> None:
         super().__init__()
         self.config = config
         heads, width = config.index_n_heads, config.index_head_dim
-        self.wq_b = Linear(config.q_lora_rank, heads * width, precision=precision)
-        self.wk = Linear(config.hidden_size, width, precision=precision)
+        scheme = numerics.of("indexer")
+        self.wq_b = Linear(config.q_lora_rank, heads * width, scheme)
+        self.wk = Linear(config.hidden_size, width, scheme)
         self.k_norm = KeyNorm(width, eps=1e-6)
         self.weights_proj = Linear(config.hidden_size, heads)
 
@@ -106,9 +107,9 @@ class Index:
 class SparseLatentAttention(LatentAttention):
     """MLA over the tokens that the indexer picks."""
 
-    def __init__(self, config: V32Config, precision: Precision) -> None:
-        super().__init__(config, precision)
-        self.indexer = LightningIndexer(config, precision)
+    def __init__(self, config: V32Config, numerics: Numerics) -> None:
+        super().__init__(config, numerics)
+        self.indexer = LightningIndexer(config, numerics)
         self.keep = config.index_topk
 
     def forward(self, x_BSD: Float[Tensor, "B S D"], batch: Pass) -> Float[Tensor, "B S D"]:

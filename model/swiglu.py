@@ -3,8 +3,8 @@
 Left to autograd, each small operation would keep its result and allocate its gradient, and rows
 would be copied for their experts and back again; on a CPU that costs as much as the matrix
 products. Here a forward pass keeps its input and the products of gate and up alone, and the
-backward pass makes everything else again; where none can follow, nothing is kept. FP8 products,
-whose derivatives are other products, go through `gated`.
+backward pass makes everything else again; where none can follow, nothing is kept. FP8 products
+are in `model.fp8.experts`.
 
 Axes: R rows, N visits of a row to an expert, C visits of a group of experts, D width, I inner
 width, J = 2 I gate and up side by side, E experts, M room for visits to an expert, X = E * M.
@@ -30,14 +30,6 @@ product: calls and threads then cost more than padding does. With fewer visits m
 none, and a product over all of them would read every weight for nothing."""
 
 
-def gated(
-    gate: Float[Tensor, "*B I"], up: Float[Tensor, "*B I"], limit: float | None
-) -> Float[Tensor, "*B I"]:
-    """silu(gate) * up, after gate <= limit and |up| <= limit where there is one (V4)."""
-    result: Tensor = _Gated.apply(gate, up, limit)
-    return result
-
-
 def swiglu(
     x: Float[Tensor, "*B D"],
     gate_ID: Float[Tensor, "I D"],
@@ -47,7 +39,7 @@ def swiglu(
 ) -> Float[Tensor, "*B D"]:
     """The whole of it for each last-dim vector, in the tensors' own precision."""
     if not torch.is_grad_enabled():
-        return _activation(x @ gate_ID.T, x @ up_ID.T, limit) @ down_DI.T
+        return activation(x @ gate_ID.T, x @ up_ID.T, limit) @ down_DI.T
     result: Tensor = _SwiGLU.apply(x.reshape(-1, x.shape[-1]), gate_ID, up_ID, down_DI, limit)
     return result.view(x.shape)
 
@@ -89,24 +81,27 @@ def _padded(
     x_EMD = sent.x_RD.index_select(0, row_X).unflatten(0, (experts, most))
     # With so few rows, a product is quickest when the matrix is its left side and not transposed.
     gate_EIM, up_EIM = torch.bmm(gate_up_EJD, x_EMD.mT).chunk(2, dim=1)
-    y_EMD = torch.bmm(_activation(gate_EIM, up_EIM, limit).mT, down_EDI.mT)
+    y_EMD = torch.bmm(activation(gate_EIM, up_EIM, limit).mT, down_EDI.mT)
     y_ND = y_EMD.flatten(0, 1).index_select(0, place_N)
     return sent.collect(y_ND)
 
 
-def _halves(inner_NJ: Tensor) -> tuple[Tensor, Tensor]:
+def halves(inner_NJ: Tensor) -> tuple[Tensor, Tensor]:
     """Gate and up, as views."""
     gate_NI, up_NI = inner_NJ.chunk(2, dim=1)
     return gate_NI, up_NI
 
 
-def _activation(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
+def activation(
+    gate: Float[Tensor, "*B I"], up: Float[Tensor, "*B I"], limit: float | None
+) -> Float[Tensor, "*B I"]:
+    """silu(gate) * up, after gate <= limit and |up| <= limit where there is one (V4)."""
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return F.silu(gate).mul_(up)
 
 
-def _slopes(
+def slopes(
     gate: Tensor,
     up: Tensor,
     dy: Tensor,
@@ -137,22 +132,6 @@ def _slopes(
     return y, d_weight
 
 
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.limit = limit
-        return _activation(gate, up, limit)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        _slopes(gate, up, grads[0].clone(), ctx.limit, d_gate, d_up)
-        return d_gate, d_up, None
-
-
 class _SwiGLU(torch.autograd.Function):
     """Gate and up are multiplied as one matrix: narrow products are slow ones."""
 
@@ -164,7 +143,7 @@ class _SwiGLU(torch.autograd.Function):
         inner_NJ = x @ gate_up_JD.T
         ctx.save_for_backward(x, inner_NJ, gate_ID, up_ID, down_DI)
         ctx.limit = limit
-        return _activation(*_halves(inner_NJ), limit) @ down_DI.T
+        return activation(*halves(inner_NJ), limit) @ down_DI.T
 
     @staticmethod
     @once_differentiable
@@ -172,7 +151,7 @@ class _SwiGLU(torch.autograd.Function):
         x, inner_NJ, gate_ID, up_ID, down_DI = ctx.saved_tensors
         (dy,) = grads
         d_inner_NJ = torch.empty_like(inner_NJ)
-        inner_NI, _ = _slopes(*_halves(inner_NJ), dy @ down_DI, ctx.limit, *_halves(d_inner_NJ))
+        inner_NI, _ = slopes(*halves(inner_NJ), dy @ down_DI, ctx.limit, *halves(d_inner_NJ))
         d_gate_up_JD = d_inner_NJ.T @ x
         d_gate_ID, d_up_ID = d_gate_up_JD.split([len(gate_ID), len(up_ID)])
         return d_inner_NJ @ torch.cat([gate_ID, up_ID]), d_gate_ID, d_up_ID, dy.T @ inner_NI, None
@@ -203,7 +182,7 @@ class _Grouped(torch.autograd.Function):
             else:
                 inner_CJ = x_RD.new_empty(len(rows_C), gate_up.shape[1])
             group.each_mm(x_CD, gate_up[group.experts].mT, inner_CJ)
-            inner_CI = _activation(*_halves(inner_CJ), limit)
+            inner_CI = activation(*halves(inner_CJ), limit)
             if gates_N is not None:
                 inner_CI.mul_(gates_N[group.visits, None])
             y_CD = group.each_mm(inner_CI, down[group.experts].mT, x_CD)
@@ -225,11 +204,11 @@ class _Grouped(torch.autograd.Function):
             d_inner_CI = dy_CD.new_empty(len(dy_CD), down.shape[2])
             group.each_mm(dy_CD, down[group.experts], d_inner_CI)
             d_inner_CJ = torch.empty_like(inner_CJ)
-            inner_CI, d_gates_C = _slopes(
-                *_halves(inner_CJ),
+            inner_CI, d_gates_C = slopes(
+                *halves(inner_CJ),
                 d_inner_CI,
                 ctx.limit,
-                *_halves(d_inner_CJ),
+                *halves(d_inner_CJ),
                 None if gates_N is None else gates_N[group.visits],
             )
             if d_gates_C is not None:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from configs.errors import DataError
 from configs.model import ModelConfig, V3Config, V4Config
@@ -28,6 +27,7 @@ from configs.train import Precision
 from model.decoder import DecoderLayer, MtpLayer
 from model.dispatch import LocalDispatcher, TokenDispatcher
 from model.fp8.linear import Linear
+from model.fp8.scheme import Numerics
 from model.hyper import HyperHead, HyperLayer, HyperMtpLayer
 from model.layers import RMSNorm, seeded_normal, widened
 from model.moe import HashGate, MoE, RoutedExperts
@@ -45,41 +45,41 @@ class Predictions:
     """The state from which position i predicts token i + 1."""
     after_next_BSD: Tensor | None
     """From the MTP layer: position i predicts token i + 2; the last position has no input."""
-    head_VD: Tensor
+    head: Linear
     indexer_loss: Tensor | None
     """Sum over sparse attentions of the mean KL of a query, in nats; none if not asked for."""
 
     @property
     def next_BSV(self) -> Float[Tensor, "B S V"]:
         """Logits of the next token, in float32 at least."""
-        return _logits(self.next_BSD, self.head_VD)
+        return _logits(self.next_BSD, self.head)
 
     @property
     def after_next_BSV(self) -> Float[Tensor, "B S V"] | None:
         """Logits of the token after next, if there is an MTP layer."""
-        return None if self.after_next_BSD is None else _logits(self.after_next_BSD, self.head_VD)
+        return None if self.after_next_BSD is None else _logits(self.after_next_BSD, self.head)
 
 
 class Decoder(nn.Module):
     """Embedding, layers (the MTP layer last, if any) and final norm."""
 
     def __init__(
-        self, config: ModelConfig, precision: Precision, dispatcher: TokenDispatcher
+        self, config: ModelConfig, numerics: Numerics, dispatcher: TokenDispatcher
     ) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers: list[nn.Module]
         if isinstance(config, V4Config):
-            layers = [HyperLayer(config, i, precision, dispatcher) for i in range(config.depth)]
+            layers = [HyperLayer(config, i, numerics, dispatcher) for i in range(config.depth)]
             if config.num_nextn_predict_layers:
-                layers.append(HyperMtpLayer(config, precision, dispatcher))
+                layers.append(HyperMtpLayer(config, numerics, dispatcher))
             self.hc_head = HyperHead(config)
         else:
             assert isinstance(config, V3Config)
-            layers = [DecoderLayer(config, i, precision, dispatcher) for i in range(config.depth)]
+            layers = [DecoderLayer(config, i, numerics, dispatcher) for i in range(config.depth)]
             if config.num_nextn_predict_layers:
-                layers.append(MtpLayer(config, precision, dispatcher))
+                layers.append(MtpLayer(config, numerics, dispatcher))
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -103,22 +103,23 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """A causal language model of any family.
 
-    `precision` reaches every Linear and expert of the layers; embedding, head, gate, norms,
-    `eh_proj`, hyper-connections, compressors, the attention operator and the loss stay in high
-    precision (DeepSeek-V3, section 3.3.1).
+    `precision = "fp8"` means what `configs.train.Fp8Config` says by default; a `Numerics` says
+    anything else.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         *,
-        precision: Precision = "high",
+        precision: Precision | Numerics = "high",
         dispatcher: TokenDispatcher | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config, precision, dispatcher or LocalDispatcher())
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.numerics = precision if isinstance(precision, Numerics) else Numerics(precision)
+        self.model = Decoder(config, self.numerics, dispatcher or LocalDispatcher())
+        scheme = self.numerics.of("head")
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, scheme)
 
     def initialize(self, seed: int) -> "Transformer":
         """Fill every parameter as the table in this file's docstring says; returns self."""
@@ -175,7 +176,7 @@ class Transformer(nn.Module):
             )
         losses = batch.indexer_losses
         indexer_loss = torch.stack(losses).sum() if losses else None
-        return Predictions(normed_BSD, ahead_BSD, self.lm_head.weight, indexer_loss)
+        return Predictions(normed_BSD, ahead_BSD, self.lm_head, indexer_loss)
 
     def read(self, batch: Pass) -> Float[Tensor, "B S D"]:
         """The normed state after the main model; with caches in `batch`, they are brought up."""
@@ -183,7 +184,7 @@ class Transformer(nn.Module):
 
     def logits(self, normed_BSD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
         """What the output head makes of states that `read` gave; in float32 at least."""
-        return _logits(normed_BSD, self.lm_head.weight)
+        return _logits(normed_BSD, self.lm_head)
 
     def new_caches(self, rows: int, tokens: int) -> Caches:
         """Empty caches for `rows` rows of at most `tokens` tokens, of the main model's layers."""
@@ -214,5 +215,5 @@ def _check_tokens(tokens_BS: Tensor, vocabulary: int) -> None:
             )
 
 
-def _logits(normed_BSD: Tensor, head_VD: Tensor) -> Tensor:
-    return widened(F.linear(normed_BSD, head_VD))
+def _logits(normed_BSD: Tensor, head: Linear) -> Tensor:
+    return widened(head(normed_BSD))

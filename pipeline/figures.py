@@ -6,7 +6,12 @@ from stages.artifacts import Artifact, Bundle, Checkpoint, Corpus, Report
 from stages.telemetry import METRICS, read_metrics
 
 _STEP_FIGURES = ("reward", "loss", "tokens_per_second")
-_HEADLINES = ("before_pass_at_1", "after_pass_at_1", "after_bits_per_byte")
+_HEADLINES = (
+    *("before_pass_at_1", "after_pass_at_1", "after_bits_per_byte"),
+    *("relative_gap", "relative_gap_spread", "largest_gap"),
+)
+_SHARES = frozenset({"relative_gap", "relative_gap_spread", "largest_gap"})
+"""So small and so alike that people compare them in percent."""
 
 
 def key_figures(artifact: Artifact) -> dict[str, float]:
@@ -44,8 +49,12 @@ def scalars(record: Mapping[str, object]) -> dict[str, float]:
 
 
 def show_figures(figures: Mapping[str, float]) -> str:
-    """Figures in one line: `loss 1.234, tokens per second 3,900`."""
-    return ", ".join(f"{name.replace('_', ' ')} {show_number(v)}" for name, v in figures.items())
+    """Figures in one line: `loss 1.234, tokens per second 3,900`, `relative gap 0.083 %`."""
+    return ", ".join(f"{name.replace('_', ' ')} {_show(name, v)}" for name, v in figures.items())
+
+
+def _show(name: str, value: float) -> str:
+    return f"{100 * value:.3f} %" if name in _SHARES else show_number(value)
 
 
 def show_number(value: float) -> str:

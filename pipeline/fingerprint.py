@@ -9,7 +9,7 @@ stage's revision. Paths, machines and logging are provenance and never enter.
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -102,8 +102,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], config: Frozen) 
     reasons += _config_differences(old["config"], new["config"], config)
     reasons += _read_differences(old.get("reads", {}), new.get("reads", {}), "")
     for name in sorted({*old["inputs"], *new["inputs"]}):
-        if old["inputs"].get(name) != new["inputs"].get(name):
-            reasons.append(f"input {name} changed")
+        before, after = old["inputs"].get(name), new["inputs"].get(name)
+        if before != after:
+            how = "added" if before is None else "gone" if after is None else "changed"
+            reasons.append(f"input {name} {how}")
     return tuple(reasons)
 
 
@@ -112,12 +114,19 @@ def _config_differences(
 ) -> list[str]:
     before, after = _flatten(old), _flatten(new)
     reasons = []
-    for path in sorted({*before, *after}):
+    paths = {*before, *after}
+    for path in sorted(paths):
+        if {} in (before.get(path), after.get(path)) and _lies_above(path, paths):
+            continue  # A section of plain defaults on one side: fields of the other side differ.
         if before.get(path) != after.get(path):
             seen = _show(before[path]) if path in before else _default_at(config, path)
             now = _show(after[path]) if path in after else _value_at(config, path)
             reasons.append(f"{'.'.join(path)}: {seen} -> {now}")
     return reasons
+
+
+def _lies_above(path: tuple[str, ...], paths: Collection[tuple[str, ...]]) -> bool:
+    return any(len(one) > len(path) and one[: len(path)] == path for one in paths)
 
 
 def _flatten(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:

@@ -11,14 +11,16 @@ from configs.data import DataSpec, TokenizerConfig
 from configs.delivery import EvaluateSpec, ExportSpec
 from configs.errors import ConfigError, PlanError
 from configs.imports import ImportSpec
+from configs.parity import ParityConfig, ParitySpec
 from configs.recipe import NodeConfig, Recipe, explain
-from configs.rl import PosttrainSpec
+from configs.rl import PosttrainConfig, PosttrainSpec
 from configs.train import PretrainSpec
 from stages.contract import Planned, Stage
 from stages.data.loop import data
 from stages.evaluate.loop import evaluate
 from stages.export.bundle import export
 from stages.imported import TOKENIZER, imported, read_base
+from stages.loss_parity.loop import PRECISIONS, loss_parity, run_name
 from stages.posttrain.loop import posttrain
 from stages.pretrain.loop import pretrain
 
@@ -29,6 +31,16 @@ IMPORT = "import"
 
 def production(recipe: Recipe) -> Line:
     """Plan everything that a recipe asks for. Runs nothing; PlanError if it cannot be wired."""
+    if recipe.parity is not None:
+        line = compare_precisions(recipe, recipe.parity)
+    else:
+        assert recipe.posttrain is not None
+        line = make_bundles(recipe, recipe.posttrain)
+    return extend(line, recipe.nodes)
+
+
+def make_bundles(recipe: Recipe, asked: PosttrainConfig) -> Line:
+    """From raw text to a bundle for each target, with the model judged on the way."""
     seed = recipe.seed
 
     beginning = begin_pretraining(recipe) if recipe.base is None else begin_importing(recipe)
@@ -36,7 +48,7 @@ def production(recipe: Recipe) -> Line:
     first = beginning["pretrain" if recipe.base is None else IMPORT]
 
     posttrained = posttrain(
-        PosttrainSpec(seed=seed, posttrain=recipe.posttrain),
+        PosttrainSpec(seed=seed, posttrain=asked),
         corpus=corpus,
         base=first,
     )
@@ -54,13 +66,41 @@ def production(recipe: Recipe) -> Line:
         )
         for target in recipe.export.targets
     }
-    line: Line = {
+    return {
         **beginning,
         "posttrain": posttrained,
         "evaluate": report,
         **bundles,
     }
-    return extend(line, recipe.nodes)
+
+
+def compare_precisions(recipe: Recipe, asked: ParityConfig) -> Line:
+    """The same model, trained twice for each seed, and how far the two losses are apart.
+
+    Both trainings of a seed begin with the same values and read the same rows of one corpus.
+    """
+    corpus = data(DataSpec(seed=recipe.seed, data=recipe.data))
+    trained = {
+        (precision, seed): pretrain(
+            PretrainSpec(
+                seed=seed,
+                model=recipe.model,
+                pretrain=recipe.pretrain.model_copy(update={"precision": precision}),
+            ),
+            corpus=corpus,
+        )
+        for seed in asked.seeds
+        for precision in PRECISIONS
+    }
+    report = loss_parity(
+        ParitySpec(parity=asked),
+        **{run_name(precision, seed): one for (precision, seed), one in trained.items()},
+    )
+    return {
+        "data": corpus,
+        **{f"pretrain.{precision}.{seed}": one for (precision, seed), one in trained.items()},
+        "parity": report,
+    }
 
 
 def begin_pretraining(recipe: Recipe) -> Line:

@@ -145,6 +145,9 @@ class NodeDisplay:
         """One line above the live one."""
         self._display.note(message)
 
+    def tag(self, name: str, value: str) -> None:
+        """How a build was made is for its record; what a user should know comes as a note."""
+
 
 def _tell(outcome: Built | Reused | Failed | Blocked) -> str:
     match outcome:

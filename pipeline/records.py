@@ -23,6 +23,8 @@ class Built:
     seconds: float
     figures: Mapping[str, float]
     """Key figures, the most telling first."""
+    shortfall: str | None = None
+    """Why a report is not of what was asked for; none if it is, or if this is no report."""
     tracking_id: str | None = None
     """The MLflow run that shows it, if the server answered."""
     outcome: Literal["built"] = "built"
@@ -39,6 +41,8 @@ class Reused:
     figures: Mapping[str, float]
     built_by: str | None
     """Id of the run that built it."""
+    shortfall: str | None = None
+    """As that of `Built`: what falls short does so however often it is reused."""
     tracking_id: str | None = None
     outcome: Literal["reused"] = "reused"
 
@@ -109,8 +113,11 @@ class Run:
 
     @property
     def succeeded(self) -> bool:
-        """Whether every node that was asked for is there."""
-        done = all(isinstance(one, Built | Reused) for one in self.outcomes.values())
+        """Whether every node that was asked for is there, and shows what it was to show."""
+        done = all(
+            isinstance(one, Built | Reused) and one.shortfall is None
+            for one in self.outcomes.values()
+        )
         return done and bool(self.outcomes) and not self.interrupted
 
 

@@ -1,4 +1,4 @@
-"""Plots of a build's step log and of an evaluation report, as PNG files.
+"""Plots of a build's step log and of a report, as PNG files.
 
 The plotting library's global state is never touched, so that a background thread may draw.
 """
@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -32,9 +33,16 @@ def plot_steps(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]
 
 
 def plot_report(report: Path, folder: Path) -> list[Path]:
-    """Bars of every key figure that a report gives for the model before and after."""
+    """What a report compares: losses of two precisions, or the model before and after."""
     folder.mkdir(parents=True, exist_ok=True)
-    headline = json.loads(report.read_text())["headline"]
+    record = json.loads(report.read_text())
+    if "seeds" in record:
+        return [_plot_parity(record, folder)]
+    return _plot_before_after(record["headline"], folder)
+
+
+def _plot_before_after(headline: Mapping[str, float], folder: Path) -> list[Path]:
+    """Bars of every key figure that there is of both sides."""
     shared = [
         name.removeprefix("before_")
         for name in headline
@@ -48,6 +56,55 @@ def plot_report(report: Path, folder: Path) -> list[Path]:
     for axes, name in zip(_grid(figure, len(shared)), shared, strict=True):
         _draw_pair(axes, headline, name)
     return [_save(figure, folder / "before_after.png")]
+
+
+def _plot_parity(record: Mapping[str, Any], folder: Path) -> Path:
+    """Rolling losses of both precisions above, their rolling gap beside the limit below."""
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    losses, gaps = _grid(figure, 2, stacked=True)
+    seeds, steps = record["seeds"], range(1, record["steps"] + 1)
+    # The one wide and pale, the other thin and dark: losses in parity hide behind each other.
+    looks = {"high": ("#e8a33d", 5.0), "fp8": ("#2f6f9f", 1.5)}
+    for precision, (colour, width) in looks.items():
+        columns = list(
+            zip(*(one["rolling_losses"][precision] for one in seeds.values()), strict=True)
+        )
+        low, high = list(map(min, columns)), list(map(max, columns))
+        losses.fill_between(steps, low, high, color=colour, alpha=0.3, lw=0)
+        losses.plot(steps, list(map(fmean, columns)), color=colour, lw=width, label=precision)
+    for number, (seed, one) in enumerate(seeds.items()):
+        gaps.plot(
+            steps, _percent(one["rolling_gap"]), color=f"C{number % 10}", label=f"seed {seed}"
+        )
+    limit = 100 * record["headline"]["limit"]
+    for side in (-limit, limit):
+        gaps.axhline(side, color="black", ls="--", lw=1, label="limit" if side > 0 else None)
+    gaps.axhline(0, color="black", lw=0.5)
+    first = record["steps"] - record["tail_steps"] + 1
+    for axes in (losses, gaps):
+        axes.axvspan(first - 0.5, record["steps"] + 0.5, color="grey", alpha=0.15, lw=0)
+        axes.grid(alpha=0.3)
+        axes.set_xlim(0.5, record["steps"] + 0.5)
+    losses.legend(fontsize="small", loc="upper right", ncols=2)
+    gaps.legend(fontsize="small", loc="lower left", ncols=6)
+    gaps.set_ylim(-_reach(record, limit), _reach(record, limit))
+    window, mean = record["window_steps"], 100 * record["headline"]["relative_gap"]
+    losses.set_title(f"loss, mean of {window} steps and range over seeds")
+    losses.set_ylabel("nats a token")
+    gaps.set_title(f"relative gap of fp8 to high; {mean:+.3f} % over the grey steps, all seeds")
+    gaps.set_ylabel("percent")
+    gaps.set_xlabel("step")
+    return _save(figure, folder / "loss_parity.png")
+
+
+def _reach(record: Mapping[str, Any], limit: float) -> float:
+    """How many percent the gap's axis shows: the limit, and all that the tail's gaps reach."""
+    tails = [one["rolling_gap"][-record["tail_steps"] :] for one in record["seeds"].values()]
+    return 1.15 * max(2 * limit, *(abs(gap) for tail in tails for gap in _percent(tail)))
+
+
+def _percent(shares: Sequence[float]) -> list[float]:
+    return [100 * share for share in shares]
 
 
 def _groups(names: list[str]) -> Iterator[list[str]]:

@@ -19,6 +19,7 @@ from pipeline.graph import LEFT, Graph, Node, Role, Selection, assign_roles
 from pipeline.provenance import machine_facts, source_digest
 from pipeline.records import Blocked, Built, Failed, Reused, Run
 from pipeline.store import Committed, Slot, Store
+from stages.artifacts import Artifact, Report
 from stages.contract import Tracker, Workspace
 
 
@@ -68,6 +69,11 @@ class Chorus:
         """Tell the user one thing."""
         for member in self.members:
             member.note(message)
+
+    def tag(self, name: str, value: str) -> None:
+        """Mark the build."""
+        for member in self.members:
+            member.tag(name, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +177,7 @@ def _build(
         content=committed.manifest.content,
         seconds=time.monotonic() - started,
         figures=key_figures(committed.artifact),
+        shortfall=_shortfall(committed.artifact),
     )
 
 
@@ -235,4 +242,9 @@ def _reused(committed: Committed, seconds: float) -> Reused:
         seconds=seconds,
         figures=key_figures(committed.artifact),
         built_by=committed.manifest.provenance.get("run"),
+        shortfall=_shortfall(committed.artifact),
     )
+
+
+def _shortfall(artifact: Artifact) -> str | None:
+    return artifact.shortfall if isinstance(artifact, Report) else None

@@ -307,6 +307,11 @@ class Child:
     def note(self, message: str) -> None:
         """Notes are for the user."""
 
+    def tag(self, name: str, value: str) -> None:
+        """Mark the run."""
+        key = metric_name(f"ingot.{name}")
+        self._worker.submit(lambda: self._open().set_tag(self.id(), key, value[:5000]), owed=True)
+
     def close(self, status: str) -> None:
         """Send what is left and end the run."""
         self._worker.unwatch(self)

@@ -125,6 +125,9 @@ class Report(Artifact):
     kind: ClassVar[str] = "report"
     headline: dict[str, float]
     """Key figures, by metric name."""
+    shortfall: str | None = None
+    """Why what was measured is not what was asked for; none if it is. The report is there to be
+    read all the same."""
 
 
 class Parity(Frozen):

@@ -30,6 +30,9 @@ class Tracker(Protocol):
     def note(self, message: str) -> None:
         """Tell the user one thing in one line."""
 
+    def tag(self, name: str, value: str) -> None:
+        """Mark the build with a fact about how it was made."""
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -57,6 +60,9 @@ class Stage(Generic[OutT]):
     config: type[Frozen]
     takes: Mapping[str, type[Artifact]]
     makes: type[OutT]
+    takes_more: type[Artifact] | None = None
+    """The kind of any number of further inputs, under names of the caller's choice; none if the
+    stage takes exactly what `takes` names."""
     reads: Callable[[Any], Mapping[str, Any]] | None = None
     """What the stage reads from outside the line, by content, given its config; JSON values. A
     table of files is `{name: {"bytes": ..., "sha256": ...}}`. It enters identity."""
@@ -67,17 +73,28 @@ class Stage(Generic[OutT]):
             raise PlanError(
                 f"stage {self.name} takes a {self.config.__name__}, not a {type(config).__name__}"
             )
-        if inputs.keys() != self.takes.keys():
-            raise PlanError(
-                f"stage {self.name} takes inputs {sorted(self.takes)}, not {sorted(inputs)}"
-            )
+        self._check_names(config, inputs)
         for name, node in inputs.items():
-            if not issubclass(node.stage.makes, self.takes[name]):
+            kind = self.takes.get(name, self.takes_more)
+            assert kind is not None
+            if not issubclass(node.stage.makes, kind):
                 raise PlanError(
-                    f"stage {self.name}: input {name} must be a {self.takes[name].kind}, "
+                    f"stage {self.name}: input {name} must be a {kind.kind}, "
                     f"but {node.stage.name} makes a {node.stage.makes.kind}"
                 )
         return Planned(stage=self, config=config, inputs=dict(inputs))
+
+    def _check_names(self, config: Frozen, inputs: "Mapping[str, Planned[Artifact]]") -> None:
+        """PlanError unless the function could be called with inputs of these names."""
+        try:
+            # Also finds an input that bears the name of the config's or the workspace's argument.
+            inspect.signature(self.run).bind(config, None, **inputs)
+        except TypeError as error:
+            more = f" and any number of {self.takes_more.kind}s" if self.takes_more else ""
+            raise PlanError(
+                f"stage {self.name} takes inputs {sorted(self.takes)}{more}, "
+                f"not {sorted(inputs)}: {error}"
+            ) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,12 +109,16 @@ class Planned(Generic[OutT]):
 def stage(
     *, revision: int, reads: Callable[[Any], Mapping[str, Any]] | None = None
 ) -> Callable[[Callable[..., OutT]], Stage[OutT]]:
-    """Make a stage of `def name(config, work, *, input: Artifact, ...) -> Artifact`."""
+    """Make a stage of `def name(config, work, *, input: Artifact, ...) -> Artifact`.
+
+    A signature that ends in `**others: Artifact` takes any number of inputs of that kind besides.
+    """
 
     def make(function: Callable[..., OutT]) -> Stage[OutT]:
         hints = get_type_hints(function)
-        parameters = list(inspect.signature(function).parameters.values())
-        config, work, *inputs = (p.name for p in parameters)
+        parameters = inspect.signature(function).parameters
+        config, work, *inputs = (n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD)
+        others = [hints[n] for n, p in parameters.items() if p.kind is p.VAR_KEYWORD]
         if hints[work] is not Workspace or not issubclass(hints[config], Frozen):
             raise PlanError(
                 f"stage {function.__name__} must begin (config: Frozen, work: Workspace)"
@@ -108,6 +129,7 @@ def stage(
             run=function,
             config=hints[config],
             takes={name: hints[name] for name in inputs},
+            takes_more=others[0] if others else None,
             makes=hints["return"],
             reads=reads,
         )

@@ -82,7 +82,12 @@ def _follow(path: Path, tracker: Tracker, done: threading.Event) -> None:
                     offset = file.tell()
                     record = json.loads(line)
                     step = record.pop("step")
+                    notes, tags = record.pop("notes", []), record.pop("tags", {})
                     if step > last_step:
+                        for message in notes:
+                            tracker.note(f"step {step}: {message}")
+                        for name, value in tags.items():
+                            tracker.tag(name, value)
                         tracker.log(record, step=step)
                         last_step = step
         if finishing:

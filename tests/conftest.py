@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from configs.parallel import ClusterConfig, StoreConfig
 from stages.artifacts import Lease
@@ -17,6 +18,9 @@ from stages.contract import Workspace
 # Numbers must not depend on how busy the machine is, nor tests on the network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Triton's kernels run in its interpreter where there is no GPU to compile them for.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # A shell's background jobs ignore Ctrl-C and hand that on; the tests of it would wait in vain.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,6 +35,7 @@ class Recorder:
     started: list[tuple[int, str]] = field(default_factory=list)
     logged: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tags: dict[str, str] = field(default_factory=dict)
 
     def start(self, *, steps: int, unit: str) -> None:
         """Keep the announcement."""
@@ -43,6 +48,10 @@ class Recorder:
     def note(self, message: str) -> None:
         """Keep one line."""
         self.notes.append(message)
+
+    def tag(self, name: str, value: str) -> None:
+        """Keep one mark."""
+        self.tags[name] = value
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ The small model that they run on stands here too.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.model import ModelConfig, V3Config, V4Config, V32Config
+from configs.train import Precision
 from model.attention import LATENT_NORM_EPSILON, LatentAttention
-from model.fp8.format import Quantized, dequantize, quantize
+from model.fp8.quantized import Quantized
+from model.fp8.scheme import Numerics
 from model.moe import Gate, MoE
 from model.multiquery import Sight
 from model.transformer import Transformer
@@ -91,13 +94,13 @@ def tiny_v4(**changes: object) -> V4Config:
 
 
 def random_model(
-    config: ModelConfig = TINY, *, seed: int = 0, precision: str = "high"
+    config: ModelConfig = TINY, *, seed: int = 0, precision: Precision | Numerics = "high"
 ) -> Transformer:
     """A model in evaluation mode whose norms and routing biases are random as well.
 
     Freshly initialised ones are all ones or zeros, which would hide where they are applied.
     """
-    model = Transformer(config, precision=precision).initialize(seed)  # type: ignore[arg-type]
+    model = Transformer(config, precision=precision).initialize(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -114,8 +117,18 @@ def random_tokens(*shape: int, seed: int = 0, config: ModelConfig = TINY) -> Ten
     return torch.randint(config.vocab_size, shape, generator=generator)
 
 
-def quantize_by_tiles(x: Tensor, tile: tuple[int, int], power_of_two: bool = False) -> Quantized:
+def quantize_by_tiles(
+    x: Tensor,
+    tile: tuple[int, int],
+    power_of_two: bool = False,
+    counts: Sequence[int] | None = None,
+) -> Quantized:
     """`quantize` of a matrix, tile after tile, with torch's own float8 cast."""
+    if counts is not None:
+        parts = [quantize_by_tiles(part, tile, power_of_two) for part in x.split(list(counts))]
+        joined_values = torch.cat([q.values for q in parts])
+        return Quantized(joined_values, torch.cat([q.scales for q in parts]), tile, tuple(counts))
+    x = x.float()
     rows, columns = x.shape
     values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
     scales = torch.empty(math.ceil(rows / tile[0]), math.ceil(columns / tile[1]))
@@ -125,6 +138,10 @@ def quantize_by_tiles(x: Tensor, tile: tuple[int, int], power_of_two: bool = Fal
                 slice(i * tile[0], (i + 1) * tile[0]),
                 slice(j * tile[1], (j + 1) * tile[1]),
             )
+            if not bool(x[inside].isfinite().all()):
+                scales[i, j] = torch.nan
+                values[inside] = torch.nan
+                continue
             scale = x[inside].abs().max() / 448.0
             if scale < 2.0**-126:
                 scale = torch.tensor(1.0)
@@ -133,6 +150,32 @@ def quantize_by_tiles(x: Tensor, tile: tuple[int, int], power_of_two: bool = Fal
             scales[i, j] = scale
             values[inside] = (x[inside] / scale).to(torch.float8_e4m3fn)
     return Quantized(values, scales, tile)
+
+
+def exact_by_tiles(q: Quantized) -> Tensor:
+    """The matrix that `q` stands for, tile after tile: float64 holds each product exactly."""
+    out = q.values.double()
+    first = row = 0
+    for count in (len(out),) if q.counts is None else q.counts:
+        for begin in range(first, first + count, q.tile[0]):
+            rows = slice(begin, min(begin + q.tile[0], first + count))
+            for j in range(q.scales.shape[1]):
+                out[rows, j * q.tile[1] : (j + 1) * q.tile[1]] *= q.scales[row, j].double()
+            row += 1
+        first += count
+    return out
+
+
+def relative_gap(x: Tensor, y: Tensor) -> float:
+    """1 - 2 <x, y> / (|x|^2 + |y|^2): 0 for equal tensors, 1 for unrelated ones."""
+    x, y = x.detach().double().flatten(), y.detach().double().flatten()
+    return float((x - y).square().sum() / (x.square().sum() + y.square().sum()))
+
+
+def flushed_share(before: Tensor, after: Tensor) -> float:
+    """What part of the values that were there became zero."""
+    there = before != 0
+    return float((after[there] == 0).double().mean())
 
 
 def next_power_of_two(value: float) -> float:
@@ -145,14 +188,30 @@ def next_power_of_two(value: float) -> float:
 
 def through_fp8(x: Tensor, tile: tuple[int, int]) -> Tensor:
     """What is left of `x` after a trip through float8."""
-    return dequantize(quantize(x, tile))
+    return exact_by_tiles(quantize_by_tiles(x, tile)).float()
 
 
-def fp8_products(x_TI: Tensor, w_OI: Tensor, dy_TO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def through_e5m6(x: Tensor) -> Tensor:
+    """What 12 bits a value leave of finite rows, scaled by powers of two for each 128 columns."""
+    parts = []
+    for part in x.double().split(128, 1):
+        scales = [next_power_of_two(float(row.abs().max().float() / 65024)) for row in part]
+        scale = torch.tensor(scales, dtype=torch.float64)[:, None]
+        # A leading bit and six more, in steps of 2^-20 at least.
+        exponent = (part / scale).frexp().exponent.clamp_min(-13)
+        step = torch.ldexp(torch.ones_like(part), exponent - 7)
+        parts.append((part / scale / step).round() * step * scale)
+    return torch.cat(parts, 1).float()
+
+
+def fp8_products(
+    x_TI: Tensor, w_OI: Tensor, dy_TO: Tensor, *, keeps_e5m6: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """(y, dx, dw) of an FP8 Linear: the three GEMMs of DeepSeek-V3, section 3.3, written out."""
     x8, w8 = through_fp8(x_TI, (1, 128)), through_fp8(w_OI, (128, 128))
+    kept = through_e5m6(x_TI) if keeps_e5m6 else x8
     dx = through_fp8(dy_TO, (1, 128)) @ w8
-    dw = through_fp8(dy_TO, (128, 1)).T @ through_fp8(x8, (128, 1))
+    dw = through_fp8(dy_TO, (128, 1)).T @ through_fp8(kept, (128, 1))
     return x8 @ w8.T, dx, dw
 
 

@@ -120,8 +120,10 @@ def test_a_shipped_recipe_loads_and_bears_its_own_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_a_shipped_recipe_becomes_a_whole_line(name: str) -> None:
-    graph = make_graph(production(load_recipe(name)))
-    assert {node.name for node in graph} >= {"data", "pretrain", "posttrain", "evaluate"}
+    recipe = load_recipe(name)
+    after = {"loss_parity"} if recipe.parity else {"posttrain", "evaluate", "export"}
+    stages = {node.planned.stage.name for node in make_graph(production(recipe))}
+    assert stages == {"data", "pretrain", *after}
 
 
 def test_every_family_has_a_recipe_that_runs_here() -> None:
@@ -205,8 +207,21 @@ def _v4_widths(model: V4Config) -> dict[str, int]:
 def test_a_shipped_recipe_leaves_room_for_its_answers(name: str) -> None:
     recipe = load_recipe(name)
     context = recipe.model.max_position_embeddings
+    if recipe.posttrain is None:
+        assert recipe.parity is not None
+        return
     assert recipe.posttrain.max_new_tokens < context
     assert recipe.evaluate.max_new_tokens < context
+
+
+def test_the_comparison_of_precisions_sees_ten_million_parameters_and_no_token_twice() -> None:
+    recipe = load_recipe("parity")
+    assert recipe.parity is not None
+    assert recipe.parity.limit == 0.0025
+    assert recipe.model.parameters() >= 10_000_000
+    assert {source.type for source in recipe.data.sources.values()} == {"stdlib"}
+    step = recipe.pretrain.batch_sequences * recipe.data.sequence_tokens
+    assert recipe.pretrain.steps * step <= recipe.data.train_tokens
 
 
 def test_the_recipe_of_v4_that_runs_here_has_every_kind_of_layer() -> None:

@@ -1,71 +1,41 @@
-"""Block-scaled E4M3: tensors as float8 values and one float32 scale per tile.
+"""The number formats of FP8 training, as casts: E4M3, UE8M0, E5M6, E2M1.
 
-DeepSeek-V3 (arXiv 2412.19437, section 3.3.2) quantises activations by tiles of 1 x 128 along the
-contracted dim and weights by blocks of 128 x 128, with the scale taken from the tile's own largest
-magnitude. This file defines those numbers; every faster path must reproduce them bit for bit.
+| format | bits | values | used for |
+|---|---|---|---|
+| E4M3 | 8 | 3 bits of mantissa, to ±448, steps of 2^-9 below 2^-6 | operands |
+| UE8M0 | 8 | 2^(code - 127); code 255 is NaN | scales that are powers of two |
+| E5M6 | 12 | float16 less its last 4 bits, to ±65024 | what the Linear after attention keeps |
+| E2M1 | 4 | ±{0, 0.5, 1, 1.5, 2, 3, 4, 6} | FP4 weights, two to a byte |
 
-Axes: R rows, C columns, P stacked matrices, N rows of a batch sorted by expert, E experts.
+Every rounding is to nearest, ties to even.
+
+Axes: A any dims.
 """
 
-from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 E4M3_MAX = 448.0
+E5M6_MAX = 65024.0
+E2M1_MAX = 6.0
 TILE = 128
 SMALLEST_SCALE = 2.0**-126
 """Below the smallest normal float32 a scale has lost bits; such a tile counts as zero."""
 
-
-@dataclass(frozen=True, slots=True)
-class Quantized:
-    """`values * scales`, each scale covering one tile of `tile` = (rows, columns)."""
-
-    values: Tensor
-    """float8_e4m3fn [..., R, C]."""
-    scales: Tensor
-    """float32 [..., ceil(R / tile[0]), ceil(C / tile[1])]."""
-    tile: tuple[int, int]
-
-
-def quantize(
-    x: Float[Tensor, "*P R C"], tile: tuple[int, int] = (1, TILE), power_of_two: bool = False
-) -> Quantized:
-    """Round `x` to E4M3 with one scale = amax / 448 per tile; values = x / scale, nearest even.
-
-    Ragged edges behave as if padded with zeros. A tile whose scale would fall below 2^-126 gives
-    zeros and scale 1. `power_of_two` rounds the scale up to a power of two (UE8M0), so that
-    nothing overflows.
-    """
-    amax = _tile_amax(x.float(), tile)
-    scales = _scale(amax, power_of_two)
-    values = x.float() / _spread(scales, tile, x.shape)
-    return Quantized(values.to(torch.float8_e4m3fn), scales, tile)
-
-
-def dequantize(q: Quantized) -> Float[Tensor, "*P R C"]:
-    """The float32 tensor that `q` stands for."""
-    return q.values.float() * _spread(q.scales, q.tile, q.values.shape)
-
-
-def round_trip(
-    x: Float[Tensor, "*P R C"], tile: tuple[int, int] = (1, TILE)
-) -> Float[Tensor, "*P R C"]:
-    """`dequantize(quantize(x, tile))`, bit for bit, without the casts that CPUs are slow at."""
-    x = x.float()
-    spread = _spread(_scale(_tile_amax(x, tile), power_of_two=False), tile, x.shape)
-    return round_to_grid(x / spread).mul_(spread)
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes by code; the fourth bit is the sign."""
 
 
 def round_to_grid(v: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
-    """Round to the nearest E4M3 value, ties to even, in float32 arithmetic; |v| <= 448.
+    """Round to the nearest E4M3 value in float32 arithmetic; |v| <= 448.
 
     Zeros come out positive, which no product can tell.
 
-    E4M3 keeps 3 bits below the leading one, and numbers under 2^-6 share the step of 2^-6. Adding
-    1.5 * 2^20 times the leading power of two leaves the sum a step of exactly that size, so the
+    E4M3 keeps 3 bits below the leading one, and numbers under 2^-6 share the step of 2^-9. Adding
+    1.5 * 2^20 times the leading power of two leaves the sum a last bit of exactly that size, so the
     addition itself does the rounding.
     """
     leading = v.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
@@ -73,55 +43,112 @@ def round_to_grid(v: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
     return torch.add(v, magic).sub_(magic)
 
 
-def round_trip_segments(
-    x_ND: Float[Tensor, "N D"], counts_E: Int[Tensor, " E"]
-) -> Float[Tensor, "N D"]:
-    """Tiles of 128 x 1 that restart at each expert's first row, in one pass over the batch.
+def power_of_two_above(x: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    """The smallest power of two >= x, for positive normal float32; NaN stays."""
+    raised = (x.view(torch.int32) + 0x7FFFFF).bitwise_and(0x7F800000).view(torch.float32)
+    return torch.where(x.isnan(), x, raised)
 
-    Rows are sorted by expert, `counts_E` of each. Equal to `round_trip(segment, (128, 1))` on
-    every segment alone: the weight gradient of an expert contracts over its own tokens only.
+
+def to_e8m0(scales: Float[Tensor, "*A"]) -> UInt8[Tensor, "*A"]:
+    """The codes of scales that are powers of two from 2^-126 on; NaN is 255."""
+    exponent = scales.view(torch.int32) >> 23
+    return torch.where(scales.isnan(), 255, exponent).to(torch.uint8)
+
+
+def from_e8m0(codes: UInt8[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    """2^(code - 127); float32."""
+    return codes.view(torch.float8_e8m0fnu).float()
+
+
+def pack_e8m0(codes: UInt8[Tensor, "*A C"]) -> Int[Tensor, "*A P"]:
+    """Four codes to an int32, the first in the lowest byte; what Blackwell's products read.
+
+    The last dim is filled up with code 127, the scale 1.
     """
-    if x_ND.shape[0] == 0:
-        return x_ND
-    amax, rows_of_tile = [], []
-    for segment in x_ND.split(counts_E.tolist()):
-        for rows in segment.split(TILE) if segment.shape[0] else ():
-            amax.append(rows.abs().amax(0))
-            rows_of_tile.append(rows.shape[0])
-    scales = _scale(torch.stack(amax), power_of_two=False)
-    spread_ND = scales.repeat_interleave(torch.tensor(rows_of_tile), 0)
-    return round_to_grid(x_ND / spread_ND).mul_(spread_ND)
+    filled = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 4), value=127)
+    return filled.contiguous().view(torch.int32)
 
 
-def _tile_amax(x: Tensor, tile: tuple[int, int]) -> Tensor:
-    rows, columns = x.shape[-2:]
-    tile_rows, tile_columns = min(tile[0], max(rows, 1)), min(tile[1], columns)
-    pad_rows, pad_columns = -rows % tile_rows, -columns % tile_columns
-    magnitude = x.abs()
-    if pad_rows or pad_columns:
-        magnitude = torch.nn.functional.pad(magnitude, (0, pad_columns, 0, pad_rows))
-    grid: Tensor = magnitude.unflatten(-2, (-1, tile_rows)).unflatten(-1, (-1, tile_columns))
-    if tile_rows == 1:
-        return grid.squeeze(-3).amax(-1)
-    if tile_columns == 1:
-        return grid.squeeze(-1).amax(-2)
-    return grid.amax((-3, -1))
+def unpack_e8m0(packed: Int[Tensor, "*A P"], count: int) -> UInt8[Tensor, "*A C"]:
+    """The first `count` codes of each last-dim vector."""
+    return packed.contiguous().view(torch.uint8)[..., :count]
 
 
-def _scale(amax: Tensor, power_of_two: bool) -> Tensor:
-    scales = amax / E4M3_MAX
-    if power_of_two:
-        mantissa, exponent = torch.frexp(scales)
-        exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
-        scales = torch.ldexp(torch.ones_like(scales), exponent)
-    return torch.where(amax / E4M3_MAX < SMALLEST_SCALE, torch.ones_like(scales), scales)
+def to_e5m6(v: Float[Tensor, "*A"]) -> Int[Tensor, "*A"]:
+    """12-bit codes as int32; what rounds beyond 65024 has infinity's code and its sign."""
+    bits = v.float().view(torch.int32)
+    sign, magnitude = (bits >> 20) & 0x800, bits & 0x7FFFFFFF
+    # One rounding, from float32: by way of float16 there would be two.
+    exponent = magnitude >> 23
+    step = (exponent - 6).clamp_min(127 - 14 - 6)
+    step_size = (step << 23).view(torch.float32)
+    # `round` takes ties to even. Steps are 2^-20 for subnormals, below 2^-14.
+    steps = (magnitude.view(torch.float32) / step_size).round()
+    rounded = (steps * step_size).view(torch.int32)
+    normal = (rounded >> 17) - ((127 - 15) << 6)
+    subnormal = (rounded.view(torch.float32) * 2.0**20).nan_to_num(0, 0, 0).to(torch.int32)
+    code = torch.where(rounded < (127 - 14) << 23, subnormal, normal).clamp_max(0x7C0)
+    code = torch.where(magnitude > 0x7F800000, 0x7E0, code)
+    return sign | code
 
 
-def _spread(scales: Tensor, tile: tuple[int, int], shape: torch.Size) -> Tensor:
-    """`scales` broadcast or repeated so that they align with a tensor of `shape`."""
-    rows, columns = shape[-2:]
-    if tile[0] > 1 and scales.shape[-2] > 1:
-        scales = scales.repeat_interleave(tile[0], -2)[..., :rows, :]
-    if tile[1] > 1 and scales.shape[-1] > 1:
-        scales = scales.repeat_interleave(tile[1], -1)[..., :columns]
-    return scales
+def from_e5m6(codes: Int[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    """What 12-bit codes stand for, in float32."""
+    return (codes << 4).to(torch.int16).view(torch.float16).float()
+
+
+def pack_e5m6(codes: Int[Tensor, "*A C"]) -> Int[Tensor, "*A P"]:
+    """Eight 12-bit codes to three int32 words, lowest bits first; C is a multiple of 8."""
+    c = codes.unflatten(-1, (-1, 8)).to(torch.int64)
+    low = c[..., 0] | c[..., 1] << 12 | c[..., 2] << 24
+    middle = c[..., 2] >> 8 | c[..., 3] << 4 | c[..., 4] << 16 | c[..., 5] << 28
+    high = c[..., 5] >> 4 | c[..., 6] << 8 | c[..., 7] << 20
+    words = torch.stack([low, middle, high], dim=-1) & 0xFFFFFFFF
+    return words.flatten(-2).to(torch.int32)
+
+
+def unpack_e5m6(words: Int[Tensor, "*A P"]) -> Int[Tensor, "*A C"]:
+    """What `pack_e5m6` packed."""
+    low, middle, high = (words.unflatten(-1, (-1, 3)).to(torch.int64) & 0xFFFFFFFF).unbind(-1)
+    codes = [
+        low,
+        low >> 12,
+        low >> 24 | middle << 8,
+        middle >> 4,
+        middle >> 16,
+        middle >> 28 | high << 4,
+        high >> 8,
+        high >> 20,
+    ]
+    unpacked: Tensor = (torch.stack(codes, dim=-1) & 0xFFF).flatten(-2).to(torch.int32)
+    return unpacked
+
+
+def to_e2m1(v: Float[Tensor, "*A"]) -> UInt8[Tensor, "*A"]:
+    """4-bit codes of the nearest FP4 values; |v| beyond 6 counts as 6."""
+    magnitude = v.abs()
+    # Half way between neighbours the even code is taken: 0.25 is 0, 0.75 is 1.0, 1.25 is 1.0.
+    code = torch.zeros(v.shape, dtype=torch.uint8, device=v.device)
+    for lower, (a, b) in enumerate(pairwise(_E2M1)):
+        half = (a + b) / 2
+        code += (magnitude >= half) if lower % 2 else (magnitude > half)
+    return code | (v.signbit().to(torch.uint8) << 3)
+
+
+def from_e2m1(codes: UInt8[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    """What 4-bit codes stand for, in float32."""
+    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=codes.device)
+    return table[codes.long()]
+
+
+def pack_e2m1(codes: UInt8[Tensor, "*A C"]) -> UInt8[Tensor, "*A P"]:
+    """Two 4-bit codes to a byte, the first in the low half; C is even."""
+    low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
+    packed: Tensor = low | high << 4
+    return packed
+
+
+def unpack_e2m1(packed: UInt8[Tensor, "*A P"]) -> UInt8[Tensor, "*A C"]:
+    """What `pack_e2m1` packed."""
+    codes: Tensor = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)
+    return codes

@@ -1,61 +1,57 @@
-"""Grouped GEMM for experts: rows sorted by expert, one weight matrix each.
+"""Several matrices at once in FP8: rows sorted by the matrix that they meet.
 
-The numbers are those of `model/fp8/linear.py` applied to each expert alone, with one quantisation
-call for the whole sorted batch. Tiles never straddle two experts, nor the gate and up halves of
-one.
+The numbers are those of `model/fp8/linear.py` for each matrix alone; tiles along tokens start anew
+with each.
 
-Axes: N rows sorted by expert, E experts on this device, I inputs, O outputs.
+Axes: N rows sorted by group, G groups, I inputs, O outputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from model.fp8.format import round_trip, round_trip_segments
-from model.fp8.linear import ACTIVATION, BLOCK
+from model.fp8.quantized import Quantized
+from model.fp8.scheme import Fp8
 
 
-def grouped_linear(
+def fp8_grouped_linear(
     x_NI: Float[Tensor, "N I"],
-    weight_EOI: Float[Tensor, "E O I"],
-    counts_E: Int[Tensor, " E"],
-    *,
-    halves: int = 1,
+    weight_GOI: Float[Tensor, "G O I"],
+    counts: Sequence[int],
+    scheme: Fp8,
 ) -> Float[Tensor, "N O"]:
-    """Row block e of `x` times weight e, transposed. `halves` stacked outputs quantise apart."""
-    result: Tensor = _Fp8Grouped.apply(x_NI, weight_EOI, counts_E, halves)
+    """Row block g of `x`, of `counts[g]` rows, times weight g, transposed."""
+    learning = torch.is_grad_enabled()
+    result: Tensor = _Fp8Grouped.apply(x_NI, weight_GOI, tuple(counts), scheme, learning)
     return result
-
-
-def _per_expert(counts: list[int], product: Callable[[int, slice], Tensor]) -> list[Tensor]:
-    results, start = [], 0
-    for expert, count in enumerate(counts):
-        results.append(product(expert, slice(start, start + count)))
-        start += count
-    return results
 
 
 class _Fp8Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts_E: Tensor, halves: int) -> Tensor:
-        x8 = round_trip(x, ACTIVATION)
-        split = weight.unflatten(1, (halves, -1))
-        weight8 = round_trip(split, BLOCK).flatten(1, 2)
-        ctx.save_for_backward(x8, weight8, counts_E)
-        ctx.halves = halves
-        return torch.cat(_per_expert(counts_E.tolist(), lambda e, rows: x8[rows] @ weight8[e].T))
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, counts: tuple[int, ...], scheme: Fp8, learning: bool
+    ) -> Tensor:
+        x8, weight8 = scheme.activations(x), scheme.weights(weight)
+        if learning:
+            ctx.save_for_backward(*scheme.hold(x, x8), weight8.values, weight8.scales)
+            ctx.tiles, ctx.columns = (x8.tile, weight8.tile), x.shape[1]
+            ctx.counts, ctx.scheme = counts, scheme
+        return scheme.backend(x.device).grouped_matmul(x8, weight8.T, counts).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        x8, weight8, counts_E = ctx.saved_tensors
-        counts = counts_E.tolist()
-        dy8 = round_trip(dy.unflatten(1, (ctx.halves, -1)), ACTIVATION).flatten(1)
-        dx = torch.cat(_per_expert(counts, lambda e, rows: dy8[rows] @ weight8[e]))
-        dy_tokens = round_trip_segments(dy, counts_E)
-        x_tokens = round_trip_segments(x8, counts_E)
-        dw = torch.stack(_per_expert(counts, lambda e, rows: dy_tokens[rows].T @ x_tokens[rows]))
-        return dx, dw, None, None
+        (dy,), scheme, counts = grads, ctx.scheme, ctx.counts
+        values, scales, weight_values, weight_scales = ctx.saved_tensors
+        x_tile, weight_tile = ctx.tiles
+        backend = scheme.backend(dy.device)
+        weight8 = Quantized(weight_values, weight_scales, weight_tile)
+        dx = backend.grouped_matmul(scheme.gradients(dy.contiguous()), weight8, counts).to(dy.dtype)
+        held = scheme.held(values, scales, x_tile, ctx.columns)
+        x_tokens = scheme.activations_along_tokens(held, counts)
+        dy_tokens = scheme.gradients_along_tokens(dy, counts)
+        return dx, backend.grouped_outer(dy_tokens, x_tokens, counts), None, None, None

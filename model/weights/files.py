@@ -17,6 +17,7 @@ from configs.errors import ArtifactError, ConfigError
 from configs.model import ModelConfig
 from configs.train import Precision
 from model.fp8.format import TILE
+from model.fp8.scheme import Numerics
 from model.transformer import Transformer
 from model.weights import families
 from model.weights.scaled import narrow
@@ -32,7 +33,7 @@ def load_pretrained(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    precision: Precision = "high",
+    precision: Precision | Numerics = "high",
     table_device: TableDevice = "model",
 ) -> Transformer:
     """The model in the folder `path`, in evaluation mode, its parameters of type `dtype`.
@@ -43,9 +44,10 @@ def load_pretrained(
     misshapen; no weight is ever left at a random value. ConfigError if `precision` cannot be
     computed in `dtype`.
     """
-    if precision == "fp8" and dtype != torch.float32:
+    fp8 = (precision.precision if isinstance(precision, Numerics) else precision) == "fp8"
+    if fp8 and torch.device(device).type == "cpu" and dtype != torch.float32:
         raise ConfigError(
-            f"dtype = {dtype} with precision = 'fp8', which is emulated in float32; load with "
+            f"dtype = {dtype} with precision = 'fp8', which CPUs compute in float32; load with "
             "dtype=torch.float32, or with precision='high'"
         )
     with _speaking_of(Path(path)):

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from configs.errors import ArtifactError
-from model.fp8.format import TILE, quantize
+from model.fp8.backends import quantize
+from model.fp8.format import TILE
 from model.weights.table import ScaleType
 
 FP4_TILE = (1, 32)

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from configs.parallel import ClusterConfig, StoreConfig
+from model.fp8.backends import choose
 from pipeline.embedded import UI_PORT
 from pipeline.provenance import ingot_version
 from pipeline.verbs.ui import is_free
@@ -77,9 +78,20 @@ def _accelerators() -> Iterator[Finding]:
     yield Finding("torch", torch.__version__)
     cuda = f"{torch.cuda.get_device_name()}, not used yet" if torch.cuda.is_available() else "none"
     yield Finding("CUDA", f"{cuda}; training runs on the CPU")
-    yield Finding("FP8", "emulated on the CPU: exact values, no speed")
+    yield from _fp8()
     npu = importlib.util.find_spec("torch_npu") is not None
     yield Finding("Ascend NPU", "torch_npu is installed" if npu else "none; export needs none")
+
+
+def _fp8() -> Iterator[Finding]:
+    """Who computes where a recipe says FP8, on each kind of device that is here."""
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    for device in devices:
+        choice = choose(torch.device(device))
+        name = "none" if choice.backend is None else choice.backend.name
+        slow = device == "cpu" and choice.reason.startswith("eager")
+        fix = "install a C compiler, as gcc: quantising is then several times as fast"
+        yield Finding(f"FP8 on {device}", f"{name}: {choice.reason}", fix if slow else None)
 
 
 def _package(name: str) -> Finding:

@@ -27,7 +27,7 @@ from pipeline.graph import Graph, make_graph
 from pipeline.production import production
 from pipeline.progress import Display
 from pipeline.provenance import machine_facts
-from pipeline.records import Blocked, Failed, Run, new_run_id
+from pipeline.records import Blocked, Built, Failed, Reused, Run, new_run_id
 from pipeline.runner import Setting, realise
 from pipeline.tracking import Tracking
 from pipeline.verbs.asked import Asked, command, load_asked, make_console, selection
@@ -61,7 +61,7 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build what is stale. Exit 1 if a node did not succeed, 130 if stopped by the user."""
+    """Build what is stale. Exit 1 if a node failed or fell short, 130 if stopped by the user."""
     if args.dry_run:
         return plan(args)
     asked = load_asked(args)
@@ -116,6 +116,8 @@ def _conclude(record: Run, asked: Asked, tracking: Tracking, display: Display) -
                     "--only and --force to build both",
                     file=sys.stderr,
                 )
+            case Built(shortfall=str(why)) | Reused(shortfall=str(why)):
+                print(f"ingot: error: {name}: {why}", file=sys.stderr)
     return 0 if record.succeeded else IngotError.exit_code
 
 

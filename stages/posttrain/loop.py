@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
 
 from cluster import checkpoint
@@ -24,6 +25,7 @@ from configs.errors import DataError, MachineError
 from configs.rl import PosttrainSpec
 from configs.seed import derive
 from configs.train import BalanceConfig
+from model.fp8.scheme import Numerics, settle
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace, stage
 from stages.posttrain.learner import GrpoLoss, NextTokenLogprobs, minibatches
@@ -129,16 +131,18 @@ def _train(run: _Run, prompts: Sequence[Prompt]) -> Path:
 @contextmanager
 def _pools(run: _Run) -> Iterator[tuple[TrainerPool, GenerationPool]]:
     rl, start, machines = run.config.posttrain, run.base.path(), run.work.machines
+    numerics = Numerics(rl.precision, rl.fp8, machines.fp8_backend)
+    run.work.tracker.tag("fp8.products", settle(numerics, torch.device("cpu"))[1])
     spec = TrainerSpec(
         optim=rl.optim,
         balance=BalanceConfig(bias_update_speed=rl.bias_update_speed),
-        precision=rl.precision,
+        precision=numerics,
         seed=run.config.seed,
         reference=rl.grpo.kl_weight > 0,
     )
     with (
         open_trainers(machines, start, spec) as trainers,
-        open_generation(machines, start, precision=rl.precision) as samplers,
+        open_generation(machines, start, precision=numerics) as samplers,
     ):
         yield trainers, samplers
 

@@ -9,6 +9,7 @@ from cluster.fit import FitJob, fit
 from configs.errors import ConfigError
 from configs.train import PretrainConfig, PretrainSpec
 from model.engram import canonical_ids
+from model.fp8.scheme import Numerics
 from model.optim import warmup_cosine
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace, stage
@@ -19,7 +20,7 @@ from stages.telemetry import following, open_metrics, read_metrics
 from stages.tokens import vocabulary_size
 
 
-@stage(revision=2)
+@stage(revision=3)
 def pretrain(config: PretrainSpec, work: Workspace, *, corpus: Corpus) -> Checkpoint:
     """Train a model on the corpus, over expert-parallel workers."""
     if corpus.vocab_size > config.model.vocab_size:
@@ -47,7 +48,8 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus) -> FitJob:
         model=config.model,
         optim=train.optim,
         balance=train.balance,
-        precision=train.precision,
+        precision=Numerics(train.precision, train.fp8, work.machines.fp8_backend),
+        telemetry_every_steps=train.fp8.telemetry_every_steps,
         seed=config.seed,
         steps=train.steps,
         tokens_per_step=train.batch_sequences * corpus.sequence_tokens,

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from model.balance import sequence_balance_loss
-from model.loss import UNSCORED, linear_cross_entropy
+from model.fp8.linear import Linear
+from model.loss import UNSCORED, cross_entropy
 from model.passes import IndexerPhase
 from model.transformer import Transformer
 from stages.shards import BOS_ID, segments_of
@@ -56,12 +57,13 @@ class PretrainLoss:
         segments_BS = None if self.attend_across_documents else segments_of(tokens_BS)
         predicted = model.predict(tokens_BS, segments_BS, indexer=self.indexer)
         next_BS, after_BS = scored_targets(tokens_BS)
-        head_VD = predicted.head_VD
-        main = _cross_entropy(predicted.next_BSD, head_VD, tokens_BS, next_BS) / totals["next"]
+        main = (
+            _cross_entropy(predicted.next_BSD, predicted.head, tokens_BS, next_BS) / totals["next"]
+        )
         metrics = {"next_token_loss": float(main.detach())}
         loss = main
         if predicted.after_next_BSD is not None:
-            mtp = _cross_entropy(predicted.after_next_BSD, head_VD, tokens_BS, after_BS)
+            mtp = _cross_entropy(predicted.after_next_BSD, predicted.head, tokens_BS, after_BS)
             mtp = mtp / totals["after_next"]
             loss = loss + self.mtp_weight * mtp
             metrics["mtp_loss"] = float(mtp.detach())
@@ -96,10 +98,10 @@ def scored_targets(
 
 
 def _cross_entropy(
-    normed_BSD: Tensor, head_VD: Tensor, tokens_BS: Tensor, scored_BP: Tensor
+    normed_BSD: Tensor, head: Linear, tokens_BS: Tensor, scored_BP: Tensor
 ) -> Tensor:
     """Sum over scored targets of -log p(target); the last P tokens of a row are its targets."""
     positions = scored_BP.shape[1]
     targets_BS = torch.full_like(tokens_BS, UNSCORED)
     targets_BS[:, :positions] = tokens_BS[:, -positions:].where(scored_BP, UNSCORED)
-    return linear_cross_entropy(normed_BSD.flatten(0, 1), head_VD, targets_BS.flatten())
+    return cross_entropy(normed_BSD.flatten(0, 1), head, targets_BS.flatten())

@@ -13,6 +13,8 @@ from cluster.trainer import Trainer, expert_parameter_names
 from configs.engram import EngramConfig
 from configs.errors import TrainingError
 from configs.train import BalanceConfig, Precision
+from model.fp8 import scheme
+from model.fp8.backends import Choice
 from model.weights.families import to_hf
 from model.weights.files import load_pretrained, read_tensors
 from tests.cluster.jobs import OPTIM, NextToken, RandomBatches
@@ -243,6 +245,63 @@ def test_a_loss_that_is_not_finite_stops_training() -> None:
         trainer().forward_backward(
             RandomBatches().batch(1, rank=0, world=1), NextToken(scale=math.nan)
         )
+
+
+def test_what_fp8_first_finds_not_finite_is_named() -> None:
+    one = trainer("fp8")
+    with torch.no_grad():
+        dict(one.model.named_parameters())["model.layers.1.self_attn.o_proj.weight"][0, 0] = (
+            math.nan
+        )
+    with pytest.raises(TrainingError, match=r"not finite: .*, first in attention weights; lower"):
+        one.forward_backward(RandomBatches().batch(1, rank=0, world=1), NextToken())
+
+
+def counted(one: Trainer) -> dict[str, list[float]]:
+    batch = RandomBatches().batch(1, rank=one.rank, world=one.world)
+    one.forward_backward(batch, NextToken(), counting=True)
+    return {
+        role: [seen.nonzero, seen.clipped, seen.flushed, seen.low, seen.high]
+        for role, seen in one.fp8_tallies().items()
+    }
+
+
+def count_on_rank() -> dict[str, list[float]]:
+    return counted(trainer("fp8"))
+
+
+def test_tallies_of_fp8_are_those_of_all_ranks_together(tmp_path: Path) -> None:
+    alone, pair = counted(trainer("fp8")), on_ranks(2, tmp_path, count_on_rank)
+    assert pair[0] == pair[1]
+    assert pair[0].keys() == alone.keys()
+    parts = ["attention", "dense_ffn", "shared_experts", "routed_experts"]
+    wanted = {f"{part}_{kind}" for part in parts for kind in ("activations", "weights")}
+    assert wanted | {f"{part}_gradients_along_tokens" for part in parts} <= alone.keys()
+    for role, (nonzero, clipped, _, low, high) in pair[0].items():
+        assert clipped == 0
+        assert low <= high < 0
+        if role.startswith("routed_experts") and not role.endswith("weights"):
+            # A token that visits experts of both ranks is there twice.
+            assert alone[role][0] <= nonzero <= 2 * alone[role][0], role
+            continue
+        # Every rank has a copy of the weights that are not experts.
+        copies = 2 if role.endswith("weights") and not role.startswith("routed") else 1
+        assert nonzero == pytest.approx(copies * alone[role][0], rel=1e-3), role
+
+
+def test_nothing_is_counted_unless_asked() -> None:
+    one = trainer("fp8")
+    one.forward_backward(RandomBatches().batch(1, rank=0, world=1), NextToken())
+    assert one.fp8_tallies() == {}
+
+
+def test_a_device_without_fp8_computes_in_high_precision_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scheme, "choose", lambda *_: Choice(None, "it is too old"))
+    one = trainer("fp8")
+    assert one.numerics.precision == "high"
+    assert one.products == "high precision, not FP8: it is too old"
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:

@@ -301,3 +301,11 @@ def test_beside_a_tokenizer_file_the_size_of_one_to_train_means_nothing(recipe: 
     assert load_recipe(recipe).data.tokenizer.vocab_size == 512
     with pytest.raises(ConfigError, match=r"data\.tokenizer\.size = 3: no such field"):
         load_recipe(recipe, sets=[file, "data.tokenizer.size=3"])
+
+
+def test_a_recipe_says_what_comes_after_pretraining(recipe: str) -> None:
+    text = Path(recipe).read_text()
+    Path(recipe).write_text(text[: text.index("[posttrain]")])
+    said = message(recipe)
+    assert "neither posttrain nor parity is there" in said
+    assert load_recipe(recipe, sets=["parity={}"]).posttrain is None

@@ -5,13 +5,14 @@ import torch
 from torch import nn
 
 from model.attention import LatentAttention
+from model.fp8.scheme import HIGH
 from model.passes import Whole
 from tests.model.transformers_twin import TOLERANCE, disagreement, transformers_twin
 from tests.references import latent_attention, random_tokens, tiny
 
 
 def attention(q_lora_rank: int | None) -> LatentAttention:
-    made = LatentAttention(tiny(q_lora_rank=q_lora_rank, rms_norm_eps=0.1), "high")
+    made = LatentAttention(tiny(q_lora_rank=q_lora_rank, rms_norm_eps=0.1), HIGH)
     generator = torch.Generator().manual_seed(0)
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.3, generator=generator)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.compressed import CompressedAttention, GroupedLinear, PickingCompressor
 from model.fp8.linear import Linear
+from model.fp8.scheme import Fp8, Numerics
 from model.indexer import NONE, divergence, index_scores
 from model.multiquery import Sight
 from model.passes import Whole
@@ -216,15 +217,15 @@ def test_texts_of_few_blocks_need_no_indexer_and_give_what_choosing_all_gives() 
         torch.testing.assert_close(few(x_BSD, whole(x_BSD)), all_of_them(x_BSD, whole(x_BSD)))
 
 
-@pytest.mark.parametrize("precision", ["high", "fp8"])
-def test_grouped_output_is_a_linear_for_each_group(precision: str) -> None:
-    grouped = GroupedLinear(3 * 64, 160, 2, precision)  # type: ignore[arg-type]
+@pytest.mark.parametrize("scheme", [None, Fp8("attention")], ids=["high", "fp8"])
+def test_grouped_output_is_a_linear_for_each_group(scheme: Fp8 | None) -> None:
+    grouped = GroupedLinear(3 * 64, 160, 2, scheme)
     with torch.no_grad():
         grouped.weight.copy_(normal(320, 192))
     x_BSHW = normal(2, 5, 6, 64).float()
     expected = []
     for g in range(2):
-        linear = Linear(192, 160, precision=precision)  # type: ignore[arg-type]
+        linear = Linear(192, 160, scheme)
         with torch.no_grad():
             linear.weight.copy_(grouped.weight[160 * g : 160 * (g + 1)])
         expected.append(linear(x_BSHW[:, :, 3 * g : 3 * (g + 1)].flatten(2)))
@@ -234,12 +235,12 @@ def test_grouped_output_is_a_linear_for_each_group(precision: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_projections_run_in_fp8_but_compressors_gates_and_head_weights_do_not(kind: str) -> None:
     config = tiny_v4()
-    block = CompressedAttention(config, KINDS[kind], "fp8")
+    block = CompressedAttention(config, KINDS[kind], Numerics("fp8"))
     linears = [(n, m) for n, m in block.named_modules() if isinstance(m, Linear | GroupedLinear)]
     rounded = {"q_a_proj", "q_b_proj", "kv_proj", "o_a_proj", "o_b_proj"}
     if kind == "csa":
         rounded.add("compressor.indexer.q_b_proj")
-    assert {name for name, linear in linears if linear.precision == "fp8"} == rounded
+    assert {name for name, linear in linears if linear.scheme is not None} == rounded
     rough = random_model(config, precision="fp8").model.layers[KINDS[kind]].self_attn
     x_BSD = normal(2, 20, 32).float().requires_grad_()
     found, exact = rough(x_BSD, whole(x_BSD)), attention(kind)(x_BSD, whole(x_BSD))

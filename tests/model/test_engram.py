@@ -26,6 +26,7 @@ from model.engram import (
     multipliers,
     set_vocabulary,
 )
+from model.fp8.scheme import HIGH
 from model.passes import Caches, Step, Whole
 from model.transformer import Transformer
 from tests.references import random_model, random_tokens, tiny, tiny_v4
@@ -47,7 +48,7 @@ SEGMENTS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 8, [3] * 14])
 
 def memory(config: ModelConfig | None = None, *, layer: int = 1, seed: int = 0) -> Engram:
     """A memory in float64 whose parameters are all random and whose vocabulary is folded."""
-    engram = engram_before(config or tiny(engram=MEMORY), layer)
+    engram = engram_before(config or tiny(engram=MEMORY), layer, HIGH)
     assert engram is not None
     engram.double().set_vocabulary(FOLDED)
     generator = torch.Generator().manual_seed(seed)
@@ -351,7 +352,7 @@ def test_gradients_are_slopes(streams: int) -> None:
 )
 def test_the_config_counts_every_weight(config: ModelConfig) -> None:
     with torch.device("meta"):
-        engram = engram_before(config, 1)
+        engram = engram_before(config, 1, HIGH)
     assert engram is not None
     assert config.engram is not None
     counted = config.engram.parameters(1, 32, config.streams, active=False)
@@ -363,8 +364,8 @@ def test_the_config_counts_every_weight(config: ModelConfig) -> None:
 
 def test_only_the_layers_named_have_a_memory() -> None:
     config = tiny(engram=MEMORY.model_copy(update={"layer_ids": (1,)}))
-    assert engram_before(config, 0) is None
-    assert engram_before(tiny(), 1) is None
+    assert engram_before(config, 0, HIGH) is None
+    assert engram_before(tiny(), 1, HIGH) is None
     model = random_model(config)
     owners = [name for name, module in model.named_modules() if isinstance(module, Engram)]
     assert owners == ["model.layers.1.engram"]

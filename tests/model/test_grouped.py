@@ -4,10 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.fp8.grouped import grouped_linear
+from configs.train import Fp8Config
+from model.fp8.grouped import fp8_grouped_linear
 from model.fp8.linear import Linear
+from model.fp8.scheme import Fp8
 
 COUNTS = [[4], [0, 5, 130, 0, 257, 1], [128, 128], [0, 0, 3], [0, 0]]
+SCHEMES = {
+    "cpu": Fp8("attention"),
+    "reference": Fp8("attention", backend_name="reference"),
+    "e5m6": Fp8("attention", keeps_e5m6=True),
+    "fp4": Fp8("routed_experts", Fp8Config(fp4_experts=True)),
+}
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -15,57 +23,62 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def one_by_one(
-    x: Tensor, weight: Tensor, dy: Tensor, counts: list[int], halves: int
+    x: Tensor, weight: Tensor, dy: Tensor, counts: list[int], scheme: Fp8
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, dx, dw) from a Linear of its own for each expert, and for each half of it."""
+    """(y, dx, dw) from a Linear of its own for each expert."""
     ys, dxs, dws = [], [], []
-    for expert, (part, part_dy) in enumerate(zip(x.split(counts), dy.split(counts), strict=True)):
-        for half, half_dy in zip(
-            weight[expert].chunk(halves), part_dy.chunk(halves, 1), strict=True
-        ):
-            linear = Linear(*reversed(half.shape), precision="fp8")
-            linear.weight = torch.nn.Parameter(half.clone())
-            leaf = part.clone().requires_grad_()
-            if len(part):
-                y = linear(leaf)
-                y.backward(half_dy)
-                ys.append(y.detach())
-                dxs.append(leaf.grad)
-                dws.append(linear.weight.grad)
-            else:
-                ys.append(part.new_zeros(0, len(half)))
-                dxs.append(part)
-                dws.append(torch.zeros_like(half))
-    experts = range(0, len(counts) * halves, halves)
-    y = torch.cat([torch.cat(ys[i : i + halves], 1) for i in experts])
-    dx = torch.cat([torch.stack(dxs[i : i + halves]).sum(0) for i in experts])
-    dw = torch.stack([torch.cat(dws[i : i + halves]) for i in experts])
-    return y, dx, dw
+    for one, part, part_dy in zip(weight, x.split(counts), dy.split(counts), strict=True):
+        linear = Linear(one.shape[1], one.shape[0], scheme)
+        linear.weight = torch.nn.Parameter(one.clone())
+        leaf = part.clone().requires_grad_()
+        y = linear(leaf)
+        y.backward(part_dy)
+        assert leaf.grad is not None
+        assert linear.weight.grad is not None
+        ys.append(y.detach())
+        dxs.append(leaf.grad)
+        dws.append(linear.weight.grad)
+    return torch.cat(ys), torch.cat(dxs), torch.stack(dws)
 
 
-@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_each_expert_computes_as_if_alone(counts: list[int], halves: int) -> None:
-    # 2 x 96 outputs: a block of 128 would straddle the halves if they were quantised as one.
-    weight = random(len(counts), 192, 136).requires_grad_()
-    with torch.no_grad():
-        weight[:, :96] *= 50
+def test_each_expert_computes_as_if_alone(counts: list[int], scheme: Fp8) -> None:
+    weight = random(len(counts), 192, 136)
+    weight *= torch.logspace(-2, 2, len(counts))[:, None, None]
+    weight.requires_grad_()
     x = random(sum(counts), 136, seed=1).requires_grad_()
     dy = random(sum(counts), 192, seed=2)
-    y = grouped_linear(x, weight, torch.tensor(counts), halves=halves)
+    y = fp8_grouped_linear(x, weight, counts, scheme)
     y.backward(dy)
-    expected = one_by_one(x.detach(), weight.detach(), dy, counts, halves)
+    expected = one_by_one(x.detach(), weight.detach(), dy, counts, scheme)
     for found, reference in zip((y.detach(), x.grad, weight.grad), expected, strict=True):
         torch.testing.assert_close(found, reference, rtol=1e-4, atol=2e-3)
 
 
-def test_halves_that_differ_in_size_keep_their_own_scales() -> None:
-    """Quantised as one, the small half would lose most of its bits."""
-    weight = random(1, 16, 16)
-    weight[:, :8] *= 1e6
-    x, counts = random(4, 16, seed=1), torch.tensor([4])
-    exact = (x @ weight[0].T)[:, 8:]
-    apart = grouped_linear(x, weight, counts, halves=2)[:, 8:]
-    as_one = grouped_linear(x, weight, counts, halves=1)[:, 8:]
-    assert float((apart - exact).abs().max()) < 0.6
-    assert float((as_one - exact).abs().max()) > 2
+def test_experts_that_differ_in_size_keep_their_own_scales() -> None:
+    """Quantised as one along the tokens, the small expert's rows would lose most of their bits."""
+    x, dy = random(8, 16, seed=1), random(8, 16, seed=2)
+    x[:4] *= 1e6
+    weight = random(2, 16, 16).requires_grad_()
+    fp8_grouped_linear(x, weight, [4, 4], Fp8("routed_experts")).backward(dy)
+    assert weight.grad is not None
+    exact = dy[4:].T @ x[4:]
+    assert float((weight.grad[1] - exact).norm() / exact.norm()) < 0.1
+    together = random(1, 16, 16).requires_grad_()
+    fp8_grouped_linear(x, together, [8], Fp8("routed_experts")).backward(dy)
+    assert together.grad is not None
+    large = dy[:4].T @ x[:4]
+    assert float((together.grad[0] - large - exact).norm() / exact.norm()) > 1
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    kept: list[Tensor] = []
+    x, weight = random(7, 16), random(2, 8, 16).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with torch.no_grad():
+            fp8_grouped_linear(x, weight, [3, 4], Fp8("attention"))
+        assert kept == []
+        fp8_grouped_linear(x, weight, [3, 4], Fp8("attention"))
+    sizes = sorted((t.element_size(), t.numel()) for t in kept)
+    assert sizes == [(1, 7 * 16), (1, 2 * 8 * 16), (4, 2), (4, 7)]

@@ -7,6 +7,7 @@ from torch import Tensor
 from configs.engram import EngramConfig
 from configs.model import V4Config
 from model.dispatch import LocalDispatcher
+from model.fp8.scheme import HIGH
 from model.hyper import HyperConnection, HyperHead, HyperLayer, HyperMtpLayer
 from model.layers import RMSNorm
 from model.passes import Whole
@@ -225,7 +226,7 @@ def test_memory_is_read_in_front_of_attention() -> None:
     assert with_memory.engram is not None
     x_BSND = hidden_of(config, tokens_BS)
     weights = {k: v for k, v in with_memory.state_dict().items() if not k.startswith("engram.")}
-    plain = HyperLayer(tiny_v4(), 1, "high", LocalDispatcher()).eval()
+    plain = HyperLayer(tiny_v4(), 1, HIGH, LocalDispatcher()).eval()
     plain.load_state_dict(weights)
     after = with_memory.engram(x_BSND, Whole(tokens_BS))
     assert not torch.allclose(after, x_BSND, atol=1e-3)
@@ -250,7 +251,7 @@ def test_the_mtp_layer_joins_each_stream_with_the_next_embedding() -> None:
         for k in range(4)
     ]
     block = HyperLayer(
-        tiny_v4(num_hidden_layers=5, compress_ratios=(0, 4, 8, 4, 0)), 4, "high", LocalDispatcher()
+        tiny_v4(num_hidden_layers=5, compress_ratios=(0, 4, 8, 4, 0)), 4, HIGH, LocalDispatcher()
     ).eval()
     missing, unexpected = block.load_state_dict(layer.state_dict(), strict=False)
     assert not missing

@@ -1,21 +1,27 @@
 """The Linear seam: three FP8 GEMMs as the paper writes them, and plain ones beside."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from configs.train import Precision
-from model.fp8.format import quantize
+from model.fp8.backends import quantize
 from model.fp8.linear import Linear, together
+from model.fp8.scheme import Fp8, Numerics
 from tests.references import fp8_products
 
 SHAPES = [(1, 16, 16), (40, 128, 256), (200, 130, 48), (129, 300, 129)]
 """(tokens, inputs, outputs); most of them ragged."""
 
 
-def linear(inputs: int, outputs: int, precision: Precision, seed: int = 0) -> Linear:
-    made = Linear(inputs, outputs, precision=precision)
+def linear(
+    inputs: int, outputs: int, precision: Precision, seed: int = 0, *, keeps_e5m6: bool = False
+) -> Linear:
+    scheme = Numerics(precision).of("attention", keeps_e5m6=keeps_e5m6)
+    made = Linear(inputs, outputs, scheme)
     torch.nn.init.normal_(made.weight, generator=torch.Generator().manual_seed(seed))
     return made
 
@@ -36,6 +42,24 @@ def test_fp8_contracts_quantised_operands_in_all_three_gemms(shape: tuple[int, i
         torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-4)
     # Not the unquantised product: the test above could not fail otherwise.
     assert float((y.detach() - x.detach() @ layer.weight.detach().T).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_after_attention_the_weights_gradient_comes_from_twelve_bits(
+    shape: tuple[int, int, int],
+) -> None:
+    tokens, inputs, outputs = shape
+    layer = linear(inputs, outputs, "fp8", keeps_e5m6=True)
+    x, dy = random(tokens, inputs).requires_grad_(), random(tokens, outputs, seed=2)
+    y = layer(x)
+    y.backward(dy)
+    known = x.detach(), layer.weight.detach(), dy
+    expected = fp8_products(*known, keeps_e5m6=True)
+    for found, reference in zip((y.detach(), x.grad, layer.weight.grad), expected, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-4)
+    from_eight_bits = fp8_products(*known)[2]
+    assert layer.weight.grad is not None
+    assert float((layer.weight.grad - from_eight_bits).abs().max()) > 1e-3
 
 
 def test_the_forward_product_sums_scaled_blocks_of_integers() -> None:
@@ -81,6 +105,71 @@ def test_an_output_that_nobody_uses_costs_its_linear_no_gradient() -> None:
     assert not unused.weight.grad.any()
     assert used.weight.grad is not None
     assert used.weight.grad.any()
+
+
+def kept_by(action: Callable[[], object]) -> list[Tensor]:
+    """What waits for a backward pass after `action`."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        action()
+    return kept
+
+
+def test_a_byte_a_value_waits_for_the_backward_pass() -> None:
+    layers = [linear(300, outputs, "fp8") for outputs in (40, 200)]
+    x = random(50, 300).requires_grad_()
+    kept = kept_by(lambda: together(x, *layers))
+    sizes = sorted((t.element_size(), t.numel()) for t in kept)
+    values = [(1, 40 * 300), (1, 50 * 300), (1, 200 * 300)]
+    scales = [(4, 3), (4, 2 * 3), (4, 50 * 3)]
+    assert sizes == sorted(values + scales)
+    exact = kept_by(lambda: together(x, linear(300, 40, "high")))
+    assert all(t.element_size() == 4 for t in exact)
+
+
+def test_twelve_bits_a_value_wait_after_attention() -> None:
+    layer = linear(304, 40, "fp8", keeps_e5m6=True)
+    x = random(50, 304).requires_grad_()
+    words, x_scales, weight, weight_scales = kept_by(lambda: layer(x))
+    assert words.nbytes * 2 == 50 * 304 * 3
+    assert (x_scales.numel(), weight.nbytes, weight_scales.numel()) == (50 * 3, 40 * 304, 3)
+    mantissa, _ = torch.frexp(x_scales)
+    assert bool((mantissa == 0.5).all())
+
+
+@pytest.mark.parametrize("keeps_e5m6", [False, True])
+def test_where_nothing_learns_nothing_waits(
+    monkeypatch: pytest.MonkeyPatch, keeps_e5m6: bool
+) -> None:
+    layer, x = linear(304, 40, "fp8", keeps_e5m6=keeps_e5m6), random(50, 304)
+    hold, written = Fp8.hold, list[int]()
+    monkeypatch.setattr(Fp8, "hold", lambda self, *args: written.append(1) or hold(self, *args))
+
+    def silently() -> Tensor:
+        with torch.no_grad():
+            y: Tensor = layer(x)
+        return y
+
+    assert kept_by(silently) == []
+    assert written == []
+    assert torch.equal(silently(), layer(x))
+    assert written == [1]
+
+
+def test_an_input_that_learns_nothing_costs_no_product() -> None:
+    layer = linear(48, 40, "fp8")
+    assert layer.scheme is not None
+    seen = layer.scheme.recorder
+
+    def roles(x: Tensor) -> set[str]:
+        seen.start(counting=True)
+        layer(x).backward(random(9, 40, seed=2))
+        seen.stop()
+        return {role.removeprefix("attention_") for role in seen.tallies}
+
+    always = {"activations", "weights", "activations_along_tokens", "gradients_along_tokens"}
+    assert roles(random(9, 48)) == always
+    assert roles(random(9, 48).requires_grad_()) == always | {"gradients"}
 
 
 def test_high_precision_is_the_plain_product() -> None:

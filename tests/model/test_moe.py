@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from configs.model import V3Config
 from model.dispatch import LocalDispatcher
+from model.fp8.scheme import HIGH
 from model.moe import Gate, MoE
 from tests.references import moe_by_token, route, tiny, tiny_v4
 
@@ -19,7 +20,7 @@ CONFIGS = [
 
 
 def moe(config: V3Config) -> MoE:
-    made = MoE(config, config.num_hidden_layers, "high", LocalDispatcher())
+    made = MoE(config, config.num_hidden_layers, HIGH, LocalDispatcher())
     generator = torch.Generator().manual_seed(0)
     for tensor in made.state_dict().values():
         nn.init.normal_(tensor, std=0.3, generator=generator)

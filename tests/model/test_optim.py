@@ -13,7 +13,14 @@ from model.optim import adamw, moments, restore_moments, warmup_cosine
 from model.transformer import Transformer
 from tests.references import tiny_v4
 
-CONFIG = OptimConfig(learning_rate=0.1, beta1=0.8, beta2=0.9, epsilon=1e-3, weight_decay=0.5)
+CONFIG = OptimConfig(
+    learning_rate=0.1,
+    beta1=0.8,
+    beta2=0.9,
+    epsilon=1e-3,
+    weight_decay=0.5,
+    moments="float32",
+)
 
 
 def toy(seed: int = 0) -> nn.Module:
@@ -127,3 +134,39 @@ def test_a_schedule_without_warm_up_or_decay_is_flat() -> None:
         for s in range(1, 10)
     ]
     assert flat == [1.0] * 9
+
+
+def test_moments_rest_in_bfloat16_and_are_rounded_to_nearest_after_each_step() -> None:
+    narrow = CONFIG.model_copy(update={"moments": "bfloat16"})
+    model = nn.ModuleDict({"matrix": nn.Linear(3, 4, bias=False)})
+    weight = model["matrix"].weight
+    optimizer = adamw(model, narrow)
+    expected, first, second = weight.detach().double(), torch.zeros(4, 3), torch.zeros(4, 3)
+    for step in range(1, 4):
+        slope = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        weight.grad = slope.clone()
+        optimizer.step()
+        wide_first = 0.8 * first.double() + 0.2 * slope.double()
+        wide_second = 0.9 * second.double() + 0.1 * slope.double().square()
+        root = (wide_second / (1 - 0.9**step)).sqrt() + 1e-3
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * wide_first / (1 - 0.8**step) / root
+        first, second = wide_first.bfloat16().float(), wide_second.bfloat16().float()
+        state = optimizer.state[weight]
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+        # Float32 sums may fall to the other side of a tie: one step of 8 bits at most.
+        torch.testing.assert_close(state["exp_avg"].float(), first, rtol=2**-7, atol=0)
+        torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32"])
+def test_restored_moments_rest_in_their_type(kind: str) -> None:
+    model = toy()
+    optimizer = adamw(model, CONFIG.model_copy(update={"moments": kind}))
+    walk(model, optimizer, range(2))
+    kept = {n: t.clone() for n, t in moments(optimizer, model.named_parameters()).items()}
+    assert {tensor.dtype for tensor in kept.values()} == {getattr(torch, kind)}
+    other = adamw(model, CONFIG.model_copy(update={"moments": kind}))
+    restore_moments(other, model.named_parameters(), kept, 2)
+    found = moments(other, model.named_parameters())
+    assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())
+    assert {tensor.dtype for tensor in found.values()} == {getattr(torch, kind)}

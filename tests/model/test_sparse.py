@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from model import gathering, sparse
 from model.decode import Session, sample
 from model.drawing import Drawing
+from model.fp8.scheme import HIGH
 from model.passes import IndexerPhase, Whole
 from model.sparse import SparseLatentAttention
 from model.transformer import Transformer
@@ -37,7 +38,7 @@ def take(way: Way, monkeypatch: pytest.MonkeyPatch, *, chunk: int = 700) -> None
 
 def attention(**changes: object) -> SparseLatentAttention:
     """In float64, with every parameter random."""
-    made = SparseLatentAttention(tiny_v32(**changes), "high")
+    made = SparseLatentAttention(tiny_v32(**changes), HIGH)
     generator = torch.Generator().manual_seed(0)
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.4, generator=generator)

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from model import swiglu as module
 from model.dispatch import Dispatched
-from model.swiglu import gated, grouped_swiglu, swiglu
+from model.swiglu import activation, grouped_swiglu, slopes, swiglu
 
 LIMITS = [None, 0.7]
 """The second one holds about half of the values drawn here."""
@@ -43,17 +43,30 @@ def assert_same(
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-def test_the_gated_product_and_its_slopes_are_the_formulas(limit: float | None) -> None:
-    halves = normal(6, 10, seed=0)
-    gate, up = halves.chunk(2, dim=1)
-    one = torch.eye(5, dtype=torch.float64)
-    both = torch.cat([gate, up], 1)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_activation_and_its_slopes_are_the_formulas(
+    weighted: bool, limit: float | None
+) -> None:
+    gate, up, dy = normal(6, 5, seed=0), normal(6, 5, seed=1), normal(6, 5, seed=2).detach()
+    weights = normal(6, seed=3)
     pick_gate, pick_up = torch.eye(10, dtype=torch.float64).split(5)
-    assert_same(
-        lambda: gated(gate, up, limit),
-        lambda: by_autograd(both, pick_gate, pick_up, one, limit),
-        [halves],
-    )
+    one = torch.eye(5, dtype=torch.float64)
+    y = by_autograd(torch.cat([gate, up], 1), pick_gate, pick_up, one, limit)
+    torch.testing.assert_close(activation(gate, up, limit), y)
+    if weighted:
+        y = weights[:, None] * y
+    d_gate, d_up, d_weights = torch.autograd.grad(y, (gate, up, weights), dy, allow_unused=True)
+    found_gate, found_up = torch.empty(6, 5).double(), torch.empty(6, 5).double()
+    with torch.no_grad():
+        found, found_weights = slopes(
+            gate, up, dy.clone(), limit, found_gate, found_up, weights if weighted else None
+        )
+    torch.testing.assert_close(found, y.detach())
+    torch.testing.assert_close(found_gate, d_gate)
+    torch.testing.assert_close(found_up, d_up)
+    assert (found_weights is None) == (d_weights is None) == (not weighted)
+    if weighted:
+        torch.testing.assert_close(found_weights, d_weights)
 
 
 @pytest.mark.parametrize("limit", LIMITS)

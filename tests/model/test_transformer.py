@@ -12,6 +12,7 @@ from transformers.modeling_layers import MtpModel
 
 from configs.errors import DataError
 from configs.model import V3Config
+from configs.train import Precision
 from model.transformer import MtpLayer, Transformer
 from model.weights.files import load_pretrained, save_pretrained
 from tests.references import random_model, random_tokens, tiny
@@ -221,14 +222,14 @@ def test_initial_values_follow_the_table() -> None:
 
 def test_fp8_reaches_the_layers_and_spares_head_gate_and_joint() -> None:
     model = Transformer(tiny(), precision="fp8")
-    precisions = {
-        name: getattr(module, "precision", None)
-        for name, module in model.named_modules()
-        if hasattr(module, "precision")
+    schemes = {
+        name: module.scheme for name, module in model.named_modules() if hasattr(module, "scheme")
     }
-    high = {name for name, precision in precisions.items() if precision == "high"}
-    assert high == {"lm_head", "model.layers.2.eh_proj"}
-    assert len(precisions) > 20
+    high = {name for name, scheme in schemes.items() if scheme is None}
+    gates = {name for name in schemes if name.endswith(".gate")}
+    assert high == {"lm_head", "model.layers.2.eh_proj", *gates}
+    assert len(gates) == 2
+    assert len(schemes) > 20
 
 
 def test_fp8_stays_close_to_high_precision_and_differs_from_it() -> None:
@@ -242,7 +243,7 @@ def test_fp8_stays_close_to_high_precision_and_differs_from_it() -> None:
 
 
 @pytest.mark.parametrize("precision", ["high", "fp8"])
-def test_every_parameter_learns(precision: str) -> None:
+def test_every_parameter_learns(precision: Precision) -> None:
     model = random_model(precision=precision).train()
     tokens = random_tokens(8, 24)
     predicted = model.predict(tokens)

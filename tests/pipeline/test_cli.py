@@ -18,7 +18,7 @@ from pipeline import cli
 from pipeline.graph import Selection
 from pipeline.records import Invocation
 from pipeline.verbs import asked, clean, inspect, run
-from stages.artifacts import Corpus
+from stages.artifacts import Corpus, Report
 from stages.contract import Planned, Workspace, stage
 from tests.pipeline.fakes import FakeConfig, make_line
 
@@ -126,6 +126,22 @@ def test_a_failed_node_is_one_line_on_stderr_and_exit_1(
     captured = capsys.readouterr()
     assert captured.err == "ingot: error: train: train was told to fail\n"
     assert re.search(r"judge +│ blocked", captured.out)
+
+
+def test_a_report_that_falls_short_is_one_line_on_stderr_and_exit_1_also_when_reused(
+    line: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @stage(revision=1)
+    def judging(config: FakeConfig, work: Workspace) -> Report:
+        work.path("report.json").write_text('{"headline": {}}')
+        return Report(uri=work.out, headline={"gap": 1}, shortfall="the gap is too large")
+
+    monkeypatch.setattr(run, "production", lambda recipe: {"judge": judging(FakeConfig())})
+    for outcome in ("built", "reused"):
+        assert ingot("run", "smoke", "@over.toml") == 1
+        captured = capsys.readouterr()
+        assert captured.err == "ingot: error: judge: the gap is too large\n"
+        assert re.search(rf"judge +│ {outcome}", captured.out)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,12 @@ def test_a_nested_field_is_told_by_its_path() -> None:
     assert told(FakeConfig(optim=old), FakeConfig(optim=new)) == ("optim.momentum: 0.9 -> 0.5",)
 
 
+def test_a_section_of_plain_defaults_is_told_by_the_fields_that_leave_them() -> None:
+    assert told(FakeConfig(optim=OptimFake()), FakeConfig(optim=OptimFake(rate=0.2))) == (
+        "optim.rate: 0.1 -> 0.2",
+    )
+
+
 def test_revision_inputs_and_reads_are_told() -> None:
     old = identify(train(FakeConfig(), corpus=gather(FakeConfig())), {"corpus": "a"}).fields
     file = {"bytes": 1, "sha256": "f" * 64}

@@ -35,6 +35,33 @@ def test_the_line_is_wired_from_text_to_bundles() -> None:
     }
 
 
+def test_precisions_are_compared_seed_by_seed_on_one_corpus() -> None:
+    graph = make_graph(production(load_recipe("smoke", sets=["parity.seeds=[3, 5]"])))
+    runs = {f"pretrain.{precision}.{seed}" for precision in ("fp8", "high") for seed in (3, 5)}
+    assert {node.name: set(node.inputs.values()) for node in graph} == {
+        "data": set(),
+        **{run: {"data"} for run in runs},
+        "parity": runs,
+    }
+    assert graph["parity"].inputs["high_5"] == "pretrain.high.5"
+    specs = {run: graph[run].planned.config.model_dump() for run in runs}
+    assert {run: spec["seed"] for run, spec in specs.items()} == {run: int(run[-1]) for run in runs}
+    # The two of a seed differ in their precision and in nothing else.
+    for seed in (3, 5):
+        fp8, high = (specs[f"pretrain.{precision}.{seed}"] for precision in ("fp8", "high"))
+        assert (fp8["pretrain"]["precision"], high["pretrain"]["precision"]) == ("fp8", "high")
+        high["pretrain"]["precision"] = "fp8"
+        assert fp8 == high
+
+
+def test_a_comparison_trains_what_the_line_trains() -> None:
+    """At the recipe's own seed the FP8 training is the one of the line, and is reused."""
+    line, compared = (
+        make_graph(production(load_recipe("smoke", sets=s))) for s in ([], ["parity.seeds=[0]"])
+    )
+    assert compared["pretrain.fp8.0"].fingerprint == line["pretrain"].fingerprint
+
+
 def test_machines_store_and_tracking_change_no_identity() -> None:
     sets = ["cluster.trainers=1", "store.url='/x'", "tracking.experiment='y'", "name='z'"]
     plain, moved = (make_graph(production(load_recipe("smoke", sets=s))) for s in ([], sets))

@@ -4,9 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from matplotlib.image import imread
 
+from configs.parity import ParityConfig
+from pipeline.figures import key_figures, show_figures
 from pipeline.report import plot_report, plot_steps
+from stages.artifacts import Report
+from stages.loss_parity.gaps import Pair, compare
+from stages.loss_parity.render import render_json
 
 LOAD = [[0.25] * 4, [0.7, 0.1, 0.1, 0.1]]
 
@@ -50,6 +56,31 @@ def test_before_and_after_stand_side_by_side(tmp_path: Path) -> None:
     headline |= {f"{side}_pass_at_1_high": 0.7 for side in ("before", "after")}
     report.write_text(json.dumps({"headline": headline}))
     assert names(plot_report(report, tmp_path)) == {"before_after.png"}
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_losses_of_two_precisions_stand_above_their_gap(tmp_path: Path, seeds: int) -> None:
+    def plot(early: float, folder: str) -> Path:
+        """The FP8 loss is this many times the other, but for the tail, where they are equal."""
+        high = [5 - step / 40 for step in range(100)]
+        fp8 = [early * loss for loss in high[:80]] + high[80:]
+        report = tmp_path / "report.json"
+        pairs = dict.fromkeys(range(seeds), Pair(fp8=fp8, high=high))
+        report.write_text(render_json(compare(pairs, ParityConfig())))
+        (path,) = plot_report(report, tmp_path / folder)
+        return path
+
+    near, far = plot(1.0, "near"), plot(1.003, "far")
+    assert names([near, far]) == {"loss_parity.png"}
+    # Titles and axes are equal; the lower half is the gap's.
+    half = imread(near).shape[0] // 2
+    assert (imread(near)[half:] != imread(far)[half:]).any()
+
+
+def test_a_gap_is_shown_in_percent() -> None:
+    report = Report(uri="/", headline={"relative_gap": 0.000834, "largest_gap": 0.001})
+    told = show_figures(key_figures(report))
+    assert told == "relative gap 0.083 %, largest gap 0.100 %"
 
 
 def test_a_report_without_pairs_has_no_plot(tmp_path: Path) -> None:

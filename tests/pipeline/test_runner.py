@@ -12,9 +12,9 @@ import pytest
 
 from configs.parallel import ClusterConfig, StoreConfig
 from pipeline.graph import make_graph
-from pipeline.records import Built, Failed, new_run_id
+from pipeline.records import Built, Failed, Run, new_run_id
 from pipeline.runner import Chorus
-from stages.artifacts import Checkpoint, Corpus, read_manifest
+from stages.artifacts import Checkpoint, Corpus, Report, read_manifest
 from stages.contract import Workspace, stage
 from tests.conftest import Recorder
 from tests.pipeline.fakes import FakeConfig, World, gather, outcomes
@@ -40,6 +40,24 @@ def test_a_failure_blocks_what_follows_and_nothing_else(world: World) -> None:
     assert not run.succeeded
     blocked = world.run(train={"fails": True})
     assert outcomes(blocked)["judge"] == "blocked"
+
+
+def test_a_report_that_falls_short_is_kept_and_the_run_has_not_succeeded(world: World) -> None:
+    @stage(revision=1)
+    def judging(config: FakeConfig, work: Workspace) -> Report:
+        why = "too large" if config.steps > 3 else None
+        return Report(uri=work.out, headline={"size": config.steps}, shortfall=why)
+
+    def run(steps: int) -> Run:
+        return world.run(graph=make_graph({"judge": judging(FakeConfig(steps=steps))}))
+
+    assert run(3).succeeded
+    for outcome in ("built", "reused"):
+        short = run(4)
+        assert outcomes(short) == {"judge": outcome}
+        assert short.outcomes["judge"].shortfall == "too large"  # type: ignore[union-attr]
+        assert not short.succeeded
+        assert world.store.records.load(short.id).outcomes == short.outcomes
 
 
 def test_an_error_nobody_raised_on_purpose_leaves_its_traceback(world: World) -> None:

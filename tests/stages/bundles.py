@@ -105,6 +105,9 @@ class Notebook:
     def note(self, message: str) -> None:
         self.notes.append(message)
 
+    def tag(self, name: str, value: str) -> None:
+        pass
+
 
 def lines() -> list[str]:
     """A thousand lines of code-like text with digits, white space, accents and other scripts."""

@@ -97,7 +97,7 @@ def test_the_seed_decides_order_and_split() -> None:
     assert {p.id for p in first.held_out} != {p.id for p in other.held_out}
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", [n for n in shipped_recipes() if load_recipe(n).parity is None])
 def test_a_shipped_recipe_holds_out_the_problems_that_it_evaluates(name: str) -> None:
     recipe = load_recipe(name)
     sources = {

@@ -179,6 +179,9 @@ class Notebook:
     def note(self, message: str) -> None:
         self.notes.append(message)
 
+    def tag(self, name: str, value: str) -> None:
+        pass
+
 
 @dataclass
 class Lab:

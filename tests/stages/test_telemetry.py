@@ -53,6 +53,18 @@ def test_a_follower_reports_every_step_once_across_a_restart(
     assert recorder.logged == [(step, {"loss": float(step)}) for step in (1, 2, 3, 4)]
 
 
+def test_what_a_step_has_to_say_reaches_the_user_once(tmp_path: Path, recorder: Recorder) -> None:
+    with following(tmp_path, recorder):
+        log = MetricsFile(tmp_path)
+        log.append({"loss": 1.0, "tags": {"fp8.products": "cpu: compiled"}}, step=1)
+        log.append({"loss": 2.0, "notes": ["warning: it drifts"]}, step=2)
+        log = MetricsFile(tmp_path, resume_step=1)
+        log.append({"loss": 2.0, "notes": ["warning: it drifts"]}, step=2)
+    assert recorder.notes == ["step 2: warning: it drifts"]
+    assert recorder.tags == {"fp8.products": "cpu: compiled"}
+    assert recorder.logged == [(1, {"loss": 1.0}), (2, {"loss": 2.0})]
+
+
 def test_nothing_is_lost_between_the_last_look_and_the_end(
     tmp_path: Path, recorder: Recorder
 ) -> None:

@@ -1,0 +1,193 @@
+"""Who computes in FP8: one small interface, four backends behind it, and the choice among them.
+
+| backend | runs on | quantises | multiplies |
+|---|---|---|---|
+| `reference` | anything | float8 casts | exactly, in float64: it defines the others |
+| `cpu` | CPUs | compiled loops | float32 products of values on the grid |
+| `cublas` | CUDA, sm_90 | own kernels | torch's block-scaled `scaled_mm` |
+| `triton` | CUDA, sm_90 on | own kernels | own kernels |
+
+Axes: R rows, C columns, P stacked matrices, M K N rows, contraction and columns of a product,
+E experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from configs.errors import MachineError
+from configs.train import Fp8Backend
+from model.fp8.cpu import cpu_backend
+from model.fp8.cublas import Cublas
+from model.fp8.cublas import lacking as cublas_lacks
+from model.fp8.quantized import ACTIVATION, Kept, Quantized, Tile
+from model.fp8.reference import Reference
+
+try:
+    from model.fp8.triton import Triton
+except ModuleNotFoundError:  # torch brings it where there can be a CUDA device, and not elsewhere
+    Triton = None  # type: ignore[assignment, misc]
+
+HOPPER = (9, 0)
+"""Compute capability from which Ingot's FP8 products run on tensor cores."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Quantisers and products on one kind of device."""
+
+    name: str
+
+    def quantize(
+        self,
+        x: Tensor | Quantized,
+        tile: Tile,
+        *,
+        power_of_two: bool = False,
+        counts: Sequence[int] | None = None,
+        kept: bool = True,
+        multiplied: bool = True,
+    ) -> Quantized:
+        """`x` [..., R, C] as E4M3 with one scale for each tile.
+
+        What is quantised already is read back first. With `counts`, the rows of each expert of
+        [R, C], tiles start anew at an expert's first row. A backend that multiplies another form
+        than `values` may leave them empty without `kept`, and the other without `multiplied`.
+        """
+
+    def dequantize(self, q: Quantized) -> Tensor:
+        """The float32 tensor that `q` stands for."""
+
+    def matmul(self, a: Quantized, b: Quantized) -> Tensor:
+        """a @ b: [M, K] @ [K, N], summed in float32."""
+
+    def grouped_matmul(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
+        """Each expert's rows of `a` [R, K] times its matrix of `b` [E, K, N]: [R, N]."""
+
+    def grouped_outer(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
+        """Each expert's rows of `a` [R, M], transposed, times its rows of `b` [R, N]: [E, M, N].
+
+        An expert without rows gives zeros.
+        """
+
+    def keep(self, x: Tensor) -> Kept:
+        """`x` [R, C] in E5M6, for `read`."""
+
+    def read(self, kept: Kept) -> Tensor:
+        """The float32 tensor that `kept` stands for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A backend, or none where the device has no FP8, and why it is the one."""
+
+    backend: Backend | None
+    reason: str
+
+
+@lru_cache
+def choose(device: torch.device, wanted: Fp8Backend = "auto") -> Choice:
+    """The backend for tensors on `device`; MachineError if the one `wanted` cannot run there."""
+    if wanted == "reference":
+        return Choice(Reference(), "asked for: the slow twin")
+    if device.type == "cpu" and wanted in ("auto", "cpu"):
+        backend, form = cpu_backend()
+        return Choice(backend, form)
+    if device.type == "cuda":
+        return _on_cuda(device, wanted)
+    if wanted == "auto":
+        return Choice(None, f"{device.type} devices have no FP8 here")
+    raise _unable(device, wanted, "it is for another kind of device")
+
+
+def _on_cuda(device: torch.device, wanted: Fp8Backend) -> Choice:
+    """cuBLAS where torch has its block-scaled product, else Triton's kernels."""
+    no_fp8 = _no_fp8(device)
+    no_triton = "triton is not installed" if Triton is None else no_fp8
+    no_cublas = cublas_lacks(device)
+    match wanted:
+        case "triton" if no_triton is None:
+            return Choice(Triton(torch.bfloat16), "asked for")
+        case "cublas" if no_cublas is None:
+            return Choice(Cublas(_quantizer(no_triton)), "asked for")
+        case "auto" if no_fp8 is not None:
+            return Choice(None, no_fp8)
+        case "auto" if no_cublas is None:
+            return Choice(Cublas(_quantizer(no_triton)), "torch has block-scaled products here")
+        case "auto" if no_triton is None:
+            return Choice(
+                Triton(torch.bfloat16), f"own kernels, for cuBLAS lacks something: {no_cublas}"
+            )
+        case "auto":
+            return Choice(None, f"neither cuBLAS ({no_cublas}) nor Triton ({no_triton})")
+        case "triton":
+            raise _unable(device, wanted, str(no_triton))
+        case "cublas":
+            raise _unable(device, wanted, str(no_cublas))
+        case _:
+            raise _unable(device, wanted, "it is for another kind of device")
+
+
+def _no_fp8(device: torch.device) -> str | None:
+    """Why the device's tensor cores cannot multiply E4M3, if so."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < HOPPER:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} (sm_{capability[0]}{capability[1]}) has no FP8 products; sm_90 has"
+    return None
+
+
+def _quantizer(no_triton: str | None) -> Backend:
+    made: Backend = Reference() if no_triton is not None else Triton(torch.bfloat16)
+    return made
+
+
+def _unable(device: torch.device, wanted: str, why: str) -> MachineError:
+    return MachineError(
+        f"cluster.fp8_backend = {wanted!r} cannot compute on {device}: {why}; choose 'auto'"
+    )
+
+
+def backend_for(device: torch.device, wanted: Fp8Backend = "auto") -> Backend:
+    """The backend that `choose` names; MachineError where the device has no FP8."""
+    choice = choose(device, wanted)
+    if choice.backend is None:
+        raise MachineError(f"FP8 on {device}: {choice.reason}; use precision = 'high'")
+    return choice.backend
+
+
+def quantize(
+    x: Float[Tensor, "*P R C"], tile: Tile = ACTIVATION, power_of_two: bool = False
+) -> Quantized:
+    """Round `x` to E4M3: one scale = amax / 448 for each tile, values = x / scale, nearest even.
+
+    Ragged edges behave as if padded with zeros. A tile whose scale would fall below 2^-126 gives
+    zeros and scale 1; one that holds a value that is not finite is NaN throughout. `power_of_two`
+    rounds the scale up to a power of two (UE8M0), so that nothing overflows.
+    """
+    return backend_for(x.device).quantize(x, tile, power_of_two=power_of_two)
+
+
+def dequantize(q: Quantized) -> Float[Tensor, "*P R C"]:
+    """The float32 tensor that `q` stands for."""
+    return backend_for(q.values.device).dequantize(q)
+
+
+def matmul(a: Quantized, b: Quantized) -> Float[Tensor, "M N"]:
+    """a @ b with float32 accumulation."""
+    return backend_for(a.values.device).matmul(a, b)
+
+
+def grouped_matmul(a: Quantized, b: Quantized, counts: Sequence[int]) -> Float[Tensor, "R N"]:
+    """Rows of `a`, sorted by expert, times each expert's own matrix of `b` [E, K, N]."""
+    return backend_for(a.values.device).grouped_matmul(a, b, counts)
+
+
+def grouped_outer(a: Quantized, b: Quantized, counts: Sequence[int]) -> Float[Tensor, "E M N"]:
+    """a^T b over each expert's rows alone: the experts' weight gradients."""
+    return backend_for(a.values.device).grouped_outer(a, b, counts)

@@ -1,0 +1,283 @@
+"""FP8 on CPUs: operands on the E4M3 grid, multiplied in float32.
+
+CPUs have no FP8 products and cast slowly, so a tensor is rounded by float arithmetic and kept as
+float32 for the product and as bytes for the backward pass. `cpu.c` does that at the speed of a
+copy; it is compiled in a fraction of a second by whatever C compiler there is, once a process.
+Without one, eager torch gives the same bits at several times the cost.
+"""
+
+import ctypes
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.fp8.format import TILE, round_to_grid
+from model.fp8.quantized import ACTIVATION, BLOCK, Kept, Quantized, Tile, bands, expect_stacked
+from model.fp8.reference import Reference, spread_scales, tile_amax, tile_scales
+
+_SOURCE = Path(__file__).with_name("cpu.c")
+_COMPILE_SECONDS = 60
+_ELEMENTS_A_THREAD = 2**17
+"""With fewer, starting a thread costs more than it saves."""
+_TILES = {ACTIVATION, (TILE, 1), BLOCK}
+
+
+class Cpu:
+    """Float32 products of what `quantize` gives, which equals the reference bit for bit."""
+
+    name = "cpu"
+
+    def __init__(self, kernels: ctypes.CDLL | None) -> None:
+        """With compiled kernels, or eager."""
+        self._kernels = kernels
+        self._reference = Reference()
+
+    def quantize(
+        self,
+        x: Tensor | Quantized,
+        tile: Tile,
+        *,
+        power_of_two: bool = False,
+        counts: Sequence[int] | None = None,
+        kept: bool = True,
+        multiplied: bool = True,
+    ) -> Quantized:
+        """See `model.fp8.backends.Backend`."""
+        if self._kernels is None or tile not in _TILES:
+            return self._eagerly(x, tile, power_of_two, counts, kept)
+        codes = code_scales = None
+        if isinstance(x, Quantized) and x.wide is None and x.tile == ACTIVATION:
+            # Bytes by rows are read on the way.
+            codes, code_scales, shape = x.values.contiguous(), x.scales.contiguous(), x.values.shape
+            source = None
+        else:
+            source = self.dequantize(x) if isinstance(x, Quantized) else x.float()
+            source = source.contiguous()
+            shape = source.shape
+        starts = _starts(shape, tile, counts)
+        num_bands = _matrices(shape) * shape[-2] if starts is None else len(starts) - 1
+        leading = shape[:-2] if counts is None else shape[:0]
+        num_panels = shape[-1] if tile[1] == 1 else -(-shape[-1] // TILE)
+        values = _room(shape, kept)
+        wide = torch.empty(shape) if multiplied else None
+        scales = torch.empty(*leading, num_bands // math.prod(leading), num_panels)
+        self._kernels.ingot_quantise(
+            _at(source),
+            _at(codes),
+            _at(code_scales),
+            _at(starts),
+            num_bands,
+            shape[-1],
+            tile[1] == 1,
+            power_of_two,
+            _at(wide),
+            _at(values if kept else None),
+            _at(scales),
+            _threads(shape),
+        )
+        return Quantized(values, scales, tile, None if counts is None else tuple(counts), wide)
+
+    def dequantize(self, q: Quantized) -> Tensor:
+        """See `model.fp8.backends.Backend`."""
+        if q.wide is not None:
+            return q.wide
+        if self._kernels is None or q.tile not in _TILES or not q.values.is_contiguous():
+            return self._reference.dequantize(q)
+        starts = _starts(q.values.shape, q.tile, q.counts)
+        rows = _matrices(q.values.shape) * q.values.shape[-2]
+        wide, scales = torch.empty(q.values.shape), q.scales.contiguous()
+        self._kernels.ingot_read(
+            _at(q.values),
+            _at(scales),
+            _at(starts),
+            rows if starts is None else len(starts) - 1,
+            q.values.shape[-1],
+            q.tile[1] == 1,
+            _at(wide),
+            _threads(wide.shape),
+        )
+        return wide
+
+    def matmul(self, a: Quantized, b: Quantized) -> Tensor:
+        """See `model.fp8.backends.Backend`."""
+        return self._wide(a) @ self._wide(b)
+
+    def grouped_matmul(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
+        """See `model.fp8.backends.Backend`."""
+        expect_stacked(b, counts)
+        left, right = self._wide(a), self._wide(b)
+        out = left.new_empty(left.shape[0], right.shape[-1])
+        parts = zip(left.split(list(counts)), right, out.split(list(counts)), strict=True)
+        for rows, matrix, part in parts:
+            torch.mm(rows, matrix, out=part)
+        return out
+
+    def grouped_outer(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
+        """See `model.fp8.backends.Backend`."""
+        left, right = self._wide(a), self._wide(b)
+        out = left.new_empty(len(counts), left.shape[-1], right.shape[-1])
+        parts = zip(left.split(list(counts)), right.split(list(counts)), out, strict=True)
+        for one, other, part in parts:
+            torch.mm(one.T, other, out=part)
+        return out
+
+    def keep(self, x: Tensor) -> Kept:
+        """See `model.fp8.backends.Backend`."""
+        if self._kernels is None:
+            return self._reference.keep(x)
+        x = x.float().contiguous()
+        rows, columns = x.shape
+        words = torch.empty(rows, -(-columns // 8) * 3, dtype=torch.int32)
+        scales = torch.empty(rows, -(-columns // TILE))
+        self._kernels.ingot_keep(_at(x), rows, columns, _at(words), _at(scales), _threads(x.shape))
+        return Kept(words, scales, columns)
+
+    def read(self, kept: Kept) -> Tensor:
+        """See `model.fp8.backends.Backend`."""
+        if self._kernels is None:
+            return self._reference.read(kept)
+        rows = kept.words.shape[0]
+        wide = torch.empty(rows, kept.columns)
+        self._kernels.ingot_read_kept(
+            _at(kept.words), _at(kept.scales), rows, kept.columns, _at(wide), _threads(wide.shape)
+        )
+        return wide
+
+    def _wide(self, q: Quantized) -> Tensor:
+        if q.wide is None and not q.values.is_contiguous():
+            return self.dequantize(q.T).mT
+        return self.dequantize(q)
+
+    def _eagerly(
+        self,
+        x: Tensor | Quantized,
+        tile: Tile,
+        power_of_two: bool,
+        counts: Sequence[int] | None,
+        kept: bool,
+    ) -> Quantized:
+        x = self.dequantize(x) if isinstance(x, Quantized) else x.float()
+        scales = tile_scales(tile_amax(x, tile, counts), power_of_two)
+        spread = spread_scales(scales, tile, x.shape, counts)
+        scaled = x / spread
+        values = _room(x.shape, kept=False)
+        if kept:
+            values = torch.where(spread.isnan(), torch.nan, scaled).to(torch.float8_e4m3fn)
+        wide = round_to_grid(scaled).mul_(spread)
+        return Quantized(values, scales, tile, None if counts is None else tuple(counts), wide)
+
+
+@lru_cache(1)
+def cpu_backend() -> tuple[Cpu, str]:
+    """The backend of this machine, and in what form and why."""
+    kernels, why = _compile()
+    if kernels is None:
+        return Cpu(None), f"eager: {why}"
+    made = Cpu(kernels)
+    if not _agrees(made):
+        return Cpu(None), f"eager: what {why} made does not give the reference's bits"
+    return made, f"compiled by {why}"
+
+
+def _compile() -> tuple[ctypes.CDLL | None, str]:
+    """The kernels and the compiler's name, or why there are none."""
+    said = shlex.split(os.environ.get("CC", ""))
+    wanted = [said] if said else [["cc"], ["gcc"], ["clang"]]
+    command = next((words for words in wanted if shutil.which(words[0])), None)
+    if command is None:
+        names = ", ".join(words[0] for words in wanted)
+        return None, f"no C compiler ({names}); install one, as gcc"
+    # The folder is this process's own and is gone at once: what is loaded needs no file.
+    with tempfile.TemporaryDirectory(prefix="ingot-fp8-") as folder:
+        library = Path(folder) / "fp8.so"
+        flags = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
+        try:
+            subprocess.run(
+                [*command, *flags, str(_SOURCE), "-o", str(library)],
+                check=True,
+                capture_output=True,
+                timeout=_COMPILE_SECONDS,
+            )
+            return _declared(ctypes.CDLL(str(library))), Path(command[0]).name
+        except (OSError, subprocess.SubprocessError) as error:
+            heard = getattr(error, "stderr", None) or str(error).encode()
+            why = heard.decode(errors="replace").strip()[-200:]
+            return None, f"{shlex.join(command)} failed: {why}"
+
+
+def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with its functions' arguments: left to themselves, numbers would be 32 bits."""
+    number, address = ctypes.c_int64, ctypes.c_void_p
+    arguments = {
+        "ingot_quantise": [address] * 4 + [number] * 4 + [address] * 3 + [number],
+        "ingot_read": [address] * 3 + [number] * 3 + [address, number],
+        "ingot_keep": [address, number, number, address, address, number],
+        "ingot_read_kept": [address, address, number, number, address, number],
+    }
+    for name, types in arguments.items():
+        function = getattr(kernels, name)
+        function.argtypes, function.restype = types, None
+    return kernels
+
+
+def _agrees(made: Cpu) -> bool:
+    """Whether compiled kernels give the reference's bits on a tensor with every kind of value."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 200, generator=generator)
+    x *= torch.logspace(-45, 35, 200).unsqueeze(1)
+    x[0, 0], x[1, 199], x[7], x[8] = torch.inf, torch.nan, 0, 448
+    slow = Reference()
+    kept, expected_kept = made.keep(x), slow.keep(x)
+    agrees = torch.equal(kept.words, expected_kept.words)
+    agrees &= _same(kept.scales, expected_kept.scales)
+    agrees &= _same(made.read(expected_kept), slow.read(expected_kept))
+    sources: tuple[Tensor | Quantized, ...] = x, slow.quantize(x, ACTIVATION)
+    for source, tile, power_of_two in product(sources, _TILES, (False, True)):
+        found = made.quantize(source, tile, power_of_two=power_of_two)
+        expected = slow.quantize(source, tile, power_of_two=power_of_two)
+        wide = slow.dequantize(expected)
+        agrees &= torch.equal(found.values.view(torch.uint8), expected.values.view(torch.uint8))
+        agrees &= _same(found.scales, expected.scales)
+        agrees &= _same(found.wide, wide) and _same(made.dequantize(expected), wide)
+    return agrees
+
+
+def _same(one: Tensor | None, other: Tensor) -> bool:
+    return one is not None and torch.equal(one.nan_to_num(-7), other.nan_to_num(-7))
+
+
+def _starts(shape: torch.Size, tile: Tile, counts: Sequence[int] | None) -> Tensor | None:
+    """First rows of all bands, then the end; none where each row is a band."""
+    if tile[0] == 1:
+        return None
+    per_matrix = list(counts) if counts is not None else [shape[-2]] * _matrices(shape)
+    rows = sum(per_matrix)
+    return torch.tensor([*(first for first, _ in bands(rows, tile[0], per_matrix)), rows])
+
+
+def _room(shape: Sequence[int], kept: bool) -> Tensor:
+    """Bytes for values, or a tensor without rows where nobody will ask for them."""
+    rows = shape[-2] if kept else 0
+    return torch.empty((*shape[:-2], rows, shape[-1]), dtype=torch.float8_e4m3fn)
+
+
+def _matrices(shape: Sequence[int]) -> int:
+    return math.prod(shape[:-2])
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _threads(shape: Sequence[int]) -> int:
+    return max(1, min(torch.get_num_threads(), math.prod(shape) // _ELEMENTS_A_THREAD))

@@ -1,0 +1,60 @@
+"""When FP8 begins to fit a model's tensors worse than it did: alarms over recorded tallies."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import median
+
+from model.fp8.recorder import Tally
+
+BASELINE_SAMPLES = 5
+"""How many counts say what is usual; until then only what is always wrong is told."""
+FLUSHED_RISE = 0.05
+"""A share of values that become zero may double, and rise by this, before it is told."""
+SCALE_DOUBLINGS = 16
+"""So many powers of two may the range of scales move."""
+LOWEST = -124.0
+"""log2 of a scale near which tiles begin to count as zero."""
+
+
+@dataclass(slots=True)
+class Drift:
+    """What has been usual for each role. It begins anew with each process."""
+
+    _usual: dict[str, list[Tally]] = field(default_factory=dict)
+
+    def alarms(self, tallies: Mapping[str, Tally]) -> list[str]:
+        """One line for each role and fault; the tallies become part of what is usual at first."""
+        found = []
+        for role, now in sorted(tallies.items()):
+            if now.nonzero == 0:
+                continue
+            found += [f"{role}: {fault}" for fault in _always_wrong(now)]
+            usual = self._usual.setdefault(role, [])
+            if len(usual) < BASELINE_SAMPLES:
+                usual.append(now)
+            else:
+                found += [f"{role}: {fault}" for fault in _moved(now, usual)]
+        return found
+
+
+def _always_wrong(now: Tally) -> list[str]:
+    faults = []
+    if now.clipped:
+        faults.append(f"{now.clipped / now.nonzero:.2%} of its values are beyond the largest")
+    if now.low <= LOWEST:
+        faults.append(f"its smallest scale is 2^{now.low:.0f}, where tiles count as zero")
+    return faults
+
+
+def _moved(now: Tally, usual: list[Tally]) -> list[str]:
+    faults = []
+    was, share = median(one.flushed_share for one in usual), now.flushed_share
+    if share > 2 * was + FLUSHED_RISE:
+        faults.append(f"{share:.1%} of its values become zero, against {was:.1%} at first")
+    for name, here, before in (
+        ("smallest", now.low, median(one.low for one in usual)),
+        ("largest", now.high, median(one.high for one in usual)),
+    ):
+        if abs(here - before) > SCALE_DOUBLINGS:
+            faults.append(f"its {name} scale is 2^{here:.0f}, against 2^{before:.0f} at first")
+    return faults

@@ -1,0 +1,104 @@
+"""What quantisation does to a model's tensors, counted by role while a recorder watches.
+
+A role is a part of the model and a kind of tensor: `routed_experts_gradients`.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from model.fp8.format import E4M3_MAX
+from model.fp8.quantized import Quantized
+from model.fp8.reference import spread_scales
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """One role's tensors of one step."""
+
+    nonzero: float = 0.0
+    """Values that were not zero before; what the next two are shares of."""
+    clipped: float = 0.0
+    """Beyond the largest that their scale can say. Scales are taken from the tile itself, so that
+    there are none unless something is wrong, or a format has no room (FP4)."""
+    flushed: float = 0.0
+    """Became zero."""
+    low: float = float("inf")
+    """log2 of the smallest scale of a tile with values."""
+    high: float = float("-inf")
+    """log2 of the largest."""
+
+    @property
+    def flushed_share(self) -> float:
+        """Of the values that were not zero."""
+        return self.flushed / max(self.nonzero, 1)
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(
+            self.nonzero + other.nonzero,
+            self.clipped + other.clipped,
+            self.flushed + other.flushed,
+            min(self.low, other.low),
+            max(self.high, other.high),
+        )
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Hears of every quantised tensor of a model; one object for all of its Linears."""
+
+    watching: bool = False
+    """Whether to be told at all: one that nobody empties would grow without end."""
+    counting: bool = False
+    """Whether to tally, which costs as much as quantising does several times over."""
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    _scales: list[tuple[str, Tensor]] = field(default_factory=list)
+
+    def start(self, *, counting: bool) -> None:
+        """Forget what was seen, and watch."""
+        self.watching, self.counting = True, counting
+        self.tallies, self._scales = {}, []
+
+    def stop(self) -> None:
+        """Watch no longer; what was seen stays until the next start."""
+        self.watching = False
+
+    def note(self, role: str, x: Tensor | Quantized, q: Quantized) -> None:
+        """`x` was quantised to `q`."""
+        # Asking now whether they are finite would make a GPU wait at every product.
+        self._scales.append((role, q.scales))
+        if self.counting:
+            self.tallies[role] = self.tallies.get(role, Tally()) + tally(x, q)
+
+    def first_not_finite(self) -> str | None:
+        """The first role that was given a value that is not finite since the start, if any."""
+        for role, scales in self._scales:
+            if not bool(scales.isfinite().all()):
+                return role
+        return None
+
+
+def tally(x: Tensor | Quantized, q: Quantized) -> Tally:
+    """What became of the values of `x`."""
+    if isinstance(x, Quantized):
+        x = _wide(x)
+    spread = spread_scales(q.scales, q.tile, x.shape, q.counts)
+    there = x != 0
+    # Half a step of 32 beyond the largest still rounds to it.
+    clipped = (x.abs() / spread) > E4M3_MAX + 16
+    flushed = there & (_wide(q) == 0)
+    scales = spread[there].log2()
+    empty = scales.numel() == 0
+    return Tally(
+        float(there.sum()),
+        float(clipped.sum()),
+        float(flushed.sum()),
+        float("inf") if empty else float(scales.min()),
+        float("-inf") if empty else float(scales.max()),
+    )
+
+
+def _wide(q: Quantized) -> Tensor:
+    if q.wide is not None:
+        return q.wide
+    return q.values.float() * spread_scales(q.scales, q.tile, q.values.shape, q.counts)

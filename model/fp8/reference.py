@@ -1,0 +1,124 @@
+"""The slow twin: block-scaled tensors and their products, in the plainest torch that defines them.
+
+DeepSeek-V3 (arXiv 2412.19437, section 3.3.2) quantises activations by tiles of 1 x 128 along the
+contracted dim and weights by blocks of 128 x 128, each with the scale of its own largest magnitude.
+Every backend's quantiser equals `quantize` bit for bit, and its products equal these within the
+order of float32 additions: |found - exact| <= (K + 8) * 2^-24 * (|A| |B|) for K contracted values.
+
+Axes: R rows, C columns, P stacked matrices, M K N rows, contraction and columns of a product,
+E experts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from model.fp8.format import (
+    E4M3_MAX,
+    E5M6_MAX,
+    SMALLEST_SCALE,
+    from_e5m6,
+    pack_e5m6,
+    power_of_two_above,
+    to_e5m6,
+    unpack_e5m6,
+)
+from model.fp8.quantized import ACTIVATION, Kept, Quantized, Tile, bands, expect_stacked
+
+
+class Reference:
+    """Float8 casts and float64 products."""
+
+    name = "reference"
+
+    def quantize(
+        self,
+        x: Tensor | Quantized,
+        tile: Tile,
+        *,
+        power_of_two: bool = False,
+        counts: Sequence[int] | None = None,
+        kept: bool = True,
+        multiplied: bool = True,
+    ) -> Quantized:
+        """See `model.fp8.backends.Backend`."""
+        x = self.dequantize(x) if isinstance(x, Quantized) else x.float()
+        scales = tile_scales(tile_amax(x, tile, counts), power_of_two)
+        spread = spread_scales(scales, tile, x.shape, counts)
+        values = torch.where(spread.isnan(), torch.nan, x / spread).to(torch.float8_e4m3fn)
+        return Quantized(values, scales, tile, None if counts is None else tuple(counts))
+
+    def dequantize(self, q: Quantized) -> Tensor:
+        """See `model.fp8.backends.Backend`."""
+        return q.values.float() * spread_scales(q.scales, q.tile, q.values.shape, q.counts)
+
+    def matmul(self, a: Quantized, b: Quantized) -> Tensor:
+        """See `model.fp8.backends.Backend`."""
+        return (_exact(a) @ _exact(b)).float()
+
+    def grouped_matmul(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
+        """See `model.fp8.backends.Backend`."""
+        expect_stacked(b, counts)
+        rows, matrices = _exact(a).split(list(counts)), _exact(b)
+        return torch.cat([left @ right for left, right in zip(rows, matrices, strict=True)]).float()
+
+    def grouped_outer(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
+        """See `model.fp8.backends.Backend`."""
+        pairs = zip(_exact(a).split(list(counts)), _exact(b).split(list(counts)), strict=True)
+        return torch.stack([left.T @ right for left, right in pairs]).float()
+
+    def keep(self, x: Tensor) -> Kept:
+        """See `model.fp8.backends.Backend`."""
+        x, columns = x.float(), x.shape[-1]
+        scales = tile_scales(tile_amax(x, ACTIVATION, None), power_of_two=True, largest=E5M6_MAX)
+        spread = spread_scales(scales, ACTIVATION, x.shape, None)
+        codes = to_e5m6(torch.where(spread.isnan(), 0, x / spread))
+        return Kept(pack_e5m6(pad(codes, (0, -columns % 8))), scales, columns)
+
+    def read(self, kept: Kept) -> Tensor:
+        """See `model.fp8.backends.Backend`."""
+        values = from_e5m6(unpack_e5m6(kept.words))[..., : kept.columns]
+        return values * spread_scales(kept.scales, ACTIVATION, values.shape, None)
+
+
+def tile_amax(x: Tensor, tile: Tile, counts: Sequence[int] | None) -> Tensor:
+    """The largest magnitude of each tile, NaN where one of its entries is not finite."""
+    magnitude = torch.where(x.isfinite(), x.abs(), torch.nan)
+    rows, columns = x.shape[-2:]
+    across = [part.amax(-1) for part in magnitude.split(tile[1], -1)] if columns else []
+    per_row = torch.stack(across, -1) if across else magnitude
+    if tile[0] == 1:
+        return per_row
+    parts = [per_row[..., first:last, :] for first, last in bands(rows, tile[0], counts)]
+    if not parts:
+        return per_row
+    return torch.stack([part.amax(-2) for part in parts], -2)
+
+
+def tile_scales(amax: Tensor, power_of_two: bool, largest: float = E4M3_MAX) -> Tensor:
+    """amax / largest in float32; 1 for a tile that counts as zero, NaN for one not finite."""
+    scales = amax / largest
+    if power_of_two:
+        scales = torch.where(scales < SMALLEST_SCALE, scales, power_of_two_above(scales))
+    return torch.where(scales < SMALLEST_SCALE, 1.0, scales)
+
+
+def spread_scales(
+    scales: Tensor, tile: Tile, shape: torch.Size, counts: Sequence[int] | None
+) -> Tensor:
+    """Each entry's scale."""
+    rows, columns = shape[-2:]
+    tall = scales
+    if tile[0] > 1:
+        heights = [last - first for first, last in bands(rows, tile[0], counts)]
+        repeats = torch.tensor(heights, dtype=torch.int64, device=scales.device)
+        tall = scales.repeat_interleave(repeats, -2)
+    return tall.repeat_interleave(min(tile[1], max(columns, 1)), -1)[..., :columns]
+
+
+def _exact(q: Quantized) -> Tensor:
+    """Float64 holds a value of 4 bits times a scale of 24 without rounding."""
+    spread = spread_scales(q.scales, q.tile, q.values.shape, q.counts)
+    return q.values.double() * spread.double()

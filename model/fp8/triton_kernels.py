@@ -1,0 +1,553 @@
+"""Triton kernels of block-scaled FP8: quantise, read back, multiply, and the 12-bit form.
+
+The numbers of everything but products are those of `reference.py`, bit for bit. Three things keep
+them so on a GPU:
+
+- `tl.div_rn`: plain `/` of float32 is approximate there.
+- E4M3 is rounded by float arithmetic and packed through an integer view: casts to float8 differ
+  between GPUs and do not exist on old ones. Comparisons with the smallest normal number look at
+  bits, so they hold even where subnormals are flushed.
+- A multiplication followed by an addition may be fused, which skips a rounding. Wherever one
+  follows the other here the multiplication is exact, so that there is none to skip.
+
+Matrices come with both strides: operands may be transposed views. Rows of stacked matrices are
+counted through. A table, int32 [2, groups + 1], holds the first row and the first band of tiles of
+each group (an expert, or a matrix of a stack), then the totals. Where all groups begin at multiples
+of 16 rows, ALIGNED says so, since the compiler cannot see it in a loaded number: it lets values
+that lie along the rows be read and written 16 at a time.
+
+Axes: R rows, C columns, M K N rows, contraction and columns of a product.
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+# Kernels are `no_type_check`: their arguments are pointers and numbers of the GPU program, and what
+# checks the types of other functions would stand between Triton and the source it compiles.
+
+WIDTH = tl.constexpr(128)
+"""Columns of a panel, and values under one scale."""
+FLOAT8 = tl.constexpr(0)
+"""Bytes go to the tensor cores as they are."""
+BFLOAT16 = tl.constexpr(1)
+"""For GPUs without products of float8: bfloat16 holds every E4M3 value."""
+FLOAT32 = tl.constexpr(2)
+"""For Triton's interpreter, which multiplies float8 by way of float16."""
+FLOATS = tl.constexpr(0)
+BFLOATS = tl.constexpr(1)
+"""Bfloat16, passed as int16: the interpreter's own casts of it are not exact."""
+CODES = tl.constexpr(2)
+"""E4M3 with a scale for each row and 128 columns."""
+
+
+@no_type_check
+@triton.jit
+def quantise(
+    source,
+    source_scales,
+    table,
+    codes,
+    scales,
+    rows,
+    columns,
+    groups,
+    source_r,
+    source_c,
+    source_scales_r,
+    source_scales_c,
+    codes_r,
+    codes_c,
+    scales_r,
+    scales_c,
+    SOURCE: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    ONE_COLUMN: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """A panel of [R, C]: ROWS rows, or one band of them, times COLUMNS of at most 128."""
+    panels = tl.cdiv(columns, COLUMNS)
+    band, panel = tl.program_id(0) // panels, tl.program_id(0) % panels
+    row, last = _rows(table, band, rows, groups, ONE_ROW, ALIGNED, ROWS, GROUPS)
+    column = panel * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < last)[:, None] & (column < columns)[None, :]
+    at = row[:, None] * source_r + column[None, :].to(tl.int64) * source_c
+    if SOURCE == CODES:
+        stored = tl.load(source + at, mask=inside, other=0)
+        scale_at = row * source_scales_r + panel * COLUMNS // WIDTH * source_scales_c
+        stored_scale = tl.load(source_scales + scale_at, mask=row < last, other=0.0)
+        v = _decode(stored) * stored_scale[:, None]
+    elif SOURCE == BFLOATS:
+        v = tl.load(source + at, mask=inside, other=0).to(tl.int32) << 16
+        v = v.to(tl.float32, bitcast=True)
+    else:
+        v = tl.load(source + at, mask=inside, other=0.0)
+    # Magnitudes order as their bits do, and what is not finite comes last.
+    magnitude = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    to = scales + band.to(tl.int64) * scales_r
+    if ONE_ROW:
+        scale = _scale(tl.max(magnitude, axis=1), 448.0, POWER_OF_TWO)
+        tl.store(scales + row * scales_r + panel * scales_c, scale, mask=row < last)
+        code = _encode(v, scale[:, None])
+    elif ONE_COLUMN:
+        scale = _scale(tl.max(magnitude, axis=0), 448.0, POWER_OF_TWO)
+        tl.store(to + column * scales_c, scale, mask=column < columns)
+        code = _encode(v, scale[None, :])
+    else:
+        scale = _scale(tl.max(tl.max(magnitude, axis=1), axis=0), 448.0, POWER_OF_TWO)
+        tl.store(to + panel * scales_c, scale)
+        code = _encode(v, scale)
+    at = row[:, None] * codes_r + column[None, :].to(tl.int64) * codes_c
+    tl.store(codes + at, code, mask=inside)
+
+
+@no_type_check
+@triton.jit
+def dequantise(
+    codes,
+    scales,
+    table,
+    wide,
+    rows,
+    columns,
+    groups,
+    codes_r,
+    codes_c,
+    scales_r,
+    scales_c,
+    ONE_ROW: tl.constexpr,
+    ONE_COLUMN: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """A panel of float32 [R, C], contiguous."""
+    panels = tl.cdiv(columns, WIDTH)
+    band, panel = tl.program_id(0) // panels, tl.program_id(0) % panels
+    row, last = _rows(table, band, rows, groups, ONE_ROW, False, ROWS, GROUPS)
+    column = panel * WIDTH + tl.arange(0, WIDTH)
+    inside = (row < last)[:, None] & (column < columns)[None, :]
+    at = row[:, None] * codes_r + column[None, :].to(tl.int64) * codes_c
+    value = _decode(tl.load(codes + at, mask=inside, other=0))
+    of = scales + band.to(tl.int64) * scales_r
+    if ONE_ROW:
+        scale = tl.load(scales + row * scales_r + panel * scales_c, mask=row < last, other=0.0)
+        value = value * scale[:, None]
+    elif ONE_COLUMN:
+        scale = tl.load(of + column * scales_c, mask=column < columns, other=0.0)
+        value = value * scale[None, :]
+    else:
+        value = value * tl.load(of + panel * scales_c)
+    tl.store(wide + row[:, None] * columns + column[None, :], value, mask=inside)
+
+
+@no_type_check
+@triton.jit
+def multiply(
+    a,
+    a_scales,
+    b,
+    b_scales,
+    table,
+    out,
+    tiles,
+    contraction,
+    columns,
+    groups,
+    a_m,
+    a_k,
+    a_scales_m,
+    a_scales_k,
+    b_e,
+    b_k,
+    b_n,
+    b_scales_e,
+    b_scales_k,
+    b_scales_n,
+    out_m,
+    A_ROWS: tl.constexpr,
+    B_COLUMNS: tl.constexpr,
+    OPERANDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """One block of out [M, N]: an expert's rows of a [M, K] times its matrix of b [E, K, N]."""
+    tile, across = _swizzled(tl.program_id(0), tiles, tl.cdiv(columns, BLOCK_N), TOGETHER)
+    expert, first, last = _band(table, tile, groups, BLOCK_M, GROUPS)
+    row, column = first + tl.arange(0, BLOCK_M), across * BLOCK_N + tl.arange(0, BLOCK_N)
+    expert = expert.to(tl.int64)
+    total = _sum_of_blocks(
+        a,
+        a_scales,
+        b + expert * b_e,
+        b_scales + expert * b_scales_e,
+        row,
+        last,
+        column,
+        columns,
+        contraction,
+        a_m,
+        a_k,
+        a_scales_m,
+        a_scales_k,
+        b_k,
+        b_n,
+        b_scales_k,
+        b_scales_n,
+        A_ROWS,
+        B_COLUMNS,
+        OPERANDS,
+        BLOCK_M,
+        BLOCK_N,
+    )
+    inside = (row < last)[:, None] & (column < columns)[None, :]
+    to = out + row[:, None].to(tl.int64) * out_m + column[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), mask=inside)
+
+
+@no_type_check
+@triton.jit
+def outer(
+    a,
+    a_scales,
+    b,
+    b_scales,
+    table,
+    out,
+    height,
+    columns,
+    groups,
+    a_k,
+    a_m,
+    a_scales_k,
+    a_scales_m,
+    b_k,
+    b_n,
+    b_scales_k,
+    b_scales_n,
+    OPERANDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """One block of out [E, M, N]: an expert's rows of a [K, M], transposed, times those of b."""
+    down, across = tl.cdiv(height, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    expert, inner = tl.program_id(0) // (down * across), tl.program_id(0) % (down * across)
+    tile_m, tile_n = _swizzled(inner, down, across, TOGETHER)
+    row, column = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first, last = tl.load(table + expert), tl.load(table + expert + 1)
+    if ALIGNED:
+        first, last = tl.multiple_of(first, 16), tl.multiple_of(last, 16)
+    band = tl.load(table + groups + 1 + expert).to(tl.int64)
+    total = _sum_of_blocks(
+        a + first.to(tl.int64) * a_k,
+        a_scales + band * a_scales_k,
+        b + first.to(tl.int64) * b_k,
+        b_scales + band * b_scales_k,
+        row,
+        height,
+        column,
+        columns,
+        last - first,
+        a_m,
+        a_k,
+        a_scales_m,
+        a_scales_k,
+        b_k,
+        b_n,
+        b_scales_k,
+        b_scales_n,
+        1,
+        1,
+        OPERANDS,
+        BLOCK_M,
+        BLOCK_N,
+    )
+    inside = (row < height)[:, None] & (column < columns)[None, :]
+    to = out + (expert.to(tl.int64) * height + row[:, None]) * columns + column[None, :]
+    tl.store(to, total, mask=inside)
+
+
+@no_type_check
+@triton.jit
+def keep(
+    source,
+    words,
+    scales,
+    rows,
+    columns,
+    source_r,
+    source_c,
+    SOURCE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """ROWS rows times 128 columns in E5M6: words as `format.pack_e5m6` packs, contiguous."""
+    panels = tl.cdiv(columns, WIDTH)
+    row = (tl.program_id(0) // panels) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    panel = tl.program_id(0) % panels
+    column = panel * WIDTH + tl.arange(0, WIDTH)
+    from_row = source + row[:, None] * source_r
+    v = _floats(from_row, row, rows, column, columns, source_c, SOURCE)
+    magnitude = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    scale = _scale(tl.max(magnitude, axis=1), 65024.0, True)
+    tl.store(scales + row * panels + panel, scale, mask=row < rows)
+    known = (scale == scale)[:, None]
+    divisor = tl.where(known, scale[:, None], 1.0)
+    eight = panel * (WIDTH // 8) + tl.arange(0, WIDTH // 8)
+    low = tl.zeros([ROWS, WIDTH // 8], dtype=tl.int32)
+    middle = tl.zeros([ROWS, WIDTH // 8], dtype=tl.int32)
+    high = tl.zeros([ROWS, WIDTH // 8], dtype=tl.int32)
+    # The values were read a moment ago, so that this second reading comes from the cache.
+    for j in tl.static_range(8):
+        v = _floats(from_row, row, rows, eight * 8 + j, columns, source_c, SOURCE)
+        code = _encode12(tl.div_rn(tl.where(known, v, 0.0), divisor))
+        if j < 3:
+            low |= code << (12 * j)
+        if j == 2:
+            middle |= code >> 8
+        if j > 2 and j < 6:
+            middle |= code << (12 * j - 32)
+        if j == 5:
+            high |= code >> 4
+        if j > 5:
+            high |= code << (12 * j - 64)
+    to = words + row[:, None] * (tl.cdiv(columns, 8) * 3) + eight[None, :] * 3
+    inside = (row < rows)[:, None] & (eight * 8 < columns)[None, :]
+    tl.store(to, low, mask=inside)
+    tl.store(to + 1, middle, mask=inside)
+    tl.store(to + 2, high, mask=inside)
+
+
+@no_type_check
+@triton.jit
+def read(words, scales, wide, rows, columns, ROWS: tl.constexpr):
+    """A panel of float32 [R, C], contiguous, from what `keep` packed."""
+    panels = tl.cdiv(columns, WIDTH)
+    row = (tl.program_id(0) // panels) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    panel = tl.program_id(0) % panels
+    column = panel * WIDTH + tl.arange(0, WIDTH)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    bit = (column % 8) * 12
+    word, shift = bit // 32, bit % 32
+    from_row = words + row[:, None] * (tl.cdiv(columns, 8) * 3)
+    at = from_row + (column // 8 * 3 + word)[None, :]
+    lower = tl.load(at, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    # Codes 2 and 5 end in the next word. No shift may reach 32, where it would mean nothing.
+    straddles = shift > 20
+    up = tl.where(straddles, 32 - shift, 0)
+    upper = tl.load(at + 1, mask=inside & straddles[None, :], other=0).to(tl.uint32, bitcast=True)
+    bits = (lower >> shift[None, :].to(tl.uint32)) | (upper << up[None, :].to(tl.uint32))
+    scale = tl.load(scales + row * panels + panel, mask=row < rows, other=0.0)
+    value = _decode12((bits & 0xFFF).to(tl.int32)) * scale[:, None]
+    tl.store(wide + row[:, None] * columns + column[None, :], value, mask=inside)
+
+
+@no_type_check
+@triton.jit
+def _rows(
+    table,
+    band,
+    rows,
+    groups,
+    ONE_ROW: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Row indices of one program, int64, and where they end (exclusive)."""
+    if ONE_ROW:
+        first, last = band * ROWS, rows
+    else:
+        _, first, last = _band(table, band, groups, ROWS, GROUPS)
+        if ALIGNED:
+            first, last = tl.multiple_of(first, 16), tl.multiple_of(last, 16)
+    return first + tl.arange(0, ROWS).to(tl.int64), last
+
+
+@no_type_check
+@triton.jit
+def _band(table, band, groups, HEIGHT: tl.constexpr, GROUPS: tl.constexpr):
+    """Group, first and last row (exclusive) of a band of at most HEIGHT rows."""
+    group = tl.arange(0, GROUPS)
+    ends = tl.load(table + groups + 2 + group, mask=group < groups, other=2147483647)
+    found = tl.sum((ends <= band).to(tl.int32), axis=0)
+    first = tl.load(table + found) + (band - tl.load(table + groups + 1 + found)) * HEIGHT
+    return found, first, tl.minimum(first + HEIGHT, tl.load(table + found + 1))
+
+
+@no_type_check
+@triton.jit
+def _swizzled(program, down, across, TOGETHER: tl.constexpr):
+    """Row and column of a block: programs that run together share TOGETHER rows of blocks.
+
+    What they read of both operands then stays in the L2 cache.
+    """
+    above = program // (TOGETHER * across) * TOGETHER
+    size = tl.minimum(down - above, TOGETHER)
+    inner = program % (TOGETHER * across)
+    return above + inner % size, inner // size
+
+
+@no_type_check
+@triton.jit
+def _sum_of_blocks(
+    a,
+    a_scales,
+    b,
+    b_scales,
+    row,
+    last_row,
+    column,
+    columns,
+    contraction,
+    a_m,
+    a_k,
+    a_scales_m,
+    a_scales_k,
+    b_k,
+    b_n,
+    b_scales_k,
+    b_scales_n,
+    A_ROWS: tl.constexpr,
+    B_COLUMNS: tl.constexpr,
+    OPERANDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """float32 [BLOCK_M, BLOCK_N]: 128 contracted values at a time, scaled, added in float32.
+
+    Tensor cores keep few bits of their sums; leaving them every 128 values is the promotion of
+    DeepSeek-V3 (arXiv 2412.19437, section 3.3.2). The two scales are multiplied first: where one
+    of them belongs to the whole block, as with weights, that leaves one fused step for each value.
+    """
+    real_row, real_column = row < last_row, column < columns
+    a_row = a + row[:, None].to(tl.int64) * a_m
+    b_column = b + column[None, :].to(tl.int64) * b_n
+    a_scale_at = a_scales + (row // A_ROWS).to(tl.int64) * a_scales_m
+    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for block in range(tl.cdiv(contraction, WIDTH)):
+        k = block * WIDTH + tl.arange(0, WIDTH)
+        real = k < contraction
+        k = k.to(tl.int64)
+        left = tl.load(a_row + k[None, :] * a_k, mask=real_row[:, None] & real[None, :], other=0)
+        right = tl.load(
+            b_column + k[:, None] * b_k, mask=real[:, None] & real_column[None, :], other=0
+        )
+        a_scale = tl.load(a_scale_at + block * a_scales_k, mask=real_row, other=0.0)
+        part = _dot(left, right, OPERANDS)
+        b_at = b_scales + block * b_scales_k
+        if B_COLUMNS == 1:
+            b_scale = tl.load(b_at + column * b_scales_n, mask=real_column, other=0.0)
+            total += part * (a_scale[:, None] * b_scale[None, :])
+        else:
+            # A block of columns lies within one tile: its width divides 128.
+            b_scale = tl.load(b_at + tl.min(column, axis=0) // B_COLUMNS * b_scales_n)
+            total += part * (a_scale * b_scale)[:, None]
+    return total
+
+
+@no_type_check
+@triton.jit
+def _dot(left, right, OPERANDS: tl.constexpr):
+    """The product of two blocks of codes, float32."""
+    if OPERANDS == FLOAT8:
+        a8, b8 = left.to(tl.float8e4nv, bitcast=True), right.to(tl.float8e4nv, bitcast=True)
+        return tl.dot(a8, b8)
+    if OPERANDS == BFLOAT16:
+        return tl.dot(_decode(left).to(tl.bfloat16), _decode(right).to(tl.bfloat16))
+    return tl.dot(_decode(left), _decode(right), input_precision="ieee")
+
+
+@no_type_check
+@triton.jit
+def _scale(amax, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """The scale of tiles whose largest magnitudes are `amax`, as bits: see `format.tile_scales`."""
+    finite = amax < 0x7F800000
+    bits = tl.div_rn(tl.where(finite, amax, 0).to(tl.float32, bitcast=True), LARGEST)
+    bits = bits.to(tl.int32, bitcast=True)
+    counts_as_zero = bits < 0x00800000
+    if POWER_OF_TWO:
+        bits = (bits + 0x7FFFFF) & 0x7F800000
+    bits = tl.where(counts_as_zero, 0x3F800000, bits)
+    return tl.where(finite, bits, 0x7FC00000).to(tl.float32, bitcast=True)
+
+
+@no_type_check
+@triton.jit
+def _encode(v, scale):
+    """E4M3 codes of v / scale, uint8; a scale that is NaN makes all of them 0x7F."""
+    known = scale == scale
+    ratio = tl.div_rn(tl.where(known, v, 0.0), tl.where(known, scale, 1.0))
+    # See `format.round_to_grid`. Fusing `leading * 1.5 * 2^20` into the addition changes nothing:
+    # a power of two times that is exact. Flushing subnormals neither: they round to zero.
+    leading = (ratio.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    magic = tl.maximum(leading, 0.015625) * 1572864.0
+    rounded = (ratio + magic) - magic
+    magnitude = rounded.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    small = (magnitude.to(tl.float32, bitcast=True) * 512.0).to(tl.int32)
+    code = tl.where(magnitude < (121 << 23), small, (magnitude >> 20) - (120 << 3))
+    # Rounding lost the sign of zeros.
+    code |= (v.to(tl.int32, bitcast=True) >> 24) & 0x80
+    return tl.where(known, code, 0x7F).to(tl.uint8)
+
+
+@no_type_check
+@triton.jit
+def _decode(code):
+    """What E4M3 codes stand for, float32."""
+    wide = code.to(tl.int32)
+    magnitude = wide & 0x7F
+    # Codes below 8 have no leading one: it is lent, and taken back.
+    lent = tl.where(magnitude < 8, 121 << 23, 120 << 23)
+    value = ((magnitude << 20) + lent).to(tl.float32, bitcast=True)
+    value -= tl.where(magnitude < 8, 0.015625, 0.0)
+    bits = tl.where(magnitude == 0x7F, 0x7FC00000, value.to(tl.int32, bitcast=True))
+    return (bits | ((wide & 0x80) << 24)).to(tl.float32, bitcast=True)
+
+
+@no_type_check
+@triton.jit
+def _floats(from_row, row, rows, column, columns, stride, SOURCE: tl.constexpr):
+    """float32 [rows, columns] of a panel, zeros beyond the edges."""
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    loaded = tl.load(from_row + column[None, :].to(tl.int64) * stride, mask=inside, other=0)
+    if SOURCE == BFLOATS:
+        loaded = (loaded.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return loaded
+
+
+@no_type_check
+@triton.jit
+def _encode12(v):
+    """E5M6 codes, int32, for |v| <= 65024."""
+    bits = v.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    exponent = tl.maximum(magnitude >> 23, 113)
+    # 1.5 * 2^(e + 17) has a last bit of 2^(e - 6), so that the addition rounds; it is exact, so
+    # fusing it changes nothing.
+    magic = ((exponent + 17) << 23).to(tl.float32, bitcast=True) * 1.5
+    rounded = (magnitude.to(tl.float32, bitcast=True) + magic) - magic
+    # Only subnormals use these; the minimum keeps the others within an int32.
+    steps = (tl.minimum(rounded, 0.00006103515625) * 1048576.0).to(tl.int32)
+    rounded = rounded.to(tl.int32, bitcast=True)
+    code = tl.where(rounded < (113 << 23), steps, (rounded >> 17) - (112 << 6))
+    return code | ((bits >> 20) & 0x800)
+
+
+@no_type_check
+@triton.jit
+def _decode12(code):
+    """What E5M6 codes stand for, float32; no backend keeps infinities."""
+    magnitude = code & 0x7FF
+    lent = tl.where(magnitude < 64, 113 << 23, 112 << 23)
+    value = ((magnitude << 17) + lent).to(tl.float32, bitcast=True)
+    value -= tl.where(magnitude < 64, 0.00006103515625, 0.0)
+    bits = value.to(tl.int32, bitcast=True) | ((code & 0x800) << 20)
+    return bits.to(tl.float32, bitcast=True)

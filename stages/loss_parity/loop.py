@@ -1,0 +1,86 @@
+"""The loss-parity stage: step logs of trainings in both precisions in, a report out."""
+
+import math
+from collections.abc import Mapping
+
+from configs.errors import DataError
+from configs.parity import ParitySpec
+from configs.train import Precision
+from stages.artifacts import Checkpoint, Report
+from stages.contract import Workspace, stage
+from stages.loss_parity.gaps import Findings, Pair, compare
+from stages.loss_parity.render import headline, render_json, render_markdown, shortfall, verdict
+from stages.telemetry import METRICS, read_metrics
+
+PRECISIONS: tuple[Precision, ...] = ("fp8", "high")
+LOSS = "next_token_loss"
+"""What the main model is trained for; balance and MTP losses are not compared."""
+
+
+def run_name(precision: Precision, seed: int) -> str:
+    """The name of the input that is the training of `seed` in `precision`."""
+    return f"{precision}_{seed}"
+
+
+@stage(revision=1)
+def loss_parity(config: ParitySpec, work: Workspace, **runs: Checkpoint) -> Report:
+    """Compare the losses of one training in each precision for each seed.
+
+    Takes `fp8_S` and `high_S` for each seed S of the config. DataError if one is lacking, or if a
+    step log lacks steps, has others than the rest, or holds a loss that is not finite.
+    """
+    found = compare(_read_pairs(config, runs), config.parity)
+    work.tracker.note(verdict(found))
+    work.lease.check()
+    _write(work, found)
+    return Report(uri=work.out, headline=headline(found), shortfall=shortfall(found))
+
+
+def _write(work: Workspace, found: Findings) -> None:
+    work.path("report.json").write_text(render_json(found), encoding="utf-8")
+    work.path("report.md").write_text(render_markdown(found), encoding="utf-8")
+
+
+def _read_pairs(config: ParitySpec, runs: Mapping[str, Checkpoint]) -> dict[int, Pair]:
+    """The losses of each seed; every training must have gone through the same steps."""
+    seeds = config.parity.seeds
+    wanted = {run_name(precision, seed) for seed in seeds for precision in PRECISIONS}
+    if runs.keys() != wanted:
+        raise DataError(
+            f"parity.seeds = {list(seeds)} asks for the trainings {sorted(wanted)}, not "
+            f"{sorted(runs)}; wire one of each precision for each seed"
+        )
+    first, *others = sorted(runs)
+    for name in others:
+        if runs[name].step != runs[first].step:
+            raise DataError(
+                f"{name} was trained for {runs[name].step} steps and {first} for "
+                f"{runs[first].step}; compare trainings of equal length"
+            )
+    losses = {name: _read_losses(name, run) for name, run in runs.items()}
+    return {
+        seed: Pair(fp8=losses[run_name("fp8", seed)], high=losses[run_name("high", seed)])
+        for seed in seeds
+    }
+
+
+def _read_losses(name: str, run: Checkpoint) -> list[float]:
+    """The loss of each step from the first to the checkpoint's."""
+    path = run.path(METRICS)
+    remedy = "rebuild this training with --force"
+    records = read_metrics(path)
+    steps, wanted = [record["step"] for record in records], list(range(1, run.step + 1))
+    if steps != wanted:
+        odd = sorted(set(steps) ^ set(wanted))
+        where = f", the first that is missing or too many is {odd[0]}" if odd else ""
+        raise DataError(
+            f"{name}: {path} holds {len(steps)} steps of the {run.step} of this training{where}; "
+            f"{remedy}"
+        )
+    for record in records:
+        if LOSS not in record or not math.isfinite(record[LOSS]):
+            raise DataError(
+                f"{name}: {path} says {LOSS} = {record.get(LOSS)} at step {record['step']}, where "
+                f"a finite number should stand; {remedy}"
+            )
+    return [record[LOSS] for record in records]

@@ -1,0 +1,607 @@
+"""FP8 against BF16 on one GPU: products of DeepSeek-V3's shapes, a training step, and its memory.
+
+    python -m tests.bench.fp8_on_gpu [--out FILE]
+
+Every variant of a product is timed in turn, round after round in one process, by CUDA events after
+a warm-up and with a cold cache; figures are medians. A backend's result is compared with the exact
+one of its own operands before it is timed, and what is wrong is not timed. What fails or is not
+there says so in its own cell and leaves the others alone, whatever it raised; without a GPU every
+cell says so.
+
+*product*: operands quantised beforehand. *with casts*: what training does, which quantises inputs
+and weights for the output, the output's gradient for the input's, and both again along tokens for
+the weight's. *torch alone*: `scaled_mm` on operands that lie as it wants them. The floor is the
+longer of a device copy of the bytes that a product must move, and its arithmetic at twice the best
+BF16 rate seen (Hopper's FP8 units are twice as wide).
+"""
+
+import argparse
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cluster.trainer import Trainer
+from configs.model import V3Config
+from configs.train import BalanceConfig, Fp8Backend, OptimConfig, Precision
+from model.fp8.backends import Backend, backend_for
+from model.fp8.cublas import expert_rows, lacking, multiply, operand, padded_counts, whole_tiles
+from model.fp8.format import TILE
+from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Quantized
+from model.fp8.reference import Reference
+from model.optim import adamw
+from model.transformer import Transformer
+from stages.pretrain.objective import PretrainLoss
+
+Pass = Literal["forward", "input gradient", "weight gradient"]
+PASSES: tuple[Pass, ...] = ("forward", "input gradient", "weight gradient")
+BACKENDS: tuple[Fp8Backend, ...] = ("cublas", "triton")
+VARIANTS = [
+    "bf16",
+    "torch alone",
+    *(f"{name}, {what}" for name in BACKENDS for what in ("product", "with casts")),
+]
+WARM_UP, ROUNDS = 3, 9
+STEP_ROUNDS = 5
+SQUARE = 8192
+CHECKED_ROWS = 64
+CACHE_BYTES = 2**28
+"""More than any cache holds."""
+GIBIBYTE = 2**30
+STEP_SHAPE = (8, 2048)
+"""Sequences and tokens of each in the training step."""
+MODEL = V3Config.model_validate(
+    {
+        "vocab_size": 32768,
+        "hidden_size": 1024,
+        "num_hidden_layers": 12,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 16,
+        "q_lora_rank": 512,
+        "kv_lora_rank": 256,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "intermediate_size": 4096,
+        "moe_intermediate_size": 512,
+        "n_routed_experts": 48,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "num_nextn_predict_layers": 0,
+        "max_position_embeddings": STEP_SHAPE[1],
+    }
+)
+"""About a billion parameters."""
+
+Figure = float | str
+"""Seconds, bytes or a share; or why there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A Linear's, or that of experts with as many tokens each."""
+
+    name: str
+    tokens: int
+    inputs: int
+    outputs: int
+    experts: int = 1
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of each expert."""
+        return (self.tokens // self.experts,) * self.experts
+
+
+SHAPES = [
+    Shape("gate and up, 7168 to 4096", 4096, 7168, 4096),
+    Shape("down, 2048 to 7168", 4096, 2048, 7168),
+    Shape("dense gate and up, 7168 to 36864", 4096, 7168, 36864),
+    Shape("dense down, 18432 to 7168", 4096, 18432, 7168),
+    Shape("32 experts' gate and up, 7168 to 4096", 32 * 256, 7168, 4096, 32),
+    Shape("32 experts' down, 2048 to 7168", 32 * 256, 2048, 7168, 32),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """What was found of one pass of one shape."""
+
+    shape: Shape
+    which: Pass
+    seconds: Mapping[str, Figure]
+    """By variant."""
+    errors: Mapping[str, Figure]
+    """Worst error as a share of what is allowed, by backend."""
+    copy_seconds: Figure
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What was found of a whole training step in one precision."""
+
+    precision: str
+    seconds: Figure
+    peak_bytes: Figure
+    """Beyond what the model and its optimiser hold, in a forward pass that gradients may follow."""
+    held_bytes: Figure
+    """Of that, what waits for the backward pass."""
+
+
+def flops(shape: Shape) -> int:
+    """Of any of the three passes: a multiplication and an addition for T x I x O."""
+    return 2 * shape.tokens * shape.inputs * shape.outputs
+
+
+def bytes_moved(shape: Shape, which: Pass) -> int:
+    """Read and written once in FP8: values, their scales, and bfloat16 or float32 results."""
+    tokens, inputs, outputs = shape.tokens, shape.inputs, shape.outputs
+    weights = shape.experts * outputs * inputs
+    blocks = shape.experts * _up(outputs) * _up(inputs)
+    match which:
+        case "forward":
+            values, scales, results = tokens * inputs + weights, tokens * _up(inputs), 2 * outputs
+        case "input gradient":
+            values, scales, results = tokens * outputs + weights, tokens * _up(outputs), 2 * inputs
+        case "weight gradient":
+            bands = sum(_up(count) for count in shape.counts)
+            values = tokens * (inputs + outputs)
+            return values + 4 * bands * (inputs + outputs) + 4 * weights
+    return values + 4 * (scales + blocks) + tokens * results
+
+
+def floor_seconds(flops: int, peak: Figure, copy_seconds: Figure) -> Figure:
+    """The longer of the copy and the arithmetic at `peak` FLOP/s."""
+    if isinstance(peak, str):
+        return peak
+    return copy_seconds if isinstance(copy_seconds, str) else max(copy_seconds, flops / peak)
+
+
+def allowed_error(dtype: torch.dtype, exact: Tensor, size: Tensor) -> Tensor:
+    """What a product may be off by: |A| |B| is `size`.
+
+    Tensor cores keep about 14 bits of a sum (DeepSeek-V3, section 3.3.2) over 128 columns; a
+    result in bfloat16 is rounded to 8.
+    """
+    rounding = 2**-8 if dtype == torch.bfloat16 else 2**-22
+    return 2**-10 * size + rounding * exact.abs()
+
+
+def share(part: Figure, whole: Figure) -> Figure:
+    """part / whole, or the reason of the one that is none."""
+    if isinstance(part, str):
+        return part
+    return whole if isinstance(whole, str) else part / whole
+
+
+def active_parameters(model: nn.Module, experts: int, chosen: int) -> float:
+    """Parameters a token meets: routed experts count by the share chosen, the embedding not."""
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        routed = ".experts." in name and "shared" not in name
+        if "embed_tokens" not in name:
+            total += parameter.numel() * (chosen / experts if routed else 1)
+    return total
+
+
+def cell(figure: Figure, digits: int = 2, scale: float = 1.0) -> str:
+    """A number, or why there is none."""
+    if isinstance(figure, str):
+        return "not measured" if not figure else f"not measured: {figure}"
+    return f"{figure * scale:,.{digits}f}"
+
+
+def product_rows(product: Product, peak_fp8: Figure) -> list[str]:
+    """Markdown rows of one pass of one shape."""
+    work = flops(product.shape)
+    floor = floor_seconds(work, peak_fp8, product.copy_seconds)
+    rows = []
+    for variant in VARIANTS:
+        seconds = product.seconds[variant]
+        if isinstance(seconds, str):
+            figures = [cell(seconds), *["not measured"] * 3]
+        else:
+            figures = [
+                cell(seconds, 3, 1e3),
+                cell(work / seconds, 0, 1e-12),
+                cell(share(product.seconds["bf16"], seconds)),
+                # BF16 has another floor.
+                "" if variant == "bf16" else cell(share(floor, seconds)),
+            ]
+        error = product.errors.get(variant.split(",")[0], "")
+        figures.append("" if variant in ("bf16", "torch alone") else cell(error, 4))
+        rows.append(row(product.shape.name, product.which, variant, *figures))
+    return rows
+
+
+def step_rows(steps: Sequence[Step], step_flops: float) -> list[str]:
+    """Markdown rows of the training step; times BF16 by the step called bf16."""
+    baseline = next(step.seconds for step in steps if step.precision == "bf16")
+    rows = []
+    for step in steps:
+        if isinstance(step.seconds, str):
+            figures = [cell(step.seconds), *["not measured"] * 2]
+        else:
+            figures = [
+                cell(step.seconds, 1, 1e3),
+                cell(step_flops / step.seconds, 0, 1e-12),
+                cell(share(baseline, step.seconds)),
+            ]
+        rows.append(row("1B MoE", "training step", step.precision, *figures, "", ""))
+    for name, of in (
+        ("forward's peak, GiB", lambda step: step.peak_bytes),
+        ("kept for backward, GiB", lambda step: step.held_bytes),
+    ):
+        bf16 = next(of(step) for step in steps if step.precision == "bf16")
+        for step in steps:
+            figure, times = cell(of(step), 2, 1 / GIBIBYTE), cell(share(bf16, of(step)))
+            if isinstance(of(step), str):
+                times = "not measured"
+            rows.append(row("1B MoE", name, step.precision, figure, "", times, "", ""))
+    return rows
+
+
+def row(*cells: str) -> str:
+    """One line of the table; bars within a cell would end it."""
+    return "| " + " | ".join(one.replace("|", "/").replace("\n", " ") for one in cells) + " |"
+
+
+def table(
+    products: Iterable[Product], steps: Iterable[Step], step_flops: float, peak_bf16: Figure
+) -> Iterator[str]:
+    """Everything, as one table, line by line as it is measured."""
+    yield row(
+        "what",
+        "pass",
+        "by",
+        "ms (or GiB)",
+        "TFLOP/s",
+        "times BF16",
+        "floor / time",
+        "error / bound",
+    )
+    yield "|---|---|---|--:|--:|--:|--:|--:|"
+    peak_fp8 = peak_bf16 if isinstance(peak_bf16, str) else 2 * peak_bf16
+    peak = cell(peak_bf16, 0, 1e-12)
+    yield row(f"{SQUARE}³, torch.mm", "best", "bf16", "", peak, "", "", "")
+    for product in products:
+        yield from product_rows(product, peak_fp8)
+    yield from step_rows(list(steps), step_flops)
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object] | str],
+    clock: Callable[[Callable[[], object]], float],
+    rounds: int = ROUNDS,
+) -> dict[str, Figure]:
+    """Median seconds of each, all in turn every round; what fails once is out, and says why."""
+    found: dict[str, Figure] = {}
+    alive: dict[str, Callable[[], object]] = {}
+    for name, run in variants.items():
+        if isinstance(run, str):
+            found[name] = run
+            continue
+        try:
+            for _ in range(WARM_UP):
+                run()
+            alive[name] = run
+        except Exception as error:
+            found[name] = why(error)
+    times: dict[str, list[float]] = {name: [] for name in alive}
+    for _ in range(rounds):
+        for name in list(alive):
+            try:
+                times[name].append(clock(alive[name]))
+            except Exception as error:
+                found[name] = why(error)
+                del alive[name]
+    return found | {name: statistics.median(times[name]) for name in alive}
+
+
+def why(error: Exception) -> str:
+    """An exception's first line, short enough for a cell."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:120]
+
+
+def no_device() -> str:
+    """Why there is no GPU to measure on, or nothing."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return "" if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def on_device(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """A clock by CUDA events, which empties the caches before each call."""
+    scrap = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device)
+
+    def clock(run: Callable[[], object]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        scrap.zero_()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return clock
+
+
+def measure_product(
+    shape: Shape, which: Pass, device: torch.device, clock: Callable[[Callable[[], object]], float]
+) -> Product:
+    """All variants of one pass of one shape."""
+    torch.manual_seed(0)
+    stacked = (shape.experts,) if shape.experts > 1 else ()
+    make: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
+    x = torch.randn(shape.tokens, shape.inputs, **make)
+    dy = torch.randn(shape.tokens, shape.outputs, **make)
+    w = torch.randn(*stacked, shape.outputs, shape.inputs, **make)
+    half = torch.empty(bytes_moved(shape, which) // 2, dtype=torch.uint8, device=device)
+    other = torch.empty_like(half)
+    variants: dict[str, Callable[[], object] | str] = {
+        "copy": lambda: other.copy_(half),
+        "bf16": in_bf16(shape, which, x, w, dy),
+    }
+    errors: dict[str, Figure] = {}
+    counts = shape.counts if stacked else None
+    variants["torch alone"] = lacking(device) or prepared(which, x, w, dy, counts)
+    for name in BACKENDS:
+        keys = f"{name}, product", f"{name}, with casts"
+        try:
+            backend = backend_for(device, name)
+            casts, run = in_fp8(backend, which, x, w, dy, counts)
+            operands = casts()
+            errors[name] = worst_error(run(*operands), *operands, counts, which)
+            torch.cuda.synchronize(device)
+        except Exception as error:
+            variants |= dict.fromkeys(keys, why(error))
+            errors[name] = ""
+            continue
+        if isinstance(errors[name], str) or not float(errors[name]) <= 1:
+            variants |= dict.fromkeys(keys, f"wrong, {cell(errors[name])} times its bound")
+            continue
+        variants[keys[0]] = lambda run=run, operands=operands: run(*operands)
+        variants[keys[1]] = lambda run=run, casts=casts: run(*casts())
+    seconds = interleaved(variants, clock)
+    return Product(shape, which, seconds, errors, seconds["copy"])
+
+
+def in_bf16(shape: Shape, which: Pass, x: Tensor, w: Tensor, dy: Tensor) -> Callable[[], Tensor]:
+    """torch's own product, or grouped product, in bfloat16."""
+    a, b = {"forward": (x, w.mT), "input gradient": (dy, w), "weight gradient": (dy.mT, x)}[which]
+    if shape.experts == 1:
+        return lambda: torch.mm(a, b)
+    ends = torch.tensor(shape.counts, device=x.device).cumsum(0).to(torch.int32)
+    return lambda: F.grouped_mm(a, b, offs=ends)
+
+
+def in_fp8(
+    backend: Backend,
+    which: Pass,
+    x: Tensor,
+    w: Tensor,
+    dy: Tensor,
+    counts: tuple[int, ...] | None,
+) -> tuple[Callable[[], tuple[Quantized, Quantized]], Callable[[Quantized, Quantized], Tensor]]:
+    """The casts that training makes for a pass, and its product of what they give."""
+    if which == "weight gradient":
+        # What waited for the backward pass is quantised already.
+        x8 = backend.quantize(x, ACTIVATION)
+
+        def along() -> tuple[Quantized, Quantized]:
+            both = (backend.quantize(t, ALONG_TOKENS, counts=counts, kept=False) for t in (dy, x8))
+            left, right = both
+            return left, right
+
+        if counts is None:
+            return along, lambda a, b: backend.matmul(a.T, b)
+        return along, lambda a, b: backend.grouped_outer(a, b, counts)
+    if which == "forward":
+
+        def casts() -> tuple[Quantized, Quantized]:
+            return backend.quantize(x, ACTIVATION), backend.quantize(w, BLOCK).T
+
+    else:
+        w8 = backend.quantize(w, BLOCK)
+
+        def casts() -> tuple[Quantized, Quantized]:
+            return backend.quantize(dy, ACTIVATION, kept=False), w8
+
+    if counts is None:
+        return casts, backend.matmul
+    return casts, lambda a, b: backend.grouped_matmul(a, b, counts)
+
+
+def prepared(
+    which: Pass, x: Tensor, w: Tensor, dy: Tensor, counts: tuple[int, ...] | None
+) -> Callable[[], object] | str:
+    """`scaled_mm` alone, once for each expert, on what is quantised and laid out already."""
+    try:
+        casts, _ = in_fp8(Reference(), which, x, w, dy, counts)
+        a, b = casts()
+        if which == "weight gradient":
+            whole = [whole_tiles(q, counts or (len(x),)).T for q in (a, b)]
+            left, right = (operand(q, blocks=False) for q in whole)
+            pairs, first = [], 0
+            for count in padded_counts(counts or (len(x),), TILE):
+                last = first + count
+                pairs.append((left.part(first, last), right.part(first, last)))
+                first = last
+            dtype = torch.float32
+        elif counts is None:
+            pairs, dtype = [(operand(a), operand(b.T))], torch.bfloat16
+        else:
+            lefts, _ = expert_rows(a, counts)
+            rights = [
+                operand(Quantized(v, s, b.tile).T) for v, s in zip(b.values, b.scales, strict=True)
+            ]
+            pairs, dtype = list(zip(lefts, rights, strict=True)), torch.bfloat16
+    except Exception as error:
+        return why(error)
+    return lambda: [multiply(one, other, dtype) for one, other in pairs]
+
+
+def worst_error(
+    found: Tensor, a: Quantized, b: Quantized, counts: tuple[int, ...] | None, which: Pass
+) -> float:
+    """The worst error as a share of `allowed_error`: some rows of the first and last expert."""
+    reference = Reference()
+    wide_a, wide_b = reference.dequantize(a), reference.dequantize(b)
+    along = which == "weight gradient"
+    if counts is None:
+        return worst_share(found, wide_a.mT if along else wide_a, wide_b)
+    parts, others = wide_a.split(counts), wide_b.split(counts) if along else wide_b
+    results = found if along else found.split(counts)
+    return max(
+        worst_share(results[e], parts[e].mT if along else parts[e], others[e])
+        for e in (0, len(counts) - 1)
+    )
+
+
+def worst_share(found: Tensor, a: Tensor, b: Tensor) -> float:
+    """The worst error of a @ b in rows from all over it, as a share of `allowed_error`."""
+    picked = torch.arange(0, len(a), max(1, len(a) // CHECKED_ROWS), device=found.device)
+    left, right = a[picked].double(), b.double()
+    exact, size = left @ right, left.abs() @ right.abs()
+    error = (found[picked].double() - exact).abs()
+    return float((error / allowed_error(found.dtype, exact, size).clamp_min(1e-300)).max())
+
+
+def best_rate(device: torch.device, clock: Callable[[Callable[[], object]], float]) -> Figure:
+    """FLOP/s of the quickest square product in bfloat16."""
+    try:
+        a, b = (torch.randn(SQUARE, SQUARE, device=device).bfloat16() for _ in range(2))
+        for _ in range(WARM_UP):
+            torch.mm(a, b)
+        return 2 * SQUARE**3 / min(clock(lambda: torch.mm(a, b)) for _ in range(ROUNDS))
+    except Exception as error:
+        return why(error)
+
+
+def training_step(precision: Precision, device: torch.device) -> Step:
+    """A whole step of `MODEL` in bfloat16, its Linears in FP8 or not: pass, backward, AdamW.
+
+    By the project's `Trainer` where that can be told a device, else in a loop of its own.
+    """
+    name = "bf16" if precision == "high" else "fp8"
+    try:
+        optim, loss = OptimConfig(), PretrainLoss(0.3, 1e-4, True)
+        if "device" in inspect.signature(Trainer).parameters:
+            options: dict[str, Any] = {"device": device}
+            trainer = Trainer(
+                MODEL,
+                optim=optim,
+                balance=BalanceConfig(),
+                precision=precision,
+                seed=0,
+                **options,
+            )
+            model, optimizer = trainer.model, trainer.optimizer
+        else:
+            with torch.device(device):
+                model = Transformer(MODEL, precision=precision).bfloat16().train()
+            fill(model)
+            optimizer = adamw(model, optim)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(2, MODEL.vocab_size, STEP_SHAPE, generator=generator)
+        batch = {"tokens": tokens.to(device)}
+        totals = loss.counts(batch)
+        times: list[float] = []
+        for _ in range(1 + STEP_ROUNDS):
+            torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            loss(model, batch, totals)[0].backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - begin)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        value = loss(model, batch, totals)[0]
+        held = torch.cuda.memory_allocated(device) - before
+        peak = torch.cuda.max_memory_allocated(device) - before
+        del value
+    except Exception as error:
+        return Step(name, why(error), why(error), why(error))
+    return Step(name, statistics.median(times[1:]), float(peak), float(held))
+
+
+def fill(model: nn.Module) -> None:
+    """Random weights where they lie: `initialize` draws a billion numbers on the CPU."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.02)
+            else:
+                parameter.fill_(1.0)
+
+
+def report() -> Iterator[str]:
+    """Where it was measured, and the table of everything that could be, line by line."""
+    with torch.device("meta"):
+        shadow = Transformer(MODEL)
+    active = active_parameters(shadow, MODEL.n_routed_experts, MODEL.num_experts_per_tok)
+    # Six for each parameter that a token meets: two forward, four backward.
+    step_flops = 6 * active * STEP_SHAPE[0] * STEP_SHAPE[1]
+    missing = no_device()
+    if missing:
+        nothing = dict.fromkeys(VARIANTS, "")
+        blank = [Product(s, which, nothing, {}, "") for s in SHAPES for which in PASSES]
+        steps = [Step(name, "", "", "") for name in ("bf16", "fp8")]
+        yield from (f"Nothing was measured: {missing}.", "")
+        yield from table(blank, steps, step_flops, "")
+        return
+    device = torch.device("cuda", torch.cuda.current_device())
+    clock = on_device(device)
+    yield (
+        f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, CUDA "
+        f"{torch.version.cuda}; medians of {ROUNDS} rounds, the step's of {STEP_ROUNDS}."
+    )
+    yield ""
+    products = (survived(s, which, device, clock) for s in SHAPES for which in PASSES)
+    measured = (training_step(precision, device) for precision in ("high", "fp8"))
+    yield from table(products, measured, step_flops, best_rate(device, clock))
+
+
+def survived(
+    shape: Shape, which: Pass, device: torch.device, clock: Callable[[Callable[[], object]], float]
+) -> Product:
+    """`measure_product`, or its reason in every cell."""
+    try:
+        return measure_product(shape, which, device, clock)
+    except Exception as error:
+        return Product(shape, which, dict.fromkeys(VARIANTS, why(error)), {}, why(error))
+    finally:
+        torch.cuda.empty_cache()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table, and write it to `--out`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, help="file to write the table to")
+    out: Path | None = parser.parse_args(arguments).out
+    lines = []
+    for line in report():
+        print(line, flush=True)
+        lines.append(line)
+        if out is not None:
+            # At once, so that what was measured outlives whatever comes after it.
+            out.write_text("\n".join(lines) + "\n")
+
+
+def _up(count: int) -> int:
+    return -(-count // TILE)
+
+
+if __name__ == "__main__":
+    main()
