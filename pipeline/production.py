@@ -14,7 +14,7 @@ from configs.imports import ImportSpec
 from configs.parity import ParityConfig, ParitySpec
 from configs.recipe import NodeConfig, Recipe, explain
 from configs.rl import PosttrainConfig, PosttrainSpec
-from configs.train import PretrainSpec
+from configs.train import Fp8Config, Precision, PretrainConfig, PretrainSpec
 from stages.contract import Planned, Stage
 from stages.data.loop import data
 from stages.evaluate.loop import evaluate
@@ -85,7 +85,7 @@ def compare_precisions(recipe: Recipe, asked: ParityConfig) -> Line:
             PretrainSpec(
                 seed=seed,
                 model=recipe.model,
-                pretrain=recipe.pretrain.model_copy(update={"precision": precision}),
+                pretrain=_in_precision(recipe.pretrain, precision),
             ),
             corpus=corpus,
         )
@@ -101,6 +101,14 @@ def compare_precisions(recipe: Recipe, asked: ParityConfig) -> Line:
         **{f"pretrain.{precision}.{seed}": one for (precision, seed), one in trained.items()},
         "parity": report,
     }
+
+
+def _in_precision(section: PretrainConfig, precision: Precision) -> PretrainConfig:
+    """In high precision what FP8 would mean bears on nothing, so that one training serves all."""
+    update: dict[str, Any] = {"precision": precision}
+    if precision == "high":
+        update["fp8"] = Fp8Config()
+    return section.model_copy(update=update)
 
 
 def begin_pretraining(recipe: Recipe) -> Line:

@@ -2,12 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster.trainer import Trainer
 from configs.model import V3Config
@@ -90,39 +90,53 @@ def test_an_fp8_step_against_a_float32_step(name: str, sequences: int) -> None:
     assert 1 < ratio < 1.5 * LIMITS[name]
 
 
-def kept_bytes(one: Trainer, batch: dict[str, Tensor], parameters_too: bool = False) -> int:
-    """Bytes of distinct storages that wait for the backward pass."""
-    own = {p.untyped_storage().data_ptr() for p in one.model.parameters()}
+def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes of distinct storages, parameters' own left out, that wait for the backward pass."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if parameters_too or storage.data_ptr() not in own:
+        if storage.data_ptr() not in own:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        predicted = one.model.predict(batch["tokens"])
-        loss = predicted.next_BSD.sum()
-    total = sum(seen.values())
-    del loss
-    return total
+        result = forward()
+    # Until here the pass holds them, so that no storage is met again at another's address.
+    assert result.requires_grad
+    return sum(seen.values())
 
 
-def test_what_waits_for_the_backward_pass() -> None:
-    """BF16 is measured as the same model cast to it: what high precision keeps on a GPU."""
-    batch = batch_of(8)
-    figures = {}
-    for name, model in (("tiny", TINY.model), ("hidden 1024", WIDE)):
-        assert isinstance(model, V3Config)
-        for precision in PRECISIONS:
-            figures[name, precision] = kept_bytes(trainer(model, precision), batch)
-        narrow = trainer(model, "high")
-        narrow.model.bfloat16()
-        figures[name, "bf16"] = kept_bytes(narrow, batch)
-    tokens = batch["tokens"].numel()
-    for (name, kind), size in figures.items():
-        print(
-            f"\n{name}, {kind}: {size / 2**20:.1f} MiB, {size / tokens:,.0f} bytes a token", end=""
-        )
-    assert figures["hidden 1024", "fp8"] < figures["hidden 1024", "high"]
+def kept_by(one: Trainer, part: str, sequences: int) -> int:
+    """What waits after the whole model, or after one MoE block alone."""
+    model = one.model
+    if part == "model":
+        return kept_bytes(model, lambda: model.predict(batch_of(sequences)["tokens"]).next_BSD)
+    block = model.get_submodule("model.layers.1.mlp")
+    tokens, width = TINY.data.sequence_tokens, model.config.hidden_size
+    dtype = model.lm_head.weight.dtype
+    x_BSD = torch.randn(sequences, tokens, width, dtype=dtype, requires_grad=True)
+    return kept_bytes(block, lambda: block(x_BSD))
+
+
+@pytest.mark.parametrize("part", ["model", "MoE block"])
+@pytest.mark.parametrize(("name", "config"), [("tiny", TINY.model), ("hidden 1024", WIDE)])
+def test_what_waits_for_the_backward_pass(name: str, config: V3Config, part: str) -> None:
+    """Bytes a token: what grows with the tokens. The rest are FP8's copies of the weights.
+
+    BF16 is the same model cast to it. Attention keeps its own tensors in float32 in any case.
+    """
+    trainers: dict[str, Trainer] = {p: trainer(config, p) for p in PRECISIONS}
+    trainers["bf16"] = trainer(config, "high")
+    trainers["bf16"].model.bfloat16()
+    a_token, fixed = {}, {}
+    for kind, one in trainers.items():
+        few, many = kept_by(one, part, 8), kept_by(one, part, 24)
+        a_token[kind] = (many - few) / batch_of(16)["tokens"].numel()
+        fixed[kind] = few - a_token[kind] * batch_of(8)["tokens"].numel()
+    told = ", ".join(f"{kind} {size:,.0f}" for kind, size in a_token.items())
+    print(f"\n{name}, {part}: bytes a token {told}; FP8 copies of weights {fixed['fp8']:,.0f}")
+    assert a_token["fp8"] < a_token["high"]
+    if part == "MoE block":
+        assert a_token["fp8"] < a_token["bf16"]
