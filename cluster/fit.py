@@ -200,7 +200,7 @@ def _steps(job: FitJob, root: Path) -> None:
         trainer.load(folder, step=step)
     dist.barrier()  # All ranks have chosen the same save before any of them writes another.
     log = job.open_log(trainer.step) if rank == 0 else None
-    drift, news = Drift(), _news(job, trainer)
+    drift, first = Drift(), news(job.precision, trainer)
     for step in range(trainer.step + 1, job.steps + 1):
         begin = time.perf_counter()
         batch = job.source.batch(step, rank=rank, world=world)
@@ -209,31 +209,31 @@ def _steps(job: FitJob, root: Path) -> None:
         loss = job.loss(step)
         metrics: dict[str, Any] = dict(trainer.forward_backward(batch, loss, counting=counting))
         if counting:
-            metrics |= _telemetry(trainer.fp8_tallies(), drift)
+            metrics |= telemetry(trainer.fp8_tallies(), drift)
         rate = job.learning_rate(step)
         metrics |= trainer.optim_step(rate) | {"learning_rate": rate}
         if log is not None:
             metrics["tokens_per_second"] = job.tokens_per_step / (time.perf_counter() - begin)
             job.may_write()
             # Before the save: a run that continues from it must find this line.
-            if notes := news.pop("notes", []) + metrics.pop("notes", []):
+            if notes := first.pop("notes", []) + metrics.pop("notes", []):
                 metrics["notes"] = notes
-            log.append(metrics | news, step=step)
-            news = {}
+            log.append(metrics | first, step=step)
+            first = {}
         if step % job.checkpoint_every_steps == 0 or step == job.steps:
             _save(trainer, job, root)
 
 
-def _news(job: FitJob, trainer: Trainer) -> dict[str, Any]:
-    """What the first record says of how this process computes."""
-    wanted = job.precision if isinstance(job.precision, str) else job.precision.precision
-    news: dict[str, Any] = {"tags": {"fp8.products": trainer.products}}
+def news(asked: Precision | Numerics, trainer: Trainer) -> dict[str, Any]:
+    """What the first record says of how this process computes; a note if not as was asked."""
+    wanted = asked if isinstance(asked, str) else asked.precision
+    told: dict[str, Any] = {"tags": {"fp8.products": trainer.products}}
     if wanted != trainer.numerics.precision:
-        news["notes"] = [f"warning: {trainer.products}"]
-    return news
+        told["notes"] = [f"warning: {trainer.products}"]
+    return told
 
 
-def _telemetry(tallies: Mapping[str, Tally], drift: Drift) -> dict[str, Any]:
+def telemetry(tallies: Mapping[str, Tally], drift: Drift) -> dict[str, Any]:
     """What FP8 did to each role's tensors, as metrics; `notes` tells what to worry about."""
     figures: dict[str, Any] = {}
     for role, seen in tallies.items():

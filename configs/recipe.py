@@ -86,6 +86,11 @@ class Recipe(Frozen):
                 f'pretrain.precision = "{self.pretrain.precision}", but parity compares "fp8" with '
                 '"high", and this leaves nothing to compare; set it to "fp8"'
             )
+        if not self.pretrain.fp8.has_fp8:
+            raise ValueError(
+                'pretrain.fp8 sets every part to "high", which leaves parity nothing to compare; '
+                'set some part to "fp8"'
+            )
 
     def _check_posttraining(self, posttrain: PosttrainConfig) -> None:
         """What must agree where the model is post-trained and evaluated."""

@@ -55,6 +55,11 @@ class Fp8Config(Frozen):
     telemetry_every_steps: PositiveInt = 20
     """How often clipped and flushed values and scales are counted; the first step always is."""
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether any part is FP8 at all."""
+        return "fp8" in self.model_dump().values()
+
 
 class OptimConfig(Frozen):
     """AdamW with clipping; defaults are DeepSeek-V3's (section 4.2)."""

@@ -11,9 +11,9 @@ Axes: R rows, C columns, P stacked matrices, M K N rows, contraction and columns
 E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -27,11 +27,6 @@ from model.fp8.cublas import Cublas
 from model.fp8.cublas import lacking as cublas_lacks
 from model.fp8.quantized import ACTIVATION, Kept, Quantized, Tile
 from model.fp8.reference import Reference
-
-try:
-    from model.fp8.triton import Triton
-except ModuleNotFoundError:  # torch brings it where there can be a CUDA device, and not elsewhere
-    Triton = None  # type: ignore[assignment, misc]
 
 HOPPER = (9, 0)
 """Compute capability from which Ingot's FP8 products run on tensor cores."""
@@ -82,6 +77,17 @@ class Backend(Protocol):
         """The float32 tensor that `kept` stands for."""
 
 
+_make_triton: Callable[[], Backend] | None = None
+try:
+    from model.fp8.triton import Triton
+
+    _make_triton = partial(Triton, torch.bfloat16)
+except ModuleNotFoundError as error:
+    # torch brings Triton where there can be a CUDA device, and not elsewhere.
+    if error.name != "triton":
+        raise
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A backend, or none where the device has no FP8, and why it is the one."""
@@ -108,21 +114,19 @@ def choose(device: torch.device, wanted: Fp8Backend = "auto") -> Choice:
 def _on_cuda(device: torch.device, wanted: Fp8Backend) -> Choice:
     """cuBLAS where torch has its block-scaled product, else Triton's kernels."""
     no_fp8 = _no_fp8(device)
-    no_triton = "triton is not installed" if Triton is None else no_fp8
+    no_triton = "triton is not installed" if _make_triton is None else no_fp8
     no_cublas = cublas_lacks(device)
     match wanted:
         case "triton" if no_triton is None:
-            return Choice(Triton(torch.bfloat16), "asked for")
+            return Choice(_quantizer(), "asked for")
         case "cublas" if no_cublas is None:
-            return Choice(Cublas(_quantizer(no_triton)), "asked for")
+            return Choice(Cublas(_quantizer()), f"asked for{_slowly()}")
         case "auto" if no_fp8 is not None:
             return Choice(None, no_fp8)
         case "auto" if no_cublas is None:
-            return Choice(Cublas(_quantizer(no_triton)), "torch has block-scaled products here")
+            return Choice(Cublas(_quantizer()), f"torch has its products here{_slowly()}")
         case "auto" if no_triton is None:
-            return Choice(
-                Triton(torch.bfloat16), f"own kernels, for cuBLAS lacks something: {no_cublas}"
-            )
+            return Choice(_quantizer(), f"own kernels; cuBLAS cannot: {no_cublas}")
         case "auto":
             return Choice(None, f"neither cuBLAS ({no_cublas}) nor Triton ({no_triton})")
         case "triton":
@@ -142,9 +146,13 @@ def _no_fp8(device: torch.device) -> str | None:
     return None
 
 
-def _quantizer(no_triton: str | None) -> Backend:
-    made: Backend = Reference() if no_triton is not None else Triton(torch.bfloat16)
-    return made
+def _quantizer() -> Backend:
+    """Triton's kernels, or plain torch."""
+    return Reference() if _make_triton is None else _make_triton()
+
+
+def _slowly() -> str:
+    return "" if _make_triton else "; quantised slowly, by plain torch, for triton is not installed"
 
 
 def _unable(device: torch.device, wanted: str, why: str) -> MachineError:

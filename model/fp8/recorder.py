@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.fp8.format import E4M3_MAX
 from model.fp8.quantized import Quantized
-from model.fp8.reference import spread_scales
+from model.fp8.reference import Reference, spread_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,4 @@ def tally(x: Tensor | Quantized, q: Quantized) -> Tally:
 
 
 def _wide(q: Quantized) -> Tensor:
-    if q.wide is not None:
-        return q.wide
-    return q.values.float() * spread_scales(q.scales, q.tile, q.values.shape, q.counts)
+    return q.wide if q.wide is not None else Reference().dequantize(q)

@@ -18,6 +18,7 @@ BF16 rate seen (Hopper's FP8 units are twice as wide).
 import argparse
 import inspect
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ VARIANTS = [
     "torch alone",
     *(f"{name}, {what}" for name in BACKENDS for what in ("product", "with casts")),
 ]
+FAILED = "failed: "
+"""Begins a cell of what could not be measured; one must not lose the others."""
 WARM_UP, ROUNDS = 3, 9
 STEP_ROUNDS = 5
 SQUARE = 8192
@@ -310,7 +313,7 @@ def interleaved(
 def why(error: Exception) -> str:
     """An exception's first line, short enough for a cell."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:120]
+    return f"{FAILED}{text.splitlines()[0][:120]}"
 
 
 def no_device() -> str:
@@ -368,7 +371,7 @@ def measure_product(
             errors[name] = ""
             continue
         if isinstance(errors[name], str) or not float(errors[name]) <= 1:
-            variants |= dict.fromkeys(keys, f"wrong, {cell(errors[name])} times its bound")
+            variants |= dict.fromkeys(keys, f"{FAILED}wrong, {cell(errors[name])} times its bound")
             continue
         variants[keys[0]] = lambda run=run, operands=operands: run(*operands)
         variants[keys[1]] = lambda run=run, casts=casts: run(*casts())
@@ -585,8 +588,8 @@ def survived(
         torch.cuda.empty_cache()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table, and write it to `--out`."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table, and write it to `--out`; 1 if something that is there could not be done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, help="file to write the table to")
     out: Path | None = parser.parse_args(arguments).out
@@ -597,6 +600,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if out is not None:
             # At once, so that what was measured outlives whatever comes after it.
             out.write_text("\n".join(lines) + "\n")
+    return int(any(FAILED in line for line in lines))
 
 
 def _up(count: int) -> int:
@@ -604,4 +608,4 @@ def _up(count: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -29,7 +29,7 @@ def test_a_machine_without_a_gpu_gets_the_table_and_the_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(bench, "no_device", lambda: "made to have none")
-    bench.main(["--out", str(tmp_path / "table.md")])
+    assert bench.main(["--out", str(tmp_path / "table.md")]) == 0
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "table.md").read_text()
     said, _, head, _, *rows = printed.splitlines()
@@ -130,8 +130,8 @@ def test_what_fails_leaves_the_others_their_medians() -> None:
     )
     assert found == {
         "well": 3.0,
-        "late": "broke",
-        "never": "not on this device",
+        "late": "failed: broke",
+        "never": "failed: not on this device",
         "absent": "no such backend",
     }
 
@@ -178,7 +178,7 @@ def test_all_variants_of_a_product_run_and_a_wrong_one_is_told(
     found = bench.measure_product(shape, which, torch.device("cpu"), clock)
     good = ("copy", "bf16", "torch alone", "cublas, product", "cublas, with casts")
     assert {name: found.seconds[name] for name in good} == dict.fromkeys(good, 1.0)
-    assert str(found.seconds["triton, product"]).startswith("wrong")
+    assert str(found.seconds["triton, product"]).startswith("failed: wrong")
     assert 0 < float(found.errors["cublas"]) <= 1 < float(found.errors["triton"])
 
 
@@ -192,13 +192,23 @@ def test_the_model_has_a_billion_parameters_of_which_a_token_meets_some() -> Non
     assert bench.active_parameters(model, 48, 8) == total - idle
 
 
+def test_a_table_with_a_failed_cell_ends_in_exit_code_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "report", lambda: iter(["| a | 1.0 |", "| b | failed: no room |"]))
+    assert bench.main([]) == 1
+    assert "no room" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "report", lambda: iter(["| a | 1.0 |"]))
+    assert bench.main([]) == 0
+
+
 def test_a_step_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("no room")
 
     monkeypatch.setattr(bench, "Transformer", refuse)
     monkeypatch.setattr(bench, "Trainer", refuse)
-    assert bench.training_step("fp8", torch.device("cpu")) == Step("fp8", *["no room"] * 3)
+    assert bench.training_step("fp8", torch.device("cpu")) == Step("fp8", *["failed: no room"] * 3)
 
 
 @pytest.mark.parametrize("precision", ["high", "fp8"])

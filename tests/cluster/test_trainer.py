@@ -9,12 +9,15 @@ import torch
 import torch.distributed as dist
 
 from cluster.checkpoint import consolidate
+from cluster.fit import news, telemetry
 from cluster.trainer import Trainer, expert_parameter_names
 from configs.engram import EngramConfig
 from configs.errors import TrainingError
 from configs.train import BalanceConfig, Precision
 from model.fp8 import scheme
 from model.fp8.backends import Choice
+from model.fp8.drift import Drift
+from model.fp8.recorder import Tally
 from model.weights.families import to_hf
 from model.weights.files import load_pretrained, read_tensors
 from tests.cluster.jobs import OPTIM, NextToken, RandomBatches
@@ -287,6 +290,33 @@ def test_tallies_of_fp8_are_those_of_all_ranks_together(tmp_path: Path) -> None:
         # Every rank has a copy of the weights that are not experts.
         copies = 2 if role.endswith("weights") and not role.startswith("routed") else 1
         assert nonzero == pytest.approx(copies * alone[role][0], rel=1e-3), role
+
+
+def test_what_is_counted_becomes_metrics_and_what_is_wrong_a_note() -> None:
+    seen = {
+        "head_weights": Tally(200.0, 0.0, 20.0, -9.0, -3.0),
+        "gate_weights": Tally(100.0, 5.0, 0.0, -4.0, -4.0),
+        "engram_weights": Tally(),
+    }
+    figures = telemetry(seen, Drift())
+    assert figures["fp8_flushed/head_weights"] == 0.1
+    assert figures["fp8_clipped/gate_weights"] == 0.05
+    assert figures["fp8_scale_low/head_weights"] == -9.0
+    assert figures["fp8_scale_high/head_weights"] == -3.0
+    assert "fp8_scale_low/engram_weights" not in figures  # it would be infinite
+    assert figures["fp8_alarms"] == 1
+    (note,) = figures["notes"]
+    assert note.startswith("warning: FP8: gate_weights: 5.00% of its values are beyond")
+
+
+@pytest.mark.parametrize("precision", ["fp8", "high"])
+def test_a_run_says_who_multiplies(precision: Precision) -> None:
+    told = news(precision, trainer(precision))
+    assert told["tags"] == {"fp8.products": trainer(precision).products}
+    assert ("cpu: " in told["tags"]["fp8.products"]) == (precision == "fp8")
+    assert "notes" not in told
+    # It was asked for one and got the other.
+    assert news("fp8", trainer("high"))["notes"] == ["warning: high precision"]
 
 
 def test_nothing_is_counted_unless_asked() -> None:

@@ -31,6 +31,14 @@ def test_a_comparison_that_cannot_be_made_is_refused(assignment: str, message: s
     assert message in str(caught.value)
 
 
+def test_a_comparison_of_high_precision_with_itself_is_refused() -> None:
+    parts = ["attention", "indexer", "dense_ffn", "shared_experts", "routed_experts"]
+    high = [f'pretrain.fp8.{part}="high"' for part in parts]
+    load_recipe("parity", sets=high[1:])
+    with pytest.raises(ConfigError, match="leaves parity nothing to compare"):
+        load_recipe("parity", sets=high)
+
+
 def test_any_recipe_may_be_asked_for_a_comparison() -> None:
     asked = load_recipe("smoke", sets=["parity.seeds=[4]"]).parity
     assert asked == ParityConfig(seeds=(4,))

@@ -106,6 +106,12 @@ def test_each_step_is_there_once_under_a_name_without_slashes(
     assert run.data.params["steps"] == "3"
 
 
+def test_what_a_build_says_of_its_making_is_a_tag(
+    client: MlflowClient, embedded: tuple[World, Run, Run]
+) -> None:
+    assert child(client, embedded[1], "train").data.tags["ingot.fp8.products"] == "cpu: fake"
+
+
 def test_the_machine_is_watched(client: MlflowClient, embedded: tuple[World, Run, Run]) -> None:
     metrics = child(client, embedded[1], "train").data.metrics
     assert "system/cpu_utilization_percentage" in metrics
