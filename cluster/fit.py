@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -34,7 +34,6 @@ from configs.model import ModelConfig
 from configs.parallel import ClusterConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
 from model.fp8.drift import Drift
-from model.fp8.recorder import Tally
 from model.fp8.scheme import Numerics
 
 _FAILURE = "failure.json"
@@ -79,8 +78,6 @@ class FitJob:
     may_write: Callable[[], None]
     """Raises LeaseLost when this build must not write any more."""
     threads: int
-    telemetry_every_steps: int = 20
-    """How often what FP8 does to tensors is counted; at the first step always."""
     vocabulary: tuple[int, ...] | None = None
     """What each token counts as to a memory of n-grams; none where the model has no memory."""
 
@@ -200,16 +197,15 @@ def _steps(job: FitJob, root: Path) -> None:
         trainer.load(folder, step=step)
     dist.barrier()  # All ranks have chosen the same save before any of them writes another.
     log = job.open_log(trainer.step) if rank == 0 else None
-    drift, first = Drift(), news(job.precision, trainer)
+    drift, first = Drift(), trainer.news()
     for step in range(trainer.step + 1, job.steps + 1):
         begin = time.perf_counter()
         batch = job.source.batch(step, rank=rank, world=world)
-        fp8 = trainer.numerics.precision == "fp8"
-        counting = fp8 and (step == 1 or step % job.telemetry_every_steps == 0)
+        counting = trainer.numerics.counts_at(step)
         loss = job.loss(step)
         metrics: dict[str, Any] = dict(trainer.forward_backward(batch, loss, counting=counting))
         if counting:
-            metrics |= telemetry(trainer.fp8_tallies(), drift)
+            metrics |= drift.figures(trainer.fp8_tallies())
         rate = job.learning_rate(step)
         metrics |= trainer.optim_step(rate) | {"learning_rate": rate}
         if log is not None:
@@ -222,31 +218,6 @@ def _steps(job: FitJob, root: Path) -> None:
             first = {}
         if step % job.checkpoint_every_steps == 0 or step == job.steps:
             _save(trainer, job, root)
-
-
-def news(asked: Precision | Numerics, trainer: Trainer) -> dict[str, Any]:
-    """What the first record says of how this process computes; a note if not as was asked."""
-    wanted = asked if isinstance(asked, str) else asked.precision
-    told: dict[str, Any] = {"tags": {"fp8.products": trainer.products}}
-    if wanted != trainer.numerics.precision:
-        told["notes"] = [f"warning: {trainer.products}"]
-    return told
-
-
-def telemetry(tallies: Mapping[str, Tally], drift: Drift) -> dict[str, Any]:
-    """What FP8 did to each role's tensors, as metrics; `notes` tells what to worry about."""
-    figures: dict[str, Any] = {}
-    for role, seen in tallies.items():
-        figures[f"fp8_clipped/{role}"] = seen.clipped / max(seen.nonzero, 1)
-        figures[f"fp8_flushed/{role}"] = seen.flushed_share
-        if seen.nonzero:
-            figures[f"fp8_scale_low/{role}"] = seen.low
-            figures[f"fp8_scale_high/{role}"] = seen.high
-    alarms = drift.alarms(tallies)
-    figures["fp8_alarms"] = len(alarms)
-    if alarms:
-        figures["notes"] = [f"warning: FP8: {alarm}" for alarm in alarms]
-    return figures
 
 
 def _save(trainer: Trainer, job: FitJob, root: Path) -> None:

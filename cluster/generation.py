@@ -17,7 +17,7 @@ from configs.parallel import ClusterConfig
 from configs.train import Precision
 from model import decode
 from model.drawing import Drawing
-from model.fp8.scheme import Numerics
+from model.fp8.scheme import Numerics, settle
 from model.weights.files import load_pretrained
 
 _ROLE = "sampler"
@@ -116,7 +116,10 @@ class _Sampler:
         torch.set_num_threads(threads)
         self.rank = rank
         self.version = 0
-        self.model = load_pretrained(Path(checkpoint), precision=precision)
+        wanted = precision if isinstance(precision, Numerics) else Numerics(precision)
+        # As a trainer does: one that learns in high precision must not be sampled in FP8.
+        numerics, _ = settle(wanted, torch.device("cpu"))
+        self.model = load_pretrained(Path(checkpoint), precision=numerics)
 
     def ready(self) -> int:
         return self.rank

@@ -18,6 +18,7 @@ from cluster.workers import Actor, dismiss, free_address, gather, spawn
 from configs.errors import ConfigError
 from configs.parallel import ClusterConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
+from model.fp8.recorder import Tally
 from model.fp8.scheme import Numerics
 from model.transformer import Transformer
 from model.weights.files import read_config, read_tensors
@@ -47,10 +48,25 @@ class TrainerPool:
         self.actors = actors
         self.machines = machines
 
-    def forward_backward(self, batch: Batch, loss: LossSpec) -> dict[str, float]:
-        """Add the gradients of `loss` on the whole batch; its metrics."""
+    def forward_backward(
+        self, batch: Batch, loss: LossSpec, *, counting: bool = False
+    ) -> dict[str, float]:
+        """Add the gradients of `loss` on the whole batch; its metrics.
+
+        `counting` tallies what FP8 does to every tensor, for `fp8_tallies`.
+        """
         parts = self._split(batch)
-        reports: list[dict[str, float]] = self._each("forward_backward", parts, loss)
+        reports: list[dict[str, float]] = self._each("forward_backward", parts, loss, counting)
+        return reports[0]
+
+    def fp8_tallies(self) -> dict[str, Tally]:
+        """What FP8 did to each role's tensors in the last forward_backward, over all ranks."""
+        reports: list[dict[str, Tally]] = self._all("fp8_tallies")
+        return reports[0]
+
+    def news(self) -> dict[str, Any]:
+        """What a first record says of how the workers compute; `notes` if not as was asked."""
+        reports: list[dict[str, Any]] = self._all("news")
         return reports[0]
 
     def optim_step(self, learning_rate: float) -> dict[str, Any]:
@@ -147,8 +163,14 @@ class _TrainWorker:
         if self.spec.reference:
             self.starting = _trainer(self.spec, self.start).model.eval()
 
-    def forward_backward(self, batch: Batch, loss: LossSpec) -> dict[str, float]:
-        return self.trainer.forward_backward(batch, loss)
+    def forward_backward(self, batch: Batch, loss: LossSpec, counting: bool) -> dict[str, float]:
+        return self.trainer.forward_backward(batch, loss, counting=counting)
+
+    def fp8_tallies(self) -> dict[str, Tally]:
+        return self.trainer.fp8_tallies()
+
+    def news(self) -> dict[str, Any]:
+        return self.trainer.news()
 
     def optim_step(self, learning_rate: float) -> dict[str, Any]:
         return self.trainer.optim_step(learning_rate)

@@ -6,6 +6,7 @@ see every rank's tokens through the dispatcher, so their gradients are whole alr
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,8 +22,8 @@ from configs.train import BalanceConfig, OptimConfig, Precision
 from model.balance import imbalance, updated_bias
 from model.dispatch import LocalDispatcher
 from model.engram import set_vocabulary
-from model.fp8.recorder import Tally
-from model.fp8.scheme import Numerics, settle
+from model.fp8.recorder import Recorder, Tally
+from model.fp8.scheme import Numerics, schemes, settle
 from model.moe import RoutedExperts
 from model.optim import adamw, moments, restore_moments
 from model.transformer import Transformer
@@ -71,8 +72,14 @@ class Trainer:
         self.optim, self.balance = optim, balance
         dispatcher = AllToAllDispatcher() if self.parallel else LocalDispatcher()
         wanted = precision if isinstance(precision, Numerics) else Numerics(precision)
+        # Two models of one job, as a policy and its reference, are watched apart.
+        self.asked = wanted.precision
+        wanted = replace(wanted, recorder=Recorder())
         self.numerics, self.products = settle(wanted, torch.device("cpu"))
         self.model = Transformer(config, precision=self.numerics, dispatcher=dispatcher)
+        if self.numerics.precision == "fp8" and not schemes(self.model):
+            self.numerics = replace(self.numerics, precision="high")
+            self.products = "high precision: the table of parts leaves none of this model's to FP8"
         self.model.initialize(seed).train()
         if vocabulary is not None:
             set_vocabulary(self.model, vocabulary)
@@ -91,10 +98,13 @@ class Trainer:
         `counting` tallies what FP8 does to every tensor, for `fp8_tallies`.
         """
         totals = self._sum(loss.counts(batch))
-        self.numerics.recorder.start(counting=counting)
-        value, metrics = loss(self.model, batch, totals)
-        value.backward()
-        self.numerics.recorder.stop()
+        recorder = self.numerics.recorder
+        recorder.start(counting=counting)
+        try:
+            value, metrics = loss(self.model, batch, totals)
+            value.backward()
+        finally:
+            recorder.stop()
         for block in self.model.moe_layers().values():
             block.routing = None
         metrics = self._sum({"loss": float(value.detach()), **metrics})
@@ -108,12 +118,12 @@ class Trainer:
     def fp8_tallies(self) -> dict[str, Tally]:
         """What FP8 did to each role's tensors in the last forward_backward, over all ranks."""
         mine = self.numerics.recorder.tallies
-        if not self.parallel:
+        if not self.parallel or not mine:
             return mine
         # A rank whose experts nobody visited has the same roles, with nothing in them.
         roles = sorted(mine)
         sums = torch.tensor(
-            [[mine[r].nonzero, mine[r].clipped, mine[r].flushed] for r in roles],
+            [[mine[r].nonzero, mine[r].clipped, mine[r].flushed, mine[r].lost] for r in roles],
             dtype=torch.float64,
         )
         ends = torch.tensor([[-mine[r].low, mine[r].high] for r in roles], dtype=torch.float64)
@@ -122,6 +132,13 @@ class Trainer:
         ends[:, 0].neg_()
         rows = zip(roles, sums.tolist(), ends.tolist(), strict=True)
         return {role: Tally(*count, *end) for role, count, end in rows}
+
+    def news(self) -> dict[str, Any]:
+        """What a first record says of how this process computes; a note if not as was asked."""
+        told: dict[str, Any] = {"tags": {"fp8.products": self.products}}
+        if self.asked != self.numerics.precision:
+            told["notes"] = [f"warning: {self.products}"]
+        return told
 
     def optim_step(self, learning_rate: float) -> dict[str, Any]:
         """Sum and clip gradients, step AdamW, move the routing bias.
@@ -149,6 +166,7 @@ class Trainer:
             group["lr"] = learning_rate * group["lr_factor"]
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.numerics.recorder.forget()
         self.step += 1
         return {"grad_norm": norm} | self._rebalance()
 
@@ -195,9 +213,15 @@ class Trainer:
         }
 
     def _culprit(self) -> str:
-        """Which tensors were the first that FP8 found not finite, if any."""
-        role = self.numerics.recorder.first_not_finite()
-        return "" if role is None else f", first in {role.replace('_', ' ')}"
+        """Which tensors were the first that FP8 found not finite on any rank, if any."""
+        recorder = self.numerics.recorder
+        place = recorder.first_not_finite()
+        if self.parallel:
+            # All ranks compute the same products in the same order, and say the same of them.
+            first = torch.tensor(math.inf if place is None else place, dtype=torch.float64)
+            dist.all_reduce(first, op=dist.ReduceOp.MIN)
+            place = int(first) if first.isfinite() else None
+        return "" if place is None else f", first in {recorder.role(place).replace('_', ' ')}"
 
     def _rebalance(self) -> dict[str, Any]:
         blocks = list(self.model.moe_layers().values())

@@ -55,10 +55,35 @@ class Fp8Config(Frozen):
     telemetry_every_steps: PositiveInt = 20
     """How often clipped and flushed values and scales are counted; the first step always is."""
 
+    @model_validator(mode="after")
+    def _fp4_has_experts(self) -> Self:
+        if self.fp4_experts and self.routed_experts == "high":
+            raise ValueError(
+                'fp4_experts = true, but routed_experts = "high": FP4 weights are multiplied in '
+                'FP8; set routed_experts = "fp8", or drop fp4_experts'
+            )
+        if self.fp4_experts and self.scaling == "tensor":
+            raise ValueError(
+                'fp4_experts = true, but scaling = "tensor": FP4 weights keep their blocks of 32; '
+                'set scaling = "tile", or drop fp4_experts'
+            )
+        return self
+
     @property
     def has_fp8(self) -> bool:
         """Whether any part is FP8 at all."""
         return "fp8" in self.model_dump().values()
+
+    @property
+    def coarse(self) -> str | None:
+        """The setting that asks for coarser scales than FP8's own kernels have, if any."""
+        if self.scaling == "tensor":
+            return 'scaling = "tensor"'
+        return 'gradient_scaling = "block"' if self.gradient_scaling == "block" else None
+
+    def counts_at(self, step: int) -> bool:
+        """Whether what FP8 does to tensors is counted at `step`, the first of which is 1."""
+        return step == 1 or step % self.telemetry_every_steps == 0
 
 
 class OptimConfig(Frozen):
@@ -77,12 +102,14 @@ class OptimConfig(Frozen):
 
     @model_validator(mode="after")
     def _moments_can_move(self) -> Self:
-        # bfloat16 keeps 8 bits: an average that moves by less than half a step of it stands still.
-        if self.moments == "bfloat16" and max(self.beta1, self.beta2) > 1 - 2**-7:
+        # bfloat16 keeps 8 bits: an average that moves by less than half a step of it, 2^-8 of its
+        # value at most, stands still, however long it is pulled. beta = 0.95 can be 8 % off so.
+        slowest = max(self.beta1, self.beta2)
+        if self.moments == "bfloat16" and slowest > 1 - 2**-6:
             raise ValueError(
                 f"beta1 = {self.beta1}, beta2 = {self.beta2}: with moments = 'bfloat16' an average "
-                "this slow would be lost in rounding; set moments = 'float32', or lower the betas "
-                f"to {1 - 2**-7} or less"
+                f"this slow may stand still while {2**-8 / (1 - slowest):.0%} off; set moments = "
+                f"'float32', or lower the betas to {1 - 2**-6} or less"
             )
         return self
 

@@ -29,10 +29,6 @@ class Dispatched:
     ticket: Any
     """Read only by the dispatcher that made it."""
 
-    def copies(self) -> Float[Tensor, "N D"]:
-        """Each visit's row."""
-        return self.x_RD.index_select(0, self.rows_N)
-
     def collect(self, y_ND: Float[Tensor, "N D"]) -> Float[Tensor, "R D"]:
         """Each row's sum of its visits' results, by gate; 0 for a row without visits."""
         if self.gates_N is not None:

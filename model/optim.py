@@ -15,7 +15,8 @@ class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, whose moments rest in a type of their own between steps.
 
     DeepSeek-V3 keeps them in bfloat16 (section 3.3.3). A step widens one parameter's moments at a
-    time to float32 and rounds them to nearest when it is done.
+    time to float32 and rounds them to nearest when it is done; so it does a parameter that is not
+    float32 itself.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
@@ -48,10 +49,11 @@ class AdamW(torch.optim.AdamW):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter, dtype=self.rest_dtype)
         state["step"] += 1
-        first, second = (state[name].to(parameter.dtype) for name in ("exp_avg", "exp_avg_sq"))
+        first, second = (state[name].float() for name in ("exp_avg", "exp_avg_sq"))
+        wide = parameter.float()
         torch._fused_adamw_(
-            [parameter],
-            [slope],
+            [wide],
+            [slope.float()],
             [first],
             [second],
             [],
@@ -64,6 +66,8 @@ class AdamW(torch.optim.AdamW):
             amsgrad=False,
             maximize=False,
         )
+        if wide is not parameter:
+            parameter.copy_(wide)
         if first is not state["exp_avg"]:
             state["exp_avg"].copy_(first)
             state["exp_avg_sq"].copy_(second)

@@ -19,7 +19,7 @@ from pipeline.figures import scalars
 EXPERT_LOAD = "expert_load"
 """The record entry that the heat map shows: shares of tokens, [layers][experts]."""
 _TOGETHER = ("loss", "mtp_loss")
-"""Curves that share one plot."""
+"""Curves that share one plot, as do those of one name for many roles: `fp8_flushed/ROLE`."""
 _SIDES = ("before", "after")
 
 
@@ -110,23 +110,41 @@ def _percent(shares: Sequence[float]) -> list[float]:
 def _groups(names: list[str]) -> Iterator[list[str]]:
     if together := [name for name in _TOGETHER if name in names]:
         yield together
-    yield from ([name] for name in names if name not in _TOGETHER)
+    by_first: dict[str, list[str]] = {}
+    for name in names:
+        if name not in _TOGETHER:
+            by_first.setdefault(name.partition("/")[0], []).append(name)
+    yield from by_first.values()
 
 
 def _plot_curves(records: Sequence[Mapping[str, Any]], names: list[str], folder: Path) -> Path:
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    shared, _, role = names[0].partition("/")
+    figure = Figure(figsize=(10, 4.5) if role else (7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for name in names:
+    for number, name in enumerate(names):
         points = [(r["step"], scalars(r)[name]) for r in records if name in scalars(r)]
         kept = [(step, value) for step, value in points if math.isfinite(value)]
         marker = "o" if len(kept) < 20 else ""
-        axes.plot([p[0] for p in kept], [p[1] for p in kept], label=name, marker=marker)
+        axes.plot(
+            [p[0] for p in kept],
+            [p[1] for p in kept],
+            label=(name.partition("/")[2] or name).replace("_", " "),
+            marker=marker,
+            # Ten colours come again from the eleventh curve on.
+            linestyle=("-", "--", ":", "-.")[number // 10 % 4],
+        )
     axes.set_xlabel("step")
-    axes.set_title(", ".join(name.replace("_", " ") for name in names))
+    axes.set_title(", ".join([shared] if role else names).replace("_", " "))
     axes.grid(alpha=0.3)
     if len(names) > 1:
-        axes.legend()
-    return _save(figure, folder / f"{names[0].replace('/', '_')}.png")
+        axes.legend(
+            **(
+                {"fontsize": "x-small", "loc": "upper left", "bbox_to_anchor": (1, 1)}
+                if role
+                else {}
+            )
+        )
+    return _save(figure, folder / f"{shared}.png")
 
 
 def _plot_load(loads: Sequence[tuple[int, Sequence[Sequence[float]]]], folder: Path) -> list[Path]:

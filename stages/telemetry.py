@@ -55,7 +55,8 @@ def following(folder: str | Path, tracker: Tracker) -> Iterator[None]:
     """Report each step of the log in `folder` to `tracker` once, while the body runs.
 
     Lines already there are reported too: a resumed build shows its whole history. Steps that a
-    restarted worker writes again are equal by construction and are not repeated.
+    restarted worker writes again have equal losses by construction and are not repeated; what a
+    process observes anew, as FP8's alarms and how long a step took, stays as it was first told.
     """
     path = Path(folder) / METRICS
     done = threading.Event()
@@ -83,11 +84,12 @@ def _follow(path: Path, tracker: Tracker, done: threading.Event) -> None:
                     record = json.loads(line)
                     step = record.pop("step")
                     notes, tags = record.pop("notes", []), record.pop("tags", {})
+                    # A worker that took over may compute by other means than the first.
+                    for name, value in tags.items():
+                        tracker.tag(name, value)
                     if step > last_step:
                         for message in notes:
                             tracker.note(f"step {step}: {message}")
-                        for name, value in tags.items():
-                            tracker.tag(name, value)
                         tracker.log(record, step=step)
                         last_step = step
         if finishing:

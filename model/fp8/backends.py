@@ -25,7 +25,7 @@ from configs.train import Fp8Backend
 from model.fp8.cpu import cpu_backend
 from model.fp8.cublas import Cublas
 from model.fp8.cublas import lacking as cublas_lacks
-from model.fp8.quantized import ACTIVATION, Kept, Quantized, Tile
+from model.fp8.quantized import ACTIVATION, Quantized, Quantizer, Tile
 from model.fp8.reference import Reference
 
 HOPPER = (9, 0)
@@ -33,30 +33,10 @@ HOPPER = (9, 0)
 
 
 @runtime_checkable
-class Backend(Protocol):
-    """Quantisers and products on one kind of device."""
+class Backend(Quantizer, Protocol):
+    """Casts and products on one kind of device."""
 
     name: str
-
-    def quantize(
-        self,
-        x: Tensor | Quantized,
-        tile: Tile,
-        *,
-        power_of_two: bool = False,
-        counts: Sequence[int] | None = None,
-        kept: bool = True,
-        multiplied: bool = True,
-    ) -> Quantized:
-        """`x` [..., R, C] as E4M3 with one scale for each tile.
-
-        What is quantised already is read back first. With `counts`, the rows of each expert of
-        [R, C], tiles start anew at an expert's first row. A backend that multiplies another form
-        than `values` may leave them empty without `kept`, and the other without `multiplied`.
-        """
-
-    def dequantize(self, q: Quantized) -> Tensor:
-        """The float32 tensor that `q` stands for."""
 
     def matmul(self, a: Quantized, b: Quantized) -> Tensor:
         """a @ b: [M, K] @ [K, N], summed in float32."""
@@ -69,12 +49,6 @@ class Backend(Protocol):
 
         An expert without rows gives zeros.
         """
-
-    def keep(self, x: Tensor) -> Kept:
-        """`x` [R, C] in E5M6, for `read`."""
-
-    def read(self, kept: Kept) -> Tensor:
-        """The float32 tensor that `kept` stands for."""
 
 
 _make_triton: Callable[[], Backend] | None = None

@@ -36,7 +36,9 @@ static inline float to_grid(float v) {
 static inline uint8_t encode(float rounded, float before) {
     uint32_t u = bits_of(rounded) & 0x7FFFFFFFu;
     uint32_t normal = (u >> 20) - (120u << 3);
-    uint32_t small = (uint32_t)(int32_t)(float_of(u) * 512.0f);
+    /* Beyond the subnormals it is not used, and need only fit an int32. */
+    uint32_t low = u < (121u << 23) ? u : 0;
+    uint32_t small = (uint32_t)(int32_t)(float_of(low) * 512.0f);
     uint32_t code = (u < (121u << 23) ? small : normal) | (bits_of(before) >> 24 & 0x80u);
     return (uint8_t)(u > 0x7F800000u ? 0x7Fu : code);
 }
@@ -234,7 +236,8 @@ static inline uint32_t encode12(float v) {
     /* 1.5 * 2^(e + 17) has a last bit of 2^(e - 6), so that the addition rounds. */
     float magic = float_of((exponent + 17) << 23) * 1.5f;
     uint32_t rounded = bits_of((float_of(magnitude) + magic) - magic);
-    uint32_t small = (uint32_t)(int32_t)(float_of(rounded) * 0x1p20f);
+    uint32_t low = rounded < (113u << 23) ? rounded : 0;
+    uint32_t small = (uint32_t)(int32_t)(float_of(low) * 0x1p20f);
     uint32_t code = rounded < (113u << 23) ? small : (rounded >> 17) - (112u << 6);
     return code | (u >> 20 & 0x800u);
 }

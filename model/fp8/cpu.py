@@ -53,7 +53,8 @@ class Cpu:
         multiplied: bool = True,
     ) -> Quantized:
         """See `model.fp8.backends.Backend`."""
-        if self._kernels is None or tile not in _TILES:
+        whole = x.values.shape if isinstance(x, Quantized) else x.shape
+        if self._kernels is None or tile not in _TILES or 0 in whole[:-2]:
             return self._eagerly(x, tile, power_of_two, counts, kept)
         codes = code_scales = None
         if isinstance(x, Quantized) and x.wide is None and x.tile == ACTIVATION:
@@ -191,17 +192,20 @@ def cpu_backend() -> tuple[Cpu, str]:
 
 def _compile() -> tuple[ctypes.CDLL | None, str]:
     """The kernels and the compiler's name, or why there are none."""
-    said = shlex.split(os.environ.get("CC", ""))
+    try:
+        said = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        return None, f"CC = {os.environ['CC']!r} is no command: {error}"
     wanted = [said] if said else [["cc"], ["gcc"], ["clang"]]
     command = next((words for words in wanted if shutil.which(words[0])), None)
     if command is None:
         names = ", ".join(words[0] for words in wanted)
         return None, f"no C compiler ({names}); install one, as gcc"
     # The folder is this process's own and is gone at once: what is loaded needs no file.
-    with tempfile.TemporaryDirectory(prefix="ingot-fp8-") as folder:
-        library = Path(folder) / "fp8.so"
-        flags = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
-        try:
+    flags = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
+    try:
+        with tempfile.TemporaryDirectory(prefix="ingot-fp8-") as folder:
+            library = Path(folder) / "fp8.so"
             subprocess.run(
                 [*command, *flags, str(_SOURCE), "-o", str(library)],
                 check=True,
@@ -209,10 +213,10 @@ def _compile() -> tuple[ctypes.CDLL | None, str]:
                 timeout=_COMPILE_SECONDS,
             )
             return _declared(ctypes.CDLL(str(library))), Path(command[0]).name
-        except (OSError, subprocess.SubprocessError) as error:
-            heard = getattr(error, "stderr", None) or str(error).encode()
-            why = heard.decode(errors="replace").strip()[-200:]
-            return None, f"{shlex.join(command)} failed: {why}"
+    except (OSError, subprocess.SubprocessError) as error:
+        heard = getattr(error, "stderr", None) or str(error).encode()
+        why = heard.decode(errors="replace").strip()[-200:]
+        return None, f"{shlex.join(command)} failed: {why}"
 
 
 def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:

@@ -27,7 +27,6 @@ Axes: R rows, K contracted columns, M N rows of either side, E experts, L blocks
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -36,37 +35,20 @@ from torch.nn import functional as F
 
 from configs.errors import DataError, MachineError
 from model.fp8.format import TILE
-from model.fp8.quantized import ALONG_TOKENS, BLOCK, Kept, Quantized, Tile, bands, expect_stacked
+from model.fp8.quantized import (
+    ALONG_TOKENS,
+    BLOCK,
+    Kept,
+    Quantized,
+    Quantizer,
+    Tile,
+    bands,
+    expect_stacked,
+)
 
 ROWS = 16
 """Rows of 1 x 128 tiles come in multiples of this."""
 _OLDEST_CUDA = (12, 9)
-
-
-@runtime_checkable
-class Quantizer(Protocol):
-    """The part of `model.fp8.backends.Backend` that cuBLAS leaves to another backend."""
-
-    def quantize(
-        self,
-        x: Tensor | Quantized,
-        tile: Tile,
-        *,
-        power_of_two: bool = False,
-        counts: Sequence[int] | None = None,
-        kept: bool = True,
-        multiplied: bool = True,
-    ) -> Quantized:
-        """See `model.fp8.backends.Backend`."""
-
-    def dequantize(self, q: Quantized) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
-
-    def keep(self, x: Tensor) -> Kept:
-        """See `model.fp8.backends.Backend`."""
-
-    def read(self, kept: Kept) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 from model.fp8.recorder import Tally
 
@@ -12,8 +13,6 @@ FLUSHED_RISE = 0.05
 """A share of values that become zero may double, and rise by this, before it is told."""
 SCALE_DOUBLINGS = 16
 """So many powers of two may the range of scales move."""
-LOWEST = -124.0
-"""log2 of a scale near which tiles begin to count as zero."""
 
 
 @dataclass(slots=True)
@@ -22,6 +21,21 @@ class Drift:
 
     _usual: dict[str, list[Tally]] = field(default_factory=dict)
 
+    def figures(self, tallies: Mapping[str, Tally]) -> dict[str, Any]:
+        """The tallies as metrics of a step; `notes` tells what to worry about."""
+        figures: dict[str, Any] = {}
+        for role, seen in tallies.items():
+            figures[f"fp8_clipped/{role}"] = seen.clipped / max(seen.nonzero, 1)
+            figures[f"fp8_flushed/{role}"] = seen.flushed_share
+            if seen.low <= seen.high:
+                figures[f"fp8_scale_low/{role}"] = seen.low
+                figures[f"fp8_scale_high/{role}"] = seen.high
+        alarms = self.alarms(tallies)
+        figures["fp8_alarms"] = len(alarms)
+        if alarms:
+            figures["notes"] = [f"warning: FP8: {alarm}" for alarm in alarms]
+        return figures
+
     def alarms(self, tallies: Mapping[str, Tally]) -> list[str]:
         """One line for each role and fault; the tallies become part of what is usual at first."""
         found = []
@@ -29,6 +43,9 @@ class Drift:
             if now.nonzero == 0:
                 continue
             found += [f"{role}: {fault}" for fault in _always_wrong(now)]
+            if now.low > now.high:
+                # Nothing but tiles that count as zero: there is no scale to compare.
+                continue
             usual = self._usual.setdefault(role, [])
             if len(usual) < BASELINE_SAMPLES:
                 usual.append(now)
@@ -41,8 +58,8 @@ def _always_wrong(now: Tally) -> list[str]:
     faults = []
     if now.clipped:
         faults.append(f"{now.clipped / now.nonzero:.2%} of its values are beyond the largest")
-    if now.low <= LOWEST:
-        faults.append(f"its smallest scale is 2^{now.low:.0f}, where tiles count as zero")
+    if now.lost:
+        faults.append(f"{now.lost / now.nonzero:.2%} of its values lie in tiles too small for FP8")
     return faults
 
 

@@ -139,7 +139,7 @@ class _Fp8Experts(torch.autograd.Function):
         dx_ND, d_gate_up = None, []
         for w8, part in zip(gate_up8, d_inner_NJ.chunk(len(gate_up8), 1), strict=True):
             slope = part.contiguous()
-            partial = backend.grouped_matmul(scheme.gradients(slope), w8, counts)
+            partial = backend.grouped_matmul(scheme.gradients(slope, counts), w8, counts)
             dx_ND = partial if dx_ND is None else dx_ND.add_(partial)
             slope_tokens = scheme.gradients_along_tokens(slope, counts)
             d_gate_up.append(backend.grouped_outer(slope_tokens, x_tokens_ND, counts))

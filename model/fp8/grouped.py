@@ -50,7 +50,9 @@ class _Fp8Grouped(torch.autograd.Function):
         x_tile, weight_tile = ctx.tiles
         backend = scheme.backend(dy.device)
         weight8 = Quantized(weight_values, weight_scales, weight_tile)
-        dx = backend.grouped_matmul(scheme.gradients(dy.contiguous()), weight8, counts).to(dy.dtype)
+        dx = backend.grouped_matmul(scheme.gradients(dy.contiguous(), counts), weight8, counts).to(
+            dy.dtype
+        )
         held = scheme.held(values, scales, x_tile, ctx.columns)
         x_tokens = scheme.activations_along_tokens(held, counts)
         dy_tokens = scheme.gradients_along_tokens(dy, counts)

@@ -37,6 +37,7 @@ class Linear(nn.Module):
 def together(x: Float[Tensor, "*B I"], *linears: Linear) -> tuple[Tensor, ...]:
     """Each Linear's output for the same `x`, which is quantised once."""
     scheme = linears[0].scheme
+    assert all(linear.scheme == scheme for linear in linears), "one quantisation serves one scheme"
     if scheme is None:
         return tuple(F.linear(x, linear.weight) for linear in linears)
     outputs = fp8_linears(x, scheme, *(linear.weight for linear in linears))
@@ -75,11 +76,17 @@ class _Fp8Linears(torch.autograd.Function):
         kept_TI = scheme.held(values, scales, x_tile, ctx.columns)
         x_tokens_TI = scheme.activations_along_tokens(kept_TI)
         dx_TI = None
-        dw = []
-        for dy_TO, w_values, w_scales in zip(grads, weights[::2], weights[1::2], strict=True):
+        dw: list[Tensor | None] = []
+        learns = ctx.needs_input_grad[3:]
+        for dy_TO, w_values, w_scales, wanted in zip(
+            grads, weights[::2], weights[1::2], learns, strict=True
+        ):
             if ctx.needs_input_grad[0]:
                 w8_OI = Quantized(w_values, w_scales, w_tile)
                 part_TI = backend.matmul(scheme.gradients(dy_TO), w8_OI).to(dy_TO.dtype)
                 dx_TI = part_TI if dx_TI is None else dx_TI.add_(part_TI)
-            dw.append(backend.matmul(scheme.gradients_along_tokens(dy_TO).T, x_tokens_TI))
+            dw_OI = None
+            if wanted:
+                dw_OI = backend.matmul(scheme.gradients_along_tokens(dy_TO).T, x_tokens_TI)
+            dw.append(dw_OI)
         return dx_TI, None, None, *dw

@@ -5,6 +5,7 @@ Axes: R rows, C columns, P stacked matrices.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -85,3 +86,34 @@ class Kept:
     scales: Tensor
     """float32 [R, ceil(C / 128)]."""
     columns: int
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """The casts of a backend, into bytes and back."""
+
+    def quantize(
+        self,
+        x: Tensor | Quantized,
+        tile: Tile,
+        *,
+        power_of_two: bool = False,
+        counts: Sequence[int] | None = None,
+        kept: bool = True,
+        multiplied: bool = True,
+    ) -> Quantized:
+        """`x` [..., R, C] as E4M3 with one scale for each tile.
+
+        What is quantised already is read back first. With `counts`, the rows of each expert of
+        [R, C], tiles start anew at an expert's first row. A backend that multiplies another form
+        than `values` may leave them empty without `kept`, and the other without `multiplied`.
+        """
+
+    def dequantize(self, q: Quantized) -> Tensor:
+        """The float32 tensor that `q` stands for; to be read, for it may be `q`'s own."""
+
+    def keep(self, x: Tensor) -> Kept:
+        """`x` [R, C] in E5M6, for `read`."""
+
+    def read(self, kept: Kept) -> Tensor:
+        """The float32 tensor that `kept` stands for."""

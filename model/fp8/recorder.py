@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from model.fp8.format import E4M3_MAX
+from model.fp8.format import E4M3_MAX, SMALLEST_SCALE
 from model.fp8.quantized import Quantized
-from model.fp8.reference import Reference, spread_scales
+from model.fp8.reference import Reference, spread_scales, tile_amax
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,10 @@ class Tally:
     there are none unless something is wrong, or a format has no room (FP4)."""
     flushed: float = 0.0
     """Became zero."""
+    lost: float = 0.0
+    """Of these, such as lie in tiles that count as zero: their scale would fall under 2^-126."""
     low: float = float("inf")
-    """log2 of the smallest scale of a tile with values."""
+    """log2 of the smallest scale of a tile with values that does not count as zero."""
     high: float = float("-inf")
     """log2 of the largest."""
 
@@ -38,6 +40,7 @@ class Tally:
             self.nonzero + other.nonzero,
             self.clipped + other.clipped,
             self.flushed + other.flushed,
+            self.lost + other.lost,
             min(self.low, other.low),
             max(self.high, other.high),
         )
@@ -45,7 +48,7 @@ class Tally:
 
 @dataclass(slots=True)
 class Recorder:
-    """Hears of every quantised tensor of a model; one object for all of its Linears."""
+    """Hears of every operand of a model's FP8 products; one object for all of its Linears."""
 
     watching: bool = False
     """Whether to be told at all: one that nobody empties would grow without end."""
@@ -63,6 +66,10 @@ class Recorder:
         """Watch no longer; what was seen stays until the next start."""
         self.watching = False
 
+    def forget(self) -> None:
+        """Let go of the scales that were seen; tallies stay."""
+        self._scales = []
+
     def note(self, role: str, x: Tensor | Quantized, q: Quantized) -> None:
         """`x` was quantised to `q`."""
         # Asking now whether they are finite would make a GPU wait at every product.
@@ -70,12 +77,16 @@ class Recorder:
         if self.counting:
             self.tallies[role] = self.tallies.get(role, Tally()) + tally(x, q)
 
-    def first_not_finite(self) -> str | None:
-        """The first role that was given a value that is not finite since the start, if any."""
-        for role, scales in self._scales:
+    def first_not_finite(self) -> int | None:
+        """Which operand since the start was the first with a value that is not finite, if any."""
+        for place, (_, scales) in enumerate(self._scales):
             if not bool(scales.isfinite().all()):
-                return role
+                return place
         return None
+
+    def role(self, place: int) -> str:
+        """Of the operand that was seen as number `place` since the start."""
+        return self._scales[place][0]
 
 
 def tally(x: Tensor | Quantized, q: Quantized) -> Tally:
@@ -87,12 +98,15 @@ def tally(x: Tensor | Quantized, q: Quantized) -> Tally:
     # Half a step of 32 beyond the largest still rounds to it.
     clipped = (x.abs() / spread) > E4M3_MAX + 16
     flushed = there & (_wide(q) == 0)
-    scales = spread[there].log2()
+    largest = spread_scales(tile_amax(x, q.tile, q.counts), q.tile, x.shape, q.counts)
+    lost = there & (largest / E4M3_MAX < SMALLEST_SCALE)
+    scales = spread[there & ~lost].log2()
     empty = scales.numel() == 0
     return Tally(
         float(there.sum()),
         float(clipped.sum()),
         float(flushed.sum()),
+        float(lost.sum()),
         float("inf") if empty else float(scales.min()),
         float("-inf") if empty else float(scales.max()),
     )

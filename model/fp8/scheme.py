@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from configs.errors import MachineError
 from configs.train import Fp8Backend, Fp8Config, Precision
 from model.fp8.backends import Backend, backend_for, choose
 from model.fp8.fp4 import through_fp4
@@ -58,10 +59,11 @@ class Fp8:
             return self._noted("weights", w, through_fp4(w))
         return self._quantize("weights", w, BLOCK)
 
-    def gradients(self, dy: Tensor) -> Quantized:
+    def gradients(self, dy: Tensor, counts: Sequence[int] | None = None) -> Quantized:
         """The gradient that the input's gradient is made of, by tiles of 1 x 128."""
-        tile = BLOCK if self.config.gradient_scaling == "block" else ACTIVATION
-        return self._quantize("gradients", dy, tile, kept=False)
+        if self.config.gradient_scaling == "block":
+            return self._quantize("gradients", dy, BLOCK, counts, kept=False)
+        return self._quantize("gradients", dy, ACTIVATION, kept=False)
 
     def gradients_along_tokens(self, dy: Tensor, counts: Sequence[int] | None = None) -> Quantized:
         """The gradient that the weight's is made of, by tiles of 128 x 1; of each expert apart."""
@@ -97,7 +99,7 @@ class Fp8:
         kept: bool = True,
     ) -> Quantized:
         if self.config.scaling == "tensor":
-            # An expert's rows have a scale of their own even so.
+            # An expert's rows have a scale of their own even so, where their sums are apart.
             tile = _WHOLE
         device = x.values.device if isinstance(x, Quantized) else x.device
         q = self.backend(device).quantize(x, tile, counts=counts, kept=kept)
@@ -124,18 +126,34 @@ class Numerics:
             return None
         return Fp8(part, self.config, self.backend, self.recorder, keeps_e5m6)
 
+    def counts_at(self, step: int) -> bool:
+        """Whether what FP8 does to tensors is counted at `step`."""
+        return self.precision == "fp8" and self.config.counts_at(step)
+
 
 def settle(numerics: Numerics, device: torch.device) -> tuple[Numerics, str]:
     """(what can be computed on `device`, in words): high precision where it has no FP8 at all.
 
-    MachineError if the backend that was asked for cannot run there.
+    MachineError if the backend that was asked for cannot run there, or cannot compute what was.
     """
     if numerics.precision == "high":
         return numerics, "high precision"
     choice = choose(device, numerics.backend)
     if choice.backend is None:
         return replace(numerics, precision="high"), f"high precision, not FP8: {choice.reason}"
+    coarse = numerics.config.coarse
+    if coarse is not None and choice.backend.name not in ("cpu", "reference"):
+        raise MachineError(
+            f"fp8.{coarse}: kernels of the {choice.backend.name} backend know tiles of 1 x 128 and "
+            "blocks of weights alone; set cluster.fp8_backend = 'reference', or drop it"
+        )
     return numerics, f"{choice.backend.name}: {choice.reason}"
+
+
+def schemes(model: nn.Module) -> dict[str, Fp8]:
+    """The scheme of each module of `model` that computes in FP8, by the module's name."""
+    found = ((name, getattr(module, "scheme", None)) for name, module in model.named_modules())
+    return {name: scheme for name, scheme in found if isinstance(scheme, Fp8)}
 
 
 HIGH = Numerics()

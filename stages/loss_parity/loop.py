@@ -58,6 +58,13 @@ def _read_pairs(config: ParitySpec, runs: Mapping[str, Checkpoint]) -> dict[int,
                 f"{runs[first].step}; compare trainings of equal length"
             )
     losses = {name: _read_losses(name, run) for name, run in runs.items()}
+    for seed in seeds:
+        fp8, high = (run_name(precision, seed) for precision in PRECISIONS)
+        if losses[fp8] == losses[high]:
+            raise DataError(
+                f"{fp8} and {high} have the same loss at every step, so that nothing was computed "
+                'in FP8; set a part of pretrain.fp8 that this model has to "fp8"'
+            )
     return {
         seed: Pair(fp8=losses[run_name("fp8", seed)], high=losses[run_name("high", seed)])
         for seed in seeds

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 
 from cluster import checkpoint
@@ -25,7 +24,8 @@ from configs.errors import DataError, MachineError
 from configs.rl import PosttrainSpec
 from configs.seed import derive
 from configs.train import BalanceConfig
-from model.fp8.scheme import Numerics, settle
+from model.fp8.drift import Drift
+from model.fp8.scheme import Numerics
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace, stage
 from stages.posttrain.learner import GrpoLoss, NextTokenLogprobs, minibatches
@@ -36,7 +36,7 @@ from stages.telemetry import MetricsFile, following, read_metrics
 from stages.verifiers import read_problems
 
 
-@stage(revision=2)
+@stage(revision=3)
 def posttrain(
     config: PosttrainSpec, work: Workspace, *, corpus: Corpus, base: Checkpoint
 ) -> Checkpoint:
@@ -107,6 +107,7 @@ def _train(run: _Run, prompts: Sequence[Prompt]) -> Path:
         return saved[0]
     log = MetricsFile(run.work.out, resume_step=done)
     with _pools(run) as (trainers, samplers):
+        drift, first = Drift(), trainers.news()
         if saved:
             trainers.load(saved[0], step=done * rl.minibatches)
             samplers.update_weights(done, trainers.weights())
@@ -114,13 +115,16 @@ def _train(run: _Run, prompts: Sequence[Prompt]) -> Path:
             begin = time.perf_counter()
             rollouts = _sample(run, samplers, prompts, step)
             sampled = time.perf_counter()
-            metrics = _learn(run, trainers, rollouts, step)
+            metrics = _learn(run, trainers, rollouts, step, drift)
             samplers.update_weights(step, trainers.weights())
             metrics["sampling_seconds"] = sampled - begin
             metrics["learning_seconds"] = time.perf_counter() - sampled
             run.work.lease.check()
             # Before the save: a run that continues from it must find this line.
-            log.append(metrics | _describe(rollouts), step=step)
+            if notes := first.pop("notes", []) + metrics.pop("notes", []):
+                metrics["notes"] = notes
+            log.append(metrics | _describe(rollouts) | first, step=step)
+            first = {}
             if step % rl.checkpoint_every_steps == 0 or step == rl.steps:
                 trainers.save(run.saves, step=step)
     saved = checkpoint.latest(run.saves)
@@ -132,7 +136,6 @@ def _train(run: _Run, prompts: Sequence[Prompt]) -> Path:
 def _pools(run: _Run) -> Iterator[tuple[TrainerPool, GenerationPool]]:
     rl, start, machines = run.config.posttrain, run.base.path(), run.work.machines
     numerics = Numerics(rl.precision, rl.fp8, machines.fp8_backend)
-    run.work.tracker.tag("fp8.products", settle(numerics, torch.device("cpu"))[1])
     spec = TrainerSpec(
         optim=rl.optim,
         balance=BalanceConfig(bias_update_speed=rl.bias_update_speed),
@@ -169,24 +172,28 @@ def _sample(
 
 
 def _learn(
-    run: _Run, trainers: TrainerPool, rollouts: list[ScoredRollout], step: int
+    run: _Run, trainers: TrainerPool, rollouts: list[ScoredRollout], step: int, drift: Drift
 ) -> dict[str, Any]:
-    """Optimiser steps on one step's answers; their mean metrics."""
+    """Optimiser steps on one step's answers; their mean metrics, and the first one's telemetry."""
     rl = run.config.posttrain
     loss = GrpoLoss(config=rl.grpo, temperature=rl.temperature)
     reports: list[dict[str, Any]] = []
+    counted: dict[str, Any] = {}
     for batch in minibatches(rollouts, rl):
         if rl.grpo.kl_weight > 0:
             batch["reference_logprobs"] = trainers.reference(
                 batch, NextTokenLogprobs(rl.temperature)
             )
-        metrics: dict[str, Any] = dict(trainers.forward_backward(batch, loss))
+        counting = rl.precision == "fp8" and rl.fp8.counts_at(step) and not reports
+        metrics: dict[str, Any] = dict(trainers.forward_backward(batch, loss, counting=counting))
+        if counting:
+            counted = drift.figures(trainers.fp8_tallies())
         rate = rl.optim.learning_rate * min(1.0, step / max(1, rl.warmup_steps))
         report = trainers.optim_step(rate)
         load = report.pop("expert_load")
         reports.append(metrics | report | {"learning_rate": rate})
     mean = {name: float(np.mean([report[name] for report in reports])) for name in reports[0]}
-    return mean | {"expert_load": load}
+    return mean | counted | {"expert_load": load}
 
 
 def _describe(rollouts: Sequence[ScoredRollout]) -> dict[str, float]:

@@ -49,7 +49,6 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus) -> FitJob:
         optim=train.optim,
         balance=train.balance,
         precision=Numerics(train.precision, train.fp8, work.machines.fp8_backend),
-        telemetry_every_steps=train.fp8.telemetry_every_steps,
         seed=config.seed,
         steps=train.steps,
         tokens_per_step=train.batch_sequences * corpus.sequence_tokens,

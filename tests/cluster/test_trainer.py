@@ -9,15 +9,13 @@ import torch
 import torch.distributed as dist
 
 from cluster.checkpoint import consolidate
-from cluster.fit import news, telemetry
 from cluster.trainer import Trainer, expert_parameter_names
 from configs.engram import EngramConfig
 from configs.errors import TrainingError
-from configs.train import BalanceConfig, Precision
+from configs.train import BalanceConfig, Fp8Config, Precision
 from model.fp8 import scheme
 from model.fp8.backends import Choice
-from model.fp8.drift import Drift
-from model.fp8.recorder import Tally
+from model.fp8.scheme import Numerics
 from model.weights.families import to_hf
 from model.weights.files import load_pretrained, read_tensors
 from tests.cluster.jobs import OPTIM, NextToken, RandomBatches
@@ -28,7 +26,7 @@ RATE = 0.01
 BALANCE = BalanceConfig(bias_update_speed=0.01)
 
 
-def trainer(precision: Precision = "high", seed: int = 0) -> Trainer:
+def trainer(precision: Precision | Numerics = "high", seed: int = 0) -> Trainer:
     return Trainer(TINY, optim=OPTIM, balance=BALANCE, precision=precision, seed=seed)
 
 
@@ -57,6 +55,13 @@ def train_on_rank(folder: str) -> dict[str, Any]:
         torch.equal(a, again.model.state_dict()[n]) for n, a in one.model.state_dict().items()
     )
     ranges = [[local.start, local.stop] for local in one.expert_ranges().values()]
+    narrow, fp8_save = trainer("fp8"), Path(folder, "fp8")
+    train(narrow, range(1, 3))
+    narrow.save(fp8_save)
+    dist.barrier()
+    narrow_again = trainer("fp8", seed=99)
+    narrow_again.load(fp8_save, step=2)
+    fp8_rest, fp8_resumed = train(narrow, range(3, 5)), train(narrow_again, range(3, 5))
     return {
         "reports": reports,
         "weights": weights,
@@ -64,6 +69,8 @@ def train_on_rank(folder: str) -> dict[str, Any]:
         "resumed": resumed,
         "same": same,
         "ranges": ranges,
+        "fp8_rest": fp8_rest,
+        "fp8_resumed": fp8_resumed,
     }
 
 
@@ -112,6 +119,7 @@ def test_a_resumed_pair_repeats_the_uninterrupted_one_bit_for_bit(
     for rank in pair:
         assert rank["resumed"] == rank["rest"]
         assert rank["same"]
+        assert rank["fp8_resumed"] == rank["fp8_rest"] != rank["rest"]
 
 
 def test_one_rank_continues_what_two_ranks_saved(pair: list[dict[str, Any]], saved: Path) -> None:
@@ -260,6 +268,58 @@ def test_what_fp8_first_finds_not_finite_is_named() -> None:
         one.forward_backward(RandomBatches().batch(1, rank=0, world=1), NextToken())
 
 
+def blame() -> str:
+    """What a rank says of a NaN that lies on rank 1, in an expert of the last layer."""
+    one = trainer("fp8")
+    if one.rank == 1:
+        with torch.no_grad():
+            one.experts[-1].view(-1)[0] = math.nan
+    batch = RandomBatches().batch(1, rank=one.rank, world=one.world)
+    try:
+        one.forward_backward(batch, NextToken())
+    except TrainingError as error:
+        return str(error)
+    return "nothing was wrong"
+
+
+def test_all_ranks_name_what_was_not_finite_first_on_any_of_them(tmp_path: Path) -> None:
+    first, second = on_ranks(2, tmp_path, blame)
+    assert first == second
+    assert ", first in routed experts weights; lower" in first
+
+
+def test_a_step_that_raises_leaves_no_recorder_behind() -> None:
+    one = trainer("fp8")
+    batch = RandomBatches().batch(1, rank=0, world=1)
+    with pytest.raises(TypeError):
+        one.forward_backward(batch, NextToken(scale="much"))  # type: ignore[arg-type]
+    assert not one.numerics.recorder.watching
+    # Two models of one job do not hear of each other.
+    shared = Numerics("fp8")
+    assert trainer(shared).numerics.recorder is not trainer(shared).numerics.recorder
+
+
+def test_counting_changes_no_gradient() -> None:
+    batch = RandomBatches().batch(1, rank=0, world=1)
+    gradients = []
+    for counting in (False, True):
+        one = trainer("fp8")
+        one.forward_backward(batch, NextToken(), counting=counting)
+        gradients.append([p.grad for p in one.model.parameters()])
+    assert all(a is not None and torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_model_that_has_no_part_in_fp8_is_said_to_have_none() -> None:
+    # V3 has no indexer.
+    parts = ("attention", "dense_ffn", "shared_experts", "routed_experts")
+    one = trainer(Numerics("fp8", Fp8Config(**dict.fromkeys(parts, "high"), indexer="fp8")))
+    assert one.numerics.precision == "high"
+    assert one.news()["notes"] == [f"warning: {one.products}"]
+    assert "none of this model's" in one.products
+    one.parallel = True
+    assert one.fp8_tallies() == {}
+
+
 def counted(one: Trainer) -> dict[str, list[float]]:
     batch = RandomBatches().batch(1, rank=one.rank, world=one.world)
     one.forward_backward(batch, NextToken(), counting=True)
@@ -292,31 +352,12 @@ def test_tallies_of_fp8_are_those_of_all_ranks_together(tmp_path: Path) -> None:
         assert nonzero == pytest.approx(copies * alone[role][0], rel=1e-3), role
 
 
-def test_what_is_counted_becomes_metrics_and_what_is_wrong_a_note() -> None:
-    seen = {
-        "head_weights": Tally(200.0, 0.0, 20.0, -9.0, -3.0),
-        "gate_weights": Tally(100.0, 5.0, 0.0, -4.0, -4.0),
-        "engram_weights": Tally(),
-    }
-    figures = telemetry(seen, Drift())
-    assert figures["fp8_flushed/head_weights"] == 0.1
-    assert figures["fp8_clipped/gate_weights"] == 0.05
-    assert figures["fp8_scale_low/head_weights"] == -9.0
-    assert figures["fp8_scale_high/head_weights"] == -3.0
-    assert "fp8_scale_low/engram_weights" not in figures  # it would be infinite
-    assert figures["fp8_alarms"] == 1
-    (note,) = figures["notes"]
-    assert note.startswith("warning: FP8: gate_weights: 5.00% of its values are beyond")
-
-
 @pytest.mark.parametrize("precision", ["fp8", "high"])
 def test_a_run_says_who_multiplies(precision: Precision) -> None:
-    told = news(precision, trainer(precision))
+    told = trainer(precision).news()
     assert told["tags"] == {"fp8.products": trainer(precision).products}
     assert ("cpu: " in told["tags"]["fp8.products"]) == (precision == "fp8")
     assert "notes" not in told
-    # It was asked for one and got the other.
-    assert news("fp8", trainer("high"))["notes"] == ["warning: high precision"]
 
 
 def test_nothing_is_counted_unless_asked() -> None:
@@ -332,6 +373,8 @@ def test_a_device_without_fp8_computes_in_high_precision_and_says_so(
     one = trainer("fp8")
     assert one.numerics.precision == "high"
     assert one.products == "high precision, not FP8: it is too old"
+    # It was asked for one and got the other.
+    assert one.news()["notes"] == ["warning: high precision, not FP8: it is too old"]
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:

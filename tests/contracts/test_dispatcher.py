@@ -68,13 +68,13 @@ def carry(dispatcher: TokenDispatcher, part: Part) -> dict[str, Any]:
     x_TD, gates_TK = part.x_TD.clone().requires_grad_(), part.gates_TK.clone().requires_grad_()
     w_EDD = weights()[local.start : local.stop].requires_grad_()
     sent = dispatcher.dispatch(x_TD, part.experts_TK, gates_TK, EXPERTS)
-    pieces = sent.copies().split(sent.counts_E.tolist())
+    pieces = sent.x_RD[sent.rows_N].split(sent.counts_E.tolist())
     y_ND = torch.cat([visit(w, piece) for w, piece in zip(w_EDD, pieces, strict=True)])
     out_TD = dispatcher.combine(sent.collect(y_ND), gates_TK, sent)
     out_TD.backward(part.dy_TD)
     return {
         "out": out_TD.detach(),
-        "received": sent.copies().detach(),
+        "received": sent.x_RD[sent.rows_N].detach(),
         "counts": sent.counts_E,
         "local": [local.start, local.stop],
         "dx": x_TD.grad,

@@ -46,6 +46,15 @@ def test_pretraining_lowers_the_loss_over_two_expert_parallel_workers(built: Pat
         assert abs(sum(load) - 1) < 1e-3
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "posttrain"])
+def test_what_fp8_does_is_counted_at_the_first_step(built: Path, stage: str) -> None:
+    first, *others = metrics(built, stage)
+    assert first["tags"]["fp8.products"].startswith("cpu: ")
+    assert 0 < first["fp8_flushed/routed_experts_gradients"] < 0.5
+    assert first["fp8_clipped/attention_weights"] == 0
+    assert not any(name.startswith("fp8_flushed") for line in others[:1] for name in line)
+
+
 def test_both_bundles_are_there_with_their_parity(built: Path) -> None:
     manifests = sorted((built / ".ingot" / "artifacts" / "export").glob("*/*/manifest.json"))
     assert len(manifests) == 2

@@ -59,6 +59,8 @@ def test_a_compiler_may_be_named_with_arguments(
 
 
 def test_without_a_compiler_it_is_eager_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", 'gcc "')
+    assert made_anew()[1].startswith("eager: CC = 'gcc \"' is no command")
     monkeypatch.setenv("CC", "/nowhere/cc -O3")
     backend, form = made_anew()
     assert is_eager(backend)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from configs.train import Fp8Config
 from model.fp8.backends import backend_for
+from model.fp8.drift import Drift
 from model.fp8.fp4 import through_fp4
 from model.fp8.linear import Linear
 from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Quantized, Tile
@@ -45,7 +46,7 @@ def by_value(x: Tensor, q: Quantized) -> Tally:
             exponents.append(math.log2(scale))
     if not exponents:
         return Tally()
-    return Tally(nonzero, clipped, flushed, min(exponents), max(exponents))
+    return Tally(nonzero, clipped, flushed, 0.0, min(exponents), max(exponents))
 
 
 def assert_same(found: Tally, expected: Tally) -> None:
@@ -107,6 +108,26 @@ def test_fp4_flushes_more_and_is_tallied_by_its_blocks() -> None:
     assert tally(w, q).flushed > 2 * tally(w, CPU.quantize(w, BLOCK)).flushed
 
 
+def test_tiles_that_count_as_zero_are_told_and_have_no_scale() -> None:
+    x = random_matrix(4, 128, spread=0)
+    x[1] *= 2.0**-140
+    q = CPU.quantize(x, ACTIVATION)
+    found, healthy = tally(x, q), tally(x[[0, 2, 3]], CPU.quantize(x[[0, 2, 3]], ACTIVATION))
+    lost = int((x[1] != 0).sum())
+    assert lost > 50
+    assert (found.lost, found.flushed - healthy.flushed) == (lost, lost)
+    assert (found.low, found.high) == (healthy.low, healthy.high)
+    # And an alarm tells of it, at once.
+    (alarm,) = Drift().alarms({"head_gradients": found})
+    assert "of its values lie in tiles too small for FP8" in alarm
+    assert Drift().alarms({"head_gradients": healthy}) == []
+    # Where there are no others there is no scale to speak of.
+    nothing = tally(x[1:2], CPU.quantize(x[1:2], ACTIVATION))
+    assert nothing.low > nothing.high
+    assert len(Drift().alarms({"head_gradients": nothing})) == 1
+    assert "fp8_scale_low/head_gradients" not in Drift().figures({"head_gradients": nothing})
+
+
 def test_a_role_sums_up_over_all_of_its_tensors() -> None:
     recorder, x = Recorder(), random_matrix(9, 130)
     first, second = x, random_matrix(9, 130, seed=1) * 2.0**20
@@ -148,6 +169,11 @@ def test_only_a_watching_recorder_is_told() -> None:
     assert recorder.first_not_finite() is None
 
 
+def first_role(recorder: Recorder) -> str | None:
+    place = recorder.first_not_finite()
+    return None if place is None else recorder.role(place)
+
+
 def test_the_first_role_that_was_not_finite_is_named() -> None:
     recorder = Recorder()
     layers = [
@@ -161,7 +187,7 @@ def test_the_first_role_that_was_not_finite_is_named() -> None:
     def run() -> str | None:
         recorder.start(counting=False)
         layers[2](layers[1](layers[0](x))).backward(torch.ones(5, 40))
-        return recorder.first_not_finite()
+        return first_role(recorder)
 
     assert run() is None
     with torch.no_grad():
@@ -176,4 +202,6 @@ def test_the_first_role_that_was_not_finite_is_named() -> None:
     assert run() is None
     recorder.start(counting=False)
     layers[0](x).backward(torch.full((5, 40), torch.inf))
-    assert recorder.first_not_finite() == "attention_gradients_along_tokens"
+    assert first_role(recorder) == "attention_gradients_along_tokens"
+    recorder.forget()
+    assert first_role(recorder) is None

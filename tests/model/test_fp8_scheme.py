@@ -1,7 +1,7 @@
 """Which parts of a model are FP8, as the config says; and why tiles are as small as they are."""
 
 import re
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,11 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.engram import EngramConfig
+from configs.errors import MachineError
 from configs.model import ModelConfig
 from configs.train import Fp8Config
+from model.fp8 import scheme as scheme_module
+from model.fp8.backends import Choice
 from model.fp8.fp4 import from_fp4, to_fp4
 from model.fp8.linear import Linear
-from model.fp8.scheme import Fp8, Numerics, Part
+from model.fp8.reference import Reference
+from model.fp8.scheme import Fp8, Numerics, Part, settle
 from model.loss import UNSCORED, cross_entropy
 from model.moe import Gate
 from model.passes import IndexerPhase
@@ -296,6 +300,35 @@ def test_schemes_tile_as_the_paper_says() -> None:
     block = COARSE["block"]
     assert block.gradients(x).scales.shape == block.gradients_along_tokens(x).scales.shape == (3, 3)
     assert block.activations(x).scales.shape == (300, 3)
+
+
+def test_settings_that_no_kernel_has_are_refused_before_the_first_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Kernels(Reference):
+        name = "triton"
+
+    device = torch.device("cpu")
+    coarse = Fp8Config(scaling="tensor"), Fp8Config(gradient_scaling="block")
+    for config in coarse:
+        assert settle(Numerics("fp8", config), device)[0].precision == "fp8"
+    monkeypatch.setattr(scheme_module, "choose", lambda *_: Choice(Kernels(), "own kernels"))
+    assert settle(Numerics("fp8"), device)[0].precision == "fp8"
+    for config, field in zip(coarse, ("scaling = ", "gradient_scaling = "), strict=True):
+        with pytest.raises(MachineError, match=rf"fp8\.{field}.*fp8_backend = 'reference'"):
+            settle(Numerics("fp8", config), device)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"routed_experts": "high"}, 'routed_experts = "high"'),
+        ({"scaling": "tensor"}, 'scaling = "tensor"'),
+    ],
+)
+def test_fp4_that_could_not_be_is_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=f"fp4_experts = true, but {told}"):
+        Fp8Config(fp4_experts=True, **settings)
 
 
 # FP4 experts in a model

@@ -172,6 +172,23 @@ def test_an_input_that_learns_nothing_costs_no_product() -> None:
     assert roles(random(9, 48).requires_grad_()) == always | {"gradients"}
 
 
+def test_a_weight_that_is_held_still_costs_no_gradient() -> None:
+    still, learning = linear(48, 40, "fp8"), linear(48, 24, "fp8")
+    learning.scheme = still.scheme
+    still.weight.requires_grad_(False)
+    x = random(9, 48).requires_grad_()
+    first, second = together(x, still, learning)
+    (first.sum() + second.sum()).backward()
+    assert still.weight.grad is None
+    assert learning.weight.grad is not None
+    assert x.grad is not None
+
+
+def test_linears_of_different_schemes_share_no_quantisation() -> None:
+    with pytest.raises(AssertionError, match="one quantisation serves one scheme"):
+        together(random(9, 48), linear(48, 40, "fp8"), linear(48, 40, "high"))
+
+
 def test_high_precision_is_the_plain_product() -> None:
     layer = linear(48, 40, "high")
     x, dy = random(3, 5, 48).requires_grad_(), random(3, 5, 40, seed=2)

@@ -32,7 +32,7 @@ def walk(model: nn.Module, optimizer: torch.optim.AdamW, steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         for parameter in model.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
         optimizer.step()
 
 
@@ -92,11 +92,13 @@ def test_what_begins_at_a_constant_does_not_decay_whatever_its_shape() -> None:
     assert not any(decay[id(p)] for p in named.values() if p.dim() < 2)
 
 
-def test_moments_that_are_put_back_continue_the_same_walk() -> None:
+@pytest.mark.parametrize("kind", ["bfloat16", "float32"])
+def test_moments_that_are_put_back_continue_the_same_walk(kind: str) -> None:
+    config = CONFIG.model_copy(update={"moments": kind})
     whole, resumed = toy(), toy()
-    optimizer = adamw(whole, CONFIG)
+    optimizer = adamw(whole, config)
     walk(whole, optimizer, range(5))
-    first = adamw(resumed, CONFIG)
+    first = adamw(resumed, config)
     walk(resumed, first, range(2))
     kept = moments(first, resumed.named_parameters())
     assert sorted(kept) == sorted(
@@ -104,7 +106,7 @@ def test_moments_that_are_put_back_continue_the_same_walk() -> None:
         for moment in ("exp_avg", "exp_avg_sq")
         for name, _ in resumed.named_parameters()
     )
-    second = adamw(resumed, CONFIG)
+    second = adamw(resumed, config)
     restore_moments(second, resumed.named_parameters(), kept, 2)
     walk(resumed, second, range(2, 5))
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
@@ -134,6 +136,17 @@ def test_a_schedule_without_warm_up_or_decay_is_flat() -> None:
         for s in range(1, 10)
     ]
     assert flat == [1.0] * 9
+
+
+def test_narrow_parameters_keep_wide_moments() -> None:
+    """What a bfloat16 parameter cannot hold, its float32 moments can."""
+    model = toy().bfloat16()
+    optimizer = adamw(model, CONFIG)
+    walk(model, optimizer, range(3))
+    for kept in moments(optimizer, model.named_parameters()).values():
+        assert kept.dtype == torch.float32
+        assert not torch.equal(kept, kept.bfloat16().float())
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
 
 
 def test_moments_rest_in_bfloat16_and_are_rounded_to_nearest_after_each_step() -> None:

@@ -31,6 +31,16 @@ def test_every_scalar_is_plotted_and_losses_share_one(tmp_path: Path) -> None:
     assert names(plot_steps(records, tmp_path)) == {"loss.png", "grad_norm.png", "expert_load.png"}
 
 
+def test_what_is_told_of_many_roles_shares_a_plot(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = [
+        {"step": step}
+        | {f"fp8_flushed/role_{number}": 0.01 * number for number in range(20)}
+        | {f"fp8_scale_low/role_{number}": -number for number in range(20)}
+        for step in (1, 20)
+    ]
+    assert names(plot_steps(records, tmp_path)) == {"fp8_flushed.png", "fp8_scale_low.png"}
+
+
 def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     records = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.0}]
     assert names(plot_steps(records, tmp_path)) == {"loss.png"}

@@ -134,6 +134,14 @@ def test_a_log_that_cannot_be_compared_is_refused(
     assert not workspace.path("report.json").exists()
 
 
+def test_trainings_that_do_not_differ_at_all_are_no_comparison(
+    judge: Callable[..., Report], logs: Logs, workspace: Workspace
+) -> None:
+    with pytest.raises(DataError, match="fp8_1 and high_1 have the same loss at every step"):
+        judge({**logs, "fp8_1": logs["high_1"]})
+    assert not workspace.path("report.json").exists()
+
+
 def test_a_pair_that_is_not_whole_is_refused(judge: Callable[..., Report], logs: Logs) -> None:
     del logs["high_1"]
     with pytest.raises(DataError, match="wire one of each precision for each seed"):

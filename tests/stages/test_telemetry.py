@@ -1,6 +1,7 @@
 """The step log has each step once, whatever crashed and resumed; its follower reports each once."""
 
 import json
+import time
 from pathlib import Path
 
 from stages.telemetry import METRICS, MetricsFile, following, read_metrics
@@ -62,6 +63,22 @@ def test_what_a_step_has_to_say_reaches_the_user_once(tmp_path: Path, recorder: 
         log.append({"loss": 2.0, "notes": ["warning: it drifts"]}, step=2)
     assert recorder.notes == ["step 2: warning: it drifts"]
     assert recorder.tags == {"fp8.products": "cpu: compiled"}
+    assert recorder.logged == [(1, {"loss": 1.0}), (2, {"loss": 2.0})]
+
+
+def test_a_worker_that_took_over_says_what_it_computes_with(
+    tmp_path: Path, recorder: Recorder
+) -> None:
+    with following(tmp_path, recorder):
+        log = MetricsFile(tmp_path)
+        log.append({"loss": 1.0, "tags": {"fp8.products": "cpu: compiled"}}, step=1)
+        log.append({"loss": 2.0}, step=2)
+        deadline = time.monotonic() + 10
+        while len(recorder.logged) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        log = MetricsFile(tmp_path, resume_step=1)
+        log.append({"loss": 2.0, "tags": {"fp8.products": "cpu: eager"}}, step=2)
+    assert recorder.tags == {"fp8.products": "cpu: eager"}
     assert recorder.logged == [(1, {"loss": 1.0}), (2, {"loss": 2.0})]
 
 
