@@ -2,8 +2,9 @@
 
 DeepSeek-V3 (arXiv 2412.19437, section 3.3.2) quantises activations by tiles of 1 x 128 along the
 contracted dim and weights by blocks of 128 x 128, each with the scale of its own largest magnitude.
-Every backend's quantiser equals `quantize` bit for bit, and its products equal these within the
-order of float32 additions: |found - exact| <= (K + 8) * 2^-24 * (|A| |B|) for K contracted values.
+Every backend's quantiser equals `quantize` bit for bit, and its float32 products equal these within
+the order of float32 additions: |found - exact| <= (K + 8) * 2^-24 * (|A| |B|) for K contracted
+values. What a backend rounds beyond that, as bfloat16 outputs on GPUs, its own docstring says.
 
 Axes: R rows, C columns, P stacked matrices, M K N rows, contraction and columns of a product,
 E experts.

@@ -17,9 +17,6 @@ E experts.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import lru_cache
-from itertools import accumulate
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -27,17 +24,27 @@ import triton
 from torch import Tensor
 
 from configs.errors import DataError, MachineError
-from model.fp8 import triton_kernels as kernels
+from model.fp8 import triton_casts as cast_kernels
+from model.fp8 import triton_products as product_kernels
 from model.fp8.format import TILE
 from model.fp8.quantized import (
     ACTIVATION,
     ALONG_TOKENS,
-    BLOCK,
     Kept,
     Quantized,
     Tile,
-    bands,
     expect_stacked,
+)
+from model.fp8.triton_layout import (
+    aligned,
+    described,
+    expect_bands,
+    expect_product,
+    expect_tile,
+    flat,
+    group_heights,
+    group_table,
+    room,
 )
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -45,7 +52,6 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 FLOAT8_PRODUCTS = (8, 9)
 """The first compute capability whose tensor cores multiply E4M3."""
 
-_TILES = (ACTIVATION, ALONG_TOKENS, BLOCK)
 _ROWS = 32
 """Rows of one program where tiles are one row high: 32 x 128 floats fill 4 warps."""
 _COLUMNS = 64
@@ -82,23 +88,23 @@ class Triton:
         multiplied: bool = True,
     ) -> Quantized:
         """See `model.fp8.backends.Backend`. `kept` is the same either way: products need values."""
-        _expect_tile(tile)
+        expect_tile(tile)
         if isinstance(x, Quantized) and x.tile != ACTIVATION:
             x = self.dequantize(x)
         source = x.values.view(torch.uint8) if isinstance(x, Quantized) else _loadable(x)
         shape, columns = source.shape, source.shape[-1]
-        heights = _heights(shape, counts)
-        matrix = _flat(source)
-        source_scales = _flat(x.scales) if isinstance(x, Quantized) else matrix
+        heights = group_heights(shape, counts)
+        matrix = flat(source)
+        source_scales = flat(x.scales) if isinstance(x, Quantized) else matrix
         number = len(matrix) if tile[0] == 1 else sum(-(-height // TILE) for height in heights)
         across = columns if tile[1] == 1 else -(-columns // TILE)
-        codes, scales = _room(matrix, tile, heights, number, across)
+        codes, scales = room(matrix, tile, heights, number, across)
         width = _COLUMNS if tile[1] == 1 else TILE
         programs = (-(-number // _ROWS) if tile[0] == 1 else number) * -(-columns // width)
         if programs:
             with _launching(matrix):
-                table = _table(heights, TILE, matrix.device)
-                kernels.quantise[(programs,)](
+                table = group_table(heights, TILE, matrix.device)
+                cast_kernels.quantise[(programs,)](
                     matrix,
                     source_scales,
                     table,
@@ -114,7 +120,7 @@ class Triton:
                     ONE_ROW=tile[0] == 1,
                     ONE_COLUMN=tile[1] == 1,
                     POWER_OF_TWO=power_of_two,
-                    ALIGNED=_aligned(heights),
+                    ALIGNED=aligned(heights),
                     ROWS=_ROWS if tile[0] == 1 else TILE,
                     COLUMNS=width,
                     GROUPS=triton.next_power_of_2(len(heights)),
@@ -130,20 +136,20 @@ class Triton:
 
     def dequantize(self, q: Quantized) -> Tensor:
         """See `model.fp8.backends.Backend`."""
-        _expect_tile(q.tile)
+        expect_tile(q.tile)
         shape, columns = q.values.shape, q.values.shape[-1]
         wide = torch.empty(shape, device=q.values.device)
         if not wide.numel():
             return wide
-        heights = _heights(shape, q.counts)
-        codes, scales = _flat(q.values.view(torch.uint8)), _flat(q.scales)
+        heights = group_heights(shape, q.counts)
+        codes, scales = flat(q.values.view(torch.uint8)), flat(q.scales)
         number = len(codes) if q.tile[0] == 1 else len(scales)
         programs = (-(-number // _ROWS) if q.tile[0] == 1 else number) * -(-columns // TILE)
         with _launching(codes):
-            kernels.dequantise[(programs,)](
+            cast_kernels.dequantise[(programs,)](
                 codes,
                 scales,
-                _table(heights, TILE, codes.device),
+                group_table(heights, TILE, codes.device),
                 wide,
                 *codes.shape,
                 len(heights),
@@ -163,10 +169,10 @@ class Triton:
         for q in (a, b):
             if q.values.ndim != 2:
                 raise DataError(
-                    f"matmul of {_described(a)} and {_described(b)}; use grouped_matmul for stacks"
+                    f"matmul of {described(a)} and {described(b)}; use grouped_matmul for stacks"
                 )
-            _expect_bands(q, None)
-        _expect_product(a, b)
+            expect_bands(q, None)
+        expect_product(a, b)
         wide = b.tile == ALONG_TOKENS
         stacked = replace(b, values=b.values[None], scales=b.scales[None], counts=None)
         return self._multiply(a, stacked, (len(a.values),), torch.float32 if wide else None)
@@ -175,15 +181,15 @@ class Triton:
         """See `model.fp8.backends.Backend`."""
         if a.values.ndim != 2 or b.values.ndim != 3:
             raise DataError(
-                f"grouped_matmul of {_described(a)} and {_described(b)}; want 2 and 3 dims"
+                f"grouped_matmul of {described(a)} and {described(b)}; want 2 and 3 dims"
             )
         expect_stacked(b, counts)
         if a.tile[0] != 1:
             raise DataError(
-                f"the rows of {_described(a)} share scales with other experts'; "
+                f"the rows of {described(a)} share scales with other experts'; "
                 f"quantise by tiles {ACTIVATION}"
             )
-        _expect_product(a, b)
+        expect_product(a, b)
         return self._multiply(a, b, tuple(counts), None)
 
     def grouped_outer(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
@@ -191,11 +197,11 @@ class Triton:
         for q in (a, b):
             if q.tile != ALONG_TOKENS or q.values.ndim != 2 or len(q.values) != len(a.values):
                 raise DataError(
-                    f"grouped_outer of {_described(a)} and {_described(b)}; "
+                    f"grouped_outer of {described(a)} and {described(b)}; "
                     f"both need as many rows and tiles {ALONG_TOKENS}"
                 )
-            _expect_bands(q, counts)
-        heights = _heights(a.values.shape, counts)
+            expect_bands(q, counts)
+        heights = group_heights(a.values.shape, counts)
         height, columns = a.values.shape[1], b.values.shape[1]
         out = torch.empty(len(heights), height, columns, device=a.values.device)
         if not out.numel():
@@ -206,12 +212,12 @@ class Triton:
         blocks = -(-height // blocking.rows) * -(-columns // _BLOCK_N)
         left, right = a.values.view(torch.uint8), b.values.view(torch.uint8)
         with _launching(left):
-            kernels.outer[(len(heights) * blocks,)](
+            product_kernels.outer[(len(heights) * blocks,)](
                 left,
                 a.scales,
                 right,
                 b.scales,
-                _table(heights, TILE, left.device),
+                group_table(heights, TILE, left.device),
                 out,
                 height,
                 columns,
@@ -224,7 +230,7 @@ class Triton:
                 BLOCK_M=blocking.rows,
                 BLOCK_N=_BLOCK_N,
                 TOGETHER=_TOGETHER,
-                ALIGNED=_aligned(heights),
+                ALIGNED=aligned(heights),
                 num_warps=blocking.warps,
                 num_stages=blocking.stages,
                 enable_fp_fusion=True,
@@ -240,7 +246,7 @@ class Triton:
         scales = source.new_empty(rows, -(-columns // TILE), dtype=torch.float32)
         if source.numel():
             with _launching(source):
-                kernels.keep[(-(-rows // _ROWS) * scales.shape[1],)](
+                cast_kernels.keep[(-(-rows // _ROWS) * scales.shape[1],)](
                     source,
                     words,
                     scales,
@@ -260,7 +266,7 @@ class Triton:
         wide = scales.new_empty(len(words), kept.columns)
         if wide.numel():
             with _launching(words):
-                kernels.read[(-(-len(words) // _ROWS) * scales.shape[1],)](
+                cast_kernels.read[(-(-len(words) // _ROWS) * scales.shape[1],)](
                     words,
                     scales,
                     wide,
@@ -277,7 +283,7 @@ class Triton:
         """Each group's rows of `a` [R, K] times its matrix of `b` [E, K, N]."""
         rows, contraction = a.values.shape
         columns = b.values.shape[-1]
-        heights = _heights(a.values.shape, counts)
+        heights = group_heights(a.values.shape, counts)
         dtype = dtype or self._products
         # The interpreter does not round to bfloat16 as the hardware does; torch does.
         out_dtype = torch.float32 if INTERPRETED else dtype
@@ -290,12 +296,12 @@ class Triton:
         tiles = sum(-(-height // blocking.rows) for height in heights)
         left, right = a.values.view(torch.uint8), b.values.view(torch.uint8)
         with _launching(left):
-            kernels.multiply[(tiles * -(-columns // _BLOCK_N),)](
+            product_kernels.multiply[(tiles * -(-columns // _BLOCK_N),)](
                 left,
                 a.scales,
                 right,
                 b.scales,
-                _table(heights, blocking.rows, left.device),
+                group_table(heights, blocking.rows, left.device),
                 out,
                 tiles,
                 contraction,
@@ -338,47 +344,6 @@ def _blocking(rows: int, device: torch.device) -> _Blocking:
     return _Blocking(128, 8, 4 if hopper else 2)
 
 
-@lru_cache(256)
-def _table(heights: tuple[int, ...], height: int, device: torch.device) -> Tensor:
-    """int32 [2, groups + 1]: first rows and first bands of groups, then the totals.
-
-    The same counts come back for every product of a layer, so one copy to the device serves all.
-    """
-    rows = accumulate(heights, initial=0)
-    tiles = accumulate((-(-rows // height) for rows in heights), initial=0)
-    return torch.tensor([list(rows), list(tiles)], dtype=torch.int32, device=device)
-
-
-def _heights(shape: torch.Size, counts: Sequence[int] | None) -> tuple[int, ...]:
-    """Rows of each group: an expert, or a matrix of a stack."""
-    if counts is None:
-        return (shape[-2],) * prod(shape[:-2])
-    if len(shape) != 2 or sum(counts) != shape[0] or min(counts, default=0) < 0:
-        raise DataError(
-            f"counts {list(counts)} sum to {sum(counts)}, for a tensor of shape {tuple(shape)}; "
-            f"give the rows of each expert of one matrix"
-        )
-    return tuple(counts)
-
-
-def _aligned(heights: tuple[int, ...]) -> bool:
-    return all(height % 16 == 0 for height in heights)
-
-
-def _room(
-    matrix: Tensor, tile: Tile, heights: tuple[int, ...], number: int, across: int
-) -> tuple[Tensor, Tensor]:
-    """Empty codes [R, C] and scales [bands, across], in the layouts that products like."""
-    rows, columns = matrix.shape
-    codes = matrix.new_empty(rows, columns, dtype=torch.uint8)
-    scales = matrix.new_empty(number, across, dtype=torch.float32)
-    if tile == ACTIVATION:
-        scales = matrix.new_empty(across, number, dtype=torch.float32).T
-    if tile == ALONG_TOKENS and _aligned(heights):
-        codes = matrix.new_empty(columns, rows, dtype=torch.uint8).T
-    return codes, scales
-
-
 def _loadable(x: Tensor) -> Tensor:
     """`x` as kernels read it: float32, or bfloat16's bits."""
     x = x.detach()
@@ -388,21 +353,16 @@ def _loadable(x: Tensor) -> Tensor:
 def _source(x: Tensor | Quantized) -> Any:
     """How a kernel reads `x`; a constexpr, which has no type for callers."""
     if isinstance(x, Quantized):
-        return kernels.CODES
-    return kernels.BFLOATS if x.dtype is torch.bfloat16 else kernels.FLOATS
-
-
-def _flat(x: Tensor) -> Tensor:
-    """The rows of all stacked matrices as one matrix, a view where that can be."""
-    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
+        return cast_kernels.CODES
+    return cast_kernels.BFLOATS if x.dtype is torch.bfloat16 else cast_kernels.FLOATS
 
 
 def _operands(device: torch.device) -> Any:
     """What is multiplied; a constexpr, which has no type for callers."""
     if INTERPRETED:
-        return kernels.FLOAT32
+        return product_kernels.FLOAT32
     able = torch.cuda.get_device_capability(device) >= FLOAT8_PRODUCTS
-    return kernels.FLOAT8 if able else kernels.BFLOAT16
+    return product_kernels.FLOAT8 if able else product_kernels.BFLOAT16
 
 
 def _launching(x: Tensor) -> AbstractContextManager[Any]:
@@ -415,37 +375,3 @@ def _launching(x: Tensor) -> AbstractContextManager[Any]:
             f"TRITON_INTERPRET=1 before Triton is imported"
         )
     return torch.cuda.device(x.device)
-
-
-def _expect_tile(tile: Tile) -> None:
-    if tile not in _TILES:
-        raise DataError(f"no kernel quantises by tiles of {tile}; choose one of {list(_TILES)}")
-
-
-def _expect_product(a: Quantized, b: Quantized) -> None:
-    """DataError unless `a` [.., K] times `b` [K, ..] has tiles that match along K."""
-    if a.values.shape[-1] != b.values.shape[-2]:
-        raise DataError(
-            f"{_described(a)} times {_described(b)}: the contracted dims differ; transpose one"
-        )
-    if a.tile not in (ACTIVATION, BLOCK) or b.tile not in (ALONG_TOKENS, BLOCK):
-        raise DataError(
-            f"{_described(a)} times {_described(b)}: tiles must be {TILE} wide along the "
-            f"contraction, columns of the left and rows of the right; quantise along that dim"
-        )
-
-
-def _expect_bands(q: Quantized, counts: Sequence[int] | None) -> None:
-    """DataError unless the tiles of `q` start where a product over `counts` expects them."""
-    if q.tile[0] == 1 or q.counts == (None if counts is None else tuple(counts)):
-        return
-    rows = q.values.shape[-2]
-    if list(bands(rows, q.tile[0], q.counts)) != list(bands(rows, q.tile[0], counts)):
-        raise DataError(
-            f"tiles of {_described(q)} start anew at counts {q.counts}, and the product wants "
-            f"{counts}; quantise with the same counts"
-        )
-
-
-def _described(q: Quantized) -> str:
-    return f"{list(q.values.shape)} with tiles {q.tile}"

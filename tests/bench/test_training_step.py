@@ -87,7 +87,7 @@ def test_an_fp8_step_against_a_float32_step(name: str, sequences: int) -> None:
         f"takes {ratio:.2f} times a float32 step (median of {len(ratios)}, {min(ratios):.2f} to "
         f"{max(ratios):.2f}; limit {LIMITS[name]})"
     )
-    assert 1 < ratio < 1.5 * LIMITS[name]
+    assert ratio <= LIMITS[name]
 
 
 def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:

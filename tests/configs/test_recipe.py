@@ -243,6 +243,8 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         ("data.sources.sums.share=-0.5", "share = -0.5: input should be greater than or equal"),
         ("data.sources.sums.type=sum", "sums.type = 'sum': unknown; known: stdlib, arithmetic, "),
         ("data.sources.more={share=0.5}", "data.sources.more.type: missing; known: stdlib, "),
+        ("pretrain.optim.beta2=0.99", "beta2 = 0.99: with moments = 'bfloat16' an average this slow"),
+        ("pretrain.optim.beta1=0.99", "may stand still while 39% off; set moments = 'float32'"),
         ("model=3", "model = 3: should be a table"),
         ('data.sources."a/b"={type="stdlib", share=0.1}', "string should match pattern"),
         ("nodes.extra.use=nonsense", "string should match pattern"),
@@ -252,6 +254,13 @@ def test_the_impossible_is_refused_before_anything_starts(
     recipe: str, assignment: str, complaint: str
 ) -> None:
     assert complaint in message(recipe, assignment)
+
+
+def test_averages_may_be_slow_in_float32(recipe: str) -> None:
+    settings = ["pretrain.optim.beta2=0.999", "pretrain.optim.moments=float32"]
+    assert load_recipe(recipe, sets=settings).pretrain.optim.beta2 == 0.999
+    bound = load_recipe(recipe, sets=["pretrain.optim.beta2=0.984375"])
+    assert bound.pretrain.optim.moments == "bfloat16"
 
 
 def test_a_line_without_checkable_problems_is_refused(recipe: str) -> None:

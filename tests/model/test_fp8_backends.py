@@ -197,6 +197,14 @@ def test_stacked_matrices_are_quantised_one_by_one(backend: Backend, tile: Tile)
 
 @every_backend
 @every_tile
+def test_a_stack_of_no_matrices_stays_one(backend: Backend, tile: Tile) -> None:
+    q = backend.quantize(torch.zeros(0, 130, 140), tile)
+    assert q.scales.shape == (0, -(-130 // tile[0]), -(-140 // tile[1]))
+    assert backend.dequantize(q).shape == (0, 130, 140)
+
+
+@every_backend
+@every_tile
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_types_and_views_are_quantised_as_the_float32_that_they_hold(
     backend: Backend, tile: Tile, dtype: torch.dtype

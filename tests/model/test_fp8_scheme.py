@@ -299,6 +299,7 @@ def test_schemes_tile_as_the_paper_says() -> None:
     assert scheme.activations_along_tokens(scheme.activations(x)).scales.shape == (3, 260)
     block = COARSE["block"]
     assert block.gradients(x).scales.shape == block.gradients_along_tokens(x).scales.shape == (3, 3)
+    assert block.gradients(x, (100, 0, 200)).scales.shape == (1 + 2, 3)
     assert block.activations(x).scales.shape == (300, 3)
 
 

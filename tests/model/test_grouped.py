@@ -14,6 +14,7 @@ SCHEMES = {
     "cpu": Fp8("attention"),
     "reference": Fp8("attention", backend_name="reference"),
     "e5m6": Fp8("attention", keeps_e5m6=True),
+    "block": Fp8("attention", Fp8Config(gradient_scaling="block")),
     "fp4": Fp8("routed_experts", Fp8Config(fp4_experts=True)),
 }
 

@@ -176,12 +176,16 @@ def test_a_weight_that_is_held_still_costs_no_gradient() -> None:
     still, learning = linear(48, 40, "fp8"), linear(48, 24, "fp8")
     learning.scheme = still.scheme
     still.weight.requires_grad_(False)
+    assert still.scheme is not None
+    seen = still.scheme.recorder
+    seen.start(counting=True)
     x = random(9, 48).requires_grad_()
     first, second = together(x, still, learning)
     (first.sum() + second.sum()).backward()
     assert still.weight.grad is None
     assert learning.weight.grad is not None
-    assert x.grad is not None
+    assert seen.tallies["attention_gradients"].nonzero == 9 * (40 + 24)
+    assert seen.tallies["attention_gradients_along_tokens"].nonzero == 9 * 24
 
 
 def test_linears_of_different_schemes_share_no_quantisation() -> None:

@@ -139,14 +139,19 @@ def test_a_schedule_without_warm_up_or_decay_is_flat() -> None:
 
 
 def test_narrow_parameters_keep_wide_moments() -> None:
-    """What a bfloat16 parameter cannot hold, its float32 moments can."""
+    """A bfloat16 parameter's float32 moments are the averages of its gradients, to float32."""
     model = toy().bfloat16()
     optimizer = adamw(model, CONFIG)
-    walk(model, optimizer, range(3))
-    for kept in moments(optimizer, model.named_parameters()).values():
-        assert kept.dtype == torch.float32
-        assert not torch.equal(kept, kept.bfloat16().float())
-    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    expected = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
+    for step in range(3):
+        walk(model, optimizer, range(step, step + 1))
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            expected[name].lerp_(parameter.grad.float(), 1 - CONFIG.beta1)
+    kept = moments(optimizer, model.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        torch.testing.assert_close(kept[f"exp_avg/{name}"], expected[name], rtol=1e-5, atol=1e-7)
 
 
 def test_moments_rest_in_bfloat16_and_are_rounded_to_nearest_after_each_step() -> None:

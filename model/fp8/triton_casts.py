@@ -1,7 +1,6 @@
-"""Triton kernels of block-scaled FP8: quantise, read back, multiply, and the 12-bit form.
+"""Triton kernels that quantise to E4M3 and to the 12-bit form, and read both back.
 
-The numbers of everything but products are those of `reference.py`, bit for bit. Three things keep
-them so on a GPU:
+The numbers are those of `reference.py`, bit for bit. Three things keep them so on a GPU:
 
 - `tl.div_rn`: plain `/` of float32 is approximate there.
 - E4M3 is rounded by float arithmetic and packed through an integer view: casts to float8 differ
@@ -16,7 +15,7 @@ each group (an expert, or a matrix of a stack), then the totals. Where all group
 of 16 rows, ALIGNED says so, since the compiler cannot see it in a loaded number: it lets values
 that lie along the rows be read and written 16 at a time.
 
-Axes: R rows, C columns, M K N rows, contraction and columns of a product.
+Axes: R rows, C columns.
 """
 
 from typing import no_type_check
@@ -29,12 +28,6 @@ import triton.language as tl
 
 WIDTH = tl.constexpr(128)
 """Columns of a panel, and values under one scale."""
-FLOAT8 = tl.constexpr(0)
-"""Bytes go to the tensor cores as they are."""
-BFLOAT16 = tl.constexpr(1)
-"""For GPUs without products of float8: bfloat16 holds every E4M3 value."""
-FLOAT32 = tl.constexpr(2)
-"""For Triton's interpreter, which multiplies float8 by way of float16."""
 FLOATS = tl.constexpr(0)
 BFLOATS = tl.constexpr(1)
 """Bfloat16, passed as int16: the interpreter's own casts of it are not exact."""
@@ -81,7 +74,7 @@ def quantise(
         stored = tl.load(source + at, mask=inside, other=0)
         scale_at = row * source_scales_r + panel * COLUMNS // WIDTH * source_scales_c
         stored_scale = tl.load(source_scales + scale_at, mask=row < last, other=0.0)
-        v = _decode(stored) * stored_scale[:, None]
+        v = decode(stored) * stored_scale[:, None]
     elif SOURCE == BFLOATS:
         v = tl.load(source + at, mask=inside, other=0).to(tl.int32) << 16
         v = v.to(tl.float32, bitcast=True)
@@ -132,7 +125,7 @@ def dequantise(
     column = panel * WIDTH + tl.arange(0, WIDTH)
     inside = (row < last)[:, None] & (column < columns)[None, :]
     at = row[:, None] * codes_r + column[None, :].to(tl.int64) * codes_c
-    value = _decode(tl.load(codes + at, mask=inside, other=0))
+    value = decode(tl.load(codes + at, mask=inside, other=0))
     of = scales + band.to(tl.int64) * scales_r
     if ONE_ROW:
         scale = tl.load(scales + row * scales_r + panel * scales_c, mask=row < last, other=0.0)
@@ -143,136 +136,6 @@ def dequantise(
     else:
         value = value * tl.load(of + panel * scales_c)
     tl.store(wide + row[:, None] * columns + column[None, :], value, mask=inside)
-
-
-@no_type_check
-@triton.jit
-def multiply(
-    a,
-    a_scales,
-    b,
-    b_scales,
-    table,
-    out,
-    tiles,
-    contraction,
-    columns,
-    groups,
-    a_m,
-    a_k,
-    a_scales_m,
-    a_scales_k,
-    b_e,
-    b_k,
-    b_n,
-    b_scales_e,
-    b_scales_k,
-    b_scales_n,
-    out_m,
-    A_ROWS: tl.constexpr,
-    B_COLUMNS: tl.constexpr,
-    OPERANDS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    """One block of out [M, N]: an expert's rows of a [M, K] times its matrix of b [E, K, N]."""
-    tile, across = _swizzled(tl.program_id(0), tiles, tl.cdiv(columns, BLOCK_N), TOGETHER)
-    expert, first, last = _band(table, tile, groups, BLOCK_M, GROUPS)
-    row, column = first + tl.arange(0, BLOCK_M), across * BLOCK_N + tl.arange(0, BLOCK_N)
-    expert = expert.to(tl.int64)
-    total = _sum_of_blocks(
-        a,
-        a_scales,
-        b + expert * b_e,
-        b_scales + expert * b_scales_e,
-        row,
-        last,
-        column,
-        columns,
-        contraction,
-        a_m,
-        a_k,
-        a_scales_m,
-        a_scales_k,
-        b_k,
-        b_n,
-        b_scales_k,
-        b_scales_n,
-        A_ROWS,
-        B_COLUMNS,
-        OPERANDS,
-        BLOCK_M,
-        BLOCK_N,
-    )
-    inside = (row < last)[:, None] & (column < columns)[None, :]
-    to = out + row[:, None].to(tl.int64) * out_m + column[None, :]
-    tl.store(to, total.to(out.dtype.element_ty), mask=inside)
-
-
-@no_type_check
-@triton.jit
-def outer(
-    a,
-    a_scales,
-    b,
-    b_scales,
-    table,
-    out,
-    height,
-    columns,
-    groups,
-    a_k,
-    a_m,
-    a_scales_k,
-    a_scales_m,
-    b_k,
-    b_n,
-    b_scales_k,
-    b_scales_n,
-    OPERANDS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """One block of out [E, M, N]: an expert's rows of a [K, M], transposed, times those of b."""
-    down, across = tl.cdiv(height, BLOCK_M), tl.cdiv(columns, BLOCK_N)
-    expert, inner = tl.program_id(0) // (down * across), tl.program_id(0) % (down * across)
-    tile_m, tile_n = _swizzled(inner, down, across, TOGETHER)
-    row, column = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    first, last = tl.load(table + expert), tl.load(table + expert + 1)
-    if ALIGNED:
-        first, last = tl.multiple_of(first, 16), tl.multiple_of(last, 16)
-    band = tl.load(table + groups + 1 + expert).to(tl.int64)
-    total = _sum_of_blocks(
-        a + first.to(tl.int64) * a_k,
-        a_scales + band * a_scales_k,
-        b + first.to(tl.int64) * b_k,
-        b_scales + band * b_scales_k,
-        row,
-        height,
-        column,
-        columns,
-        last - first,
-        a_m,
-        a_k,
-        a_scales_m,
-        a_scales_k,
-        b_k,
-        b_n,
-        b_scales_k,
-        b_scales_n,
-        1,
-        1,
-        OPERANDS,
-        BLOCK_M,
-        BLOCK_N,
-    )
-    inside = (row < height)[:, None] & (column < columns)[None, :]
-    to = out + (expert.to(tl.int64) * height + row[:, None]) * columns + column[None, :]
-    tl.store(to, total, mask=inside)
 
 
 @no_type_check
@@ -351,6 +214,31 @@ def read(words, scales, wide, rows, columns, ROWS: tl.constexpr):
 
 @no_type_check
 @triton.jit
+def band_of(table, band, groups, HEIGHT: tl.constexpr, GROUPS: tl.constexpr):
+    """Group, first and last row (exclusive) of a band of at most HEIGHT rows."""
+    group = tl.arange(0, GROUPS)
+    ends = tl.load(table + groups + 2 + group, mask=group < groups, other=2147483647)
+    found = tl.sum((ends <= band).to(tl.int32), axis=0)
+    first = tl.load(table + found) + (band - tl.load(table + groups + 1 + found)) * HEIGHT
+    return found, first, tl.minimum(first + HEIGHT, tl.load(table + found + 1))
+
+
+@no_type_check
+@triton.jit
+def decode(code):
+    """What E4M3 codes stand for, float32."""
+    wide = code.to(tl.int32)
+    magnitude = wide & 0x7F
+    # Codes below 8 have no leading one: it is lent, and taken back.
+    lent = tl.where(magnitude < 8, 121 << 23, 120 << 23)
+    value = ((magnitude << 20) + lent).to(tl.float32, bitcast=True)
+    value -= tl.where(magnitude < 8, 0.015625, 0.0)
+    bits = tl.where(magnitude == 0x7F, 0x7FC00000, value.to(tl.int32, bitcast=True))
+    return (bits | ((wide & 0x80) << 24)).to(tl.float32, bitcast=True)
+
+
+@no_type_check
+@triton.jit
 def _rows(
     table,
     band,
@@ -365,104 +253,10 @@ def _rows(
     if ONE_ROW:
         first, last = band * ROWS, rows
     else:
-        _, first, last = _band(table, band, groups, ROWS, GROUPS)
+        _, first, last = band_of(table, band, groups, ROWS, GROUPS)
         if ALIGNED:
             first, last = tl.multiple_of(first, 16), tl.multiple_of(last, 16)
     return first + tl.arange(0, ROWS).to(tl.int64), last
-
-
-@no_type_check
-@triton.jit
-def _band(table, band, groups, HEIGHT: tl.constexpr, GROUPS: tl.constexpr):
-    """Group, first and last row (exclusive) of a band of at most HEIGHT rows."""
-    group = tl.arange(0, GROUPS)
-    ends = tl.load(table + groups + 2 + group, mask=group < groups, other=2147483647)
-    found = tl.sum((ends <= band).to(tl.int32), axis=0)
-    first = tl.load(table + found) + (band - tl.load(table + groups + 1 + found)) * HEIGHT
-    return found, first, tl.minimum(first + HEIGHT, tl.load(table + found + 1))
-
-
-@no_type_check
-@triton.jit
-def _swizzled(program, down, across, TOGETHER: tl.constexpr):
-    """Row and column of a block: programs that run together share TOGETHER rows of blocks.
-
-    What they read of both operands then stays in the L2 cache.
-    """
-    above = program // (TOGETHER * across) * TOGETHER
-    size = tl.minimum(down - above, TOGETHER)
-    inner = program % (TOGETHER * across)
-    return above + inner % size, inner // size
-
-
-@no_type_check
-@triton.jit
-def _sum_of_blocks(
-    a,
-    a_scales,
-    b,
-    b_scales,
-    row,
-    last_row,
-    column,
-    columns,
-    contraction,
-    a_m,
-    a_k,
-    a_scales_m,
-    a_scales_k,
-    b_k,
-    b_n,
-    b_scales_k,
-    b_scales_n,
-    A_ROWS: tl.constexpr,
-    B_COLUMNS: tl.constexpr,
-    OPERANDS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """float32 [BLOCK_M, BLOCK_N]: 128 contracted values at a time, scaled, added in float32.
-
-    Tensor cores keep few bits of their sums; leaving them every 128 values is the promotion of
-    DeepSeek-V3 (arXiv 2412.19437, section 3.3.2). The two scales are multiplied first: where one
-    of them belongs to the whole block, as with weights, that leaves one fused step for each value.
-    """
-    real_row, real_column = row < last_row, column < columns
-    a_row = a + row[:, None].to(tl.int64) * a_m
-    b_column = b + column[None, :].to(tl.int64) * b_n
-    a_scale_at = a_scales + (row // A_ROWS).to(tl.int64) * a_scales_m
-    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for block in range(tl.cdiv(contraction, WIDTH)):
-        k = block * WIDTH + tl.arange(0, WIDTH)
-        real = k < contraction
-        k = k.to(tl.int64)
-        left = tl.load(a_row + k[None, :] * a_k, mask=real_row[:, None] & real[None, :], other=0)
-        right = tl.load(
-            b_column + k[:, None] * b_k, mask=real[:, None] & real_column[None, :], other=0
-        )
-        a_scale = tl.load(a_scale_at + block * a_scales_k, mask=real_row, other=0.0)
-        part = _dot(left, right, OPERANDS)
-        b_at = b_scales + block * b_scales_k
-        if B_COLUMNS == 1:
-            b_scale = tl.load(b_at + column * b_scales_n, mask=real_column, other=0.0)
-            total += part * (a_scale[:, None] * b_scale[None, :])
-        else:
-            # A block of columns lies within one tile: its width divides 128.
-            b_scale = tl.load(b_at + tl.min(column, axis=0) // B_COLUMNS * b_scales_n)
-            total += part * (a_scale * b_scale)[:, None]
-    return total
-
-
-@no_type_check
-@triton.jit
-def _dot(left, right, OPERANDS: tl.constexpr):
-    """The product of two blocks of codes, float32."""
-    if OPERANDS == FLOAT8:
-        a8, b8 = left.to(tl.float8e4nv, bitcast=True), right.to(tl.float8e4nv, bitcast=True)
-        return tl.dot(a8, b8)
-    if OPERANDS == BFLOAT16:
-        return tl.dot(_decode(left).to(tl.bfloat16), _decode(right).to(tl.bfloat16))
-    return tl.dot(_decode(left), _decode(right), input_precision="ieee")
 
 
 @no_type_check
@@ -496,20 +290,6 @@ def _encode(v, scale):
     # Rounding lost the sign of zeros.
     code |= (v.to(tl.int32, bitcast=True) >> 24) & 0x80
     return tl.where(known, code, 0x7F).to(tl.uint8)
-
-
-@no_type_check
-@triton.jit
-def _decode(code):
-    """What E4M3 codes stand for, float32."""
-    wide = code.to(tl.int32)
-    magnitude = wide & 0x7F
-    # Codes below 8 have no leading one: it is lent, and taken back.
-    lent = tl.where(magnitude < 8, 121 << 23, 120 << 23)
-    value = ((magnitude << 20) + lent).to(tl.float32, bitcast=True)
-    value -= tl.where(magnitude < 8, 0.015625, 0.0)
-    bits = tl.where(magnitude == 0x7F, 0x7FC00000, value.to(tl.int32, bitcast=True))
-    return (bits | ((wide & 0x80) << 24)).to(tl.float32, bitcast=True)
 
 
 @no_type_check
