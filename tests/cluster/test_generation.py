@@ -1,6 +1,7 @@
 """Samplers behind a driver draw what one model draws in this process."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from model import decode
 from model.drawing import Drawing
 from model.transformer import Transformer
 from model.weights.files import save_pretrained
-from tests.references import random_model
+from tests.references import TINY, random_model
 
 PROMPTS = [[5, 6], [7], [8, 9, 10, 11], [12], [13, 14]]
 SEEDS = [1, 2, 3, 4, 5]
@@ -79,22 +80,27 @@ def test_a_pool_draws_what_one_model_draws(pool: GenerationPool) -> None:
 
 
 def test_truncation_stop_tokens_rows_and_routing_reach_the_samplers(pool: GenerationPool) -> None:
-    sampling = Sampling(
+    endless = Sampling(
         max_new_tokens=12,
         temperature=1.3,
-        stop_tokens=(7, 9, 23),
+        stop_tokens=(),
         top_k=9,
         top_p=0.8,
         max_rows=2,
         keep_experts=True,
     )
+    # The second of the stop tokens is one that comes, and the first is not.
+    drawn = pool.sample(PROMPTS, endless, SEEDS)[0].token_ids
+    rare = min(set(range(TINY.vocab_size)) - set(drawn))
+    sampling = replace(endless, stop_tokens=(rare, drawn[3]))
     found = pool.sample(PROMPTS, sampling, SEEDS)
+    assert len(found[0].token_ids) <= 4 < len(drawn)
     expected = decode.sample(
         random_model(),
         PROMPTS,
         max_new_tokens=12,
         drawing=Drawing(1.3, 9, 0.8),
-        stop_tokens={7, 9, 23},
+        stop_tokens=set(sampling.stop_tokens),
         seeds=SEEDS,
         keep_experts=True,
     )

@@ -243,7 +243,10 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         ("data.sources.sums.share=-0.5", "share = -0.5: input should be greater than or equal"),
         ("data.sources.sums.type=sum", "sums.type = 'sum': unknown; known: stdlib, arithmetic, "),
         ("data.sources.more={share=0.5}", "data.sources.more.type: missing; known: stdlib, "),
-        ("pretrain.optim.beta2=0.99", "beta2 = 0.99: with moments = 'bfloat16' an average this slow"),
+        (
+            "pretrain.optim.beta2=0.99",
+            "beta2 = 0.99: with moments = 'bfloat16' an average this slow",
+        ),
         ("pretrain.optim.beta1=0.99", "may stand still while 39% off; set moments = 'float32'"),
         ("model=3", "model = 3: should be a table"),
         ('data.sources."a/b"={type="stdlib", share=0.1}', "string should match pattern"),
