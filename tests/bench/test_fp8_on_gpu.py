@@ -15,7 +15,8 @@ from model.fp8.cublas import Cublas, Operand
 from model.fp8.reference import Reference
 from model.transformer import Transformer
 from tests.bench import fp8_on_gpu as bench
-from tests.bench.fp8_on_gpu import Product, Shape, Step
+from tests.bench import fp8_table as tables
+from tests.bench.fp8_table import Product, Shape, Step
 
 LINEAR = Shape("a Linear", 256, 128, 384)
 EXPERTS = Shape("experts", 512, 256, 128, 2)
@@ -34,7 +35,7 @@ def test_a_machine_without_a_gpu_gets_the_table_and_the_reason(
     assert printed == (tmp_path / "table.md").read_text()
     said, _, head, _, *rows = printed.splitlines()
     assert said == "Nothing was measured: made to have none."
-    assert len(rows) == 1 + len(bench.SHAPES) * 3 * len(bench.VARIANTS) + 2 + 4
+    assert len(rows) == 1 + len(tables.SHAPES) * 3 * len(tables.VARIANTS) + 2 + 4
     for line in rows:
         cells = columns(line)
         assert len(cells) == len(columns(head))
@@ -50,45 +51,45 @@ def test_why_there_is_no_device_is_said(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_work_and_bytes_are_counted() -> None:
-    assert bench.flops(LINEAR) == 2 * 256 * 128 * 384
+    assert tables.flops(LINEAR) == 2 * 256 * 128 * 384
     # Values, results, a scale for each row and 128 columns, and three blocks of weights.
     weights = 128 * 384
-    assert bench.bytes_moved(LINEAR, "forward") == (
+    assert tables.bytes_moved(LINEAR, "forward") == (
         256 * 128 + weights + 2 * 256 * 384 + 4 * (256 * 1 + 3)
     )
-    assert bench.bytes_moved(LINEAR, "input gradient") == (
+    assert tables.bytes_moved(LINEAR, "input gradient") == (
         256 * 384 + weights + 2 * 256 * 128 + 4 * (256 * 3 + 3)
     )
-    assert bench.bytes_moved(LINEAR, "weight gradient") == (
+    assert tables.bytes_moved(LINEAR, "weight gradient") == (
         256 * (128 + 384) + 4 * 2 * (128 + 384) + 4 * weights
     )
-    assert bench.flops(EXPERTS) == 2 * 512 * 256 * 128
-    assert bench.bytes_moved(EXPERTS, "forward") == (
+    assert tables.flops(EXPERTS) == 2 * 512 * 256 * 128
+    assert tables.bytes_moved(EXPERTS, "forward") == (
         512 * 256 + 2 * 128 * 256 + 2 * 512 * 128 + 4 * (512 * 2 + 2 * 2)
     )
-    assert bench.bytes_moved(EXPERTS, "weight gradient") == (
+    assert tables.bytes_moved(EXPERTS, "weight gradient") == (
         512 * (256 + 128) + 4 * (2 + 2) * (256 + 128) + 4 * 2 * 256 * 128
     )
 
 
 def test_the_floor_is_the_longer_of_copy_and_arithmetic() -> None:
-    assert bench.floor_seconds(100, 50.0, 1.0) == 2.0
-    assert bench.floor_seconds(100, 50.0, 3.0) == 3.0
-    assert bench.floor_seconds(100, "no peak", 3.0) == "no peak"
-    assert bench.floor_seconds(100, 50.0, "no copy") == "no copy"
+    assert tables.floor_seconds(100, 50.0, 1.0) == 2.0
+    assert tables.floor_seconds(100, 50.0, 3.0) == 3.0
+    assert tables.floor_seconds(100, "no peak", 3.0) == "no peak"
+    assert tables.floor_seconds(100, 50.0, "no copy") == "no copy"
 
 
 def test_ratios_of_made_up_timings_are_right() -> None:
-    seconds = dict.fromkeys(bench.VARIANTS, 2e-3) | {
+    seconds = dict.fromkeys(tables.VARIANTS, 2e-3) | {
         "bf16": 4e-3,
         "torch alone": 1e-3,
         "triton, product": "no compiler | here\nor there",
     }
     product = Product(LINEAR, "forward", seconds, {"cublas": 0.25}, 0.5e-3)
     steps = [Step("bf16", 0.4, 4 * 2**30, 2.0 * 2**30), Step("fp8", 0.2, 3.0 * 2**30, "lost")]
-    work = float(bench.flops(LINEAR))
+    work = float(tables.flops(LINEAR))
     # At this peak the arithmetic takes 0.8 ms in FP8, more than the copy's 0.5 ms.
-    lines = list(bench.table([product], steps, 1e12, work / 1.6e-3))
+    lines = list(tables.table([product], steps, 1e12, work / 1.6e-3))
     found = {tuple(cells[:3]): cells[3:] for cells in map(columns, lines[2:])}
     key = LINEAR.name, "forward"
     assert found[*key, "bf16"][0] == "4.000" and found[*key, "bf16"][2:] == ["1.00", "", ""]
@@ -104,8 +105,8 @@ def test_ratios_of_made_up_timings_are_right() -> None:
 
 def test_rates_are_teraflops() -> None:
     shape = Shape("a product of 2 GFLOP", 1000, 1000, 1000)
-    product = Product(shape, "forward", dict.fromkeys(bench.VARIANTS, 1e-5), {}, 0.0)
-    assert {columns(line)[4] for line in bench.product_rows(product, 1e15)} == {"200"}
+    product = Product(shape, "forward", dict.fromkeys(tables.VARIANTS, 1e-5), {}, 0.0)
+    assert {columns(line)[4] for line in tables.product_rows(product, 1e15)} == {"200"}
 
 
 def test_what_fails_leaves_the_others_their_medians() -> None:
@@ -150,9 +151,9 @@ def simulated(
 
 
 @pytest.mark.parametrize("shape", [LINEAR, EXPERTS], ids=lambda shape: shape.name)
-@pytest.mark.parametrize("which", bench.PASSES)
+@pytest.mark.parametrize("which", tables.PASSES)
 def test_all_variants_of_a_product_run_and_a_wrong_one_is_told(
-    monkeypatch: pytest.MonkeyPatch, shape: Shape, which: bench.Pass
+    monkeypatch: pytest.MonkeyPatch, shape: Shape, which: tables.Pass
 ) -> None:
     class Wrong(Reference):
         def matmul(self, *args: object) -> Tensor:
