@@ -36,11 +36,12 @@ def worker_env(machines: ClusterConfig) -> dict[str, str]:
 def ensure_ray(machines: ClusterConfig, home: str, *, cpus_needed: float) -> None:
     """Connect to the cluster, or start a local one; MachineError if it is too small.
 
-    The process first moves to `home`, a folder without Python files: Ray puts the driver's
+    The process moves meanwhile to `home`, a folder without Python files: Ray puts the driver's
     working directory on its workers' import path, where a user's own `model.py` would hide ours.
     Ray stays open until the process ends, for the stages that follow.
     """
     if not ray.is_initialized():
+        here = Path.cwd()
         os.chdir(Path(home))
         for name in ("ray", "ray.data", "ray.train", "ray._private.authentication"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -50,6 +51,8 @@ def ensure_ray(machines: ClusterConfig, home: str, *, cpus_needed: float) -> Non
             raise MachineError(
                 f"cluster.address = {machines.address!r}: Ray cannot be reached or started: {error}"
             ) from error
+        finally:
+            os.chdir(here)
     available = float(ray.cluster_resources().get("CPU", 0))
     if available < cpus_needed:
         raise MachineError(

@@ -18,7 +18,7 @@ from configs.model import AnyModelConfig
 from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
 from configs.parity import ParityConfig
 from configs.rl import PosttrainConfig
-from configs.train import PretrainConfig
+from configs.train import Fp8Config, PretrainConfig
 
 _TAG_FIELDS = ("type", "family")
 """Fields of one fixed value, by which the members of a union are told apart."""
@@ -86,11 +86,6 @@ class Recipe(Frozen):
                 f'pretrain.precision = "{self.pretrain.precision}", but parity compares "fp8" with '
                 '"high", and this leaves nothing to compare; set it to "fp8"'
             )
-        if not self.pretrain.fp8.has_fp8:
-            raise ValueError(
-                'pretrain.fp8 sets every part to "high", which leaves parity nothing to compare; '
-                'set some part to "fp8"'
-            )
 
     def _check_posttraining(self, posttrain: PosttrainConfig) -> None:
         """What must agree where the model is post-trained and evaluated."""
@@ -108,8 +103,28 @@ class Recipe(Frozen):
                 'need; add one of type = "arithmetic"'
             )
 
+    def _check_fp8(self, where: str, trained: PretrainConfig | PosttrainConfig) -> None:
+        """That the table of parts is about the parts that the model has."""
+        if trained.precision != "fp8":
+            return
+        defaults = Fp8Config()
+        for part in sorted(trained.fp8.asked - defaults.asked - self.model.parts):
+            raise ValueError(
+                f'{where}.fp8.{part} = "fp8", but this model has no such part; drop it (it has '
+                f"{', '.join(sorted(self.model.parts))})"
+            )
+        if not trained.fp8.asked & self.model.parts:
+            raise ValueError(
+                f'{where}.precision = "fp8", but {where}.fp8 sets every part of this model to '
+                f'"high"; set {where}.precision = "high", or one of '
+                f'{", ".join(sorted(self.model.parts))} to "fp8"'
+            )
+
     def _check_pretraining(self) -> None:
         """What must agree where the model is made here."""
+        self._check_fp8("pretrain", self.pretrain)
+        if self.posttrain is not None and self.parity is None:
+            self._check_fp8("posttrain", self.posttrain)
         workers, tokenizer = self.cluster.trainers, self.data.tokenizer
         if self.model.n_routed_experts % workers:
             raise ValueError(
@@ -169,9 +184,29 @@ def load_recipe(name: str, overlays: Sequence[str] = (), sets: Sequence[str] = (
         raise ConfigError(explain(error, Recipe, origin=name)) from None
 
 
+_WISHES = {
+    "model_type": "should be a table",
+    "model_attributes_type": "should be a table",
+    "dict_type": "should be a table",
+    "tuple_type": "should be a list, as [0, 1]",
+    "list_type": "should be a list, as [0, 1]",
+    "too_short": "should have at least 1 item",
+    "bool_type": "should be true or false",
+    "bool_parsing": "should be true or false",
+    "int_type": "should be a whole number",
+    "int_parsing": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_type": "should be a number",
+    "float_parsing": "should be a number",
+    "string_type": "should be text",
+}
+"""What is said in place of pydantic's words, which are a programmer's, by kind of fault."""
+
+
 def explain(error: ValidationError, schema: type[BaseModel], *, origin: str) -> str:
     """One line per fault: the field's path, the value seen, what is allowed, the nearest name."""
     lines = []
+    paths = [list(fault["loc"]) for fault in error.errors()]
     for fault in error.errors():
         path = list(fault["loc"])
         where = _spelling(schema, path) or origin
@@ -188,8 +223,11 @@ def explain(error: ValidationError, schema: type[BaseModel], *, origin: str) -> 
             case "value_error":
                 message = fault["msg"].removeprefix("Value error, ")
                 lines.append(f"{where}: {message}" if path else message)
-            case _:
-                lines.append(f"{where} = {_short(fault['input'])}: {fault['msg'].lower()}")
+            case "too_short" if any(len(p) > len(path) and p[: len(path)] == path for p in paths):
+                pass  # What is wrong within has been left out of the count.
+            case kind:
+                wish = _WISHES.get(kind, fault["msg"].lower())
+                lines.append(f"{where} = {_short(fault['input'])}: {wish}")
     return f"recipe {origin}: " + "\n".join(lines)
 
 

@@ -98,6 +98,25 @@ class ModelConfig(Frozen):
         """Whether some layer attends to what an indexer picks."""
         return False
 
+    @property
+    def parts(self) -> frozenset[str]:
+        """The kinds of matrix products that such a model has, as `Fp8Config` names them."""
+        layers = range(self.depth + self.num_nextn_predict_layers)
+        routed = [self.has_experts(layer) for layer in layers]
+        there = {
+            "attention": True,
+            "indexer": self.has_indexer,
+            "dense_ffn": not all(routed),
+            "shared_experts": any(routed),
+            "routed_experts": any(routed),
+            "gate": any(routed),
+            "head": True,
+            "mtp_projection": self.num_nextn_predict_layers > 0,
+            "compressor": False,
+            "engram": self.engram is not None,
+        }
+        return frozenset(part for part, is_there in there.items() if is_there)
+
     def has_experts(self, layer: int) -> bool:
         """Whether `layer` routes to experts; the MTP layer is number `num_hidden_layers`."""
         raise NotImplementedError

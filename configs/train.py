@@ -70,9 +70,9 @@ class Fp8Config(Frozen):
         return self
 
     @property
-    def has_fp8(self) -> bool:
-        """Whether any part is FP8 at all."""
-        return "fp8" in self.model_dump().values()
+    def asked(self) -> frozenset[str]:
+        """The parts that are to be FP8, whether or not a model has them."""
+        return frozenset(part for part, value in self.model_dump().items() if value == "fp8")
 
     @property
     def coarse(self) -> str | None:
@@ -106,10 +106,11 @@ class OptimConfig(Frozen):
         # value at most, stands still, however long it is pulled. beta = 0.95 can be 8 % off so.
         slowest = max(self.beta1, self.beta2)
         if self.moments == "bfloat16" and slowest > 1 - 2**-6:
+            name = "beta2" if slowest == self.beta2 else "beta1"
             raise ValueError(
-                f"beta1 = {self.beta1}, beta2 = {self.beta2}: with moments = 'bfloat16' an average "
-                f"this slow may stand still while {2**-8 / (1 - slowest):.0%} off; set moments = "
-                f"'float32', or lower the betas to {1 - 2**-6} or less"
+                f"{name} = {slowest} with moments = 'bfloat16': so slow an average moves by less "
+                f"than bfloat16 can hold, and may stay {2**-8 / (1 - slowest):.0%} wrong for ever; "
+                f"set moments = 'float32' beside it, or {name} to {1 - 2**-6} or less"
             )
         return self
 

@@ -106,6 +106,11 @@ class V4Config(ModelConfig):
         """In the layers that compress by `csa_ratio`."""
         return self.csa_ratio in self.compress_ratios
 
+    @property
+    def parts(self) -> frozenset[str]:
+        """With compressors in the layers that pool keys."""
+        return super().parts | ({"compressor"} if any(self.compress_ratios) else set())
+
     def attention_kind(self, layer: int) -> AttentionKind:
         """What `layer` attends to beside its window; the MTP layer has the window alone."""
         if layer >= self.num_hidden_layers or self.compress_ratios[layer] == 0:

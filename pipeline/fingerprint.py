@@ -79,13 +79,22 @@ def _encode_config(config: Frozen, where: str) -> dict[str, Any]:
     for name, field in sorted(type(config).model_fields.items()):
         if name in config.provenance_fields:
             continue
-        value = getattr(config, name)
-        is_default = not field.is_required() and value == field.get_default(
-            call_default_factory=True, validated_data={}
+        value, inner = getattr(config, name), f"{where}.{name}"
+        default = field.get_default(call_default_factory=True, validated_data={})
+        is_default = not field.is_required() and (
+            value == default or _differ_in_provenance_alone(value, default, inner)
         )
         if name == TAG_FIELD or not is_default:
-            encoded[name] = _encode(value, f"{where}.{name}")
+            encoded[name] = _encode(value, inner)
     return encoded
+
+
+def _differ_in_provenance_alone(value: object, default: object, where: str) -> bool:
+    return (
+        isinstance(value, Frozen)
+        and type(value) is type(default)
+        and _encode(value, where) == _encode(default, where)
+    )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], config: Frozen) -> tuple[str, ...]:

@@ -62,6 +62,10 @@ except ModuleNotFoundError as error:
         raise
 
 
+_HOME = {"cpu": "CPUs", "cublas": "CUDA devices", "triton": "CUDA devices"}
+"""The devices of the backends that do not run on all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A backend, or none where the device has no FP8, and why it is the one."""
@@ -82,7 +86,7 @@ def choose(device: torch.device, wanted: Fp8Backend = "auto") -> Choice:
         return _on_cuda(device, wanted)
     if wanted == "auto":
         return Choice(None, f"{device.type} devices have no FP8 here")
-    raise _unable(device, wanted, "it is for another kind of device")
+    raise _unable(device, wanted, f"it is for {_HOME[wanted]}")
 
 
 def _on_cuda(device: torch.device, wanted: Fp8Backend) -> Choice:
@@ -108,7 +112,7 @@ def _on_cuda(device: torch.device, wanted: Fp8Backend) -> Choice:
         case "cublas":
             raise _unable(device, wanted, str(no_cublas))
         case _:
-            raise _unable(device, wanted, "it is for another kind of device")
+            raise _unable(device, wanted, f"it is for {_HOME[wanted]}")
 
 
 def _no_fp8(device: torch.device) -> str | None:

@@ -91,7 +91,10 @@ def _fp8() -> Iterator[Finding]:
         name = "none" if choice.backend is None else choice.backend.name
         slow = device == "cpu" and choice.reason.startswith("eager")
         fix = "install a C compiler, as gcc: quantising is then several times as fast"
-        yield Finding(f"FP8 on {device}", f"{name}: {choice.reason}", fix if slow else None)
+        seen = f"backend {name}, {choice.reason}"
+        if device == "cpu":
+            seen += "; triton and cublas need a CUDA device"
+        yield Finding(f"FP8 on {device}", seen, fix if slow else None)
 
 
 def _package(name: str) -> Finding:

@@ -33,6 +33,7 @@ def loss_parity(config: ParitySpec, work: Workspace, **runs: Checkpoint) -> Repo
     work.tracker.note(verdict(found))
     work.lease.check()
     _write(work, found)
+    work.tracker.note(f"the report is {work.path('report.md')}")
     return Report(uri=work.out, headline=headline(found), shortfall=shortfall(found))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
 
 from cluster import checkpoint
@@ -25,7 +26,7 @@ from configs.rl import PosttrainSpec
 from configs.seed import derive
 from configs.train import BalanceConfig
 from model.fp8.drift import Drift
-from model.fp8.scheme import Numerics
+from model.fp8.scheme import Numerics, settle
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace, stage
 from stages.posttrain.learner import GrpoLoss, NextTokenLogprobs, minibatches
@@ -48,6 +49,8 @@ def posttrain(
             'checkable answers; add a source of type = "arithmetic" to data.sources'
         )
     run = _Run(config, work, base, load_tokenizer(base.path("tokenizer.json")))
+    # What cannot be computed is told before any worker is started. Workers compute on CPUs.
+    settle(run.numerics, torch.device("cpu"))
     prompts = encode_prompts(
         read_problems(corpus.path("problems", "train.parquet")),
         run.tokenizer,
@@ -55,6 +58,9 @@ def posttrain(
         max_new_tokens=rl.max_new_tokens,
     )
     work.tracker.start(steps=rl.steps, unit="step")
+    saved = checkpoint.latest(run.saves)
+    # Steps after the last save will be made again, and are not to be shown until then.
+    MetricsFile(work.out, resume_step=saved[1] if saved else 0)
     with following(work.out, work.tracker):
         final = _with_restarts(run, prompts)
     checkpoint.consolidate(final, base.model, work.path())
@@ -76,6 +82,11 @@ class _Run:
     work: Workspace
     base: Checkpoint
     tokenizer: Tokenizer
+
+    @property
+    def numerics(self) -> Numerics:
+        rl = self.config.posttrain
+        return Numerics(rl.precision, rl.fp8, self.work.machines.fp8_backend)
 
     @property
     def saves(self) -> Path:
@@ -135,17 +146,16 @@ def _train(run: _Run, prompts: Sequence[Prompt]) -> Path:
 @contextmanager
 def _pools(run: _Run) -> Iterator[tuple[TrainerPool, GenerationPool]]:
     rl, start, machines = run.config.posttrain, run.base.path(), run.work.machines
-    numerics = Numerics(rl.precision, rl.fp8, machines.fp8_backend)
     spec = TrainerSpec(
         optim=rl.optim,
         balance=BalanceConfig(bias_update_speed=rl.bias_update_speed),
-        precision=numerics,
+        precision=run.numerics,
         seed=run.config.seed,
         reference=rl.grpo.kl_weight > 0,
     )
     with (
         open_trainers(machines, start, spec) as trainers,
-        open_generation(machines, start, precision=numerics) as samplers,
+        open_generation(machines, start, precision=run.numerics) as samplers,
     ):
         yield trainers, samplers
 

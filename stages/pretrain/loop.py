@@ -4,19 +4,21 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from cluster.checkpoint import consolidate
+import torch
+
+from cluster.checkpoint import consolidate, latest
 from cluster.fit import FitJob, fit
 from configs.errors import ConfigError
 from configs.train import PretrainConfig, PretrainSpec
 from model.engram import canonical_ids
-from model.fp8.scheme import Numerics
+from model.fp8.scheme import Numerics, settle
 from model.optim import warmup_cosine
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace, stage
 from stages.pretrain.batches import PackedBatches
 from stages.pretrain.objective import PretrainLoss
 from stages.prompts import load_tokenizer
-from stages.telemetry import following, open_metrics, read_metrics
+from stages.telemetry import MetricsFile, following, open_metrics, read_metrics
 from stages.tokens import vocabulary_size
 
 
@@ -28,9 +30,15 @@ def pretrain(config: PretrainSpec, work: Workspace, *, corpus: Corpus) -> Checkp
             f"model.vocab_size = {config.model.vocab_size} is below the corpus's vocabulary of "
             f"{corpus.vocab_size}; raise the first"
         )
+    job = _job(config, work, corpus)
+    # What cannot be computed is told before any worker is started. Workers compute on CPUs.
+    settle(_numerics(config, work), torch.device("cpu"))
     work.tracker.start(steps=config.pretrain.steps, unit="step")
+    saved = latest(Path(job.saves))
+    # Steps after the last save will be made again, and are not to be shown until then.
+    MetricsFile(work.out, resume_step=saved[1] if saved else 0)
     with following(work.out, work.tracker):
-        final = fit(_job(config, work, corpus), work.machines, work.out)
+        final = fit(job, work.machines, work.out)
     consolidate(final, config.model, work.path())
     shutil.copy(corpus.path("tokenizer.json"), work.path("tokenizer.json"))
     return Checkpoint(
@@ -48,7 +56,7 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus) -> FitJob:
         model=config.model,
         optim=train.optim,
         balance=train.balance,
-        precision=Numerics(train.precision, train.fp8, work.machines.fp8_backend),
+        precision=_numerics(config, work),
         seed=config.seed,
         steps=train.steps,
         tokens_per_step=train.batch_sequences * corpus.sequence_tokens,
@@ -62,6 +70,10 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus) -> FitJob:
         threads=work.machines.threads_per_worker,
         vocabulary=vocabulary(corpus.path("tokenizer.json")) if config.model.engram else None,
     )
+
+
+def _numerics(config: PretrainSpec, work: Workspace) -> Numerics:
+    return Numerics(config.pretrain.precision, config.pretrain.fp8, work.machines.fp8_backend)
 
 
 def vocabulary(tokenizer_json: Path) -> tuple[int, ...]:

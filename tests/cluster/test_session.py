@@ -25,6 +25,7 @@ def test_a_ray_that_cannot_be_opened_names_its_address(
     fault: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def refuse(**_: object) -> None:
+        assert Path.cwd() == home
         raise fault("nobody home")
 
     monkeypatch.chdir(tmp_path)
@@ -35,7 +36,7 @@ def test_a_ray_that_cannot_be_opened_names_its_address(
     machines = ClusterConfig(address="ray.example:6379")
     with pytest.raises(MachineError, match=r"cluster\.address = 'ray\.example:6379'.*nobody home"):
         ensure_ray(machines, str(home), cpus_needed=1)
-    assert Path.cwd() == home
+    assert Path.cwd() == tmp_path
 
 
 def test_a_local_ray_has_two_cpus_at_least_and_listens_on_loopback(

@@ -173,7 +173,7 @@ def test_a_misspelt_field_of_any_family_is_named_as_the_recipe_spells_it(
     assert "model.engram.layer_id = [1]: no such field; did you mean 'layer_ids'?" in said
     said = message(own, "model.vocab_size=0", "model.qk_rope_head_dim=a")
     assert "model.vocab_size = 0: input should be greater than 0" in said
-    assert "model.qk_rope_head_dim = 'a': input should be a valid integer" in said
+    assert "model.qk_rope_head_dim = 'a': should be a whole number" in said
     said = message(own, "model.qk_rope_head_dim=7")
     assert "model: qk_rope_head_dim = 7 is odd" in said
 
@@ -216,7 +216,7 @@ def test_a_model_that_would_never_train_as_sparse_as_it_is_used_is_refused(
 
 def test_every_fault_is_told_at_once(recipe: str) -> None:
     said = message(recipe, "pretrain.steps=many", "posttrain.group_size=1", "modell.x=1")
-    assert "pretrain.steps = 'many': input should be a valid integer" in said
+    assert "pretrain.steps = 'many': should be a whole number" in said
     assert "posttrain.group_size = 1: input should be greater than or equal to 2" in said
     assert "did you mean 'model'?" in said
 
@@ -239,15 +239,26 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         ("data.sources.sums.share=0.6", "shares add up to 1.1, not 1"),
         ("pretrain.warmup_steps=100", "warmup_steps = 100 leaves nothing of steps = 100"),
         ("evaluate.pass_at=[1, 16]", "pass@16"),
-        ("evaluate.pass_at=[]", "evaluate.pass_at = []: tuple should have at least 1 item"),
+        ("evaluate.pass_at=[]", "evaluate.pass_at = []: should have at least 1 item"),
         ("data.sources.sums.share=-0.5", "share = -0.5: input should be greater than or equal"),
         ("data.sources.sums.type=sum", "sums.type = 'sum': unknown; known: stdlib, arithmetic, "),
         ("data.sources.more={share=0.5}", "data.sources.more.type: missing; known: stdlib, "),
         (
             "pretrain.optim.beta2=0.99",
-            "beta2 = 0.99: with moments = 'bfloat16' an average this slow",
+            "pretrain.optim: beta2 = 0.99 with moments = 'bfloat16': so slow",
         ),
-        ("pretrain.optim.beta1=0.99", "may stand still while 39% off; set moments = 'float32'"),
+        (
+            "pretrain.optim.beta1=0.99",
+            "may stay 39% wrong for ever; set moments = 'float32' beside it",
+        ),
+        ("pretrain.fp8=high", "pretrain.fp8 = 'high': should be a table"),
+        ("pretrain.fp8.fp4_experts=ja", "fp4_experts = 'ja': should be true or false"),
+        ("pretrain.steps=many", "steps = 'many': should be a whole number"),
+        ("parity.seeds=0", "parity.seeds = 0: should be a list, as [0, 1]"),
+        (
+            'pretrain.fp8.engram="fp8"',
+            'fp8.engram = "fp8", but this model has no such part',
+        ),
         ("model=3", "model = 3: should be a table"),
         ('data.sources."a/b"={type="stdlib", share=0.1}', "string should match pattern"),
         ("nodes.extra.use=nonsense", "string should match pattern"),
@@ -257,6 +268,20 @@ def test_the_impossible_is_refused_before_anything_starts(
     recipe: str, assignment: str, complaint: str
 ) -> None:
     assert complaint in message(recipe, assignment)
+
+
+def test_a_fault_within_a_list_is_not_told_as_the_lists_own(recipe: str) -> None:
+    said = message(recipe, "parity.seeds=[-1]")
+    assert "parity.seeds.0 = -1: input should be greater" in said
+    assert "at least 1 item" not in said
+
+
+def test_fp8_that_no_part_of_the_model_has_is_refused(recipe: str) -> None:
+    parts = ("attention", "dense_ffn", "shared_experts", "routed_experts")
+    high = [f'posttrain.fp8.{part}="high"' for part in parts]
+    load_recipe(recipe, sets=high)
+    said = message(recipe, *high, "posttrain.precision=fp8")
+    assert 'posttrain.precision = "fp8", but posttrain.fp8 sets every part of this model' in said
 
 
 def test_averages_may_be_slow_in_float32(recipe: str) -> None:

@@ -106,6 +106,7 @@ def test_by_default_parts_are_those_of_deepseek_v3(name: str) -> None:
     assert set(in_fp8(model)) == expected
     for part in get_args(Part):
         assert bool(members(model, part)) == (part not in ABSENT[name]), part
+        assert (part in MODELS[name].parts) == (part not in ABSENT[name]), part
     assert in_fp8(Transformer(MODELS[name])) == {}
     # A scalar for each head is no matrix product worth it.
     assert not any("weights_proj" in module for module in expected)

@@ -10,7 +10,7 @@ import pytest
 from configs.base import Frozen
 from configs.data import DataConfig, DataSpec, FilesSource, StdlibSource
 from configs.errors import PlanError
-from configs.train import OptimConfig
+from configs.train import Fp8Config, OptimConfig, PretrainConfig
 from pipeline.fingerprint import Identity, differences, identify
 from stages.artifacts import Corpus
 from stages.contract import Workspace, stage
@@ -34,6 +34,19 @@ def test_a_section_that_differs_from_its_field_default_is_told_from_the_default(
 
 def test_provenance_fields_never_enter() -> None:
     assert identity(FakeConfig(diary="/somewhere", seconds=2)) == identity(FakeConfig())
+
+
+def test_a_section_that_differs_in_provenance_alone_changes_nothing() -> None:
+    @stage(revision=1)
+    def only(config: PretrainConfig, work: Workspace) -> Corpus:
+        raise AssertionError
+
+    def of(**fp8: Any) -> Identity:
+        return identify(only(PretrainConfig(steps=9, warmup_steps=1, fp8=Fp8Config(**fp8))), {})
+
+    assert of() == of(telemetry_every_steps=5)
+    assert "fp8" not in of().fields["config"]
+    assert of(head="fp8") == of(head="fp8", telemetry_every_steps=5) != of()
 
 
 def test_every_other_field_enters() -> None:

@@ -1,6 +1,7 @@
 """Pretraining: the loss by a loop over positions, batches by their step, the rate by its config."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +10,75 @@ import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
+from cluster import checkpoint
 from configs.data import TokenizerConfig
+from configs.errors import MachineError
 from configs.model import ModelConfig
-from configs.train import IndexerConfig, OptimConfig, PretrainConfig
+from configs.parallel import ClusterConfig
+from configs.train import IndexerConfig, OptimConfig, PretrainConfig, PretrainSpec
 from model.balance import sequence_balance_loss
 from model.moe import HashGate
 from model.passes import IndexerPhase
 from model.transformer import Transformer
+from stages.artifacts import Corpus
+from stages.contract import Workspace
 from stages.data.tokenizer import train_tokenizer
+from stages.pretrain import loop
 from stages.pretrain.batches import PackedBatches
-from stages.pretrain.loop import learning_rate, loss_at, vocabulary
+from stages.pretrain.loop import learning_rate, loss_at, pretrain, vocabulary
 from stages.pretrain.objective import PretrainLoss, scored_targets
 from stages.shards import BOS_ID, EOS_ID, consumed_rows, segments_of, write_rows
+from stages.telemetry import MetricsFile
+from tests.conftest import Recorder
 from tests.references import TINY, random_model, random_tokens, tiny_v4, tiny_v32
 
 LOSS = PretrainLoss(mtp_weight=0.3, balance_weight=0.05, attend_across_documents=False)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    """An empty one, of which only sizes are read."""
+    return Corpus(
+        uri=str(tmp_path),
+        train_rows=8,
+        held_out_rows={},
+        sequence_tokens=16,
+        vocab_size=TINY.vocab_size,
+        train_problems=0,
+        held_out_problems=0,
+    )
+
+
+SPEC = PretrainSpec(seed=0, model=TINY, pretrain=PretrainConfig(steps=9, warmup_steps=1))
+
+
+def test_a_backend_that_cannot_run_here_is_refused_before_any_worker_starts(
+    corpus: Corpus, make_workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "fit", lambda *_: pytest.fail("workers were started"))
+    work = make_workspace(machines=ClusterConfig(fp8_backend="triton"))
+    told = r"cluster\.fp8_backend = 'triton' cannot compute on cpu: it is for CUDA devices"
+    with pytest.raises(MachineError, match=told):
+        pretrain.run(SPEC, work, corpus=corpus)
+
+
+def test_steps_that_no_save_holds_are_not_shown_as_done(
+    corpus: Corpus, workspace: Workspace, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = MetricsFile(workspace.out)
+    for step in (1, 2, 3, 4):
+        log.append({"loss": 9.0}, step=step)
+    save = workspace.path("resume", "saves", "step-00000002")
+    checkpoint.save_shard(save, {"any": torch.ones(1)}, {}, rank=0, world=1)
+    checkpoint.mark_complete(save, {"step": 2})
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.run(SPEC, workspace, corpus=corpus)
+    assert [step for step, _ in recorder.logged] == [1, 2]
 
 
 def rows() -> Tensor:
