@@ -1,11 +1,13 @@
 """The few numbers by which people know an artifact."""
 
 from collections.abc import Mapping
+from statistics import median
 
 from stages.artifacts import Artifact, Bundle, Checkpoint, Corpus, Report
 from stages.telemetry import METRICS, read_metrics
 
-_STEP_FIGURES = ("reward", "loss", "tokens_per_second")
+_RATE = "tokens_per_second"
+_STEP_FIGURES = ("reward", "loss", _RATE)
 _HEADLINES = (
     *("before_pass_at_1", "after_pass_at_1", "after_bits_per_byte"),
     *("relative_gap", "relative_gap_spread", "largest_gap"),
@@ -21,9 +23,11 @@ def key_figures(artifact: Artifact) -> dict[str, float]:
             tokens = artifact.train_rows * artifact.sequence_tokens
             return {"train_tokens": tokens, "train_problems": artifact.train_problems}
         case Checkpoint():
-            last = read_metrics(artifact.path(METRICS))[-1:]
-            found = scalars(last[0]) if last else {}
-            chosen = {k: found[k] for k in _STEP_FIGURES if k in found}
+            steps = [scalars(record) for record in read_metrics(artifact.path(METRICS))]
+            chosen = {k: steps[-1][k] for k in _STEP_FIGURES if steps and k in steps[-1]}
+            if _RATE in chosen:
+                # One step may have counted, or waited, or begun with cold caches.
+                chosen[_RATE] = median(step[_RATE] for step in steps if _RATE in step)
             if chosen or artifact.final_loss is None:
                 return chosen or {"parameters": artifact.model.parameters()}
             return {"loss": artifact.final_loss}

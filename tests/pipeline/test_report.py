@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
+from configs.model import V3Config
 from configs.parity import ParityConfig
 from pipeline.figures import key_figures, show_figures
 from pipeline.report import plot_report, plot_steps
-from stages.artifacts import Report
+from stages.artifacts import Checkpoint, Report
 from stages.loss_parity.gaps import Pair, compare
 from stages.loss_parity.render import render_json
+from stages.telemetry import MetricsFile
 
 LOAD = [[0.25] * 4, [0.7, 0.1, 0.1, 0.1]]
 
@@ -99,3 +101,13 @@ def test_a_report_without_pairs_has_no_plot(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     report.write_text(json.dumps({"headline": {"after_pass_at_1": 0.5}}))
     assert plot_report(report, tmp_path) == []
+
+
+def test_a_trainings_rate_is_that_of_its_usual_step(tmp_path: Path) -> None:
+    log = MetricsFile(tmp_path)
+    for step, rate in enumerate((1.0, 900.0, 1000.0, 1100.0, 50.0), 1):
+        log.append({"loss": 4.0 - step, "tokens_per_second": rate}, step=step)
+    made = Checkpoint(
+        uri=str(tmp_path), step=5, sequences_seen=0, model=V3Config(), final_loss=None
+    )
+    assert key_figures(made) == {"loss": -1.0, "tokens_per_second": 900.0}
