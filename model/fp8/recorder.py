@@ -90,26 +90,38 @@ class Recorder:
 
 
 def tally(x: Tensor | Quantized, q: Quantized) -> Tally:
-    """What became of the values of `x`."""
+    """What became of the values of `x`.
+
+    Tile by tile where that tells, which is cheap; value by value only in what is wrong.
+    """
     if isinstance(x, Quantized):
         x = _wide(x)
-    spread = spread_scales(q.scales, q.tile, x.shape, q.counts)
-    there = x != 0
+    nonzero = float(x.count_nonzero())
+    # What was zero stays so.
+    flushed = nonzero - float(_wide(q).count_nonzero())
+    largest = tile_amax(x, q.tile, q.counts)
+    faint = (largest > 0) & (largest / E4M3_MAX < SMALLEST_SCALE)
     # Half a step of 32 beyond the largest still rounds to it.
-    clipped = (x.abs() / spread) > E4M3_MAX + 16
-    flushed = there & (_wide(q) == 0)
-    largest = spread_scales(tile_amax(x, q.tile, q.counts), q.tile, x.shape, q.counts)
-    lost = there & (largest / E4M3_MAX < SMALLEST_SCALE)
-    scales = spread[there & ~lost].log2()
+    narrow = largest / q.scales > E4M3_MAX + 16
+    clipped = lost = 0.0
+    if bool(narrow.any()):
+        clipped = float(((x.abs() / _spread(q.scales, q, x)) > E4M3_MAX + 16).sum())
+    if bool(faint.any()):
+        lost = float(((x != 0) & (_spread(faint.float(), q, x) > 0)).sum())
+    scales = q.scales[(largest > 0) & ~faint].log2()
     empty = scales.numel() == 0
     return Tally(
-        float(there.sum()),
-        float(clipped.sum()),
-        float(flushed.sum()),
-        float(lost.sum()),
+        nonzero,
+        clipped,
+        flushed,
+        lost,
         float("inf") if empty else float(scales.min()),
         float("-inf") if empty else float(scales.max()),
     )
+
+
+def _spread(of_tiles: Tensor, q: Quantized, x: Tensor) -> Tensor:
+    return spread_scales(of_tiles, q.tile, x.shape, q.counts)
 
 
 def _wide(q: Quantized) -> Tensor:
