@@ -119,9 +119,10 @@ def job(folder: Path, loss: LossSpec, **changes: Any) -> FitJob:
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
-    """The step log without the rate, which is measured."""
+    """The step log without the rate, which is measured, and what each process says of itself."""
+    own = {"tokens_per_second", "tags"}
     return [
-        {name: value for name, value in line.items() if name != "tokens_per_second"}
+        {name: value for name, value in line.items() if name not in own}
         for line in read_metrics(folder / "metrics.jsonl")
     ]
 

@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from model import compressor, sparse
+from model.indexer import choose
 from model.weights.files import load_pretrained
 from stages.shards import Rows
 from tests.line.runs import artifact, ingot, metrics
+from tests.references import relative_gap
 
 SHORT = Path(__file__).with_name("short.toml")
 
@@ -63,23 +67,61 @@ def test_every_variant_agrees_with_its_source_and_fp8_is_not_bfloat16(built: Bui
     for measured in parities.values():
         assert measured["top1_agreement"] >= 0.9
         assert measured["mean_kl_nats"] <= 0.05
-    for target, narrow in (("cuda", "fp8"), ("ascend", "w8a8")):
-        exact, rounded = parities[target, "bf16"], parities[target, narrow]
-        assert exact["mean_kl_nats"] < rounded["mean_kl_nats"]
+    # So few steps leave logits so flat that one tie of the indexer outweighs all rounding: what was
+    # rounded, and to what, shows in the weights.
+    source = load_pretrained(artifact(built.folder, "posttrain")[0]).state_dict()
+    folder = built.bundles()["cuda"][0]
+    name = "model.layers.1.mlp.shared_experts.down_proj.weight"
+    gaps = {
+        variant: relative_gap(load_pretrained(folder / variant).state_dict()[name], source[name])
+        for variant in ("bf16", "fp8")
+    }
+    assert 0 < gaps["bf16"] < 1e-5 < gaps["fp8"] < 1e-2
+    assert parities["ascend", "w8a8"] != parities["ascend", "bf16"]
+
+
+class Ties:
+    """In place of `choose`: notes where several entries have a right to the last place."""
+
+    def __init__(self) -> None:
+        self.seen_BS: list[Tensor] = []
+
+    def __call__(self, scores_QL: Tensor, visible_QL: Tensor, keep: int) -> Tensor:
+        ranked_QL = scores_QL.masked_fill(~visible_QL, -torch.inf).sort(-1, descending=True).values
+        if ranked_QL.shape[-1] > keep:
+            last_Q, next_Q = ranked_QL[..., keep - 1], ranked_QL[..., keep]
+            self.seen_BS.append((last_Q == next_Q) & next_Q.isfinite())
+        return choose(scores_QL, visible_QL, keep)
+
+    def first(self, rows: int, tokens: int) -> Tensor:
+        """The position of each row's first tie in any layer; `tokens` where there is none."""
+        tied_BS = torch.zeros(rows, tokens + 1, dtype=torch.bool)
+        tied_BS[:, tokens] = True
+        for seen_BS in self.seen_BS:
+            tied_BS[:, :tokens] |= seen_BS
+        return tied_BS.int().argmax(1)
 
 
 @torch.no_grad()
-def test_transformers_gives_the_logits_of_the_bundle(built: Built) -> None:
+def test_transformers_gives_the_logits_of_the_bundle(
+    built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until a row's first exact tie at an indexer's last place, which each may break in its way."""
     if built.recipe == "tiny-engram":
         pytest.skip("transformers has no memory of n-grams")
     folder = built.bundles()["cuda"][0] / "bf16"
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = Rows(artifact(built.folder, "data")[0] / "held_out" / "stdlib")
     tokens_BS = torch.from_numpy(rows.take(torch.arange(8).numpy()))
+    ties = Ties()
+    for module in (compressor, sparse):
+        monkeypatch.setattr(module, "choose", ties)
     ours = load_pretrained(folder)(tokens_BS)
-    error = (theirs(tokens_BS).logits - ours).abs().amax(-1)
-    # A selection of two entries that are all but equal may fall either way, and only then.
-    assert float((error <= 1e-4).float().mean()) > 0.98
+    error_BS = (theirs(tokens_BS).logits - ours).abs().amax(-1)
+    assert ties.seen_BS
+    comparable_BS = torch.arange(tokens_BS.shape[1]) < ties.first(*tokens_BS.shape).unsqueeze(1)
+    assert float(comparable_BS.float().mean()) > 0.5
+    assert float(error_BS[comparable_BS].max()) <= 1e-4
 
 
 def test_a_second_run_builds_nothing(built: Built) -> None:
