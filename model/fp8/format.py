@@ -61,7 +61,9 @@ def from_e8m0(codes: UInt8[Tensor, "*A"]) -> Float[Tensor, "*A"]:
 
 
 def pack_e8m0(codes: UInt8[Tensor, "*A C"]) -> Int[Tensor, "*A P"]:
-    """Four codes to an int32, the first in the lowest byte; what Blackwell's products read.
+    """Four codes to an int32, the first in the lowest byte, as Blackwell's products want them.
+
+    No product here is Blackwell's yet.
 
     The last dim is filled up with code 127, the scale 1.
     """
