@@ -18,7 +18,7 @@ from configs.model import AnyModelConfig
 from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
 from configs.parity import ParityConfig
 from configs.rl import PosttrainConfig
-from configs.train import Fp8Config, PretrainConfig
+from configs.train import PretrainConfig, check_fp8
 
 _TAG_FIELDS = ("type", "family")
 """Fields of one fixed value, by which the members of a union are told apart."""
@@ -103,28 +103,11 @@ class Recipe(Frozen):
                 'need; add one of type = "arithmetic"'
             )
 
-    def _check_fp8(self, where: str, trained: PretrainConfig | PosttrainConfig) -> None:
-        """That the table of parts is about the parts that the model has."""
-        if trained.precision != "fp8":
-            return
-        defaults = Fp8Config()
-        for part in sorted(trained.fp8.asked - defaults.asked - self.model.parts):
-            raise ValueError(
-                f'{where}.fp8.{part} = "fp8", but this model has no such part; drop it (it has '
-                f"{', '.join(sorted(self.model.parts))})"
-            )
-        if not trained.fp8.asked & self.model.parts:
-            raise ValueError(
-                f'{where}.precision = "fp8", but {where}.fp8 sets every part of this model to '
-                f'"high"; set {where}.precision = "high", or one of '
-                f'{", ".join(sorted(self.model.parts))} to "fp8"'
-            )
-
     def _check_pretraining(self) -> None:
         """What must agree where the model is made here."""
-        self._check_fp8("pretrain", self.pretrain)
+        check_fp8("pretrain", self.pretrain, self.model)
         if self.posttrain is not None and self.parity is None:
-            self._check_fp8("posttrain", self.posttrain)
+            check_fp8("posttrain", self.posttrain, self.model)
         workers, tokenizer = self.cluster.trainers, self.data.tokenizer
         if self.model.n_routed_experts % workers:
             raise ValueError(

@@ -1,11 +1,12 @@
 """How the model is pretrained."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Protocol, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from configs.base import Frozen
-from configs.model import AnyModelConfig
+from configs.errors import ConfigError
+from configs.model import AnyModelConfig, ModelConfig
 
 Precision = Literal["fp8", "high"]
 """`fp8`: block-scaled E4M3 where `Fp8Config` says so; `high`: the backend's own dtype."""
@@ -177,3 +178,29 @@ class PretrainSpec(Frozen):
     seed: int
     model: AnyModelConfig
     pretrain: PretrainConfig
+
+
+class _Trained(Protocol):
+    @property
+    def precision(self) -> Precision:
+        """Of the products."""
+
+    @property
+    def fp8(self) -> Fp8Config:
+        """What `precision = "fp8"` means."""
+
+
+def check_fp8(where: str, trained: _Trained, model: ModelConfig) -> None:
+    """ConfigError unless the table of parts `where`.fp8 is about the parts that `model` has."""
+    if trained.precision != "fp8":
+        return
+    there = ", ".join(sorted(model.parts))
+    for part in sorted(trained.fp8.asked - Fp8Config().asked - model.parts):
+        raise ConfigError(
+            f'{where}.fp8.{part} = "fp8", but this model has no such part; drop it (it has {there})'
+        )
+    if not trained.fp8.asked & model.parts:
+        raise ConfigError(
+            f'{where}.precision = "fp8", but {where}.fp8 sets every part of this model to "high"; '
+            f'set {where}.precision = "high", or one of {there} to "fp8"'
+        )

@@ -33,6 +33,9 @@ class Drift:
             if seen.low <= seen.high:
                 figures[f"fp8_scale_low/{role}"] = seen.low
                 figures[f"fp8_scale_high/{role}"] = seen.high
+        if not tallies:
+            # Nothing was FP8: no alarm would say that all is well with it.
+            return figures
         alarms = self.alarms(tallies)
         figures["fp8_alarms"] = len(alarms)
         if alarms:

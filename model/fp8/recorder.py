@@ -20,7 +20,7 @@ class Tally:
     """Values that were not zero before; what the next two are shares of."""
     clipped: float = 0.0
     """Beyond the largest that their scale can say. Scales are taken from the tile itself, so that
-    there are none unless something is wrong, or a format has no room (FP4)."""
+    there are none unless something is wrong."""
     flushed: float = 0.0
     """Became zero."""
     lost: float = 0.0
@@ -96,9 +96,8 @@ def tally(x: Tensor | Quantized, q: Quantized) -> Tally:
     """
     if isinstance(x, Quantized):
         x = _wide(x)
-    nonzero = float(x.count_nonzero())
-    # What was zero stays so.
-    flushed = nonzero - float(_wide(q).count_nonzero())
+    gone = (x != 0) & (_wide(q) == 0)
+    flushed = float(gone.sum())
     largest = tile_amax(x, q.tile, q.counts)
     faint = (largest > 0) & (largest / E4M3_MAX < SMALLEST_SCALE)
     # Half a step of 32 beyond the largest still rounds to it.
@@ -107,11 +106,12 @@ def tally(x: Tensor | Quantized, q: Quantized) -> Tally:
     if bool(narrow.any()):
         clipped = float(((x.abs() / _spread(q.scales, q, x)) > E4M3_MAX + 16).sum())
     if bool(faint.any()):
-        lost = float(((x != 0) & (_spread(faint.float(), q, x) > 0)).sum())
-    scales = q.scales[(largest > 0) & ~faint].log2()
+        lost = float((gone & (_spread(faint.float(), q, x) > 0)).sum())
+    # FP4's floor is lower than E4M3's: its faint tiles need not be lost.
+    scales = q.scales[(largest > 0) & ~(faint & (q.scales == 1))].log2()
     empty = scales.numel() == 0
     return Tally(
-        nonzero,
+        float(x.count_nonzero()),
         clipped,
         flushed,
         lost,

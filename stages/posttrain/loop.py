@@ -24,7 +24,7 @@ from cluster.workers import WorkerDied
 from configs.errors import DataError, MachineError
 from configs.rl import PosttrainSpec
 from configs.seed import derive
-from configs.train import BalanceConfig
+from configs.train import BalanceConfig, check_fp8
 from model.fp8.drift import Drift
 from model.fp8.scheme import Numerics, settle
 from stages.artifacts import Checkpoint, Corpus
@@ -48,6 +48,7 @@ def posttrain(
             f"{corpus.uri}: train_problems = 0, and reinforcement learning needs problems with "
             'checkable answers; add a source of type = "arithmetic" to data.sources'
         )
+    check_fp8("posttrain", rl, base.model)
     run = _Run(config, work, base, load_tokenizer(base.path("tokenizer.json")))
     # What cannot be computed is told before any worker is started. Workers compute on CPUs.
     settle(run.numerics, torch.device("cpu"))

@@ -17,7 +17,7 @@ from stages.pretrain.objective import PretrainLoss
 
 pytestmark = pytest.mark.slow
 
-ROUNDS = 9
+ROUNDS = 25
 PRECISIONS: tuple[Precision, ...] = ("fp8", "high")
 TINY = load_recipe("tiny")
 WIDE = TINY.model.model_copy(

@@ -51,6 +51,10 @@ def test_what_is_always_wrong_is_told_at_once(now: Tally, told: str) -> None:
     assert told in alarm
 
 
+def test_where_nothing_was_fp8_there_are_no_figures() -> None:
+    assert Drift().figures({}) == {}
+
+
 def test_a_role_without_values_says_nothing() -> None:
     drift = settled()
     assert drift.alarms({"head_weights": Tally()}) == []

@@ -131,6 +131,22 @@ def test_tiles_that_count_as_zero_are_told_and_have_no_scale() -> None:
     assert drift.alarms({"head_gradients": healthy}) == []
 
 
+def test_fp4_keeps_what_e4m3_would_lose() -> None:
+    w = torch.full((128, 128), 2.0**-119)
+    found = tally(w, through_fp4(w))
+    assert (found.flushed, found.lost) == (0, 0)
+    assert found.low <= found.high < -100
+
+
+def test_a_value_that_is_not_a_number_takes_nothing_from_the_flushed() -> None:
+    x = torch.zeros(4, 256)
+    x[0, 0], x[1] = torch.nan, torch.linspace(-1, 1, 256)
+    assert (
+        tally(x, CPU.quantize(x, ACTIVATION)).flushed
+        == tally(x[1:], CPU.quantize(x[1:], ACTIVATION)).flushed
+    )
+
+
 def test_a_role_sums_up_over_all_of_its_tensors() -> None:
     recorder, x = Recorder(), random_matrix(9, 130)
     first, second = x, random_matrix(9, 130, seed=1) * 2.0**20

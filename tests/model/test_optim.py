@@ -143,11 +143,23 @@ def test_narrow_parameters_keep_wide_moments() -> None:
     model = toy().bfloat16()
     optimizer = adamw(model, CONFIG)
     expected = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
+    wide = toy().bfloat16().float()
+    other = adamw(wide, CONFIG)
     for step in range(3):
         walk(model, optimizer, range(step, step + 1))
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None
             expected[name].lerp_(parameter.grad.float(), 1 - CONFIG.beta1)
+        # The same step on the parameters as they were, in float32, and then rounded.
+        with torch.no_grad():
+            for parameter, twin in zip(model.parameters(), wide.parameters(), strict=True):
+                assert parameter.grad is not None
+                twin.grad = parameter.grad.float()
+        other.step()
+        with torch.no_grad():
+            for parameter, twin in zip(model.parameters(), wide.parameters(), strict=True):
+                twin.copy_(twin.bfloat16())
+                assert torch.equal(parameter, twin.bfloat16())
     kept = moments(optimizer, model.named_parameters())
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.bfloat16

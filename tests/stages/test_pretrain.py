@@ -12,17 +12,19 @@ from torch import Tensor
 
 from cluster import checkpoint
 from configs.data import TokenizerConfig
-from configs.errors import MachineError
+from configs.errors import ConfigError, MachineError
 from configs.model import ModelConfig
 from configs.parallel import ClusterConfig
-from configs.train import IndexerConfig, OptimConfig, PretrainConfig, PretrainSpec
+from configs.rl import PosttrainConfig, PosttrainSpec
+from configs.train import Fp8Config, IndexerConfig, OptimConfig, PretrainConfig, PretrainSpec
 from model.balance import sequence_balance_loss
 from model.moe import HashGate
 from model.passes import IndexerPhase
 from model.transformer import Transformer
-from stages.artifacts import Corpus
+from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace
 from stages.data.tokenizer import train_tokenizer
+from stages.posttrain.loop import posttrain
 from stages.pretrain import loop
 from stages.pretrain.batches import PackedBatches
 from stages.pretrain.loop import learning_rate, loss_at, pretrain, vocabulary
@@ -60,6 +62,26 @@ def test_a_backend_that_cannot_run_here_is_refused_before_any_worker_starts(
     told = r"cluster\.fp8_backend = 'triton' cannot compute on cpu: it is for CUDA devices"
     with pytest.raises(MachineError, match=told):
         pretrain.run(SPEC, work, corpus=corpus)
+
+
+def test_the_table_of_parts_is_held_against_the_model_that_comes_in(
+    corpus: Corpus, workspace: Workspace
+) -> None:
+    """An imported model is not the recipe's."""
+    parts = ("attention", "dense_ffn", "shared_experts", "routed_experts")
+    rl = PosttrainConfig(
+        steps=1,
+        precision="fp8",
+        fp8=Fp8Config(**dict.fromkeys(parts, "high")),  # type: ignore[arg-type]
+    )
+    base = Checkpoint(uri=corpus.uri, step=1, sequences_seen=0, model=TINY, final_loss=None)
+    with pytest.raises(ConfigError, match="sets every part of this model"):
+        posttrain.run(
+            PosttrainSpec(seed=0, posttrain=rl),
+            workspace,
+            corpus=corpus.model_copy(update={"train_problems": 1}),
+            base=base,
+        )
 
 
 def test_steps_that_no_save_holds_are_not_shown_as_done(
