@@ -189,8 +189,12 @@ _WISHES = {
 def explain(error: ValidationError, schema: type[BaseModel], *, origin: str) -> str:
     """One line per fault: the field's path, the value seen, what is allowed, the nearest name."""
     lines = []
-    paths = [list(fault["loc"]) for fault in error.errors()]
-    for fault in error.errors():
+    faults = error.errors()
+    # What is wrong within a list is left out of its count, and would be told twice.
+    within = {fault["loc"][:end] for fault in faults for end in range(len(fault["loc"]))}
+    for fault in faults:
+        if fault["type"] == "too_short" and fault["loc"] in within:
+            continue
         path = list(fault["loc"])
         where = _spelling(schema, path) or origin
         match fault["type"]:
@@ -206,8 +210,6 @@ def explain(error: ValidationError, schema: type[BaseModel], *, origin: str) -> 
             case "value_error":
                 message = fault["msg"].removeprefix("Value error, ")
                 lines.append(f"{where}: {message}" if path else message)
-            case "too_short" if any(len(p) > len(path) and p[: len(path)] == path for p in paths):
-                pass  # What is wrong within has been left out of the count.
             case kind:
                 wish = _WISHES.get(kind, fault["msg"].lower())
                 lines.append(f"{where} = {_short(fault['input'])}: {wish}")

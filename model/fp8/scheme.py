@@ -41,7 +41,7 @@ class Fp8:
     part: Part
     config: Fp8Config = _DEFAULTS
     backend_name: Fp8Backend = "auto"
-    recorder: Recorder = field(default_factory=Recorder)
+    recorder: Recorder = field(default_factory=Recorder, compare=False)
     keeps_e5m6: bool = False
     """Whether inputs wait for the backward pass in E5M6: those of the Linear after attention."""
 
@@ -118,7 +118,7 @@ class Numerics:
     precision: Precision = "high"
     config: Fp8Config = _DEFAULTS
     backend: Fp8Backend = "auto"
-    recorder: Recorder = field(default_factory=Recorder)
+    recorder: Recorder = field(default_factory=Recorder, compare=False)
 
     def of(self, part: Part, *, keeps_e5m6: bool = False) -> Fp8 | None:
         """The scheme of one part; none for high precision."""

@@ -191,6 +191,13 @@ def test_a_weight_that_is_held_still_costs_no_gradient() -> None:
 def test_linears_of_different_schemes_share_no_quantisation() -> None:
     with pytest.raises(AssertionError, match="one quantisation serves one scheme"):
         together(random(9, 48), linear(48, 40, "fp8"), linear(48, 40, "high"))
+    # Who is told, and what it has seen, is no part of how products are computed.
+    seen, fresh = linear(48, 40, "fp8"), linear(48, 40, "fp8")
+    assert seen.scheme is not None
+    seen.scheme.recorder.start(counting=True)
+    together(random(9, 48), seen)
+    seen.scheme.recorder.stop()
+    assert seen.scheme == fresh.scheme
 
 
 def test_high_precision_is_the_plain_product() -> None:
