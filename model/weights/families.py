@@ -4,7 +4,7 @@ A checkpoint is any mapping from stored names to tensors; `StoredTensors` reads 
 they are asked for, so that a model is never in memory twice.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from configs.errors import ArtifactError
 from configs.model import ModelConfig
+from model.fp8.format import TILE
 from model.transformer import Transformer
 from model.weights import v3, v4, v32
 from model.weights.table import Narrowest, Part, Table
@@ -78,7 +79,7 @@ def assemble(
         if not torch.equal(stored[copy], stored[names[one]]):
             raise ArtifactError(
                 f"{copy} differs from {names[one]}, but this family shares them; "
-                "the checkpoint is not one that can be represented"
+                "take a checkpoint in which they are equal, or delete the copy"
             )
 
 
@@ -98,6 +99,38 @@ def narrowest(config: ModelConfig, name: str) -> Narrowest:
     return table_of(config).narrowest(name)
 
 
+def fused(config: ModelConfig, names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Of the stored `names`, those that servers load into one block-scaled matrix, in its order.
+
+    Only groups of which all are there and may be FP8: what a compressor holds is not.
+    """
+    table, known = table_of(config), dict.fromkeys(names)
+    return [
+        group
+        for name in known
+        for group in _begun_by(table, name)
+        if all(one in known and table.narrowest(one) == "float8" for one in group)
+    ]
+
+
+def unfusable(config: ModelConfig) -> list[str]:
+    """The fields, with their values, by which FP8 of this model would be wrong in servers.
+
+    Servers give each matrix of a fused one its own rows of scales, and find a row's scale by its
+    number divided by 128. Unless every matrix but the last has whole blocks of rows, that is
+    another block's. Empty if FP8 is right.
+    """
+    with torch.device("meta"):
+        stored = to_hf(config, Transformer(config).state_dict())
+    ragged = [
+        (name, len(stored[name]))
+        for group in fused(config, stored)
+        for name in group[:-1]
+        if len(stored[name]) % TILE
+    ]
+    return list(dict.fromkeys(_rows_by_field(config, name, rows) for name, rows in ragged))
+
+
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """`config.json` as transformers and the readers of released files take it, float32."""
     return table_of(config).to_hf_config(config)
@@ -110,7 +143,7 @@ def from_hf_config(raw: Mapping[str, Any]) -> ModelConfig:
     if table is None:
         raise ArtifactError(
             f"config.json: model_type = {raw.get('model_type')!r} is unknown; known: "
-            f"{', '.join(known)}"
+            f"{', '.join(known)}; take a model of one of these"
         )
     return table.from_hf_config(raw)
 
@@ -141,14 +174,38 @@ def _assembled(
             )
         if source.is_floating_point() != place.is_floating_point():
             raise ArtifactError(
-                f"{name} is stored as {source.dtype}, but the model needs {place.dtype}"
+                f"{name} is stored as {source.dtype}, but the model needs {place.dtype}; take the "
+                "file that belongs to config.json"
             )
         place.copy_(source)
     return made
+
+
+def _begun_by(table: Table, name: str) -> Iterator[tuple[str, ...]]:
+    """The tensors that are fused with `name` in front, if any are."""
+    prefix, _, module = name.removesuffix(".weight").rpartition(".")
+    for modules in table.FUSED:
+        if module == modules[0]:
+            yield tuple(f"{prefix}.{one}.weight" for one in modules)
+
+
+def _rows_by_field(config: ModelConfig, name: str, rows: int) -> str:
+    """Which field gives the stored matrix `name` its rows, with its value."""
+    *path, module, _ = name.split(".")
+    inner, shared = config.moe_intermediate_size, config.n_shared_experts
+    if module in ("q_a_proj", "wq_a"):
+        return f"q_lora_rank = {rows}"
+    if "shared_experts" in path and shared > 1:
+        return f"n_shared_experts * moe_intermediate_size = {shared} * {inner} = {rows}"
+    routed = "experts" in path or "shared_experts" in path
+    return f"{'moe_intermediate_size' if routed else 'intermediate_size'} = {rows}"
 
 
 def _check_experts(name: str, table_VK: Tensor, experts: int) -> None:
     low, high = int(table_VK.min()), int(table_VK.max())
     if low < 0 or high >= experts:
         wrong = low if low < 0 else high
-        raise ArtifactError(f"{name} names expert {wrong}, but n_routed_experts = {experts}")
+        raise ArtifactError(
+            f"{name} names expert {wrong}, but n_routed_experts = {experts}; take the config.json "
+            "that belongs to it"
+        )

@@ -16,10 +16,11 @@ from configs.engram import TableDevice
 from configs.errors import ArtifactError, ConfigError
 from configs.model import ModelConfig
 from configs.train import Precision
-from model.fp8.format import TILE
 from model.fp8.scheme import Numerics
 from model.transformer import Transformer
 from model.weights import families
+from model.weights.quantization import read_tile
+from model.weights.reading import read_json_file
 from model.weights.scaled import narrow
 from model.weights.stored import INDEX, WEIGHTS, StoredTensors
 from model.weights.table import Table
@@ -38,11 +39,11 @@ def load_pretrained(
 ) -> Transformer:
     """The model in the folder `path`, in evaluation mode, its parameters of type `dtype`.
 
-    Reads float32, bfloat16, float16, FP8 and FP4. What released models keep in float32 is never
-    narrower than that. With `table_device="host"`, tables of an Engram stay in main memory whatever
-    the `device`. ArtifactError names the file, field or tensor that is missing, unexpected or
-    misshapen; no weight is ever left at a random value. ConfigError if `precision` cannot be
-    computed in `dtype`.
+    Reads float32, bfloat16, float16, FP8, FP4 and ModelSlim's W8A8. What released models keep in
+    float32 is never narrower than that. With `table_device="host"`, tables of an Engram stay in
+    main memory whatever the `device`. ArtifactError names the file, field or tensor that is
+    missing, unexpected or misshapen; no weight is ever left at a random value. ConfigError if
+    `precision` cannot be computed in `dtype`.
     """
     fp8 = (precision.precision if isinstance(precision, Numerics) else precision) == "fp8"
     if fp8 and torch.device(device).type == "cpu" and dtype != torch.float32:
@@ -68,7 +69,7 @@ def open_pretrained(folder: Path) -> tuple[ModelConfig, StoredTensors]:
     ArtifactError if either cannot be read.
     """
     raw = read_json(folder)
-    stored = _open_tensors(folder, raw)
+    stored = StoredTensors(folder, read_tile(raw))
     return families.as_stored(families.from_hf_config(raw), list(stored)), stored
 
 
@@ -154,20 +155,23 @@ def read_config(folder: Path) -> ModelConfig:
 
 def read_tensors(folder: Path) -> StoredTensors:
     """The tensors of a model folder, read when they are asked for."""
-    return _open_tensors(folder, read_json(folder))
+    return StoredTensors(folder, read_tile(read_json(folder)))
 
 
 def read_json(folder: Path) -> dict[str, Any]:
     """`folder/config.json` as it stands; ArtifactError if it is no table."""
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: no such file, so {folder} is not a model folder") from None
-    except ValueError as error:
-        raise ArtifactError(f"{path}: not valid JSON: {error}") from None
+    if not path.is_file():
+        raise ArtifactError(
+            f"{path}: no such file, so {folder} is not a model folder; name one that holds "
+            "config.json and safetensors"
+        )
+    raw = read_json_file(path)
     if not isinstance(raw, dict):
-        raise ArtifactError(f"{path}: holds a {type(raw).__name__}, expected a table")
+        raise ArtifactError(
+            f"{path}: holds a {type(raw).__name__}, expected a table; take the config.json that "
+            "belongs to the weights"
+        )
     return raw
 
 
@@ -224,22 +228,6 @@ def _layout(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
             wanted = torch.promote_types(dtype, torch.float32) if kept else dtype
         layout[name] = torch.empty_like(tensor, dtype=wanted, device="meta")
     return layout
-
-
-def _open_tensors(folder: Path, raw: Mapping[str, Any]) -> StoredTensors:
-    """The folder's tensors, in blocks as its config says; ArtifactError for another scheme."""
-    scheme = raw.get("quantization_config") or {}
-    method = scheme.get("quant_method", "fp8")
-    if method != "fp8":
-        raise ArtifactError(
-            f"config.json: quantization_config.quant_method = {method!r}, but only 'fp8' is read"
-        )
-    tile = scheme.get("weight_block_size") or [TILE, TILE]
-    if len(tile) != 2 or not all(isinstance(size, int) and size > 0 for size in tile):
-        raise ArtifactError(
-            f"config.json: quantization_config.weight_block_size = {tile!r}, expected two numbers"
-        )
-    return StoredTensors(folder, (tile[0], tile[1]))
 
 
 def _encoded(table: Table, name: str, x: Tensor, dtype: SaveType) -> Iterator[tuple[str, Tensor]]:

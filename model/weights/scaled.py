@@ -1,16 +1,22 @@
 """Weights stored narrower than they are computed with: values times a scale for each block.
 
-| layout | values | scales |
-|---|---|---|
-| FP8 of V3, V3.2 | E4M3 [R, C] | float32 [ceil(R / 128), ceil(C / 128)] |
-| FP8 of V4 | E4M3 [R, C] | E8M0 [ceil(R / 128), ceil(C / 128)] |
-| FP4 of V4's experts | int8 [R, H], two E2M1 codes each | E8M0 [R, ceil(C / 32)] |
+| layout | values | scales | beside `X.weight` |
+|---|---|---|---|
+| FP8 of V3, V3.2 | E4M3 [R, C] | float32 [ceil(R / 128), ceil(C / 128)] | `X.weight_scale_inv` |
+| FP8 of V4 | E4M3 [R, C] | E8M0 [ceil(R / 128), ceil(C / 128)] | `X.scale` |
+| FP8 of a matrix | E4M3 [R, C] | float32 [], [1] | these, or `X.weight_scale` |
+| FP4 of V4's experts | int8 [R, H], two E2M1 codes each | E8M0 [R, ceil(C / 32)] | `X.scale` |
+| W8A8 of ModelSlim | int8 [R, C] | float32 [R, 1] or [R] | `X.weight_scale` |
 
 A stored scale multiplies; blocks at the edge are cut short, not shifted. E8M0 is a power of two:
-its byte is the exponent + 127.
+its byte is the exponent + 127. W8A8 has offsets in the shape of its scales as well,
+`X.weight_offset`, which are subtracted before. Both names of scales in blocks are read in every
+family. What tells packed FP4 from W8A8 is the scales that are there: both are bytes.
 
 Axes: R rows (outputs of a Linear), C columns (inputs), H = C / 2 bytes.
 """
+
+from collections.abc import Collection
 
 import torch
 from jaxtyping import Float
@@ -24,33 +30,99 @@ from model.weights.table import ScaleType
 FP4_TILE = (1, 32)
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of the eight codes without the sign, which is the fourth bit."""
+FP8, INT8, UINT8 = "F8_E4M3", "I8", "U8"
+"""What safetensors calls the types of quantised values."""
+READABLE = "float32, bfloat16, float16, FP8 (E4M3), packed FP4, and INT8 as ModelSlim's W8A8"
+"""Of each tensor, for messages."""
 _SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def widen(name: str, values: Tensor, scales: Tensor, tile: tuple[int, int]) -> Float[Tensor, "R C"]:
+def scales_of(name: str, kind: str, stored: Collection[str]) -> tuple[str, ...]:
+    """Which of the names `stored` scale the weight `name` of the safetensors type `kind`.
+
+    One, or two if they are the scales and offsets of rows. ArtifactError names those that are
+    missing, or that cannot belong to one weight.
+    """
+    in_blocks = (f"{name}_scale_inv", f"{name.removesuffix('.weight')}.scale")
+    of_rows = (f"{name}_scale", f"{name}_offset")
+    choices: list[tuple[str, ...]] = [(one,) for one in in_blocks]
+    if kind == FP8:
+        choices.append(of_rows[:1])
+    if kind == INT8:
+        choices.append(of_rows)
+    there = {names: [one for one in names if one in stored] for names in choices}
+    begun = [names for names, found in there.items() if found]
+    if not begun:
+        known = ", ".join(" with ".join(names) for names in choices)
+        raise ArtifactError(
+            f"{name} is stored as {kind}, but its scales are missing: there is none of {known}; "
+            f"complete the files, or take weights in a form that is read: {READABLE}"
+        )
+    if len(begun) > 1:
+        first, second = (there[names][0] for names in begun[:2])
+        raise ArtifactError(
+            f"{name} has both {first} and {second} beside it, which scale it in two ways; take "
+            "away the one that does not belong to it"
+        )
+    if absent := [one for one in begun[0] if one not in stored]:
+        raise ArtifactError(
+            f"{absent[0]} is missing, but {name} is stored as {kind} with {there[begun[0]][0]}; "
+            "complete the files"
+        )
+    return begun[0]
+
+
+def widen(
+    name: str, values: Tensor, scales: Tensor, tile: tuple[int, int] | None
+) -> Float[Tensor, "R C"]:
     """The float32 weight that E4M3 values or packed E2M1 codes stand for.
 
-    `tile` is the block of E4M3 values; FP4 has its own. ArtifactError names the scales if they are
-    not one for each block, or not all finite.
+    `tile` is the block of E4M3 values, none if it is the whole matrix; FP4 has its own. One scale
+    without axes is the matrix's, whatever the block. ArtifactError names the scales if they are not
+    one for each block, or not all finite.
     """
-    if values.dim() != 2:
-        raise ArtifactError(
-            f"{name} has shape {list(values.shape)}, but only matrices are stored in blocks"
-        )
+    _check_matrix(name, values)
+    factors = _as_float(f"the scales of {name}", scales)
     if values.dtype == torch.float8_e4m3fn:
         weight = values.float()
+        if tuple(factors.shape) in ((), (1,)):
+            return weight.mul_(factors)
+        tile = tile or (weight.shape[0], weight.shape[1])
     else:
         weight, tile = unpack(values), FP4_TILE
     grid = tuple(-(-size // block) for size, block in zip(weight.shape, tile, strict=True))
-    if tuple(scales.shape) != grid:
+    if tuple(factors.shape) != grid:
         raise ArtifactError(
             f"the scales of {name} have shape {list(scales.shape)}, but a weight of "
-            f"{list(weight.shape)} in blocks of {tile[0]} x {tile[1]} has {list(grid)}"
+            f"{list(weight.shape)} in blocks of {tile[0]} x {tile[1]} has {list(grid)}; correct "
+            "quantization_config.weight_block_size, or take the scales that belong to the weight"
         )
-    factors = _as_float(name, scales)
     rows, columns = weight.shape
     spread = factors.repeat_interleave(tile[0], 0)[:rows].repeat_interleave(tile[1], 1)
     return weight.mul_(spread[:, :columns])
+
+
+def widen_rows(name: str, values: Tensor, scales: Tensor, offsets: Tensor) -> Float[Tensor, "R C"]:
+    """(values - offsets) * scales, row by row: the float32 weight that W8A8 stands for.
+
+    ArtifactError names the scales or offsets if they are not one for each row, or not all finite.
+    """
+    _check_matrix(name, values)
+    columns_R1 = []
+    for which, given in ((f"{name}_scale", scales), (f"{name}_offset", offsets)):
+        rows = values.shape[0]
+        if tuple(given.shape) not in ((rows, 1), (rows,)):
+            raise ArtifactError(
+                f"{which} has shape {list(given.shape)}, but {name} of {list(values.shape)} needs "
+                f"one for each row, [{rows}, 1]; take the one that belongs to the weight"
+            )
+        if given.dtype not in _SCALE_TYPES:
+            raise ArtifactError(
+                f"{which} is stored as {given.dtype}, but float32 is expected; take the one that "
+                "belongs to the weight"
+            )
+        columns_R1.append(_as_float(f"the values of {which}", given).reshape(rows, 1))
+    return values.float().sub_(columns_R1[1]).mul_(columns_R1[0])
 
 
 def unpack(packed: Tensor) -> Float[Tensor, "R C"]:
@@ -69,7 +141,15 @@ def narrow(weight: Float[Tensor, "R C"], scales: ScaleType) -> tuple[Tensor, Ten
     return quantized.values, quantized.scales
 
 
-def _as_float(name: str, scales: Tensor) -> Float[Tensor, "..."]:
+def _check_matrix(name: str, values: Tensor) -> None:
+    if values.dim() != 2:
+        raise ArtifactError(
+            f"{name} has shape {list(values.shape)}, but only matrices are stored with scales; "
+            "take the files that belong together"
+        )
+
+
+def _as_float(which: str, scales: Tensor) -> Float[Tensor, "..."]:
     """Float32 scales; whole bytes are E8M0 codes that another library wrote."""
     if scales.dtype in (torch.uint8, torch.float8_e8m0fnu):
         factors = scales.view(torch.uint8).view(torch.float8_e8m0fnu).float()
@@ -77,8 +157,11 @@ def _as_float(name: str, scales: Tensor) -> Float[Tensor, "..."]:
         factors = scales.float()
     else:
         raise ArtifactError(
-            f"the scales of {name} are stored as {scales.dtype}; expected float32 or E8M0"
+            f"{which} are stored as {scales.dtype}, but float32 or E8M0 is expected; take weights "
+            "whose scales are"
         )
     if not factors.isfinite().all():
-        raise ArtifactError(f"the scales of {name} are not all finite")
+        raise ArtifactError(
+            f"{which} are not all finite; the file is damaged, so take another copy"
+        )
     return factors

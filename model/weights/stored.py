@@ -1,11 +1,10 @@
 """The tensors of a model's folder by name, read from disk one at a time, at full width.
 
 A folder holds one `model.safetensors`, or several files with an index that says which tensor lies
-where, or several without. Weights in FP8 or FP4 come with their scales as tensors of their own;
-here they appear as one float32 weight.
+where, or several without. Weights in FP8, FP4 or INT8 come with their scales as tensors of their
+own; here they appear as one float32 weight. What servers scale activations by is passed over.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,20 +14,29 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from configs.errors import ArtifactError
-from model.weights.scaled import widen
+from model.weights.reading import (
+    SUFFIX,
+    missing_weights,
+    read_json_file,
+    require_not_pointer,
+    require_safetensors,
+)
+from model.weights.scaled import FP8, INT8, UINT8, scales_of, widen, widen_rows
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_QUANTISED = frozenset({"F8_E4M3", "I8", "U8"})
+_QUANTISED = frozenset({FP8, INT8, UINT8})
+_OF_ACTIVATIONS = ("activation_scale", "input_scale")
+"""Beside FP8 weights of a static scheme; they say nothing of the weights."""
 _NUMBERED = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
 
 
 class StoredTensors(Mapping[str, Tensor]):
     """Stored tensors by name. Bytes are mapped, and read when a tensor is asked for."""
 
-    def __init__(self, folder: Path, tile: tuple[int, int]) -> None:
-        """Read the headers; `tile` is the block of FP8 weights.
+    def __init__(self, folder: Path, tile: tuple[int, int] | None) -> None:
+        """Read the headers; `tile` is the block of FP8 weights, none if it is the whole matrix.
 
         ArtifactError names the file or tensor that is missing, damaged or in two places.
         """
@@ -42,14 +50,19 @@ class StoredTensors(Mapping[str, Tensor]):
         if listed is not None:
             self._check_index(index, listed)
         self._scales_of = self._find_scales()
-        self._names = [name for name in self._file_of if name not in self._scales_of.values()]
+        hidden = {one for scales in self._scales_of.values() for one in scales}
+        hidden |= self._scales_of_activations()
+        self._names = dict.fromkeys(name for name in self._file_of if name not in hidden)
 
     def __getitem__(self, name: str) -> Tensor:
         """One tensor, as stored, or widened to float32 if it was stored with scales."""
-        scales = self._scales_of.get(name)
-        if scales is None:
-            return self._read(name)
-        return widen(name, self._read(name), self._read(scales), self._tile)
+        match self._scales_of.get(name, ()):
+            case (scales,):
+                return widen(name, self._read(name), self._read(scales), self._tile)
+            case (scales, offsets):
+                return widen_rows(name, self._read(name), self._read(scales), self._read(offsets))
+            case _:
+                return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
         """Names, without those of scales."""
@@ -61,15 +74,21 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         """Whether there is such a tensor; nothing is read."""
-        return name in self._file_of and name not in self._scales_of.values()
+        return name in self._names
 
     def _add(self, path: Path) -> None:
         if not path.is_file():
-            raise ArtifactError(f"{path}: no such file; the checkpoint is incomplete")
+            raise ArtifactError(
+                f"{path}: no such file; the checkpoint is incomplete, so fetch the file"
+            )
+        require_safetensors(path.parent, path.name)
+        require_not_pointer(path)
         try:
             file = self._open[path.name] = safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise ArtifactError(f"{path}: not a whole safetensors file: {error}") from None
+            raise ArtifactError(
+                f"{path}: not a whole safetensors file: {error}; fetch the file again"
+            ) from None
         for name in file.keys():  # noqa: SIM118 - it is not iterable itself
             if name in self._file_of:
                 raise ArtifactError(
@@ -81,27 +100,35 @@ class StoredTensors(Mapping[str, Tensor]):
     def _check_index(self, index: Path, listed: Mapping[str, str]) -> None:
         for name, file in listed.items():
             if self._file_of.get(name) != file:
-                raise ArtifactError(f"{index}: {name} should lie in {file}, but is not there")
+                raise ArtifactError(
+                    f"{index}: {name} should lie in {file}, but is not there; take the index and "
+                    "the files of one save"
+                )
         for name, file in self._file_of.items():
             if name not in listed:
-                raise ArtifactError(f"{index}: does not list {name}, which lies in {file}")
-
-    def _find_scales(self) -> dict[str, str]:
-        """Names of quantised weights -> names of their scales."""
-        found = {}
-        for name, file in self._file_of.items():
-            kind = str(self._open[file].get_slice(name).get_dtype())
-            if kind not in _QUANTISED or not name.endswith("weight"):
-                continue
-            possible = (f"{name}_scale_inv", f"{name.removesuffix('.weight')}.scale")
-            scales = next((one for one in possible if one in self._file_of), None)
-            if scales is None:
                 raise ArtifactError(
-                    f"{name} is stored as {kind}, but its scales are missing: there is neither "
-                    f"{possible[0]} nor {possible[1]}"
+                    f"{index}: does not list {name}, which lies in {file}; take the index and the "
+                    "files of one save"
                 )
-            found[name] = scales
-        return found
+
+    def _find_scales(self) -> dict[str, tuple[str, ...]]:
+        """Names of quantised weights -> names of their scales."""
+        stored = self._file_of.keys()
+        return {
+            name: scales_of(name, self._kind(name), stored)
+            for name in stored
+            if name.endswith("weight") and self._kind(name) in _QUANTISED
+        }
+
+    def _scales_of_activations(self) -> set[str]:
+        quantised = [name for name in self._scales_of if self._kind(name) == FP8]
+        return {
+            f"{name.removesuffix('weight')}{leaf}" for name in quantised for leaf in _OF_ACTIVATIONS
+        }
+
+    def _kind(self, name: str) -> str:
+        """What safetensors calls the type of a stored tensor."""
+        return str(self._open[self._file_of[name]].get_slice(name).get_dtype())
 
     def _read(self, name: str) -> Tensor:
         tensor: Tensor = self._open[self._file_of[name]].get_tensor(name)
@@ -110,13 +137,19 @@ class StoredTensors(Mapping[str, Tensor]):
 
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor names -> file names, as the index has them."""
-    try:
-        listed = json.loads(path.read_text())["weight_map"]
-        files = {str(name): str(file) for name, file in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path}: not an index of tensors: {error!r}") from None
+    raw = read_json_file(path)
+    listed = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise ArtifactError(
+            f"{path}: not an index of tensors: it has no weight_map from names to files; take the "
+            "index of the save, or delete it if all files are there"
+        )
+    files: dict[str, str] = listed
     if outside := [file for file in files.values() if Path(file).name != file]:
-        raise ArtifactError(f"{path}: names {outside[0]!r}, which is no file of its folder")
+        raise ArtifactError(
+            f"{path}: names {outside[0]!r}, which is no file of its folder; take the index of the "
+            "save, or delete it if all files are there"
+        )
     return files
 
 
@@ -124,9 +157,9 @@ def _files(folder: Path) -> list[str]:
     """The weight files of a folder without an index; none may be missing of a numbered set."""
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    names = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
     if not names:
-        raise ArtifactError(f"{folder / WEIGHTS}: no such file; the checkpoint is incomplete")
+        raise missing_weights(folder, WEIGHTS)
     numbered = [(name, match) for name in names if (match := _NUMBERED.fullmatch(name))]
     for name, match in numbered:
         number, count = match.groups()
@@ -135,6 +168,6 @@ def _files(folder: Path) -> list[str]:
             if other not in names:
                 raise ArtifactError(
                     f"{folder / other}: no such file, but {name} is one of {int(count)}; the "
-                    "checkpoint is incomplete"
+                    "checkpoint is incomplete, so fetch the file"
                 )
     return names

@@ -46,6 +46,8 @@ class Table(Protocol):
     MODEL_TYPE: str
     SCALES: ScaleType
     """How the scales of FP8 weights are written."""
+    FUSED: tuple[tuple[str, ...], ...]
+    """Modules that servers load into one matrix, first rows first."""
 
     def parts(self, config: ModelConfig, name: str) -> tuple[Part, ...]:
         """Where the Ingot tensor `name` lies on disk; the parts cover it."""

@@ -19,6 +19,8 @@ from model.weights.fields import (
     agreed_yarn,
     build,
     check_fixed,
+    check_flat,
+    read_base,
     read_table,
     require,
     write_engram,
@@ -48,6 +50,11 @@ LINEARS = frozenset(
     }
 )
 """Modules whose weights the released files quantise (arXiv 2412.19437, section 3.3.1)."""
+FUSED: tuple[tuple[str, ...], ...] = (
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("gate_proj", "up_proj"),
+)
+"""Modules that vLLM and SGLang load into one matrix, first rows first."""
 COPIED = (
     "vocab_size",
     "hidden_size",
@@ -182,17 +189,17 @@ def common_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         }
     )
     rotary = {name: read_table(raw, name) for name in ("rope_scaling", "rope_parameters")}
-    positions = raw["max_position_embeddings"]
-    theta = agreed(
-        {
-            "rope_theta": raw.get("rope_theta"),
-            "rope_parameters.rope_theta": rotary["rope_parameters"].get("rope_theta"),
-            "rope_scaling.rope_theta": rotary["rope_scaling"].get("rope_theta"),
-        }
-    )
+    for where, table in rotary.items():
+        check_flat(table, where, known=())
+    for table in (raw, *rotary.values()):
+        if table.get("partial_rotary_factor") is not None:
+            check_fixed(table, {"partial_rotary_factor": 1})
+    theta = read_base(raw, "rope_theta")
+    original = raw.get("original_max_position_embeddings") or raw["max_position_embeddings"]
+    yarn = agreed_yarn(raw, rotary, original=original, scales_magnitudes=True)
     return fields | {
         "num_nextn_predict_layers": raw.get("num_nextn_predict_layers") or 0,
         "rope_theta": DEFAULT_THETA if theta is None else theta,
-        "rope_scaling": agreed_yarn(rotary, positions, scales_magnitudes=True),
+        "rope_scaling": yarn,
         "engram": raw.get("engram"),
     }

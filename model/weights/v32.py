@@ -18,6 +18,8 @@ _ARCHITECTURE = "DeepseekV32ForCausalLM"
 _COPIED = ("index_n_heads", "index_head_dim", "index_topk")
 _LAYER_TYPE = "indexed_attention"
 
+FUSED = v3.FUSED
+
 parts = v3.parts
 copies = v3.copies
 mtp_prefix = v3.mtp_prefix

@@ -81,6 +81,9 @@ _FLOAT32 = frozenset({"attn_sink", "ape", "bias"})
 _LINEARS = frozenset({"wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3", "e_proj", "h_proj"})
 """Modules whose weights the released files quantise, unless a compressor holds them."""
 
+FUSED: tuple[tuple[str, ...], ...] = (("wq_a", "wkv"), ("w1", "w3"))
+"""Modules that vLLM and SGLang load into one matrix, first rows first."""
+
 
 def parts(config: ModelConfig, name: str) -> tuple[Part, ...]:
     """Where the Ingot tensor `name` lies on disk; the parts cover it."""

@@ -23,6 +23,10 @@ from model.weights.fields import (
     agreed_yarn,
     build,
     check_fixed,
+    check_flat,
+    missing_field,
+    read_base,
+    read_kind,
     read_table,
     require,
     write_engram,
@@ -73,6 +77,9 @@ _WINDOW, _CSA, _HCA = (
     "compressed_sparse_attention",
     "heavily_compressed_attention",
 )
+_SHARE = "partial_rotary_factor"
+_LABELS = ("main", "compress")
+"""Tables within `rope_parameters` for the layers with a window only, and for the others."""
 _RELEASED_RATIOS = {_CSA: 4, _HCA: 128}
 
 
@@ -143,50 +150,74 @@ def _share(config: V4Config) -> float:
 
 def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary width, both bases, and the stretching of the compressing layers."""
-    nested = read_table(raw, "rope_parameters")
-    main, compress = read_table(nested, "main"), read_table(nested, "compress")
-    theta = agreed(
-        {"rope_theta": raw.get("rope_theta"), "rope_parameters.main": main.get("rope_theta")}
-    )
-    compressed = agreed(
-        {
-            "compress_rope_theta": raw.get("compress_rope_theta"),
-            "rope_parameters.compress": compress.get("rope_theta"),
-        }
-    )
-    if main.get("rope_type", "default") != "default":
-        raise ArtifactError(
-            f"config.json: rope_parameters.main.rope_type = {main['rope_type']!r}, but window "
-            "layers are never stretched; only 'default' is read"
-        )
-    fields = {"rope_theta": theta, "compress_rope_theta": compressed}
+    tables: dict[str, Mapping[str, Any]] = {}
+    for where in ("rope_scaling", "rope_parameters"):
+        table = read_table(raw, where)
+        check_flat(table, where, known=_LABELS)
+        tables[where] = {name: value for name, value in table.items() if name not in _LABELS}
+        tables |= _nested(raw, where)
+    fields = {
+        "rope_theta": read_base(raw, "rope_theta", "main"),
+        "compress_rope_theta": read_base(raw, "compress_rope_theta", "compress"),
+    }
     if missing := [name for name, value in fields.items() if value is None]:
-        raise ArtifactError(f"config.json: {missing[0]} is missing")
-    positions = require(raw, ["max_position_embeddings"])["max_position_embeddings"]
-    stretching = {
-        "rope_scaling": read_table(raw, "rope_scaling"),
-        "rope_parameters.compress": compress,
-        "rope_parameters": nested,
-    }
-    return fields | {
-        "qk_rope_head_dim": _rotary_width(raw),
-        "rope_scaling": agreed_yarn(stretching, positions, scales_magnitudes=False),
-    }
+        raise missing_field(missing[0])
+    stretching = {where: table for where, table in tables.items() if not where.endswith(".main")}
+    original = require(raw, ["max_position_embeddings"])["max_position_embeddings"]
+    yarn = agreed_yarn(raw, stretching, original=original, scales_magnitudes=False)
+    return fields | {"qk_rope_head_dim": _rotary_width(raw, tables), "rope_scaling": yarn}
 
 
-def _rotary_width(raw: Mapping[str, Any]) -> Any:
-    share, head = raw.get("partial_rotary_factor"), raw["head_dim"]
-    by_share = None
-    if isinstance(share, int | float) and isinstance(head, int):
-        by_share = int(head * share)
-    width = agreed(
-        {
-            "qk_rope_head_dim": raw.get("qk_rope_head_dim"),
-            f"partial_rotary_factor * head_dim = {share} * {head}": by_share,
-        }
-    )
+def _nested(raw: Mapping[str, Any], outer: str) -> dict[str, Mapping[str, Any]]:
+    """The two tables within the table `outer`, by their paths; none if it is flat.
+
+    ArtifactError where transformers would pass one over, or fill in what is not meant.
+    """
+    tables = {f"{outer}.{label}": read_table(raw, outer, label) for label in _LABELS}
+    (where, main), (other, compress) = tables.items()
+    if (kind := read_kind(main, where)) not in (None, "default"):
+        raise ArtifactError(
+            f"config.json: {where}.rope_type = {kind!r}, but window layers are never stretched; "
+            f"write 'default', and the stretching in {other}"
+        )
+    there = [label for label in _LABELS if read_table(raw, outer).get(label) is not None]
+    if not there:
+        return {}
+    if len(there) == 1:
+        raise ArtifactError(
+            f"config.json: {outer} has {there[0]} alone, but transformers reads it only beside the "
+            f"other of {' and '.join(_LABELS)}; give both"
+        )
+    filled = {(other, "rope_theta"): "rope_theta, the base of window layers"}
+    if read_kind(compress, other) == "yarn":
+        filled[other, "attention_factor"] = "YaRN's, which is not 1.0 as this family's is"
+    if raw.get(_SHARE) is None:
+        filled |= dict.fromkeys([(where, _SHARE), (other, _SHARE)], "1.0")
+    for (table, name), taken in filled.items():
+        if tables[table].get(name) is None:
+            raise ArtifactError(
+                f"config.json: {table}.{name} is missing, for which transformers would take "
+                f"{taken}; add it"
+            )
+    return tables
+
+
+def _rotary_width(raw: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> Any:
+    """By its own field, and by the share of a head that the config and its tables give."""
+    head, by_share = raw["head_dim"], {}
+    for where, table in {"": raw, **tables}.items():
+        name, share = f"{where}.{_SHARE}".removeprefix("."), table.get(_SHARE)
+        if share is None or not isinstance(head, int):
+            continue
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ArtifactError(
+                f"config.json: {name} = {share!r}, expected a share of a head between 0 and 1; "
+                "correct it"
+            )
+        by_share[f"{name} * head_dim = {share} * {head}"] = int(head * share)
+    width = agreed({"qk_rope_head_dim": raw.get("qk_rope_head_dim"), **by_share})
     if width is None:
-        raise ArtifactError("config.json: qk_rope_head_dim is missing")
+        raise missing_field("qk_rope_head_dim")
     return width
 
 
@@ -194,49 +225,63 @@ def _ratios(raw: Mapping[str, Any]) -> dict[str, Any]:
     """`compress_ratios` without the MTP layer's, and which ratio is of which kind."""
     rates = read_table(raw, "compress_rates") or _RELEASED_RATIOS
     rates = {
-        kind: agreed({"compress_rates": rates.get(kind), short: raw.get(short)})
+        kind: agreed({f"compress_rates.{kind}": rates.get(kind), short: raw.get(short)})
         for kind, short in ((_CSA, "compress_rate_csa"), (_HCA, "compress_rate_hca"))
     }
     by_type = {_WINDOW: 0, **rates}
-    listed = kinds = None
-    if (ratios := raw.get("compress_ratios")) is not None:
-        listed = _without_mtp(ratios, raw)
-    if (types := raw.get("layer_types")) is not None:
-        if unknown := [kind for kind in types if kind not in by_type]:
+    kinds, types = None, _read_list(raw, "layer_types")
+    if types is not None:
+        if unknown := [kind for kind in types if kind not in [*by_type]]:
             raise ArtifactError(
-                f"config.json: layer_types holds {unknown[0]!r}; known: {', '.join(by_type)}"
+                f"config.json: layer_types holds {unknown[0]!r}; known: {', '.join(by_type)}; "
+                "correct it"
             )
         kinds = [by_type[kind] for kind in types]
+    listed = _without_mtp(raw)
     found = agreed({"compress_ratios": listed, "layer_types with compress_rates": kinds})
     if found is None:
-        raise ArtifactError("config.json: compress_ratios is missing")
+        raise missing_field("compress_ratios")
     return {"compress_ratios": tuple(found), "csa_ratio": rates[_CSA], "hca_ratio": rates[_HCA]}
 
 
-def _without_mtp(ratios: Any, raw: Mapping[str, Any]) -> list[Any]:
-    """Released lists end with a 0 for each MTP layer."""
+def _without_mtp(raw: Mapping[str, Any]) -> list[Any] | None:
+    """`compress_ratios`, of which released lists end with a 0 for each MTP layer."""
+    ratios = _read_list(raw, "compress_ratios")
+    if ratios is None:
+        return None
     layers, mtp = raw["num_hidden_layers"], raw.get("num_nextn_predict_layers") or 0
-    if not isinstance(ratios, list) or len(ratios) not in (layers, layers + mtp):
-        count = len(ratios) if isinstance(ratios, list) else repr(ratios)
+    beyond = len(ratios) - layers if isinstance(layers, int) else None
+    if beyond not in (0, mtp):
         raise ArtifactError(
-            f"config.json: compress_ratios has {count} entries, but num_hidden_layers = {layers} "
-            f"and num_nextn_predict_layers = {mtp}; give one for each layer"
+            f"config.json: compress_ratios has {len(ratios)} entries, but num_hidden_layers = "
+            f"{layers!r} and num_nextn_predict_layers = {mtp!r}; give one for each layer"
         )
     if any(ratios[layers:]):
         raise ArtifactError(
             f"config.json: compress_ratios ends with {ratios[-1]!r} for the MTP layer, which has "
-            "a window only; expected 0"
+            "a window only; expected 0, so correct it"
         )
     return ratios[:layers]
 
 
 def _hash_layers(raw: Mapping[str, Any]) -> Any:
-    by_type, types = None, raw.get("mlp_layer_types")
+    by_type, types = None, _read_list(raw, "mlp_layer_types")
     if types is not None:
-        by_type = list(types).count("hash_moe")
+        by_type = types.count("hash_moe")
         expected = ["hash_moe"] * by_type + ["moe"] * (len(types) - by_type)
-        agreed({"mlp_layer_types": list(types), "its hash layers first": expected})
+        agreed({"mlp_layer_types": types, "its hash layers first": expected})
     counted = agreed({"num_hash_layers": raw.get("num_hash_layers"), "mlp_layer_types": by_type})
     if counted is None:
-        raise ArtifactError("config.json: num_hash_layers is missing")
+        raise missing_field("num_hash_layers")
     return counted
+
+
+def _read_list(raw: Mapping[str, Any], name: str) -> list[Any] | None:
+    """The list at `name`; none if it is absent or null."""
+    found = raw.get(name)
+    if found is not None and not isinstance(found, list):
+        raise ArtifactError(
+            f"config.json: {name} = {found!r}, expected a list with one entry for each layer; "
+            "correct it"
+        )
+    return found

@@ -286,7 +286,7 @@ V4_FAULTS: list[tuple[dict[str, Any], str]] = [
         {"compress_ratios": [0, 4, 8]},
         "compress_ratios has 3 entries, but num_hidden_layers = 4",
     ),
-    ({"compress_ratios": "4"}, "compress_ratios has '4' entries"),
+    ({"compress_ratios": "4"}, "compress_ratios = '4', expected a list"),
     (
         {"compress_ratios": [0, 8, 8, 4, 0]},
         r"compress_ratios = \[0, 8, 8, 4\] disagrees with layer_types .* = \[0, 4, 8, 4\]",
@@ -307,8 +307,11 @@ V4_FAULTS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"num_hash_layers": None, "mlp_layer_types": None}, "num_hash_layers is missing"),
     ({"partial_rotary_factor": 0.25}, r"qk_rope_head_dim = 8 disagrees with .* 0.25 \* 24 = 6"),
-    ({"qk_rope_head_dim": None, "partial_rotary_factor": None}, "qk_rope_head_dim is missing"),
-    ({"rope_theta": 5.0}, "rope_theta = 5.0 disagrees with rope_parameters.main = 10000.0"),
+    (
+        {"qk_rope_head_dim": None, "partial_rotary_factor": None, "rope_parameters": None},
+        "qk_rope_head_dim is missing",
+    ),
+    ({"rope_theta": 5.0}, "rope_theta = 5.0 disagrees with rope_parameters.main.rope_theta"),
     (
         {"rope_parameters": {"main": {"rope_type": "yarn", "rope_theta": 10000.0}}},
         "rope_parameters.main.rope_type = 'yarn', but window layers are never stretched",
@@ -345,7 +348,7 @@ def test_a_field_that_is_missing_from_the_config_is_named(config: ModelConfig) -
     for name in given:
         raw = to_hf_config(config)
         del raw[name]
-        with pytest.raises(ArtifactError, match=f"^config.json: {name} is missing$"):
+        with pytest.raises(ArtifactError, match=f"^config.json: {name} is missing; complete it"):
             from_hf_config(raw)
 
 

@@ -1,25 +1,31 @@
 """FP8 and FP4 folders against readings of their own: a loop over blocks, a loop over half bytes."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
 from configs.errors import ArtifactError
 from configs.model import ModelConfig, V3Config, V4Config
-from model.transformer import Transformer
 from model.weights import load_pretrained, save_pretrained
 from model.weights.families import from_hf, narrowest, to_hf
 from model.weights.files import read_tensors
 from model.weights.scaled import unpack, widen
 from model.weights.stored import WEIGHTS
+from tests.model.weights_folders import (
+    E2M1,
+    assert_loads_as,
+    edit_config,
+    model_of,
+    random_codes,
+    write,
+)
 from tests.references import (
     TINY,
     TINY_V4,
@@ -75,7 +81,6 @@ RAGGED_V4 = V4Config(
     initializer_range=0.1,
 )
 """Inputs of 160 and 48 columns: whole groups of 32, and half a group."""
-E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
 def block_by_block(values: Tensor, scales: Tensor, tile: tuple[int, int]) -> Tensor:
@@ -102,50 +107,6 @@ def as_fp8(
         else:
             meant[name] = stored[name] = tensor.contiguous()
     return stored, meant
-
-
-def random_codes(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(packed, exponents, what they mean): E2M1 by groups of 32 columns, read half by half."""
-    generator = torch.Generator().manual_seed(seed)
-    groups = math.ceil(columns / 32)
-    packed = torch.randint(256, (rows, columns // 2), generator=generator, dtype=torch.uint8)
-    exponents = torch.randint(119, 123, (rows, groups), generator=generator, dtype=torch.uint8)
-    meant = []
-    for halves, powers in zip(packed.tolist(), exponents.tolist(), strict=True):
-        row = []
-        for column in range(columns):
-            byte = halves[column // 2]
-            code = byte // 16 if column % 2 else byte % 16
-            sign = -1.0 if code > 7 else 1.0
-            row.append(sign * E2M1[code % 8] * 2.0 ** (powers[column // 32] - 127))
-        meant.append(row)
-    return packed.view(torch.int8), exponents, torch.tensor(meant)
-
-
-def model_of(config: ModelConfig, meant: dict[str, Tensor]) -> Transformer:
-    """The model with these stored tensors."""
-    model = Transformer(config)
-    model.load_state_dict(from_hf(config, meant))
-    return model.eval()
-
-
-def write(folder: Path, stored: dict[str, Tensor]) -> Path:
-    save_file({name: t.contiguous() for name, t in stored.items()}, folder / WEIGHTS)
-    return folder
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def assert_loads_as(folder: Path, expected: Transformer) -> None:
-    model = load_pretrained(folder)
-    for name, tensor in expected.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), name
-    tokens = random_tokens(2, 12)
-    with torch.no_grad():
-        assert torch.equal(model(tokens), expected(tokens))
 
 
 @pytest.mark.parametrize("tile", [(128, 128), (64, 32)])
@@ -316,17 +277,18 @@ def quantised(tmp_path: Path) -> Path:
     [
         (
             lambda t: t.pop(f"{LINEAR}_scale_inv"),
-            f": {LINEAR} is stored as F8_E4M3, but its scales are missing: there is neither "
-            f"{LINEAR}_scale_inv nor model.layers.0.self_attn.o_proj.scale$",
+            f": {LINEAR} is stored as F8_E4M3, but its scales are missing: there is none of "
+            f"{LINEAR}_scale_inv, model.layers.0.self_attn.o_proj.scale, {LINEAR}_scale; complete "
+            "the files, or take weights in a form that is read: float32, bfloat16, .* W8A8$",
         ),
         (
             lambda t: t.update({f"{LINEAR}_scale_inv": torch.ones(2, 2)}),
             rf": the scales of {LINEAR} have shape \[2, 2\], but a weight of \[160, 120\] in "
-            r"blocks of 128 x 128 has \[2, 1\]$",
+            r"blocks of 128 x 128 has \[2, 1\]; correct quantization_config.weight_block_size, or ",
         ),
         (
             lambda t: t.update({f"{LINEAR}_scale_inv": torch.full((2, 1), float("nan"))}),
-            f": the scales of {LINEAR} are not all finite$",
+            f": the scales of {LINEAR} are not all finite; the file is damaged",
         ),
         (
             lambda t: t.update({f"{LINEAR}_scale_inv": torch.ones(2, 1, dtype=torch.int64)}),
@@ -357,28 +319,6 @@ def test_damaged_scales_are_named(
     change(tensors)
     with pytest.raises(ArtifactError, match=message):
         load_pretrained(write(quantised, tensors))
-
-
-@pytest.mark.parametrize(
-    ("scheme", "message"),
-    [
-        ({"quant_method": "awq"}, "quantization_config.quant_method = 'awq'"),
-        (
-            {"quant_method": "fp8", "weight_block_size": [128]},
-            r"weight_block_size = \[128\], expected two numbers",
-        ),
-        (
-            {"quant_method": "fp8", "weight_block_size": [64, 64]},
-            r"the scales of model\S* have shape \[\d, \d\], but .* in blocks of 64 x 64",
-        ),
-    ],
-)
-def test_a_scheme_that_does_not_fit_is_refused(
-    quantised: Path, scheme: dict[str, Any], message: str
-) -> None:
-    edit_config(quantised, quantization_config=scheme)
-    with pytest.raises(ArtifactError, match=message):
-        load_pretrained(quantised)
 
 
 def test_only_matrices_are_stored_in_blocks() -> None:
