@@ -13,6 +13,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 """Part of the training tokens that a source supplies; a source of share 0 is left out."""
 
 
+SLIP_STEPS = 20
+"""Documents of each problem where some have slips; their share is met to one in so many."""
+
+
 class StdlibSource(Frozen):
     """Source code and docstrings of the running Python's standard library."""
 
@@ -27,7 +31,7 @@ class ArithmeticSource(Frozen):
 
     type: Literal["arithmetic"] = "arithmetic"
     share: Share
-    operations: tuple[Literal["+", "-", "*"], ...] = ("+",)
+    operations: Annotated[tuple[Literal["+", "-", "*"], ...], Field(min_length=1)] = ("+",)
     digits: Annotated[int, Field(ge=1, le=6)] = 2
     """Digits of the larger operands."""
     zero_padded: bool = True
@@ -42,6 +46,12 @@ class ArithmeticSource(Frozen):
     write have. Problems, and held-out documents, are always right."""
     max_problems: Annotated[int, Field(ge=10)] = 100_000
     """Where more distinct problems exist, this many are drawn by seed, as many each operation."""
+
+    @field_validator("operations")
+    @classmethod
+    def _each_once(cls, operations: tuple[str, ...]) -> tuple[str, ...]:
+        """In an order of their own, as the one in which they are named means nothing."""
+        return tuple(sorted(set(operations)))
 
 
 class FilesSource(Frozen):

@@ -1,6 +1,6 @@
-"""Problems whose answers can be checked, and the checks."""
+"""Problems whose answers can be checked, the checks, and where texts give them away."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from configs.base import Frozen
 from configs.errors import VerifierError
+from stages.statements import Finder, Statement, find_arithmetic
 
 
 class Problem(Frozen):
@@ -33,19 +34,36 @@ class Verdict:
 Verifier = Callable[[Problem, str], Verdict]
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """All that the line must know of a kind of problem."""
+
+    verify: Verifier
+    find: Callable[[Sequence[Problem]], Finder]
+    """What finds, in training text, any form of these problems with an answer."""
+
+
 def verify(problem: Problem, answer: str) -> Verdict:
     """Judge a model's answer.
 
     The answer is untrusted text: a malformed one earns 0 with the reason. A problem that cannot
     be judged at all is a VerifierError, never a 0.
     """
-    verifier = _VERIFIERS.get(problem.source)
-    if verifier is None:
-        raise VerifierError(
-            f"problem {problem.id}: no verifier for source {problem.source!r}; known: "
-            f"{', '.join(sorted(_VERIFIERS))}"
-        )
-    return verifier(problem, answer)
+    return _kind(problem).verify(problem, answer)
+
+
+def find_statements(problems: Sequence[Problem]) -> Finder:
+    """What finds, in a text, any form of any of these problems together with an answer."""
+    by_kind: dict[str, list[Problem]] = {}
+    for problem in problems:
+        by_kind.setdefault(problem.source, []).append(problem)
+    finders = [_kind(some[0]).find(some) for _, some in sorted(by_kind.items())]
+
+    def find(text: str) -> Iterator[Statement]:
+        for finder in finders:
+            yield from finder(text)
+
+    return find
 
 
 def read_problems(path: str | Path) -> list[Problem]:
@@ -62,6 +80,16 @@ def write_problems(path: str | Path, problems: Sequence[Problem]) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
 
+def _kind(problem: Problem) -> Kind:
+    found = _KINDS.get(problem.source)
+    if found is None:
+        raise VerifierError(
+            f"problem {problem.id}: no verifier for source {problem.source!r}; known: "
+            f"{', '.join(sorted(_KINDS))}"
+        )
+    return found
+
+
 def _exact(problem: Problem, answer: str) -> Verdict:
     """Right when equal to the answer, white space around it aside."""
     right = problem.answer.strip()
@@ -74,4 +102,4 @@ def _exact(problem: Problem, answer: str) -> Verdict:
     return Verdict(0.0, f"{shown!r} instead of {right!r}" if given else "empty answer")
 
 
-_VERIFIERS: dict[str, Verifier] = {"arithmetic": _exact}
+_KINDS: dict[str, Kind] = {"arithmetic": Kind(verify=_exact, find=find_arithmetic)}

@@ -6,13 +6,10 @@ from itertools import product
 
 import numpy as np
 
-from configs.data import ArithmeticSource
+from configs.data import SLIP_STEPS, ArithmeticSource
 from configs.errors import DataError
 from configs.seed import derive
 from stages.verifiers import Problem
-
-_VARIANTS = 20
-"""Documents of each problem where some have slips; the share is met to one in so many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +89,17 @@ def training_documents(
     return [
         problem.prompt + (_slip(problem.answer, rng) if variant < wrong else problem.answer)
         for problem in problems
-        for variant in range(_VARIANTS)
+        for variant in range(SLIP_STEPS)
     ]
 
 
 def wrong_share(source: ArithmeticSource) -> float:
     """Part of the training documents that is wrong: `slip_share`, as nearly as it is met."""
-    return _wrong_variants(source) / _VARIANTS
+    return _wrong_variants(source) / SLIP_STEPS
 
 
 def _wrong_variants(source: ArithmeticSource) -> int:
-    return round(_VARIANTS * source.slip_share)
+    return round(SLIP_STEPS * source.slip_share)
 
 
 def _slip(answer: str, rng: np.random.Generator) -> str:

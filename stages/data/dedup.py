@@ -1,10 +1,9 @@
-"""Finds documents that say what an earlier one said, and decides which are held out."""
+"""Finds documents that say what an earlier one said."""
 
 import hashlib
 import unicodedata
 
-from configs.seed import derive
-from stages.data.ingest import Document
+from stages.data.files import Document
 from stages.data.quality import Drop, drop
 
 
@@ -26,20 +25,3 @@ class Seen:
         here = f"{document.source}/{document.id}"
         first = self._first.setdefault(digest(document.text), here)
         return None if first == here else drop(document, "exact_duplicate", first, None)
-
-
-def hold_out(
-    documents: list[Document], share: float, *, seed: int
-) -> tuple[list[Document], list[Document]]:
-    """(training, held-out) documents, each in the order given.
-
-    A document's place follows from its own text and the seed alone, so that adding documents
-    moves none. When chance would leave either side of two or more documents empty, the nearest
-    one to the threshold crosses it.
-    """
-    place = [derive(seed, "data", "held-out", digest(one.text)) / 2**63 for one in documents]
-    least, most = min(place), max(place)
-    threshold = min(max(share, least), most - 2**-53) if least < most else share
-    train = [one for one, at in zip(documents, place, strict=True) if at > threshold]
-    held = [one for one, at in zip(documents, place, strict=True) if at <= threshold]
-    return train, held

@@ -1,46 +1,29 @@
 """Reads raw text: the standard library of the running Python, and the user's own files."""
 
-import hashlib
-import json
 import os
 import platform
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from configs.data import FilesSource, Source, StdlibSource
 from configs.errors import DataError
 from configs.seed import derive
-
-PIECE_CHARS = 4_000
-"""A longer `.txt` file is many documents: it is split at blank lines into pieces of this size."""
+from stages.data.files import Document, fault, read_documents, reading, require_unchanged
+from stages.hashing import Hashes
 
 _NOT_LIBRARY = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 )
-_BREAKS = ("\n\n", "\r\n\r\n", "\n")
 _WILDCARD = re.compile(r"[*?\[]")
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text, with where it came from."""
-
-    source: str
-    """The source's name in the recipe."""
-    id: str
-    """Unique in its source: a relative file name, with `#n` where a file holds several."""
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +35,11 @@ class Reading:
     """Files that were not read to their end."""
     unread_bytes: int
     """Size of those files on disk."""
+
+    @property
+    def read_bytes(self) -> int:
+        """Of the documents' text."""
+        return sum(len(document.text.encode()) for document in self.documents)
 
 
 def read_stdlib(name: str, source: StdlibSource, *, seed: int) -> Reading:
@@ -70,15 +58,16 @@ def read_stdlib(name: str, source: StdlibSource, *, seed: int) -> Reading:
     return Reading(documents, len(unread_bytes), sum(unread_bytes))
 
 
-def read_files(name: str, source: FilesSource) -> Reading:
+def read_files(name: str, source: FilesSource, hashes: Hashes) -> Reading:
     """The documents of every file that the glob matches, up to `source.max_bytes` of text.
 
-    DataError, naming the field, its value and a remedy: no file matches, a file cannot be read or
-    changes meanwhile, bytes are not UTF-8, a record lacks the text field.
+    Files are read in parts, and no further than needed; one that is read to its end is hashed on
+    the way. DataError, naming the field, its value and a remedy: no file matches, a file cannot be
+    read or changes meanwhile, bytes are not UTF-8, a record lacks the text field.
     """
-    before = identify(name, source)
-    documents, unread = _read_within(name, source, _matches(name, source))
-    _require_unchanged(name, source, before, identify(name, source))
+    before = identify(name, source, hashes)
+    documents, unread = _read_within(name, source, _matches(name, source), before)
+    require_unchanged(name, source, before, identify(name, source, hashes))
     return Reading(documents, len(unread), sum(before[label]["bytes"] for label in unread))
 
 
@@ -86,7 +75,7 @@ def require_documents(
     name: str,
     source: StdlibSource | FilesSource,
     kept: Sequence[Document],
-    read: Mapping[str, int],
+    reading: Reading,
     dropped: Mapping[str, int],
 ) -> None:
     """DataError unless at least two documents are left: one to train on, one to hold out."""
@@ -99,13 +88,23 @@ def require_documents(
             field = f"max_bytes = {source.max_bytes}"
     reasons = ", ".join(f"{count} by {rule}" for rule, count in sorted(dropped.items()))
     raise DataError(
-        f"data.sources.{name}.{field}: yields {len(kept)} usable documents of {read['documents']} "
-        f"read (dropped: {reasons or 'none'}), but training and held-out text need one each; "
-        f"give more text (max_bytes = {source.max_bytes} now), or relax data.quality"
+        f"data.sources.{name}.{field}: yields {len(kept)} usable documents of "
+        f"{len(reading.documents)} read (dropped: {reasons or 'none'}), but training and held-out "
+        f"text need one each; give more text (max_bytes = {source.max_bytes} now), or relax "
+        "data.quality"
     )
 
 
-def identify(name: str, source: Source) -> dict[str, Any]:
+def require_training_text(name: str, train: Sequence[str], held_out: Sequence[str]) -> None:
+    """DataError if nothing is left to train on once what is held out was cut from it."""
+    if not train:
+        raise DataError(
+            f"data.sources.{name}: all of its training text stands in its {len(held_out)} held-out "
+            "documents too, as copies of one another do; give text that repeats itself less"
+        )
+
+
+def identify(name: str, source: Source, hashes: Hashes) -> dict[str, Any]:
     """What makes two readings of this source equal, as JSON; empty where the config says it all.
 
     Files enter by relative name, bytes and sha256, the standard library by the Python version.
@@ -114,33 +113,13 @@ def identify(name: str, source: Source) -> dict[str, Any]:
         case FilesSource():
             found = {}
             for fs, path, label in _matches(name, source):
-                digest, num_bytes = hashlib.sha256(), 0
-                with _opened(name, source, fs, path) as file:
-                    while chunk := file.read(1 << 20):
-                        digest.update(chunk)
-                        num_bytes += len(chunk)
-                found[label] = {"bytes": num_bytes, "sha256": digest.hexdigest()}
+                with reading(name, source, path):
+                    found[label] = hashes.of(path, fs).model_dump()
             return found
         case StdlibSource():
             return {"python": platform.python_version()}
         case _:
             return {}
-
-
-def split_text(text: str, *, piece_chars: int = PIECE_CHARS) -> Iterator[str]:
-    """Pieces of at most `piece_chars`, cut after a blank line, else a line, else anywhere.
-
-    Joined, the pieces are the text, except for pieces of white space alone, which are left out.
-    """
-    start = 0
-    while start < len(text):
-        end = start + piece_chars
-        if end < len(text):
-            found = (text.rfind(mark, start, end) + len(mark) for mark in _BREAKS)
-            end = next((cut for cut in found if cut > start + len("\r\n\r\n")), end)
-        piece, start = text[start:end], end
-        if piece.strip():
-            yield piece
 
 
 def _library(root: Path) -> Iterator[Path]:
@@ -168,11 +147,11 @@ def _matches(name: str, source: FilesSource) -> list[tuple[AbstractFileSystem, s
         paths = sorted(fs.glob(pattern))
         folders = [path for path in paths if fs.isdir(path)]
     except (OSError, ValueError, ImportError) as error:
-        raise _fault(name, source, f"cannot be read: {error}", "correct the address") from error
+        raise fault(name, source, f"cannot be read: {error}", "correct the address") from error
     if not paths:
-        raise _fault(name, source, "matches no file", "correct the path or the pattern")
+        raise fault(name, source, "matches no file", "correct the path or the pattern")
     if folders:
-        raise _fault(
+        raise fault(
             name, source, f"matches a folder, {folders[0]}", "say which files in it, as *.txt"
         )
     base = _WILDCARD.split(str(pattern), maxsplit=1)[0].rpartition("/")[0]
@@ -180,130 +159,18 @@ def _matches(name: str, source: FilesSource) -> list[tuple[AbstractFileSystem, s
 
 
 def _read_within(
-    name: str, source: FilesSource, matches: Sequence[tuple[AbstractFileSystem, str, str]]
+    name: str,
+    source: FilesSource,
+    matches: Sequence[tuple[AbstractFileSystem, str, str]],
+    known: Mapping[str, Any],
 ) -> tuple[list[Document], list[str]]:
     """Documents while they fit `source.max_bytes`, and the files not read to their end."""
     documents: list[Document] = []
     left_bytes = source.max_bytes
     for number, (fs, path, label) in enumerate(matches):
-        for document in _read_one(name, source, fs, path, label):
+        for document in read_documents(name, source, fs, path, label, known.get(label)):
             left_bytes -= len(document.text.encode())
             if left_bytes < 0:
                 return documents, [unread for _, _, unread in matches[number:]]
             documents.append(document)
     return documents, []
-
-
-def _require_unchanged(
-    name: str, source: FilesSource, before: Mapping[str, Any], after: Mapping[str, Any]
-) -> None:
-    """DataError if a file differs from what it was: no hash would say what was read."""
-    for label in sorted(before.keys() | after.keys()):
-        if before.get(label) != after.get(label):
-            raise _fault(
-                name,
-                source,
-                f"{label} changed while the source was read: {_describe(before.get(label))} "
-                f"before, {_describe(after.get(label))} after",
-                "run again when nothing writes to it",
-            )
-
-
-def _describe(facts: Mapping[str, Any] | None) -> str:
-    return f"{facts['bytes']:,} bytes of sha256 {facts['sha256'][:12]}" if facts else "no file"
-
-
-def _read_one(
-    name: str, source: FilesSource, fs: AbstractFileSystem, path: str, label: str
-) -> Iterator[Document]:
-    with _opened(name, source, fs, path) as file:
-        match path.rpartition(".")[2].lower():
-            case "txt":
-                texts: Iterable[str] = split_text(_utf8(name, source, label, file.read(), 0))
-            case "jsonl":
-                texts = _jsonl(name, source, label, file)
-            case "parquet":
-                texts = _parquet(name, source, label, file)
-            case suffix:
-                raise _fault(
-                    name,
-                    source,
-                    f"{label} ends in {suffix!r}",
-                    "give files that end in .txt, .jsonl or .parquet",
-                )
-        for number, text in enumerate(texts):
-            yield Document(name, f"{label}#{number}" if number else label, text)
-
-
-def _jsonl(name: str, source: FilesSource, label: str, file: IO[bytes]) -> Iterator[str]:
-    offset = 0
-    for number, raw in enumerate(file, start=1):
-        line = _utf8(name, source, label, raw, offset)
-        offset += len(raw)
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _fault(
-                name, source, f"{label} line {number} is not JSON: {error}", "correct the line"
-            ) from None
-        text = record.get(source.text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise _fault(
-                name,
-                source,
-                f"{label} line {number} has no text in {source.text_field!r}, only: {keys}",
-                f"set data.sources.{name}.text_field to the key that holds the text",
-            )
-        # JSON can spell half a surrogate pair, which no encoding can write.
-        yield text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-
-
-def _parquet(name: str, source: FilesSource, label: str, file: IO[bytes]) -> Iterator[str]:
-    try:
-        table = pq.ParquetFile(file)
-        columns = table.schema_arrow
-        kind = columns.field(source.text_field).type if source.text_field in columns.names else None
-        if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise _fault(
-                name,
-                source,
-                f"{label} has no text column {source.text_field!r}, only: "
-                f"{', '.join(f'{field.name} ({field.type})' for field in columns)}",
-                f"set data.sources.{name}.text_field to the column that holds the text",
-            )
-        for batch in table.iter_batches(columns=[source.text_field]):
-            yield from (text or "" for text in batch.column(0).to_pylist())
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise _fault(
-            name, source, f"{label} is not readable Parquet: {error}", "write it again"
-        ) from error
-
-
-def _opened(name: str, source: FilesSource, fs: AbstractFileSystem, path: str) -> Any:
-    """The file, open for binary reading; the local and the remote kind share no base class."""
-    try:
-        return fs.open(path, "rb")
-    except OSError as error:
-        raise _fault(
-            name, source, f"{path} cannot be read: {error}", "allow it, or narrow the glob"
-        ) from error
-
-
-def _utf8(name: str, source: FilesSource, label: str, raw: bytes, offset: int) -> str:
-    try:
-        return raw.decode("utf-8-sig" if offset == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise _fault(
-            name,
-            source,
-            f"{label} has byte 0x{raw[error.start]:02x} at offset {offset + error.start}, "
-            "which is not UTF-8",
-            "convert the file to UTF-8, or leave it out of the glob",
-        ) from None
-
-
-def _fault(name: str, source: FilesSource, what: str, remedy: str) -> DataError:
-    return DataError(f"data.sources.{name}.glob = {source.glob!r}: {what}; {remedy}")

@@ -5,23 +5,25 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from configs.data import QualityConfig
-from stages.data.ingest import Document
+from stages.data.files import Document
 
 _SHOWN_CHARS = 80
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Why one document is not in the corpus."""
+    """Why one document, or a part of it, is not in the corpus."""
 
     source: str
     document: str
     rule: str
     value: float | str
-    """What was measured; for a duplicate, the document that it repeats."""
+    """What was measured; for a duplicate, the document that it repeats, for a cut, the parts."""
     threshold: float | None
     start: str
-    """First characters of the text."""
+    """First characters of the text, or of the first part that was cut."""
+    cut_chars: int | None = None
+    """What was cut of the document; none if all of it went."""
 
     def record(self) -> dict[str, str | float | None]:
         """The fields, as JSON values."""

@@ -1,8 +1,6 @@
 """Trains the byte-level BPE tokenizer or takes one that exists, and encodes with it."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs.data import TokenizerConfig
 from configs.errors import DataError
+from stages.hashing import Hashes
 from stages.shards import BOS_TOKEN, EOS_TOKEN
+from stages.tokens import begin_texts
 
 Int32 = npt.NDArray[np.int32]
 
@@ -21,7 +21,8 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
     Each digit is a token of its own, so that columns of numbers stay aligned and
     encode(prompt + answer) = encode(prompt) + encode(answer) at any digit. Every byte is in the
-    vocabulary: no text is out of reach, however small the sample.
+    vocabulary: no text is out of reach, however small the sample. `encode` puts begin-of-text in
+    front unless told otherwise, and text that spells a special token stays text.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -38,25 +39,22 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # Text that spells a special token must not become one: it would end a document inside it.
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+    return begin_texts(tokenizer)
 
 
-def identify_tokenizer(config: TokenizerConfig) -> dict[str, Any]:
+def identify_tokenizer(config: TokenizerConfig, hashes: Hashes) -> dict[str, Any]:
     """The file to be taken, by content; nothing if the tokenizer is to be trained."""
     if config.file is None:
         return {}
     try:
-        content = Path(config.file).read_bytes()
+        entry = hashes.of(config.file)
     except OSError as error:
         raise DataError(
             f"data.tokenizer.file = {config.file!r}: cannot be read ({error.strerror}); name "
             "another"
         ) from None
-    digest = hashlib.sha256(content).hexdigest()
     # No source can bear this name: theirs have no dots.
-    return {"tokenizer.json": {"bytes": len(content), "sha256": digest}}
+    return {"tokenizer.json": entry.model_dump()}
 
 
 def sample(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

@@ -15,9 +15,10 @@ from configs.errors import DataError, LeaseLost
 from stages.artifacts import Corpus
 from stages.contract import Workspace
 from stages.data.loop import data, reads
+from stages.hashing import Hashes
 from stages.shards import BOS_ID, EOS_ID, Rows
-from stages.verifiers import read_problems, verify
-from tests.conftest import Recorder
+from stages.verifiers import find_statements, read_problems, verify
+from tests.conftest import Recorder, steal
 
 TEXT_SHARE = 0.4
 
@@ -138,7 +139,7 @@ def test_equal_inputs_give_equal_bytes(
         }
         for folder in folders
     )
-    assert len(first) == 9
+    assert len(first) == 8
     assert first == second
 
 
@@ -236,10 +237,76 @@ def test_a_source_too_short_for_its_share_is_named(text_folder: Path, workspace:
 
 
 def test_nothing_is_written_without_the_lease(text_folder: Path, workspace: Workspace) -> None:
-    Path(workspace.lease.uri).write_text('{"owner": "another"}')
+    steal(workspace)
     with pytest.raises(LeaseLost):
         data.run(spec(text_folder), workspace)
-    assert [path.name for path in Path(workspace.out).iterdir()] == ["lease.json"]
+    assert list(Path(workspace.out).iterdir()) == []
+
+
+def schoolbook(folder: Path, sums: list[str]) -> None:
+    """A file of sums with their answers, in the usual order of digits, between lines of prose."""
+    solved = [one.rstrip("=").split("+") for one in sums]
+    lines = [f"{int(b)} + {int(a)} = {int(a) + int(b)}" for a, b in solved]
+    prose = [f"Lesson {n} takes apples, and counts them one by one." for n in range(len(lines))]
+    (folder / "schoolbook.txt").write_text(
+        "\n".join(line for pair in zip(prose, lines, strict=True) for line in pair)
+    )
+
+
+def test_a_schoolbook_puts_no_held_out_problem_into_training_rows(
+    text_folder: Path, make_workspace: Callable[..., Workspace], recorder: Recorder
+) -> None:
+    first = data.run(spec(text_folder), make_workspace("first"))
+    held_out = read_problems(first.path("problems", "held_out.parquet"))[:20]
+    schoolbook(text_folder, [problem.prompt for problem in held_out])
+    corpus = data.run(spec(text_folder), make_workspace("second"))
+    assert read_problems(corpus.path("problems", "held_out.parquet"))[:20] == held_out
+    shown = tokenizer_of(corpus).decode(rows_of(corpus, "train").reshape(-1).tolist(), False)
+    find = find_statements(held_out)
+    assert list(find(schoolbook_text(text_folder)))
+    assert list(find(shown)) == []
+    statistics = json.loads(corpus.path("statistics.json").read_text())["held_out_in_training"]
+    assert statistics["problems_in_training_before"] == 20
+    assert statistics["problems_in_training_after"] == 0
+    cuts = [json.loads(line) for line in corpus.path("dropped.jsonl").read_text().splitlines()]
+    assert [(cut["document"], cut["rule"], cut["value"]) for cut in cuts] == [
+        ("schoolbook.txt", "held_out_problem", 20)
+    ]
+    assert any("20 of" in note and "held-out problems" in note for note in recorder.notes)
+
+
+def schoolbook_text(folder: Path) -> str:
+    """What `schoolbook` wrote."""
+    return (folder / "schoolbook.txt").read_text()
+
+
+def test_a_notice_in_every_file_leaves_no_trace_of_itself_in_training_rows(
+    text_folder: Path, workspace: Workspace
+) -> None:
+    notice = " ".join(f"clause{n} of the licence binds whoever pours it;" for n in range(12))
+    for path in text_folder.iterdir():
+        path.write_text(f"{notice}\n{path.read_text()}")
+    corpus = data.run(spec(text_folder), workspace)
+    shown = tokenizer_of(corpus).decode(rows_of(corpus, "train").reshape(-1).tolist(), False)
+    held_out = tokenizer_of(corpus).decode(
+        rows_of(corpus, "held_out", "books").reshape(-1).tolist(), False
+    )
+    assert notice in held_out
+    assert not any(notice[start : start + 100] in shown for start in range(len(notice) - 100))
+    statistics = json.loads(corpus.path("statistics.json").read_text())
+    found = statistics["held_out_in_training"]
+    assert found["text_share_in_training_before"] > 0.2
+    assert found["text_share_in_training_after"] == 0
+    assert found["cuts"]["held_out_passage"] == statistics["sources"]["books"]["train_documents"]
+    assert statistics["sources"]["books"]["documents_cut"] == found["cuts"]
+
+
+def test_text_that_is_nothing_but_copies_is_an_error(tmp_path: Path, workspace: Workspace) -> None:
+    page = " ".join(f"word{n}" for n in range(100))
+    for number in range(10):
+        (tmp_path / f"{number}.txt").write_text(f"{page} {number}")
+    with pytest.raises(DataError, match=r"sources\.books: all of its training text stands in"):
+        data.run(spec(tmp_path), workspace)
 
 
 def test_the_smallest_corpus_still_has_everything(tmp_path: Path, workspace: Workspace) -> None:
@@ -250,11 +317,11 @@ def test_the_smallest_corpus_still_has_everything(tmp_path: Path, workspace: Wor
 
 
 def test_identity_reads_the_content_of_the_files(text_folder: Path) -> None:
-    before = reads(spec(text_folder))
+    before = reads(spec(text_folder), Hashes())
     assert list(before) == ["books"]
     assert set(before["books"]) == {f"{number:02}.txt" for number in range(40)}
     (text_folder / "00.txt").write_text("changed")
-    assert reads(spec(text_folder)) != before
+    assert reads(spec(text_folder), Hashes()) != before
 
 
 def test_the_stage_declares_what_it_reads() -> None:

@@ -1,20 +1,29 @@
 """Promises of reading raw text: what is read, and what is said when it cannot be."""
 
+import hashlib
+import itertools
 import json
 import platform
 import sysconfig
-from collections.abc import Iterator
+import time
+import tracemalloc
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.data import ArithmeticSource, FilesSource, StdlibSource
 from configs.errors import DataError
-from stages.data.ingest import identify, read_files, read_stdlib, split_text
+from stages.artifacts import FileEntry
+from stages.data.files import split_text
+from stages.data.ingest import identify, read_files, read_stdlib
+from stages.hashing import Hashes
 
 
 def source(glob: object, **settings: object) -> FilesSource:
@@ -23,7 +32,7 @@ def source(glob: object, **settings: object) -> FilesSource:
 
 def complaint(files: FilesSource) -> str:
     with pytest.raises(DataError) as caught:
-        read_files("mine", files)
+        read_files("mine", files, Hashes())
     said = str(caught.value)
     assert said.startswith(f"data.sources.mine.glob = {files.glob!r}: ")
     assert "; " in said, "no remedy"
@@ -66,7 +75,7 @@ def test_text_lines_and_tables_are_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["two", None], "n": [1, 2]}), tmp_path / "c.parquet")
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "d.txt").write_text("three")
-    found = read_files("mine", source(tmp_path / "**" / "*.*", text_field="body"))
+    found = read_files("mine", source(tmp_path / "**" / "*.*", text_field="body"), Hashes())
     assert [(document.id, document.text) for document in found.documents] == [
         ("a.txt", "plain é"),
         ("b.jsonl", "one"),
@@ -81,7 +90,7 @@ def test_files_are_read_up_to_the_budget(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(name * 100)
     for max_bytes, read, unread_files in ((250, ["a.txt", "b.txt"], 1), (199, ["a.txt"], 2)):
-        found = read_files("mine", source(tmp_path / "*.txt", max_bytes=max_bytes))
+        found = read_files("mine", source(tmp_path / "*.txt", max_bytes=max_bytes), Hashes())
         assert [document.id for document in found.documents] == read
         assert (found.unread_files, found.unread_bytes) == (unread_files, 100 * unread_files)
 
@@ -89,7 +98,7 @@ def test_files_are_read_up_to_the_budget(tmp_path: Path) -> None:
 def test_a_budget_that_just_suffices_cuts_nothing(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(name * 100)
-    found = read_files("mine", source(tmp_path / "*.txt", max_bytes=300))
+    found = read_files("mine", source(tmp_path / "*.txt", max_bytes=300), Hashes())
     assert (len(found.documents), found.unread_files, found.unread_bytes) == (3, 0, 0)
 
 
@@ -101,13 +110,13 @@ def test_a_file_that_changes_while_the_source_is_read_is_an_error_that_names_it(
         (tmp_path / f"{name}.txt").write_text(name * 100)
     changed = tmp_path / ("c.txt" if event == "added" else "a.txt")
 
-    def split(text: str) -> Iterator[str]:
+    def split(parts: Iterable[str]) -> Iterator[str]:
         changed.write_text("z" * 100)
         if event == "removed":
             changed.unlink()
-        yield text
+        yield from parts
 
-    monkeypatch.setattr("stages.data.ingest.split_text", split)
+    monkeypatch.setattr("stages.data.files.split_text", split)
     said = complaint(source(tmp_path / "*.txt"))
     assert f"{changed.name} changed while the source was read: " in said
     assert ("no file before" in said, "no file after" in said) == (
@@ -183,9 +192,23 @@ def test_a_damaged_table_is_an_error(tmp_path: Path) -> None:
     assert "a.parquet is not readable Parquet" in complaint(source(tmp_path / "*.parquet"))
 
 
+@given(
+    st.text(alphabet=st.sampled_from("ab \n\r"), max_size=300),
+    st.integers(5, 40),
+    st.lists(st.integers(0, 300), max_size=6),
+)
+def test_pieces_do_not_depend_on_how_the_text_comes(
+    text: str, size: int, places: list[int]
+) -> None:
+    ends = sorted({0, *(place for place in places if place < len(text)), len(text)})
+    parts = [text[start:end] for start, end in itertools.pairwise(ends)]
+    whole = list(split_text([text], piece_chars=size))
+    assert list(split_text(parts, piece_chars=size)) == whole
+
+
 @given(st.text(alphabet=st.sampled_from("ab \n\r"), max_size=200), st.integers(5, 40))
 def test_pieces_joined_are_the_text_without_its_empty_stretches(text: str, size: int) -> None:
-    pieces = list(split_text(text, piece_chars=size))
+    pieces = list(split_text([text], piece_chars=size))
     assert all(len(piece) <= size and piece.strip() for piece in pieces)
     assert "".join("".join(pieces).split()) == "".join(text.split())
     rest = text
@@ -196,9 +219,86 @@ def test_pieces_joined_are_the_text_without_its_empty_stretches(text: str, size:
 
 def test_pieces_end_at_blank_lines_where_they_can() -> None:
     paragraphs = [f"{n} " * 30 + "\n\n" for n in range(40)]
-    pieces = list(split_text("".join(paragraphs), piece_chars=200))
+    pieces = list(split_text(["".join(paragraphs)], piece_chars=200))
     assert all(piece.endswith("\n\n") for piece in pieces)
     assert "".join(pieces) == "".join(paragraphs)
+
+
+def test_a_large_file_is_read_no_further_than_needed_and_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "large.txt"
+    line = "a line of some length that says nothing at all\n"
+    with path.open("w") as file:
+        for _ in range(40):
+            file.write(line * 20_000)
+    size = path.stat().st_size
+    time.sleep(0.2)  # A file that changed a moment ago may change again unseen.
+    read: list[int] = []
+    opened = LocalFileSystem.open
+
+    def count(self: LocalFileSystem, name: str, *args: Any, **kwargs: Any) -> Any:
+        file = opened(self, name, *args, **kwargs)
+        plain = file.read
+
+        def reading(length: int = -1) -> bytes:
+            data: bytes = plain(length)
+            read.append(len(data))
+            return data
+
+        file.read = reading
+        return file
+
+    monkeypatch.setattr(LocalFileSystem, "open", count)
+    tracemalloc.start()
+    hashes = Hashes(tmp_path / "hashes")
+    given_source = source(path, max_bytes=1_000_000)
+    for _ in range(3):
+        identify("mine", given_source, hashes)
+    found = read_files("mine", given_source, hashes)
+    identify("mine", given_source, Hashes(tmp_path / "hashes"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (found.unread_files, found.unread_bytes) == (1, size)
+    assert size <= sum(read) <= size + 4_000_000
+    assert max(read) <= 1 << 20
+    assert peak < 12_000_000
+
+
+def test_what_was_read_is_what_was_hashed(tmp_path: Path) -> None:
+    class Stale(Hashes):
+        """Remembers a hash that no longer holds, as a clock or a file system may make it do."""
+
+        def of(self, path: str, fs: Any = None) -> FileEntry:
+            return FileEntry(bytes=3, sha256=hashlib.sha256(b"old").hexdigest())
+
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_text('{"text": "new"}\n')
+        with pytest.raises(DataError, match=f"{name} changed while the source was read: 3 bytes"):
+            read_files("mine", source(tmp_path / name), Stale())
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_git_lfs_pointer_is_an_error_that_says_how_to_fetch_the_file(
+    tmp_path: Path, name: str
+) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / name).write_text(pointer)
+    said = complaint(source(tmp_path / "*"))
+    assert f"{name} is a git-lfs pointer" in said
+    assert "git lfs pull" in said
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5])
+def test_letters_cut_by_the_reading_are_whole_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr("stages.hashing._CHUNK_BYTES", chunk)
+    (tmp_path / "a.txt").write_bytes("\ufeffé🙂漢 x".encode())
+    (document,) = read_files("mine", source(tmp_path / "*.txt"), Hashes()).documents
+    assert document.text == "é🙂漢 x"
+    (tmp_path / "a.txt").write_bytes("\ufeffé🙂".encode() + b"\xff")
+    assert "byte 0xff at offset 9" in complaint(source(tmp_path / "*.txt"))
 
 
 def test_files_enter_identity_by_name_and_content_not_by_place(tmp_path: Path) -> None:
@@ -206,14 +306,14 @@ def test_files_enter_identity_by_name_and_content_not_by_place(tmp_path: Path) -
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.txt").write_text("same")
     here, there = (
-        identify("mine", source(tmp_path / name / "*.txt")) for name in ("here", "there")
+        identify("mine", source(tmp_path / name / "*.txt"), Hashes()) for name in ("here", "there")
     )
     assert here == there
     assert list(here) == ["a.txt"]
     (tmp_path / "there" / "a.txt").write_text("else")
-    assert identify("mine", source(tmp_path / "there" / "*.txt")) != here
+    assert identify("mine", source(tmp_path / "there" / "*.txt"), Hashes()) != here
 
 
 def test_the_library_enters_identity_by_version_and_arithmetic_not_at_all() -> None:
-    assert identify("a", StdlibSource(share=1)) == {"python": platform.python_version()}
-    assert identify("a", ArithmeticSource(share=1)) == {}
+    assert identify("a", StdlibSource(share=1), Hashes()) == {"python": platform.python_version()}
+    assert identify("a", ArithmeticSource(share=1), Hashes()) == {}

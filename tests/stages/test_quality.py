@@ -3,7 +3,7 @@
 import pytest
 
 from configs.data import QualityConfig
-from stages.data.ingest import Document
+from stages.data.files import Document
 from stages.data.quality import judge
 
 GOOD = "A sentence that nobody would throw away, because it says something.\n"

@@ -1,0 +1,114 @@
+"""Passages that stand in two texts, and documents that nearly repeat one another."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.data.overlap import WINDOW_CHARS, Windows, cut, merge, near_duplicates
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzäöüéłЖ漢字🙂"
+
+
+def text(seed: int, chars: int) -> str:
+    """Words of random letters, with spaces and line breaks between them."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.choice(list(LETTERS + " " * 6 + "\n"), size=chars)
+    return "".join(drawn)
+
+
+def twin(one: str, known: list[str]) -> list[tuple[int, int]]:
+    """What `Windows.look` must find, window by window."""
+
+    def folded(a: str) -> list[tuple[str, int]]:
+        return [
+            (c.lower() if len(c.lower()) == 1 else c, i) for i, c in enumerate(a) if not c.isspace()
+        ]
+
+    seen = set()
+    for other in known:
+        chars = "".join(c for c, _ in folded(other))
+        seen |= {chars[i : i + WINDOW_CHARS] for i in range(len(chars) - WINDOW_CHARS + 1)}
+    chars, covered = folded(one), set()
+    for start in range(len(chars) - WINDOW_CHARS + 1):
+        if "".join(c for c, _ in chars[start : start + WINDOW_CHARS]) in seen:
+            covered |= set(range(start, start + WINDOW_CHARS))
+    spans: list[tuple[int, int]] = []
+    for index in sorted(covered):
+        if index - 1 in covered:
+            spans[-1] = spans[-1][0], chars[index][1] + 1
+        else:
+            spans.append((chars[index][1], chars[index][1] + 1))
+    return spans
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 200), st.integers(0, 300), st.booleans())
+def test_a_shared_passage_is_found_from_its_first_to_its_last_character(
+    seed: int, before: int, length: int, capitals: bool
+) -> None:
+    held = text(seed, 400)
+    shared = held[50 : 50 + length]
+    one = text(seed + 1, before) + (shared.upper() if capitals else shared) + text(seed + 2, 150)
+    assert Windows.of([held]).look(one) == twin(one, [held])
+
+
+def test_indentation_line_breaks_and_capitals_hide_nothing() -> None:
+    held = text(3, 300)
+    other = "\t" + "\n    ".join(held.upper().split())
+    found = Windows.of([held]).look(other)
+    assert found == [(1, len(other))]
+
+
+def test_a_letter_whose_small_form_is_longer_moves_no_place() -> None:
+    held = "İstanbul " * 12
+    assert Windows.of([held]).look("xx" + held) == [(2, len(held) + 1)]
+
+
+def test_what_is_shorter_than_a_window_is_not_compared() -> None:
+    short = text(1, 30)
+    windows = Windows.of([short, ""])
+    assert windows.total == 0
+    assert windows.look(short) == []
+    assert windows.look("") == []
+
+
+def test_counts_say_how_much_of_the_held_out_text_was_found() -> None:
+    a, b = text(1, 300), text(2, 300)
+    windows = Windows.of([a, a, b])
+    folded_a = len("".join(a.split()))
+    assert windows.found == 0
+    windows.look(text(9, 500) + a)
+    assert windows.found == 2 * (folded_a - WINDOW_CHARS + 1)
+    assert 0 < windows.found < windows.total
+
+
+def test_cutting_leaves_everything_else() -> None:
+    assert cut("one two three four", [(4, 7), (14, 18)]) == "one \n three "
+    assert cut("all", [(0, 3)]) == ""
+    assert cut("none", []) == "none"
+    assert merge([(5, 9), (0, 2), (2, 4), (6, 7)]) == [(0, 4), (5, 9)]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.8])
+def test_documents_are_near_duplicates_from_half_of_their_text_on(share: float) -> None:
+    common, chars = text(1, 20_000), 4_000
+    first = common[: int(share * chars)] + text(2, int((1 - share) * chars))
+    second = common[: int(share * chars)] + text(3, int((1 - share) * chars))
+    assert near_duplicates([first, text(4, chars), second]) == [0, 1, 0 if share > 0.5 else 2]
+
+
+def test_a_document_inside_a_longer_one_belongs_to_it() -> None:
+    inner = text(1, 2_000)
+    assert near_duplicates([text(2, 9_000) + inner + text(3, 9_000), inner]) == [0, 0]
+
+
+def test_many_copies_are_one_group_and_cost_their_number() -> None:
+    page = text(1, 1_500)
+    copies = [page + text(n, 60) for n in range(2, 402)]
+    assert set(near_duplicates([text(999, 1_000), *copies])) == {0, 1}
+
+
+def test_texts_too_short_to_compare_stand_alone() -> None:
+    assert near_duplicates(["", "same", "same"]) == [0, 1, 2]
+    assert near_duplicates([]) == []
