@@ -20,6 +20,8 @@ from configs.parity import ParityConfig
 from configs.rl import PosttrainConfig
 from configs.train import PretrainConfig, check_fp8
 
+NODE_NAME = r"(?=.{1,100}$)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*"
+"""What a node may be called: selectors, traceback files and logged models bear its name."""
 _TAG_FIELDS = ("type", "family")
 """Fields of one fixed value, by which the members of a union are told apart."""
 
@@ -66,6 +68,7 @@ class Recipe(Frozen):
             self._check_parity()
         elif self.posttrain is not None:
             self._check_posttraining(self.posttrain)
+            self._check_export()
         else:
             raise ValueError(
                 "neither posttrain nor parity is there, so nothing is said of what comes after "
@@ -86,6 +89,15 @@ class Recipe(Frozen):
                 f'pretrain.precision = "{self.pretrain.precision}", but parity compares "fp8" with '
                 '"high", and this leaves nothing to compare; set it to "fp8"'
             )
+
+    def _check_export(self) -> None:
+        """What must agree where bundles are written."""
+        for target, own in (("cuda", "fp8"), ("ascend", "w8a8")):
+            if target in self.export.targets and not {"bf16", own} & set(self.export.variants):
+                raise ValueError(
+                    f"export.variants = {list(self.export.variants)} has none for {target} of "
+                    f"export.targets; add bf16 or {own}, or drop the target"
+                )
 
     def _check_posttraining(self, posttrain: PosttrainConfig) -> None:
         """What must agree where the model is post-trained and evaluated."""

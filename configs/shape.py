@@ -117,6 +117,21 @@ class ModelConfig(Frozen):
         }
         return frozenset(part for part, is_there in there.items() if is_there)
 
+    @property
+    def fused_rows(self) -> dict[str, int]:
+        """Rows of the matrices that servers put on top of others into one, by what gives them.
+
+        FP8 has a scale for each 128 rows, so in servers it is right only if these are multiples.
+        """
+        layers = range(self.depth + self.num_nextn_predict_layers)
+        if not any(map(self.has_experts, layers)):
+            return {}
+        inner, shared = self.moe_intermediate_size, self.n_shared_experts
+        rows = {"moe_intermediate_size": inner}
+        if shared > 1:
+            rows["n_shared_experts * moe_intermediate_size"] = shared * inner
+        return rows
+
     def has_experts(self, layer: int) -> bool:
         """Whether `layer` routes to experts; the MTP layer is number `num_hidden_layers`."""
         raise NotImplementedError

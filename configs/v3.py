@@ -71,6 +71,16 @@ class V3Config(ModelConfig):
         """Width of one query or key head."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
+    @property
+    def fused_rows(self) -> dict[str, int]:
+        """Those of all families, the query's bottleneck and dense layers' gates."""
+        rows = super().fused_rows
+        if self.q_lora_rank is not None:
+            rows["q_lora_rank"] = self.q_lora_rank
+        if self.first_k_dense_replace:
+            rows["intermediate_size"] = self.intermediate_size
+        return rows
+
     def has_experts(self, layer: int) -> bool:
         """All but the first `first_k_dense_replace`."""
         return layer >= self.first_k_dense_replace

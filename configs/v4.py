@@ -117,6 +117,11 @@ class V4Config(ModelConfig):
             return "window"
         return "csa" if self.compress_ratios[layer] == self.csa_ratio else "hca"
 
+    @property
+    def fused_rows(self) -> dict[str, int]:
+        """Those of all families, and the query's bottleneck."""
+        return {**super().fused_rows, "q_lora_rank": self.q_lora_rank}
+
     def has_experts(self, layer: int) -> bool:
         """Every layer."""
         return True

@@ -1,31 +1,47 @@
-"""Answer held-out problems with a model, and count which answers are right."""
+"""Asks a model problems, and counts which answers are right: greedily, and sampled.
+
+Evaluation asks checkpoints this way, and export asks what a bundle answers through its own files.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from cluster.generation import Sample, Sampling
-from configs.delivery import EvaluateConfig
+from cluster.generation import Sampling
 from configs.seed import derive
-from stages.evaluate.estimators import Estimate, mean_over_problems, pass_at_k
+from stages.estimators import Estimate, mean_over_problems, pass_at_k
 from stages.prompts import Prompt
-from stages.shards import EOS_ID
 from stages.verifiers import Problem, verify
 
 _PROMPTS_PER_CALL = 512
 
-Sampler = Callable[[list[list[int]], Sampling, list[int]], list[Sample]]
-"""prompts, sampling, a seed for each prompt -> one sample for each prompt."""
+
+class Drawn(Protocol):
+    """What a sampler returns for a prompt."""
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The answer, the token that ends it included if it was reached."""
+
+
+Sampler = Callable[[list[list[int]], Sampling, list[int]], Sequence[Drawn]]
+"""prompts, sampling, a seed for each prompt -> one answer for each prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A problem with a model's answers to it, one verdict an answer."""
+    """A problem with a model's answers to it."""
 
     problem: Problem
+    greedy: str
+    """What the model answers if it always takes the likeliest token."""
+    greedy_correct: bool
     answers: tuple[str, ...]
+    """Sampled."""
     correct: tuple[bool, ...]
+    """One verdict a sampled answer."""
 
 
 def choose(problems: Sequence[Problem], count: int, *, seed: int) -> list[Problem]:
@@ -34,53 +50,67 @@ def choose(problems: Sequence[Problem], count: int, *, seed: int) -> list[Proble
     return [problems[index] for index in order[:count]]
 
 
-def answer(
+def ask(
     sample: Sampler,
     prompts: Sequence[Prompt],
-    config: EvaluateConfig,
+    sampling: Sampling,
     *,
+    samples_per_problem: int,
     seed: int,
     answer_text: Callable[[Sequence[int]], str],
 ) -> Iterator[list[Answered]]:
-    """Sample and verify answers to every prompt, some hundred answers at a time.
+    """One greedy answer and some sampled ones to every prompt, verified; some hundred at a time.
 
     Each sample's seed is keyed on its problem's id and its number, so it does not depend on which
     other problems are asked, and two models draw from the same stream. VerifierError passes
     through: an answer that cannot be judged is never counted as wrong.
     """
-    each = config.samples_per_problem
-    sampling = Sampling(
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature, stop_tokens=(EOS_ID,)
-    )
+    each = samples_per_problem
+    greedy = Sampling(sampling.max_new_tokens, 0.0, sampling.stop_tokens)
     step = max(1, _PROMPTS_PER_CALL // each)
     for start in range(0, len(prompts), step):
         chunk = prompts[start : start + step]
         asked = [(prompt, index) for prompt in chunk for index in range(each)]
-        samples = sample(
+        firm = sample([list(one.token_ids) for one in chunk], greedy, [0] * len(chunk))
+        drawn = sample(
             [list(prompt.token_ids) for prompt, _ in asked],
             sampling,
             [derive(seed, "evaluate", prompt.problem.id, index) for prompt, index in asked],
         )
-        texts = [answer_text(found.token_ids) for found in samples]
+        texts = [answer_text(found.token_ids) for found in drawn]
         yield [
-            _judge(prompt.problem, texts[place * each : (place + 1) * each])
+            _judge(
+                prompt.problem,
+                answer_text(firm[place].token_ids),
+                texts[place * each : (place + 1) * each],
+            )
             for place, prompt in enumerate(chunk)
         ]
 
 
-def pass_rates(answered: Sequence[Answered], ks: Sequence[int]) -> dict[int, Estimate]:
-    """pass@k over the problems, for each k."""
-    return {
-        k: mean_over_problems(
-            [
-                pass_at_k(num_samples=len(item.correct), num_correct=sum(item.correct), k=k)
-                for item in answered
-            ]
-        )
-        for k in ks
-    }
+def greedy_accuracy(answered: Sequence[Answered]) -> Estimate:
+    """The share of problems that the model gets right if it takes the likeliest tokens."""
+    return mean_over_problems([float(item.greedy_correct) for item in answered])
 
 
-def _judge(problem: Problem, answers: Sequence[str]) -> Answered:
-    correct = tuple(verify(problem, text).reward == 1.0 for text in answers)
-    return Answered(problem=problem, answers=tuple(answers), correct=correct)
+def pass_values(answered: Sequence[Answered], k: int) -> list[float]:
+    """pass@k of each problem."""
+    return [
+        pass_at_k(num_samples=len(item.correct), num_correct=sum(item.correct), k=k)
+        for item in answered
+    ]
+
+
+def all_right_values(answered: Sequence[Answered]) -> list[float]:
+    """Of each problem, 1 if every one of its sampled answers is right, else 0."""
+    return [float(all(item.correct)) for item in answered]
+
+
+def _judge(problem: Problem, greedy: str, answers: Sequence[str]) -> Answered:
+    return Answered(
+        problem=problem,
+        greedy=greedy,
+        greedy_correct=verify(problem, greedy).reward == 1.0,
+        answers=tuple(answers),
+        correct=tuple(verify(problem, text).reward == 1.0 for text in answers),
+    )

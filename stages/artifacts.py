@@ -1,9 +1,16 @@
 """What stages exchange: an address and facts, never bytes.
 
-A folder is an artifact once it holds `manifest.json`, which is written last. The manifest lists
-every file with its size and SHA-256; the *content hash* is the SHA-256 of those entries and the
-facts, so two builds of equal files are equal artifacts. Names in `PRIVATE` lie in the same folder
-and are not part of it: resume state, the step log, the lease.
+    g1/                          one generation of one identity
+        manifest.json            makes it an artifact; created last, and only if it is not there
+        lease-000001.json        who may commit it: the holder of the highest number
+        000001-3f9a61c2/         what one builder wrote, and nobody else
+            files/               the artifact itself, all of it listed in the manifest
+            metrics.jsonl        the step log
+            resume/              what an interrupted build continues from
+
+The manifest names the builder's folder that counts, and every file with its size and SHA-256; the
+*content hash* is the SHA-256 of those entries and the facts, so two builds of equal files are equal
+artifacts. Addresses in manifests are relative, so that a store may be moved or copied.
 """
 
 import hashlib
@@ -16,16 +23,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import fsspec
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from configs.base import Frozen
 from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.model import AnyModelConfig
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-PRIVATE = frozenset({MANIFEST, "metrics.jsonl", "metrics.draft", "lease.json", "resume"})
-"""First path components that never belong to an artifact."""
+FORMAT = 2
+FILES = "files"
+"""The part of a builder's folder that becomes the artifact."""
+LEASE_PREFIX = "lease-"
+"""Begins the names of leases, whose numbers have six digits and so sort as text."""
 
 
 class FileEntry(Frozen):
@@ -38,7 +47,8 @@ class FileEntry(Frozen):
 class InputEntry(Frozen):
     """The artifact that an input was, when this one was built."""
 
-    uri: str
+    address: str
+    """Its generation, relative to the store."""
     fingerprint: str
     content: str
 
@@ -46,9 +56,12 @@ class InputEntry(Frozen):
 class Manifest(Frozen):
     """The record that makes a folder an artifact."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
+    address: str
+    """The folder of the files, relative to the manifest's own."""
     kind: str
     stage: str
+    """The stage's function, as `package.module:name`."""
     revision: int
     fingerprint: str
     identity: dict[str, Any]
@@ -60,30 +73,57 @@ class Manifest(Frozen):
     provenance: dict[str, Any]
     """When, where and by which code; never part of identity or content."""
 
+    @property
+    def stage_name(self) -> str:
+        """The function's own name, by which selectors know the stage."""
+        return self.stage.rpartition(":")[2]
+
 
 class Artifact(Frozen):
-    """Base of the nouns. `uri` is an absolute folder; the other fields are its facts."""
+    """Base of the nouns. `uri` is the absolute folder of its files; the other fields are facts."""
 
     kind: ClassVar[str]
     uri: str
 
     @classmethod
-    def load(cls, uri: str) -> Self:
-        """The artifact committed at `uri`; ArtifactError if unfinished or of another kind."""
-        manifest = read_manifest(uri)
+    def load(cls, generation: str) -> Self:
+        """The artifact committed at `generation`; ArtifactError if unfinished or another kind."""
+        manifest = read_manifest(generation)
         if manifest.kind != cls.kind:
-            raise ArtifactError(f"{uri} holds a {manifest.kind}, not a {cls.kind}; name another")
-        return cls(uri=uri, **manifest.facts)
+            raise ArtifactError(
+                f"{generation} holds a {manifest.kind}, not a {cls.kind}; name another"
+            )
+        return cls(uri=f"{generation}/{manifest.address}", **manifest.facts)
 
     def facts(self) -> dict[str, Any]:
         """The fields that the manifest records, as JSON values."""
         return self.model_dump(mode="json", exclude={"uri"})
 
     def path(self, *names: str) -> Path:
-        """A local path inside the artifact."""
+        """A local path inside the artifact, which its manifest covers.
+
+        ArtifactError for a name that leads out of it: what no hash covers may not be read.
+        """
         if "://" in self.uri and not self.uri.startswith("file://"):
             raise StoreError(f"{self.uri}: only local folders hold artifacts so far; use a path")
-        return Path(self.uri.removeprefix("file://"), *names)
+        inner = Path(*names)
+        if inner.is_absolute() or ".." in inner.parts:
+            raise ArtifactError(
+                f"{self.uri}: {inner} lies outside the {self.kind}, where no manifest covers it; "
+                "name a file of the artifact"
+            )
+        return Path(self.uri.removeprefix("file://"), inner)
+
+    def beside(self, *names: str) -> Path:
+        """A local path in the builder's folder, which the manifest does not cover.
+
+        For showing what happened, as the step log does; never for a stage's input.
+        """
+        return self.path().parent.joinpath(*names)
+
+    def manifest(self) -> Manifest:
+        """The manifest that makes this an artifact; ArtifactError as of `read_manifest`."""
+        return read_manifest(generation_of(self.uri))
 
 
 class Corpus(Artifact):
@@ -107,7 +147,8 @@ class Corpus(Artifact):
 class Checkpoint(Artifact):
     """A model that any later stage can start from.
 
-    `config.json`, `model*.safetensors` in float32 under Hugging Face names, `tokenizer.json`.
+    `config.json`, `model*.safetensors` in float32 under Hugging Face names, `tokenizer.json`;
+    if it was trained here, `history.json` (see `stages/telemetry.py`).
     """
 
     kind: ClassVar[str] = "checkpoint"
@@ -139,6 +180,22 @@ class Parity(Frozen):
     mean_kl_nats: float
 
 
+class Asked(Frozen):
+    """How a variant answers held-out problems through its own tokenizer, template and settings."""
+
+    problems: int
+    source_greedy_accuracy: float
+    """Of the checkpoint that the variant was made of, asked as the line asks."""
+    greedy_accuracy: float
+    greedy_verdicts_apart: int
+    """Problems of which one of the two is right and the other wrong."""
+    chat_greedy_accuracy: float
+    """The same, asked through the chat template."""
+    pass_at_1: float
+    """Sampled as its generation config says."""
+    chat_pass_at_1: float
+
+
 class Bundle(Artifact):
     """A folder per variant, each loadable by servers of the target.
 
@@ -149,17 +206,25 @@ class Bundle(Artifact):
     target: Literal["cuda", "ascend"]
     parity: dict[str, Parity]
     """By variant."""
+    asked: dict[str, Asked] = Field(default_factory=dict)
+    """By variant; empty if the corpus holds no problems, or none were to be asked."""
 
 
-def read_manifest(uri: str) -> Manifest:
-    """The manifest at `uri`; ArtifactError if there is none or it cannot be understood."""
-    path = f"{uri}/{MANIFEST}"
+def generation_of(uri: str) -> str:
+    """The folder of the manifest that covers the files in `uri`."""
+    return uri.rsplit("/", 2)[0]
+
+
+def read_manifest(generation: str) -> Manifest:
+    """The manifest of a generation; ArtifactError if it has none or it cannot be understood."""
+    path = f"{generation}/{MANIFEST}"
     try:
         with fsspec.open(path, "r") as file:
             return Manifest.model_validate(json.load(file))
     except FileNotFoundError:
         raise ArtifactError(
-            f"{uri}: no {MANIFEST}, so this is not a finished artifact; `ingot run` finishes it"
+            f"{generation}: no {MANIFEST}, so this is not a finished artifact; `ingot run` "
+            "finishes it"
         ) from None
     except OSError as error:
         raise ArtifactError(_unreadable(path, error)) from None
@@ -171,14 +236,10 @@ def read_manifest(uri: str) -> Manifest:
 
 
 def list_files(uri: str) -> dict[str, int]:
-    """Sizes in bytes of the files that belong to the artifact at `uri`, by relative name."""
+    """Sizes in bytes of all files below `uri`, by relative name."""
     fs, root = fsspec.core.url_to_fs(uri)
-    found = {}
-    for path, info in fs.find(root, detail=True).items():
-        name = os.path.relpath(path, root)
-        if name.split(os.sep)[0] not in PRIVATE:
-            found[name] = int(info["size"])
-    return dict(sorted(found.items()))
+    found = fs.find(root, detail=True)
+    return dict(sorted((os.path.relpath(path, root), int(i["size"])) for path, i in found.items()))
 
 
 def hash_file(uri: str, name: str) -> str:
@@ -203,59 +264,75 @@ def content_hash(kind: str, facts: Mapping[str, Any], files: Mapping[str, FileEn
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def verify(uri: str, *, hashes: bool = True) -> None:
+def verify(generation: str, *, hashes: bool = True) -> None:
     """ArtifactError unless the artifact is what its manifest says, no more and no less.
 
     Every file is there with its size and, with `hashes`, its SHA-256; there is no other file, and
     the content hash is that of the kind, facts and files listed.
     """
-    manifest = read_manifest(uri)
+    manifest = read_manifest(generation)
+    remedy = f"rebuild with --force {manifest.stage_name}"
     content = content_hash(manifest.kind, manifest.facts, manifest.files)
     if content != manifest.content:
         raise ArtifactError(
-            f"{uri}: {MANIFEST} lists kind, facts and files of content {content[:12]}, but says "
-            f"{manifest.content[:12]}, so it was changed; rebuild with --force {manifest.stage}"
+            f"{generation}: {MANIFEST} lists kind, facts and files of content {content[:12]}, but "
+            f"says {manifest.content[:12]}, so it was changed; {remedy}"
         )
+    uri = f"{generation}/{manifest.address}"
     present = list_files(uri)
     if unlisted := next((name for name in present if name not in manifest.files), None):
         raise ArtifactError(
             f"{uri}: {unlisted} is not one of the {len(manifest.files)} files that its manifest "
-            f"lists; delete it, or rebuild with --force {manifest.stage}"
+            f"lists; delete it, or {remedy}"
         )
     for name, entry in manifest.files.items():
         if name not in present:
-            raise ArtifactError(f"{uri}: {name} is missing; rebuild with --force {manifest.stage}")
+            raise ArtifactError(f"{uri}: {name} is missing; {remedy}")
         if present[name] != entry.bytes:
             raise ArtifactError(
                 f"{uri}: {name} has {present[name]} bytes, its manifest says {entry.bytes}; "
-                f"rebuild with --force {manifest.stage}"
+                f"{remedy}"
             )
         if hashes and (seen := hash_file(uri, name)) != entry.sha256:
             raise ArtifactError(
                 f"{uri}: {name} has sha256 {seen[:12]}, its manifest says {entry.sha256[:12]}; "
-                f"rebuild with --force {manifest.stage}"
+                f"{remedy}"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to write into a slot. Passed to workers, who check it before they write."""
+    """The right to commit a generation. Passed to workers, who check it before they write.
 
-    uri: str
-    """The slot's `lease.json`."""
+    Leases are numbered; the highest number holds. A file is created by one builder, if it is not
+    there yet, and renewed by that builder alone.
+    """
+
+    generation: str
+    """The generation's folder."""
+    number: int
     owner: str
 
+    @property
+    def uri(self) -> str:
+        """This lease's file."""
+        return f"{self.generation}/{LEASE_PREFIX}{self.number:06}.json"
+
     def check(self) -> None:
-        """LeaseLost unless the lease file still names this owner."""
+        """LeaseLost unless this is the newest lease and nothing was committed meanwhile."""
+        fs, folder = fsspec.core.url_to_fs(self.generation)
+        fs.invalidate_cache()
         try:
-            with fsspec.open(self.uri, "r") as file:
-                holder = json.load(file)["owner"]
-        except (FileNotFoundError, json.JSONDecodeError, KeyError):
-            holder = "nobody"
-        if holder != self.owner:
+            names = [path.rpartition("/")[2] for path in fs.ls(folder, detail=False)]
+        except FileNotFoundError:
+            names = []
+        newest = max((n for n in names if n.startswith(LEASE_PREFIX)), default="no lease")
+        if MANIFEST in names:
+            newest = f"the builder that committed {MANIFEST}"
+        if newest != self.uri.rpartition("/")[2]:
             raise LeaseLost(
-                f"{self.uri}: held by {holder}, not by {self.owner}; this build stops writing, "
-                "and the same command later takes what the other builder makes"
+                f"{self.uri}: lost to {newest}; this build stops writing, and the same command "
+                "later takes what the other builder makes"
             )
 
 

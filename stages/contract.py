@@ -4,6 +4,7 @@ Imports neither torch nor ray, so that planning stays quick.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,10 @@ from configs.base import Frozen
 from configs.errors import PlanError
 from configs.parallel import ClusterConfig
 from stages.artifacts import Artifact, Lease
+from stages.hashing import Hashes
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+"""What a stage may be called: its name is a folder of the store and a selector."""
 
 OutT = TypeVar("OutT", bound=Artifact, covariant=True)
 
@@ -39,15 +44,33 @@ class Workspace:
     """Where and with what a stage works. Nothing here bears on what it makes."""
 
     out: str
-    """The slot: an absolute local folder. Resume state goes under `resume/`, and is kept there
-    when a build is interrupted; the next build of the same identity finds it."""
+    """An absolute local folder: whatever is in it when the stage returns is the artifact."""
     machines: ClusterConfig
     tracker: Tracker
     lease: Lease
+    hashes: Hashes
+    """Sizes and hashes of files outside the line, as they were when the stage was planned."""
+    earlier: tuple[str, ...] = ()
+    """Folders that interrupted builds of the same identity left, the newest first. What they hold
+    beside their files may be read, to resume from it; it belongs to them, and is not changed."""
 
     def path(self, *names: str) -> Path:
-        """A local path inside the slot."""
+        """A local path inside the artifact to be."""
         return Path(self.out, *names)
+
+    def beside(self, *names: str) -> Path:
+        """A local path in the builder's folder, for what is not part of the artifact.
+
+        The step log lies there, and resume state under `resume/`, where the next build of the same
+        identity finds it as one of its `earlier`.
+        """
+        return Path(self.out).parent.joinpath(*names)
+
+    def resumable(self, *names: str) -> list[Path]:
+        """Where resume state of these names may lie: in this build's own folder, then in earlier
+        ones."""
+        folders = [self.beside(), *map(Path, self.earlier)]
+        return [folder.joinpath("resume", *names) for folder in folders]
 
 
 @dataclass(frozen=True)
@@ -55,6 +78,9 @@ class Stage(Generic[OutT]):
     """A function with its contract, made by `@stage` from the signature."""
 
     name: str
+    """The function's own."""
+    function: str
+    """`package.module:name`, which no other stage has; it enters identity."""
     revision: int
     run: Callable[..., OutT]
     config: type[Frozen]
@@ -63,9 +89,10 @@ class Stage(Generic[OutT]):
     takes_more: type[Artifact] | None = None
     """The kind of any number of further inputs, under names of the caller's choice; none if the
     stage takes exactly what `takes` names."""
-    reads: Callable[[Any], Mapping[str, Any]] | None = None
+    reads: Callable[[Any, Hashes], Mapping[str, Any]] | None = None
     """What the stage reads from outside the line, by content, given its config; JSON values. A
-    table of files is `{name: {"bytes": ..., "sha256": ...}}`. It enters identity."""
+    table of files is `{name: {"bytes": ..., "sha256": ...}}`, as `Hashes.of` says of each. It
+    enters identity."""
 
     def __call__(self, config: Frozen, /, **inputs: "Planned[Artifact]") -> "Planned[OutT]":
         """Plan this stage. Runs nothing; PlanError if the wiring does not fit the signature."""
@@ -107,14 +134,20 @@ class Planned(Generic[OutT]):
 
 
 def stage(
-    *, revision: int, reads: Callable[[Any], Mapping[str, Any]] | None = None
+    *, revision: int, reads: Callable[[Any, Hashes], Mapping[str, Any]] | None = None
 ) -> Callable[[Callable[..., OutT]], Stage[OutT]]:
     """Make a stage of `def name(config, work, *, input: Artifact, ...) -> Artifact`.
 
     A signature that ends in `**others: Artifact` takes any number of inputs of that kind besides.
+    PlanError for a signature or a name that no stage can have.
     """
 
     def make(function: Callable[..., OutT]) -> Stage[OutT]:
+        if not _NAME.fullmatch(function.__name__):
+            raise PlanError(
+                f"stage {function.__name__!r}: a stage's name holds at most 64 of A-Z, a-z, 0-9 "
+                "and _; rename the function"
+            )
         hints = get_type_hints(function)
         parameters = inspect.signature(function).parameters
         config, work, *inputs = (n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD)
@@ -125,6 +158,7 @@ def stage(
             )
         return Stage(
             name=function.__name__,
+            function=f"{function.__module__}:{function.__qualname__}",
             revision=revision,
             run=function,
             config=hints[config],

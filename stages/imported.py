@@ -1,37 +1,52 @@
 """The stage `imported`: a Hugging Face folder in, a checkpoint of the line's own form out.
 
 Weights in any type that `model.weights` reads become float32; a model that is too large for memory
-passes through it tensor by tensor.
+passes through it tensor by tensor. What the folder says of how the model is spoken to (chat
+template, end tokens, sampling) goes with it; what it holds besides is named.
 """
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ArtifactError, ConfigError
+from configs.errors import ConfigError
 from configs.imports import ImportSpec
 from configs.model import ModelConfig
 from model.weights.files import consolidate, read_config, read_json
+from model.weights.reading import SUFFIX
 from model.weights.stored import INDEX
-from stages.artifacts import Checkpoint, FileEntry, hash_file
+from stages.artifacts import Checkpoint
 from stages.contract import Workspace, stage
+from stages.conventions import (
+    BROUGHT_FILES,
+    CONFIG,
+    GENERATION_CONFIG,
+    Brought,
+    as_field,
+    read_end_tokens,
+    write_brought,
+)
+from stages.hashing import Hashes
 from stages.shards import BOS_ID, EOS_ID
-from stages.tokens import read_tokenizer, vocabulary_size
+from stages.tokens import TOKENIZER, adopt_tokenizer, write_tokenizer
 
-TOKENIZER = "tokenizer.json"
-_CONFIG = "config.json"
 _FRAMES = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+_DOCUMENTS = ("README", "LICENSE", ".git", ".cache")
+"""Begin the names of what accompanies a model for people, not for programs."""
 
 
-def reads(config: ImportSpec) -> Mapping[str, Any]:
-    """The folder's files by content; ConfigError if there is no folder or it lacks one."""
-    return {
-        name: FileEntry(
-            bytes=Path(config.folder, name).stat().st_size, sha256=hash_file(config.folder, name)
-        ).model_dump()
-        for name in _files(Path(config.folder))
-    }
+def reads(config: ImportSpec, hashes: Hashes) -> Mapping[str, Any]:
+    """The folder's files by content; ConfigError if there is no folder or one cannot be read."""
+    folder = Path(config.folder)
+    try:
+        return {name: hashes.of(str(folder / name)).model_dump() for name in _files(folder)}
+    except OSError as error:
+        raise ConfigError(
+            f"base = {config.folder!r}: {error.filename} cannot be read ({error.strerror}); make "
+            "it readable"
+        ) from None
 
 
 def read_base(folder: Path) -> ModelConfig:
@@ -40,7 +55,7 @@ def read_base(folder: Path) -> ModelConfig:
     return read_config(folder)
 
 
-@stage(revision=1, reads=reads)
+@stage(revision=2, reads=reads)
 def imported(config: ImportSpec, work: Workspace) -> Checkpoint:
     """Read the folder whole and write it as pretraining would have.
 
@@ -51,36 +66,71 @@ def imported(config: ImportSpec, work: Workspace) -> Checkpoint:
     _check_frames(folder)
     work.tracker.note(f"reading {folder}")
     work.lease.check()
+    adopted = adopt_tokenizer(folder / TOKENIZER, vocab_size=read_config(folder).vocab_size)
     model = consolidate(folder, work.path())
-    tokens = vocabulary_size(read_tokenizer(folder / TOKENIZER))
-    if tokens > model.vocab_size:
-        raise ArtifactError(
-            f"{folder / TOKENIZER} has {tokens} tokens, but vocab_size = {model.vocab_size} in its "
-            f"{_CONFIG}; put the model's own tokenizer there"
-        )
     work.lease.check()
-    shutil.copyfile(folder / TOKENIZER, work.path(TOKENIZER))
+    write_tokenizer(work.path(TOKENIZER), adopted.record)
+    brought = Brought(_carry(folder, work), tuple(_left(folder)), adopted.said)
+    write_brought(work.path(), brought)
+    for note in brought.notes():
+        work.tracker.note(f"{folder}: {note}")
     facts = {"step": 0, "sequences_seen": 0, "model": model.model_dump(), "final_loss": None}
     return Checkpoint.model_validate({"uri": work.out, **facts})
+
+
+def _carry(folder: Path, work: Workspace) -> tuple[str, ...]:
+    """Copy what the model brought; the names. The config's end tokens are among it."""
+    carried = []
+    for name in BROUGHT_FILES:
+        if (folder / name).is_dir():
+            shutil.copytree(folder / name, work.path(name))
+        elif (folder / name).is_file():
+            shutil.copyfile(folder / name, work.path(name))
+        else:
+            continue
+        carried.append(name)
+    end_tokens = read_end_tokens(folder)
+    generation: dict[str, Any] = {}
+    if GENERATION_CONFIG in carried:
+        generation = json.loads(work.path(GENERATION_CONFIG).read_text(encoding="utf-8-sig"))
+    generation["eos_token_id"] = as_field(end_tokens)
+    work.path(GENERATION_CONFIG).write_text(json.dumps(generation, indent=2) + "\n")
+    return tuple(carried)
+
+
+def _left(folder: Path) -> Iterator[str]:
+    """Names in the folder that nothing here reads or carries."""
+    known = {CONFIG, TOKENIZER, INDEX, *BROUGHT_FILES}
+    for path in sorted(folder.iterdir()):
+        is_known = path.name in known or path.name.startswith(_DOCUMENTS)
+        if not is_known and path.suffix != SUFFIX:
+            yield path.name
+    if "auto_map" in read_json(folder):
+        yield f"auto_map in {CONFIG}"
 
 
 def _files(folder: Path) -> Iterator[str]:
     """Names of the files that make the model."""
     if not folder.is_dir():
         raise ConfigError(
-            f"base = {str(folder)!r}: no such folder; name one that holds {_CONFIG}, safetensors "
+            f"base = {str(folder)!r}: no such folder; name one that holds {CONFIG}, safetensors "
             f"and {TOKENIZER}"
         )
-    for name in (_CONFIG, TOKENIZER):
+    for name in (CONFIG, TOKENIZER):
         if not (folder / name).is_file():
             raise ConfigError(
                 f"base = {str(folder)!r}: holds no {name}; put the one that belongs to the model "
                 "there"
             )
-    yield from (_CONFIG, TOKENIZER)
+    yield from (CONFIG, TOKENIZER)
     if (folder / INDEX).is_file():
         yield INDEX
-    yield from sorted(path.name for path in folder.glob("*.safetensors"))
+    for name in BROUGHT_FILES:
+        if (folder / name).is_dir():
+            yield from sorted(f"{name}/{path.name}" for path in (folder / name).glob("*.jinja"))
+        elif (folder / name).is_file():
+            yield name
+    yield from sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
 
 
 def _check_frames(folder: Path) -> None:
@@ -88,8 +138,9 @@ def _check_frames(folder: Path) -> None:
     raw = read_json(folder)
     for name, expected in _FRAMES.items():
         found = raw.get(name)
-        if found is not None and found != expected:
+        ids = found if isinstance(found, list) else [found]
+        if found is not None and expected not in ids:
             raise ConfigError(
-                f"{folder / _CONFIG}: {name} = {found!r}, but documents are framed by tokens "
+                f"{folder / CONFIG}: {name} = {found!r}, but documents are framed by tokens "
                 f"{BOS_ID} and {EOS_ID} here; only models that do so can be imported"
             )

@@ -1,8 +1,7 @@
 """Problems to token ids, and token ids back to answers: what RL and evaluation share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tokenizers import Tokenizer
 
@@ -17,17 +16,6 @@ class Prompt:
 
     problem: Problem
     token_ids: tuple[int, ...]
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a `tokenizer.json`, reading text as the corpus was read.
-
-    Text that spells a special token stays text: a prompt can neither end nor begin a document.
-    The file does not record that setting, so whoever loads it must make it.
-    """
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.encode_special_tokens = True
-    return tokenizer
 
 
 def encode_prompts(
@@ -49,11 +37,13 @@ def encode_prompts(
     return prompts
 
 
-def answer_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
-    """The text of an answer, without the end-of-text token that closes it.
+def answer_text(
+    tokenizer: Tokenizer, token_ids: Sequence[int], end_tokens: Collection[int] = (EOS_ID,)
+) -> str:
+    """The text of an answer, without the token that ends it, one of `end_tokens`.
 
     Any other special token stays visible, so that an answer cannot pass by hiding one inside.
     """
-    closed = bool(token_ids) and token_ids[-1] == EOS_ID
+    closed = bool(token_ids) and token_ids[-1] in end_tokens
     body = list(token_ids[:-1] if closed else token_ids)
     return tokenizer.decode(body, skip_special_tokens=False)

@@ -1,7 +1,9 @@
 """One voice: the builder appends one JSON line a step; the driver follows and alone reports.
 
 A build that resumes at step k rewrites the file without the lines from k on, so that each step
-stands in it once, however often it was computed.
+stands in it once, however often it was computed. Rates and times in it differ from build to build,
+so the log lies beside the artifact; what later stages may read of it, losses and rewards, goes into
+the artifact as `history.json`.
 """
 
 import json
@@ -13,19 +15,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stages.contract import Tracker
+from stages.contract import Tracker, Workspace
 
 METRICS = "metrics.jsonl"
+SAVES = "saves"
+"""The folder of a training's sharded saves, below its resume state."""
+HISTORY = "history.json"
+"""A checkpoint's own losses and rewards: `step` and each figure's name to a list, one entry a step,
+null where that step has none."""
 _POLL_SECONDS = 0.25
 
 
 class MetricsFile:
     """The step log in a slot, written by exactly one process at a time."""
 
-    def __init__(self, folder: str | Path, *, resume_step: int = 0) -> None:
-        """Open the log and drop what a previous build wrote after step `resume_step`."""
+    def __init__(
+        self, folder: str | Path, *, resume_step: int = 0, earlier: str | Path | None = None
+    ) -> None:
+        """Open the log of a build that continues after `resume_step`.
+
+        Lines after it are dropped. A log that does not exist yet begins with the lines of the
+        `earlier` build's folder, up to the same step.
+        """
         self.path = Path(folder) / METRICS
-        kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step]
+        source = self.path if earlier is None or self.path.exists() else Path(earlier) / METRICS
+        kept = [line for line in read_metrics(source) if line["step"] <= resume_step]
         draft = self.path.with_suffix(".draft")
         draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(draft, self.path)
@@ -34,6 +48,14 @@ class MetricsFile:
         """Add the line of one step; on disk when this returns, as far as the OS is concerned."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+def begin_metrics(work: Workspace, saved: tuple[Path, int] | None) -> MetricsFile:
+    """The step log of a build that continues from the save `saved`, its own or an earlier one's."""
+    folder, step = (None, 0) if saved is None else saved
+    # `<builder>/resume/saves/step-...`
+    earlier = None if folder is None else folder.parents[2]
+    return MetricsFile(work.beside(), resume_step=step, earlier=earlier)
 
 
 def open_metrics(folder: str, resume_step: int) -> MetricsFile:
@@ -48,6 +70,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def write_history(work: Workspace) -> list[dict[str, Any]]:
+    """Write what the step log says of losses and rewards into the artifact; the log's records."""
+    records = read_metrics(work.beside(METRICS))
+    names = dict.fromkeys(
+        name for record in records for name in record if name.endswith("loss") or name == "reward"
+    )
+    columns = {name: [record.get(name) for record in records] for name in ("step", *names)}
+    work.path(HISTORY).write_text(json.dumps(columns) + "\n")
+    return records
 
 
 @contextmanager

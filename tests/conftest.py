@@ -1,10 +1,9 @@
 """What tests of several floors share: a tracker that remembers, a store, a workspace."""
 
-import json
 import os
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import pytest
 import torch
 
 from configs.parallel import ClusterConfig, StoreConfig
-from stages.artifacts import Lease
-from stages.contract import Workspace
+from stages.artifacts import FILES, Lease
+from stages.contract import Tracker, Workspace
+from stages.hashing import Hashes
 
 # Numbers must not depend on how busy the machine is, nor tests on the network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -54,6 +54,36 @@ class Recorder:
         self.tags[name] = value
 
 
+def workspace_at(
+    generation: Path,
+    tracker: Tracker,
+    *,
+    machines: ClusterConfig | None = None,
+    earlier: tuple[str, ...] = (),
+) -> Workspace:
+    """A builder's folder below `generation` as the store makes it, with a lease of number 1.
+
+    The lease is lost to whoever writes one of a higher number (`steal`).
+    """
+    lease = Lease(str(generation), 1, OWNER)
+    files = generation / f"000001-{OWNER}" / FILES
+    files.mkdir(parents=True, exist_ok=True)
+    Path(lease.uri).write_text("{}")
+    return Workspace(
+        out=str(files),
+        machines=machines or ClusterConfig(),
+        tracker=tracker,
+        lease=lease,
+        hashes=Hashes(),
+        earlier=earlier,
+    )
+
+
+def steal(work: Workspace) -> None:
+    """Let another builder take the lease of `work`."""
+    Path(replace(work.lease, number=work.lease.number + 1).uri).write_text("{}")
+
+
 @pytest.fixture
 def recorder() -> Recorder:
     """A tracker to look into."""
@@ -65,16 +95,7 @@ def make_workspace(tmp_path: Path, recorder: Recorder) -> Callable[..., Workspac
     """Make a workspace named as the caller says, whose lease holds until its file changes."""
 
     def make(name: str = "slot", *, machines: ClusterConfig | None = None) -> Workspace:
-        slot = tmp_path / name
-        slot.mkdir(parents=True, exist_ok=True)
-        lease = slot / "lease.json"
-        lease.write_text(json.dumps({"owner": OWNER}))
-        return Workspace(
-            out=str(slot),
-            machines=machines or ClusterConfig(),
-            tracker=recorder,
-            lease=Lease(uri=str(lease), owner=OWNER),
-        )
+        return workspace_at(tmp_path / name, recorder, machines=machines)
 
     return make
 

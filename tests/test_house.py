@@ -14,7 +14,7 @@ DOORS = {
     "mlflow": {"pipeline/tracking.py"},
     "fsspec": {
         "stages/artifacts.py",
-        "stages/shards.py",
+        "stages/hashing.py",
         "stages/data/ingest.py",
         "pipeline/store.py",
         "cluster/checkpoint.py",

@@ -8,6 +8,7 @@ from configs.model import ModelConfig, V3Config, V4Config, V32Config
 from configs.recipe import load_recipe, shipped_recipes
 from pipeline.graph import make_graph
 from pipeline.production import production
+from stages.hashing import Hashes
 
 FULL_SIZE = {
     *("deepseek-v3", "deepseek-v3.2", "deepseek-v4-flash", "deepseek-v4-pro", "article-v4"),
@@ -122,7 +123,7 @@ def test_a_shipped_recipe_loads_and_bears_its_own_name(name: str) -> None:
 def test_a_shipped_recipe_becomes_a_whole_line(name: str) -> None:
     recipe = load_recipe(name)
     after = {"loss_parity"} if recipe.parity else {"posttrain", "evaluate", "export"}
-    stages = {node.planned.stage.name for node in make_graph(production(recipe))}
+    stages = {node.planned.stage.name for node in make_graph(production(recipe), Hashes())}
     assert stages == {"data", "pretrain", *after}
 
 
@@ -241,7 +242,7 @@ def test_a_family_is_part_of_what_a_model_is_and_the_first_was_before_there_were
 
     def config(*sets: str) -> dict[str, Any]:
         recipe = load_recipe("smoke", sets=sets)
-        fields = make_graph(production(recipe))["pretrain"].identity.fields
+        fields = make_graph(production(recipe), Hashes())["pretrain"].identity.fields
         model: dict[str, Any] = fields["config"]["model"]
         return model
 

@@ -1,22 +1,26 @@
 """Measure the model before and after post-training on held-out text and problems, side by side."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from cluster.generation import open_generation
+from cluster.generation import Sampling, open_generation
 from configs.delivery import EvaluateSpec
 from configs.errors import DataError
 from model.weights.files import load_pretrained
+from stages.answers import Answered, ask, choose, greedy_accuracy, pass_values
 from stages.artifacts import Checkpoint, Corpus, Report
 from stages.contract import Workspace, stage
+from stages.conventions import read_end_tokens
+from stages.estimators import mean_over_problems
 from stages.evaluate.ngram import best_bits, count_pairs
-from stages.evaluate.problems import Answered, answer, choose, pass_rates
 from stages.evaluate.render import (
     Baseline,
     Comparison,
@@ -27,8 +31,9 @@ from stages.evaluate.render import (
     render_markdown,
 )
 from stages.evaluate.text import TextScore, byte_lengths, score_text, size, total
-from stages.prompts import Prompt, answer_text, encode_prompts, load_tokenizer
+from stages.prompts import Prompt, answer_text, encode_prompts
 from stages.shards import Rows, consumed_rows
+from stages.tokens import load_tokenizer
 from stages.verifiers import read_problems
 
 _ROWS_PER_COUNT = 4096
@@ -45,16 +50,19 @@ class Exam:
     """Bytes of each token id."""
     tokenizer: Tokenizer
     prompts: Sequence[Prompt]
+    overlap: Mapping[str, Any]
+    """What the corpus records of held-out data that stood in training text."""
 
 
-@stage(revision=1)
+@stage(revision=2)
 def evaluate(
     config: EvaluateSpec, work: Workspace, *, corpus: Corpus, before: Checkpoint, after: Checkpoint
 ) -> Report:
-    """Bits per byte beside an n-gram baseline's, and pass@k with 95 % intervals.
+    """Bits per byte beside an n-gram baseline's, greedy accuracy and pass@k with 95 % intervals.
 
     `config.seed` must be the seed that `before` was pretrained with: it fixes which rows of the
-    corpus that model consumed, and the baseline is counted on exactly those.
+    corpus that model consumed, and the baseline is counted on exactly those. An imported model's
+    are not known, so it has no baseline.
     Documents are scored one by one: none attends to those packed before it in its row, even where
     pretraining did so (`pretrain.attend_across_documents`), for a checkpoint does not record that.
     DataError if a problem or row does not fit a model's context, before anything is sampled.
@@ -62,10 +70,14 @@ def evaluate(
     exam = _prepare(config, work, corpus, (before, after))
     if exam.prompts:
         work.tracker.start(steps=2 * len(exam.prompts), unit="problem")
+    imported = before.sequences_seen == 0
     comparison = Comparison(
-        baseline=_baseline(config, corpus, before, exam),
+        baseline={} if imported else _baseline(config, corpus, before, exam),
+        no_baseline="what the imported model consumed is not known" if imported else None,
         before=_measure(config, work, exam, before, "before"),
         after=_measure(config, work, exam, after, "after"),
+        pass_at=config.evaluate.pass_at,
+        overlap=exam.overlap,
     )
     figures = headline(comparison)
     work.lease.check()
@@ -109,7 +121,14 @@ def _prepare(
         max_new_tokens=config.evaluate.max_new_tokens,
     )
     lengths_V = byte_lengths(corpus.path("tokenizer.json"))
-    return Exam(text=text, lengths_V=lengths_V, tokenizer=tokenizer, prompts=prompts)
+    statistics = json.loads(corpus.path("statistics.json").read_text(encoding="utf-8"))
+    return Exam(
+        text=text,
+        lengths_V=lengths_V,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        overlap=statistics["held_out_in_training"],
+    )
 
 
 def _held_out_text(config: EvaluateSpec, corpus: Corpus) -> dict[str, NDArray[np.int64]]:
@@ -152,8 +171,7 @@ def _measure(
     bits_per_byte = total(text.values()).bits_per_byte
     work.tracker.note(f"{side} post-training: {bits_per_byte:.4f} bits per byte of held-out text")
     answered = _answer_problems(config, work, exam, checkpoint, side) if exam.prompts else []
-    pass_at = pass_rates(answered, config.evaluate.pass_at) if answered else {}
-    return Findings(text=text, answered=answered, pass_at=pass_at)
+    return Findings(text=text, answered=answered)
 
 
 def _read_text(exam: Exam, checkpoint: Checkpoint) -> dict[str, TextScore]:
@@ -168,16 +186,19 @@ def _answer_problems(
 ) -> list[Answered]:
     answered: list[Answered] = []
     first_step = len(exam.prompts) if side == "after" else 0
+    asked, end_tokens = config.evaluate, read_end_tokens(checkpoint.path())
     with open_generation(work.machines, checkpoint.path()) as pool:
-        for part in answer(
+        for part in ask(
             pool.sample,
             exam.prompts,
-            config.evaluate,
+            Sampling(asked.max_new_tokens, asked.temperature, end_tokens),
+            samples_per_problem=asked.samples_per_problem,
             seed=config.seed,
-            answer_text=partial(answer_text, exam.tokenizer),
+            answer_text=partial(answer_text, exam.tokenizer, end_tokens=end_tokens),
         ):
             answered += part
-            rates = pass_rates(answered, config.evaluate.pass_at)
-            metrics = {f"{side}_pass_at_{k}": rate.mean for k, rate in rates.items()}
+            metrics = {f"{side}_greedy_accuracy": greedy_accuracy(answered).mean}
+            for k in asked.pass_at:
+                metrics[f"{side}_pass_at_{k}"] = mean_over_problems(pass_values(answered, k)).mean
             work.tracker.log(metrics, step=first_step + len(answered))
     return answered

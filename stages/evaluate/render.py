@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from stages.evaluate.estimators import Estimate
-from stages.evaluate.problems import Answered
+from stages.answers import Answered, all_right_values, pass_values
+from stages.estimators import Estimate, mean_over_problems, paired_gain
 from stages.evaluate.text import TextScore, total
 
 _SHOWN_PROBLEMS = 8
@@ -31,9 +31,7 @@ class Findings:
     text: Mapping[str, TextScore]
     """By source."""
     answered: Sequence[Answered]
-    """The same problems in the same order for every model."""
-    pass_at: Mapping[int, Estimate]
-    """By k; empty if the corpus holds no problems."""
+    """The same problems in the same order for every model; none if the corpus holds none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +39,14 @@ class Comparison:
     """What both models and the baseline made of the same text and problems."""
 
     baseline: Mapping[str, Baseline]
-    """By source."""
+    """By source; empty where it cannot be had."""
+    no_baseline: str | None
+    """Why it cannot."""
     before: Findings
     after: Findings
+    pass_at: tuple[int, ...]
+    overlap: Mapping[str, Any]
+    """What training text and held-out data had in common, as the corpus records it."""
 
     @property
     def sides(self) -> dict[Side, Findings]:
@@ -55,97 +58,180 @@ class Comparison:
         """Each problem as answered before and after."""
         return list(zip(self.before.answered, self.after.answered, strict=True))
 
+    def measures(self) -> dict[str, dict[Side, list[float]]]:
+        """Values in [0, 1], one a problem, by measure and model; none without problems."""
+        if not self.before.answered:
+            return {}
+        samples = len(self.before.answered[0].answers)
+        found: dict[str, dict[Side, list[float]]] = {"greedy_accuracy": {}}
+        found |= {f"pass_at_{k}": {} for k in self.pass_at} | {f"all_of_{samples}": {}}
+        for side, one in self.sides.items():
+            found["greedy_accuracy"][side] = [float(a.greedy_correct) for a in one.answered]
+            for k in self.pass_at:
+                found[f"pass_at_{k}"][side] = pass_values(one.answered, k)
+            found[f"all_of_{samples}"][side] = all_right_values(one.answered)
+        return found
+
 
 def headline(comparison: Comparison) -> dict[str, float]:
     """Key figures by flat metric name; bits per byte are over all sources together."""
-    ngram = total([entry.score for entry in comparison.baseline.values()])
-    figures = {"ngram_bits_per_byte": ngram.bits_per_byte}
+    figures = {}
+    if comparison.baseline:
+        ngram = total([entry.score for entry in comparison.baseline.values()])
+        figures["ngram_bits_per_byte"] = ngram.bits_per_byte
     for side, found in comparison.sides.items():
         figures[f"{side}_bits_per_byte"] = total(found.text.values()).bits_per_byte
-        for k, rate in found.pass_at.items():
-            figures[f"{side}_pass_at_{k}"] = rate.mean
-            figures[f"{side}_pass_at_{k}_low"] = rate.low
-            figures[f"{side}_pass_at_{k}_high"] = rate.high
-    for k, rate in comparison.after.pass_at.items():
-        figures[f"pass_at_{k}_gain"] = rate.mean - comparison.before.pass_at[k].mean
+    for measure, values in comparison.measures().items():
+        for side, some in values.items():
+            figures |= _named(f"{side}_{measure}", mean_over_problems(some))
+        figures |= _named(f"{measure}_gain", paired_gain(values["before"], values["after"]))
     return figures
+
+
+def _named(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
 def render_json(comparison: Comparison) -> str:
     """Every number, and every problem with all answers of both models."""
+    measures = comparison.measures()
     record: dict[str, Any] = {
         "headline": headline(comparison),
         "ngram": {
             source: {**_text_record(entry.score), "bigram_weight": entry.bigram_weight}
             for source, entry in comparison.baseline.items()
         },
+        "no_ngram": comparison.no_baseline,
+        "held_out_in_training": comparison.overlap,
+        "gains": {
+            measure: asdict(paired_gain(values["before"], values["after"]))
+            for measure, values in measures.items()
+        },
     }
     for side, found in comparison.sides.items():
         record[side] = {
             "text": {source: _text_record(score) for source, score in found.text.items()},
-            "pass_at": {str(k): asdict(rate) for k, rate in found.pass_at.items()},
+            "problems": {
+                measure: asdict(mean_over_problems(values[side]))
+                for measure, values in measures.items()
+            },
         }
     record["problems"] = [
         {
             "id": before.problem.id,
             "prompt": before.problem.prompt,
             "answer": before.problem.answer,
-            "before": {"answers": before.answers, "correct": sum(before.correct)},
-            "after": {"answers": after.answers, "correct": sum(after.correct)},
+            "before": _answers_record(before),
+            "after": _answers_record(after),
         }
         for before, after in comparison.pairs
     ]
     return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
 
 
+def _answers_record(answered: Answered) -> dict[str, Any]:
+    return {
+        "greedy": answered.greedy,
+        "greedy_correct": answered.greedy_correct,
+        "answers": answered.answers,
+        "correct": sum(answered.correct),
+    }
+
+
 def render_markdown(comparison: Comparison) -> str:
-    """One table of measurements, and a few problems with both models' first answers."""
-    before, after = comparison.before, comparison.after
-    columns = [before.text, after.text]
-    columns += [{source: entry.score for source, entry in comparison.baseline.items()}]
-    whole = [f"{total(column.values()).bits_per_byte:.4f}" for column in columns]
-    lines = [
-        "# Evaluation",
-        "",
-        _row("", "pretrained", "post-trained", "bigram + unigram"),
-        "|---|---:|---:|---:|",
-        _row("bits per byte, all held-out text", *whole),
-    ]
-    for source in before.text:
-        each = [f"{column[source].bits_per_byte:.4f}" for column in columns]
-        lines.append(_row(f"bits per byte, {_plain(source)}", *each))
-    for k in before.pass_at:
-        rates = _percent(before.pass_at[k]), _percent(after.pass_at[k])
-        lines.append(_row(f"pass@{k}", *rates, ""))
-    lines += [
-        "",
-        "Bits per byte: fewer are better. The bigram is counted on exactly the tokens that the "
-        "model consumed, and its weight chosen in its favour on the held-out text. Documents are "
-        "scored one by one: no model sees the one before.",
-        "",
-        *_problem_lines(comparison.pairs),
-        "",
-    ]
+    """One table of measurements, what they cover, and a few problems with both models' answers."""
+    lines = ["# Evaluation", "", *_table(comparison), "", *_text_lines(comparison), ""]
+    lines += [*_problem_lines(comparison), ""]
     return "\n".join(lines)
 
 
-def _problem_lines(pairs: Sequence[tuple[Answered, Answered]]) -> list[str]:
+def _table(comparison: Comparison) -> list[str]:
+    """Bits per byte and what the problems gave, both models side by side."""
+    before, after = comparison.before, comparison.after
+    columns = [before.text, after.text]
+    heads = ["", "pretrained", "post-trained", "gain"]
+    if comparison.baseline:
+        columns.append({source: entry.score for source, entry in comparison.baseline.items()})
+        heads.append("bigram + unigram")
+
+    def row(name: str, cells: list[str]) -> str:
+        # Text has no gain, problems no baseline.
+        return _row(name, *cells[:2], "", *cells[2:])
+
+    whole = [f"{total(column.values()).bits_per_byte:.4f}" for column in columns]
+    lines = [_row(*heads), "|---" + "|---:" * (len(heads) - 1) + "|"]
+    lines.append(row("bits per byte, all held-out text", whole))
+    for source in before.text:
+        each = [f"{column[source].bits_per_byte:.4f}" for column in columns]
+        lines.append(row(f"bits per byte, {_plain(source)}", each))
+    for measure, values in comparison.measures().items():
+        rates = [_percent(mean_over_problems(some)) for some in values.values()]
+        gain = _points(paired_gain(values["before"], values["after"]))
+        lines.append(_row(_label(measure), *rates, gain, *[""] * (len(heads) - 4)))
+    return lines
+
+
+def _label(measure: str) -> str:
+    """What a table calls a measure."""
+    if measure.startswith("pass_at_"):
+        return f"pass@{measure.removeprefix('pass_at_')}"
+    if measure.startswith("all_of_"):
+        return f"all {measure.removeprefix('all_of_')} samples right"
+    return "right greedily"
+
+
+def _text_lines(comparison: Comparison) -> list[str]:
+    """What bits per byte are measured against, and how clean the held-out data is."""
+    baseline = (
+        "The bigram is counted on exactly the tokens that the model consumed, and its weight "
+        "chosen in its favour on the held-out text. "
+        if comparison.baseline
+        else f"There is no n-gram baseline: {comparison.no_baseline}. "
+    )
+    found = comparison.overlap
+    clean = (
+        f"Of the held-out text {found['text_share_in_training_before']:.2%} stood in training text "
+        f"too ({found['compared']}), and {found['text_share_in_training_after']:.2%} after it was "
+        f"cut there; of {found['problems']:,} held-out problems "
+        f"{found['problems_in_training_before']:,} were stated in training text with an answer, "
+        f"and {found['problems_in_training_after']:,} after they were cut. In all "
+        f"{found['cut_share_of_training_text']:.2%} of the training text was cut."
+    )
+    if comparison.no_baseline:
+        clean += " What an imported model was trained on before is not known here."
+    return [
+        f"Bits per byte: fewer are better. {baseline}Documents are scored one by one: no model "
+        "sees the one before.",
+        "",
+        clean,
+    ]
+
+
+def _problem_lines(comparison: Comparison) -> list[str]:
+    pairs = comparison.pairs
     if not pairs:
-        return ["The corpus holds out no problems, so pass@k is not measured."]
+        return ["The corpus holds out no problems, so no answers are measured."]
     samples = len(pairs[0][0].answers)
     lines = [
-        f"pass@k: {len(pairs)} held-out problems, {samples} answers each; 95 % intervals over "
-        "problems in brackets.",
+        f"Problems: {len(pairs)} held-out ones, each answered greedily once (the likeliest token "
+        f"every time) and {samples} times by sampling. pass@k is the chance that one of k samples "
+        "is right.",
         "",
-        "## Some problems, with each model's first answer",
+        "In brackets: 95 % intervals. They cover the choice of problems, and with it the chance in "
+        "sampling their answers: another draw of as many problems would give such figures. Gains "
+        "are paired, problem by problem. They do not cover training: another training seed, or "
+        "another machine, gives another model, whose figures may well lie outside; to see that, "
+        "train several times.",
         "",
-        _row("problem", "right answer", "pretrained", "right", "post-trained", "right"),
+        "## Some problems, with each model's greedy answer",
+        "",
+        _row("problem", "right answer", "pretrained", "sampled", "post-trained", "sampled"),
         "|---|---|---|---:|---|---:|",
     ]
     for before, after in pairs[:_SHOWN_PROBLEMS]:
         row = [_code(before.problem.prompt), _code(before.problem.answer)]
         for side in (before, after):
-            row += [_code(side.answers[0]), f"{sum(side.correct)} of {samples}"]
+            row += [_code(side.greedy), f"{sum(side.correct)} of {samples} right"]
         lines.append(_row(*row))
     return lines
 
@@ -160,6 +246,11 @@ def _row(*cells: str) -> str:
 
 def _percent(rate: Estimate) -> str:
     return f"{rate.mean:.1%} [{rate.low:.1%}, {rate.high:.1%}]"
+
+
+def _points(gain: Estimate) -> str:
+    """A difference of shares, in percentage points."""
+    return f"{100 * gain.mean:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] points"
 
 
 def _plain(text: str) -> str:

@@ -2,62 +2,109 @@
 
 import json
 import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
-from configs.delivery import ExportSpec, Target
+from configs.delivery import ExportSpec, Target, Variant
 from configs.errors import ExportError
 from configs.model import ModelConfig
 from model.transformer import Transformer
+from model.weights.families import unfusable
 from model.weights.files import load_pretrained
-from stages.artifacts import Bundle, Checkpoint, Corpus, Parity
+from stages.artifacts import Asked, Bundle, Checkpoint, Corpus, Parity
 from stages.contract import Workspace, stage
-from stages.export import parity
+from stages.conventions import (
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
+    Conventions,
+    as_field,
+    read_conventions,
+)
+from stages.export import parity, served
 from stages.export.ascend import Int8Rows
-from stages.export.card import render
+from stages.export.card import Served, render
+from stages.export.client import Client
 from stages.export.cuda import Fp8Blocks
 from stages.export.formats import Bf16, Format
 from stages.export.tensors import TensorFolder, write_json, write_weights
-from stages.shards import BOS_ID, EOS_ID, Int64
-from stages.tokens import frame_texts
+from stages.shards import Int64
+from stages.tokens import TOKENIZER, served_record, write_tokenizer
 
 ENGRAM_ARCHITECTURE = "IngotEngramForCausalLM"
 """Known to no server, which therefore refuses a model whose memory it could not read."""
-PHASES = 3
-"""Each variant is written, proved and compared."""
+PHASES = 4
+"""Each variant is written, proved, compared and asked."""
 
 
-def formats(target: Target, model: ModelConfig) -> tuple[Format, ...]:
-    """The variants that a bundle for `target` holds."""
-    match target:
-        case "cuda":
-            return Bf16(model), Fp8Blocks(model)
-        case "ascend":
-            return Bf16(model), Int8Rows(model)
+def formats(
+    target: Target, model: ModelConfig, variants: Collection[Variant] = ("bf16", "fp8", "w8a8")
+) -> tuple[Format, ...]:
+    """The variants that a bundle for `target` holds, of those asked for.
+
+    ExportError if FP8 is among them and servers would read this model's wrongly, or if none is.
+    """
+    quantised: Format = Fp8Blocks(model) if target == "cuda" else Int8Rows(model)
+    forms = tuple(form for form in (Bf16(model), quantised) if form.variant in variants)
+    if not forms:
+        raise ExportError(
+            f"export.variants = {sorted(variants)}: none of them is one for {target}, which has "
+            f"bf16 and {quantised.variant}; name one of these"
+        )
+    if isinstance(forms[-1], Fp8Blocks) and (ragged := unfusable(model)):
+        raise ExportError(
+            f"export.variants asks for fp8, but of this model {', '.join(ragged)} is no multiple "
+            "of 128: servers load matrices of so many rows into one with those that follow, and "
+            "would scale rows by another block's scale without a word; leave fp8 out "
+            '(export.variants = ["bf16", "w8a8"]), or train a model of other sizes'
+        )
+    return forms
 
 
-@stage(revision=1)
+@stage(revision=2)
 def export(
     config: ExportSpec, work: Workspace, *, corpus: Corpus, checkpoint: Checkpoint
 ) -> Bundle:
     """One folder per variant, each compared with `checkpoint` before this returns.
 
-    ExportError, and no bundle, if a variant does not reproduce its source or does not fit on disk.
+    ExportError, and no bundle, if a variant does not reproduce its source, does not encode text as
+    its source was trained to read it, or does not fit on disk.
     """
+    forms = formats(config.target, checkpoint.model, config.export.variants)
     source = TensorFolder(checkpoint.path())
-    forms = formats(config.target, checkpoint.model)
     _check_disk(source, forms, Path(work.out))
+    conventions = read_conventions(
+        checkpoint.path(), max_tokens=checkpoint.model.max_position_embeddings
+    )
     rows_NS = parity.held_out_rows(corpus, config.export.parity_prompts, seed=config.seed)
     reference = load_pretrained(checkpoint.path())
+    exam = served.Examination(
+        corpus,
+        checkpoint.path(),
+        reference,
+        conventions.end_tokens,
+        rows_NS,
+        config.export,
+        seed=config.seed,
+    )
     work.tracker.start(steps=PHASES * len(forms), unit="steps")
+    proof = _Proof(config, work, source, reference, rows_NS, exam)
     figures: dict[str, Parity] = {}
+    asked: dict[str, Asked] = {}
     for number, form in enumerate(forms):
         first = number * PHASES + 1
-        weight_bytes = _write(config, work, source, form, checkpoint, step=first)
-        measured = _prove(config, work, source, form, reference, rows_NS, step=first + 1)
-        card = render(config.target, form.variant, measured, weight_bytes, corpus, checkpoint)
+        weight_bytes = _write(config, work, source, form, checkpoint, conventions, step=first)
+        figures[form.variant], answers = _prove(proof, form, step=first + 1)
+        if answers is not None:
+            asked[form.variant] = answers
+        card = render(
+            Served(config.target, form.variant, figures[form.variant], answers, weight_bytes),
+            corpus,
+            checkpoint,
+            conventions,
+        )
         Path(work.out, form.variant, "README.md").write_text(card, encoding="utf-8")
-        figures[form.variant] = measured
-    return Bundle(uri=work.out, target=config.target, parity=figures)
+    return Bundle(uri=work.out, target=config.target, parity=figures, asked=asked)
 
 
 def _check_disk(source: TensorFolder, forms: tuple[Format, ...], out: Path) -> None:
@@ -76,6 +123,7 @@ def _write(
     source: TensorFolder,
     form: Format,
     checkpoint: Checkpoint,
+    conventions: Conventions,
     *,
     step: int,
 ) -> int:
@@ -91,63 +139,74 @@ def _write(
         max_shard_bytes=config.export.max_shard_bytes,
         before_write=work.lease.check,
     )
-    _write_config(folder, form, checkpoint)
+    _write_config(folder, form, checkpoint, conventions)
     for name, body in form.side_files(source.names).items():
         write_json(folder / name, body)
     work.tracker.log({f"{form.variant}/weight_bytes": weight_bytes}, step=step)
     return weight_bytes
 
 
-def _write_config(folder: Path, form: Format, checkpoint: Checkpoint) -> None:
+def _write_config(
+    folder: Path, form: Format, checkpoint: Checkpoint, conventions: Conventions
+) -> None:
     """The source's config in this variant's dtype, and what tokenizer and sampler need to know."""
     config = json.loads(checkpoint.path("config.json").read_text())
     config.pop("quantization_config", None)
     config |= {"dtype": "bfloat16", **form.config_entries}
+    config["eos_token_id"] = as_field(conventions.end_tokens)
     if checkpoint.model.engram is not None:
         # A server that knows the family would leave the memory out and say nothing.
         config["architectures"] = [ENGRAM_ARCHITECTURE]
     write_json(folder / "config.json", config)
-    shutil.copyfile(checkpoint.path("tokenizer.json"), folder / "tokenizer.json")
-    begin, end = frame_texts(checkpoint.path("tokenizer.json"))
-    tokenizer = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": begin,
-        "eos_token": end,
-        "pad_token": end,
-        "model_max_length": checkpoint.model.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
-    }
-    write_json(folder / "tokenizer_config.json", tokenizer)
-    generation = {
-        "bos_token_id": BOS_ID,
-        "eos_token_id": EOS_ID,
-        "pad_token_id": EOS_ID,
-        "do_sample": True,
-        "temperature": 1.0,
-    }
-    write_json(folder / "generation_config.json", generation)
+    write_tokenizer(folder / TOKENIZER, served_record(checkpoint.path(TOKENIZER)))
+    write_json(folder / TOKENIZER_CONFIG, conventions.tokenizer)
+    write_json(folder / GENERATION_CONFIG, conventions.generation)
+    for name, template in conventions.templates.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(template, encoding="utf-8")
 
 
-def _prove(
-    config: ExportSpec,
-    work: Workspace,
-    source: TensorFolder,
-    form: Format,
-    reference: Transformer,
-    rows_NS: Int64,
-    *,
-    step: int,
-) -> Parity:
-    """Both proofs of one variant; ExportError if either fails."""
-    stored = TensorFolder(Path(work.out, form.variant))
-    share = parity.prove_weights(source, stored, form)
-    work.tracker.log({f"{form.variant}/weight_error_of_bound": share}, step=step)
-    measured = parity.compare(reference, parity.reload(stored, form, source.names), rows_NS)
-    named = {f"{form.variant}/{name}": value for name, value in measured.model_dump().items()}
-    work.tracker.log(named, step=step + 1)
-    parity.require(measured, form.variant, config.export)
-    work.tracker.note(
-        f"{form.variant}: {measured.top1_agreement:.2%} of {measured.positions:,} likeliest tokens "
-        f"as in the source, KL {measured.mean_kl_nats:.2g} nats"
+@dataclass(frozen=True, slots=True)
+class _Proof:
+    """What every variant is held to."""
+
+    config: ExportSpec
+    work: Workspace
+    source: TensorFolder
+    reference: Transformer
+    rows_NS: Int64
+    exam: served.Examination
+
+
+def _prove(proof: _Proof, form: Format, *, step: int) -> tuple[Parity, Asked | None]:
+    """All proofs of one variant; ExportError if one fails."""
+    work, config, variant = proof.work, proof.config.export, form.variant
+    folder = Path(work.out, variant)
+    stored = TensorFolder(folder)
+    share = parity.prove_weights(proof.source, stored, form)
+    fused = parity.prove_fused(stored, form) if isinstance(form, Fp8Blocks) else 0
+    work.tracker.log(
+        {f"{variant}/weight_error_of_bound": share, f"{variant}/fused_matrices": fused}, step=step
     )
-    return measured
+    model = parity.reload(stored, form, proof.source.names)
+    measured = parity.compare(proof.reference, model, proof.rows_NS)
+    named = {f"{variant}/{name}": value for name, value in measured.model_dump().items()}
+    work.tracker.log(named, step=step + 1)
+    parity.require(measured, variant, config)
+    client = Client(folder)
+    served.prove_text(client, proof.exam, variant)
+    asked = served.ask_variant(client, model, proof.exam)
+    told = f"{measured.top1_agreement:.2%} of {measured.positions:,} likeliest tokens as in the "
+    told += f"source, KL {measured.mean_kl_nats:.2g} nats"
+    if asked is not None:
+        named = {f"{variant}/{name}": value for name, value in asked.model_dump().items()}
+        work.tracker.log(named, step=step + 2)
+        served.require(asked, variant, config)
+        told += (
+            f"; of {asked.problems} problems {asked.greedy_accuracy:.1%} right greedily through "
+            f"its own files, {asked.source_greedy_accuracy:.1%} in the source"
+        )
+    else:
+        work.tracker.log({f"{variant}/problems": 0}, step=step + 2)
+    work.tracker.note(f"{variant}: {told}")
+    return measured, asked

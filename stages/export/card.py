@@ -7,8 +7,9 @@ from typing import Any
 
 from configs.model import ModelConfig, V4Config, V32Config
 from configs.v4 import AttentionKind
-from stages.artifacts import Checkpoint, Corpus, Parity, read_manifest
-from stages.tokens import frame_texts
+from stages.artifacts import Asked, Checkpoint, Corpus, Parity
+from stages.conventions import Conventions
+from stages.tokens import TOKENIZER, frame_texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +83,31 @@ Neither transformers nor the servers know this memory: they would leave it out, 
 another model."""
 
 
-def render(
-    target: str, variant: str, parity: Parity, weight_bytes: int, corpus: Corpus, source: Checkpoint
-) -> str:
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One variant, and what was found of it."""
+
+    target: str
+    variant: str
+    parity: Parity
+    asked: Asked | None
+    weight_bytes: int
+
+
+def render(served: Served, corpus: Corpus, source: Checkpoint, conventions: Conventions) -> str:
     """Markdown for one variant. Says nothing that the artifacts do not record."""
-    model = source.model
-    begin, end = frame_texts(source.path("tokenizer.json"))
+    model, variant, parity = source.model, served.variant, served.parity
     memory = ", with a memory of n-grams (Engram)" if model.engram else ""
     return f"""\
 ---
 library_name: {"ingot" if model.engram else "transformers"}
 pipeline_tag: text-generation
 ---
-# Ingot, {model.parameters() / 1e6:,.1f}M parameters, {variant} for {target}
+# Ingot, {model.parameters() / 1e6:,.1f}M parameters, {variant} for {served.target}
 
 A causal language model of the {_WORDS[model.family].kind}{memory}.
 
-{_stored(model, variant)} Weights: {weight_bytes:,} bytes.
+{_stored(model, variant)} Weights: {served.weight_bytes:,} bytes.
 
 {_shape(model)}
 ## How it was made
@@ -115,20 +124,61 @@ quantisation of activations adds is not in these figures.
 | positions with the same likeliest token | {parity.top1_agreement:.2%} |
 | mean KL(source, this) | {parity.mean_kl_nats:.3g} nats |
 | largest logit error | {parity.max_abs_logit_error:.3g} |
-
+{_answers(served.asked, conventions)}
 Each single weight was also held to half a rounding step of its format. Rounding can tip a token
 between two nearly tied experts, so the largest logit error may be far above the usual one.
 
 ## How to serve it
 
-{_serving(model, target, variant)}
+{_serving(model, served.target, variant)}
 
-A prompt must begin with `{begin}`, which the tokenizer does not add by itself.
-The model ends an answer with `{end}`.
+## How to speak to it
 
+{_speaking(source, conventions)}
 ## Limits
 
 {_limits(model, variant)}"""
+
+
+def _answers(asked: Asked | None, conventions: Conventions) -> str:
+    """What held-out problems came to, asked through the variant's own files."""
+    if asked is None:
+        return ""
+    rows = {
+        "right greedily, in the source": asked.source_greedy_accuracy,
+        "right greedily, through these files": asked.greedy_accuracy,
+        "right sampled, as `generation_config.json` says (pass@1)": asked.pass_at_1,
+    }
+    if conventions.brought is not None:
+        rows |= {
+            "right greedily, through the chat template": asked.chat_greedy_accuracy,
+            "right sampled, through the chat template (pass@1)": asked.chat_pass_at_1,
+        }
+    body = "".join(f"| {name} | {value:.1%} |\n" for name, value in rows.items())
+    return f"| of {asked.problems:,} held-out problems | |\n{body}"
+
+
+def _speaking(source: Checkpoint, conventions: Conventions) -> str:
+    """What stands in front of a prompt, what ends an answer, and what was brought along."""
+    begin, end = frame_texts(source.path(TOKENIZER))
+    ids = ", ".join(map(str, conventions.end_tokens))
+    lines = [
+        f"- Every text begins with `{begin}`, which the tokenizer puts in front by itself; "
+        f"documents were trained to end with `{end}`. Answers end with the token ids {ids}.",
+        "- Text that spells a special token becomes that token in most clients; to have it stay "
+        "text, as in training, call the tokenizer with `split_special_tokens=True`.",
+    ]
+    brought = conventions.brought
+    if brought is None:
+        lines.append(
+            "- The chat template lays one turn behind the other, with nothing between a question "
+            "and its answer: the model was not trained on conversations."
+        )
+    else:
+        carried = ", ".join(f"`{name}`" for name in brought.carried) or "nothing"
+        lines.append(f"- The model was made elsewhere. With it came {carried}, carried through.")
+        lines += [f"- {line[0].upper()}{line[1:]}." for line in brought.notes()]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _stored(model: ModelConfig, variant: str) -> str:
@@ -200,7 +250,7 @@ def _layers(model: ModelConfig) -> str:
 
 
 def _history(corpus: Corpus, source: Checkpoint) -> str:
-    manifest = read_manifest(source.uri)
+    manifest = source.manifest()
     read = f"Pretraining read {source.sequences_seen:,} rows."
     beginning = read if source.sequences_seen else "It began with weights made elsewhere."
     loss = "" if source.final_loss is None else f", at a loss of {source.final_loss:.4f}"
@@ -209,7 +259,7 @@ def _history(corpus: Corpus, source: Checkpoint) -> str:
   {corpus.vocab_size:,}; held out from training: {sum(corpus.held_out_rows.values()):,} rows and
   {corpus.held_out_problems:,} problems.
 {_training_text(corpus)}- {beginning}
-- The weights are those that stage `{manifest.stage}` left after step {source.step:,}{loss}
+- The weights are those that stage `{manifest.stage_name}` left after step {source.step:,}{loss}
   (artifact {manifest.fingerprint[:12]}).
 """
 

@@ -2,6 +2,7 @@
 
 1. `prove_weights` reads every stored tensor back and holds every element to the bound that the
    format states, half a rounding step; and every source tensor must be there exactly once.
+   `prove_fused` reads FP8 again as servers do that put several matrices into one.
 2. `compare` runs source and reloaded variant on the same held-out rows in float32.
 
 What is compared are weights: activations stay float32 on both sides. A server that quantises
@@ -10,7 +11,7 @@ not contain. The MTP layer takes no part in next-token logits; its weights are p
 
 Rounding can tip a token between two nearly tied experts, and its logits then move by far more than
 rounding alone moves them. So agreement and KL, which are means, are held to thresholds; the largest
-logit error is reported without one.
+logit error is reported without one. What a server is sent is text, which `served.py` tries.
 
 Axes: N rows, S tokens of a row, B rows of a batch, V vocabulary, P positions.
 """
@@ -27,9 +28,12 @@ from torch import Tensor
 from configs.delivery import ExportConfig
 from configs.errors import ExportError
 from configs.seed import derive
+from model.fp8.format import TILE
 from model.transformer import Transformer
+from model.weights.families import fused
 from model.weights.files import load_state, read_config
 from stages.artifacts import Corpus, Parity
+from stages.export.cuda import Fp8Blocks
 from stages.export.formats import Format
 from stages.export.tensors import TensorFolder
 from stages.shards import BOS_ID, Int64, Rows
@@ -90,6 +94,37 @@ def prove_weights(source: TensorFolder, stored: TensorFolder, form: Format) -> f
             )
         worst = max(worst, float(torch.where(error == 0, 0.0, error / bound).max()))
     return worst
+
+
+def prove_fused(stored: TensorFolder, form: Fp8Blocks) -> int:
+    """The number of fused matrices that servers would make of the stored ones, all read right.
+
+    vLLM and SGLang load some matrices below one another into one, and multiply it block by block:
+    the scales of a matrix whose rows begin at r are put into rows ceil(r / 128) of the joint grid,
+    and row i is scaled by row floor(i / 128) of it. ExportError if that is not what each matrix
+    says by itself.
+    """
+    groups = fused(form.model, stored.names)
+    for group in groups:
+        rows = [len(stored.read(name)) for name in group]
+        joint = [stored.read(form.parts(name)[1]).float() for name in group]
+        grid = torch.zeros(-(-sum(rows) // TILE), joint[0].shape[1])
+        begin = 0
+        for count, scales in zip(rows, joint, strict=True):
+            at = -(-begin // TILE)
+            grid[at : at + len(scales)] = scales[: len(grid) - at]
+            begin += count
+        values = torch.cat([stored.read(name).float() for name in group])
+        spread = grid[torch.arange(len(values)) // TILE].repeat_interleave(TILE, 1)
+        alone = torch.cat([form.decode(name, stored.read) for name in group])
+        wrong = (values * spread[:, : values.shape[1]] != alone).any(1)
+        if int(wrong.sum()):
+            raise ExportError(
+                f"{form.variant}: servers load {' and '.join(group)} as one matrix, and would read "
+                f"{int(wrong.sum())} of its {len(wrong)} rows by another block's scale; leave fp8 "
+                "out of export.variants"
+            )
+    return len(groups)
 
 
 def _error(decoded: Tensor, x: Tensor) -> Float[Tensor, "..."]:

@@ -1,5 +1,6 @@
-"""The loss-parity stage: step logs of trainings in both precisions in, a report out."""
+"""The loss-parity stage: loss histories of trainings in both precisions in, a report out."""
 
+import json
 import math
 from collections.abc import Mapping
 
@@ -10,7 +11,7 @@ from stages.artifacts import Checkpoint, Report
 from stages.contract import Workspace, stage
 from stages.loss_parity.gaps import Findings, Pair, compare
 from stages.loss_parity.render import headline, render_json, render_markdown, shortfall, verdict
-from stages.telemetry import METRICS, read_metrics
+from stages.telemetry import HISTORY
 
 PRECISIONS: tuple[Precision, ...] = ("fp8", "high")
 LOSS = "next_token_loss"
@@ -22,12 +23,12 @@ def run_name(precision: Precision, seed: int) -> str:
     return f"{precision}_{seed}"
 
 
-@stage(revision=1)
+@stage(revision=2)
 def loss_parity(config: ParitySpec, work: Workspace, **runs: Checkpoint) -> Report:
     """Compare the losses of one training in each precision for each seed.
 
     Takes `fp8_S` and `high_S` for each seed S of the config. DataError if one is lacking, or if a
-    step log lacks steps, has others than the rest, or holds a loss that is not finite.
+    history lacks steps, has others than the rest, or holds a loss that is not finite.
     """
     found = compare(_read_pairs(config, runs), config.parity)
     work.tracker.note(verdict(found))
@@ -73,11 +74,17 @@ def _read_pairs(config: ParitySpec, runs: Mapping[str, Checkpoint]) -> dict[int,
 
 
 def _read_losses(name: str, run: Checkpoint) -> list[float]:
-    """The loss of each step from the first to the checkpoint's."""
-    path = run.path(METRICS)
+    """The loss of each step from the first to the checkpoint's, as its manifest covers them."""
+    path = run.path(HISTORY)
     remedy = "rebuild this training with --force"
-    records = read_metrics(path)
-    steps, wanted = [record["step"] for record in records], list(range(1, run.step + 1))
+    try:
+        history = json.loads(path.read_text())
+        steps, losses = list(history["step"]), list(history[LOSS])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{name}: {path} cannot be read ({type(error).__name__}: {error}); {remedy}"
+        ) from None
+    wanted = list(range(1, run.step + 1))
     if steps != wanted:
         odd = sorted(set(steps) ^ set(wanted))
         where = f", the first that is missing or too many is {odd[0]}" if odd else ""
@@ -85,10 +92,10 @@ def _read_losses(name: str, run: Checkpoint) -> list[float]:
             f"{name}: {path} holds {len(steps)} steps of the {run.step} of this training{where}; "
             f"{remedy}"
         )
-    for record in records:
-        if LOSS not in record or not math.isfinite(record[LOSS]):
+    for step, loss in zip(steps, losses, strict=True):
+        if not isinstance(loss, int | float) or not math.isfinite(loss):
             raise DataError(
-                f"{name}: {path} says {LOSS} = {record.get(LOSS)} at step {record['step']}, where "
-                f"a finite number should stand; {remedy}"
+                f"{name}: {path} says {LOSS} = {loss} at step {step}, where a finite number should "
+                f"stand; {remedy}"
             )
-    return [record[LOSS] for record in records]
+    return losses

@@ -5,11 +5,11 @@ gradient step, push the new weights to the samplers under the next version. All 
 keyed on the step and the problem, so a resumed run repeats the interrupted one.
 """
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,16 @@ from model.fp8.drift import Drift
 from model.fp8.scheme import Numerics, settle
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace, stage
+from stages.conventions import carry, read_end_tokens
 from stages.posttrain.learner import GrpoLoss, NextTokenLogprobs, minibatches
 from stages.posttrain.rollout import ScoredRollout, check_staleness, group_rollouts, score
-from stages.prompts import Prompt, answer_text, encode_prompts, load_tokenizer
-from stages.shards import EOS_ID
-from stages.telemetry import MetricsFile, following, read_metrics
+from stages.prompts import Prompt, answer_text, encode_prompts
+from stages.telemetry import SAVES, MetricsFile, begin_metrics, following, write_history
+from stages.tokens import load_tokenizer
 from stages.verifiers import read_problems
 
 
-@stage(revision=3)
+@stage(revision=4)
 def posttrain(
     config: PosttrainSpec, work: Workspace, *, corpus: Corpus, base: Checkpoint
 ) -> Checkpoint:
@@ -49,7 +50,8 @@ def posttrain(
             'checkable answers; add a source of type = "arithmetic" to data.sources'
         )
     check_fp8("posttrain", rl, base.model)
-    run = _Run(config, work, base, load_tokenizer(base.path("tokenizer.json")))
+    end_tokens = read_end_tokens(base.path())
+    run = _Run(config, work, base, load_tokenizer(base.path("tokenizer.json")), end_tokens)
     # What cannot be computed is told before any worker is started. Workers compute on CPUs.
     settle(run.numerics, torch.device("cpu"))
     prompts = encode_prompts(
@@ -59,19 +61,19 @@ def posttrain(
         max_new_tokens=rl.max_new_tokens,
     )
     work.tracker.start(steps=rl.steps, unit="step")
-    saved = checkpoint.latest(run.saves)
     # Steps after the last save will be made again, and are not to be shown until then.
-    MetricsFile(work.out, resume_step=saved[1] if saved else 0)
-    with following(work.out, work.tracker):
+    begin_metrics(work, checkpoint.latest(*run.saves))
+    with following(work.beside(), work.tracker):
         final = _with_restarts(run, prompts)
     checkpoint.consolidate(final, base.model, work.path())
-    shutil.copy(base.path("tokenizer.json"), work.path("tokenizer.json"))
+    carry(base.path(), work.path())
+    records = write_history(work)
     return Checkpoint(
         uri=work.out,
         step=rl.steps,
         sequences_seen=base.sequences_seen,
         model=base.model,
-        final_loss=read_metrics(work.path("metrics.jsonl"))[-1]["loss"],
+        final_loss=records[-1]["loss"],
     )
 
 
@@ -83,6 +85,8 @@ class _Run:
     work: Workspace
     base: Checkpoint
     tokenizer: Tokenizer
+    end_tokens: tuple[int, ...]
+    """Ids that end an answer."""
 
     @property
     def numerics(self) -> Numerics:
@@ -90,8 +94,9 @@ class _Run:
         return Numerics(rl.precision, rl.fp8, self.work.machines.fp8_backend)
 
     @property
-    def saves(self) -> Path:
-        return self.work.path("resume", "saves")
+    def saves(self) -> list[Path]:
+        """Where this build saves, and then where earlier ones did."""
+        return self.work.resumable(SAVES)
 
 
 def _with_restarts(run: _Run, prompts: Sequence[Prompt]) -> Path:
@@ -113,11 +118,12 @@ def _with_restarts(run: _Run, prompts: Sequence[Prompt]) -> Path:
 
 def _train(run: _Run, prompts: Sequence[Prompt]) -> Path:
     rl = run.config.posttrain
-    saved = checkpoint.latest(run.saves)
+    own, *earlier = run.saves
+    saved = checkpoint.latest(own, *earlier)
     done = saved[1] if saved else 0
     if saved and done == rl.steps:
         return saved[0]
-    log = MetricsFile(run.work.out, resume_step=done)
+    log = MetricsFile(run.work.beside(), resume_step=done)
     with _pools(run) as (trainers, samplers):
         drift, first = Drift(), trainers.news()
         if saved:
@@ -138,8 +144,8 @@ def _train(run: _Run, prompts: Sequence[Prompt]) -> Path:
             log.append(metrics | _describe(rollouts) | first, step=step)
             first = {}
             if step % rl.checkpoint_every_steps == 0 or step == rl.steps:
-                trainers.save(run.saves, step=step)
-    saved = checkpoint.latest(run.saves)
+                trainers.save(own, step=step, earlier=earlier)
+    saved = checkpoint.latest(own)
     assert saved is not None
     return saved[0]
 
@@ -174,12 +180,13 @@ def _sample(
         for slot, prompt in enumerate(chosen)
         for index in range(rl.group_size)
     ]
-    sampling = Sampling(rl.max_new_tokens, rl.temperature, (EOS_ID,))
+    sampling = Sampling(rl.max_new_tokens, rl.temperature, run.end_tokens)
     samples = samplers.sample(repeated, sampling, seeds)
     groups = group_rollouts(chosen, samples, group_size=rl.group_size)
     for group in groups:
         check_staleness(group, policy_version=step - 1, max_staleness=0)
-    return score(groups, answer_text=lambda token_ids: answer_text(run.tokenizer, token_ids))
+    read = partial(answer_text, run.tokenizer, end_tokens=run.end_tokens)
+    return score(groups, answer_text=read)
 
 
 def _learn(

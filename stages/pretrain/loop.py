@@ -17,12 +17,11 @@ from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace, stage
 from stages.pretrain.batches import PackedBatches
 from stages.pretrain.objective import PretrainLoss
-from stages.prompts import load_tokenizer
-from stages.telemetry import MetricsFile, following, open_metrics, read_metrics
-from stages.tokens import vocabulary_size
+from stages.telemetry import SAVES, begin_metrics, following, open_metrics, write_history
+from stages.tokens import load_tokenizer, vocabulary_size
 
 
-@stage(revision=3)
+@stage(revision=4)
 def pretrain(config: PretrainSpec, work: Workspace, *, corpus: Corpus) -> Checkpoint:
     """Train a model on the corpus, over expert-parallel workers."""
     if corpus.vocab_size > config.model.vocab_size:
@@ -34,19 +33,20 @@ def pretrain(config: PretrainSpec, work: Workspace, *, corpus: Corpus) -> Checkp
     # What cannot be computed is told before any worker is started. Workers compute on CPUs.
     settle(_numerics(config, work), torch.device("cpu"))
     work.tracker.start(steps=config.pretrain.steps, unit="step")
-    saved = latest(Path(job.saves))
+    saved = latest(*map(Path, job.saves))
     # Steps after the last save will be made again, and are not to be shown until then.
-    MetricsFile(work.out, resume_step=saved[1] if saved else 0)
-    with following(work.out, work.tracker):
-        final = fit(job, work.machines, work.out)
+    begin_metrics(work, saved)
+    with following(work.beside(), work.tracker):
+        final = fit(job, work.machines, work.out, str(work.beside("ray")))
     consolidate(final, config.model, work.path())
     shutil.copy(corpus.path("tokenizer.json"), work.path("tokenizer.json"))
+    records = write_history(work)
     return Checkpoint(
         uri=work.out,
         step=config.pretrain.steps,
         sequences_seen=config.pretrain.steps * config.pretrain.batch_sequences,
         model=config.model,
-        final_loss=read_metrics(work.path("metrics.jsonl"))[-1]["loss"],
+        final_loss=records[-1]["loss"],
     )
 
 
@@ -64,8 +64,8 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus) -> FitJob:
         learning_rate=partial(learning_rate, train),
         source=PackedBatches(str(corpus.path("train")), train.batch_sequences, config.seed),
         loss=partial(loss_at, train),
-        saves=str(work.path("resume", "saves")),
-        open_log=partial(open_metrics, work.out),
+        saves=tuple(map(str, work.resumable(SAVES))),
+        open_log=partial(open_metrics, str(work.beside())),
         may_write=work.lease.check,
         threads=work.machines.threads_per_worker,
         vocabulary=vocabulary(corpus.path("tokenizer.json")) if config.model.engram else None,

@@ -24,8 +24,10 @@ from torch import nn
 from configs.model import ModelConfig, V3Config, V4Config, V32Config
 from model.attention import LatentAttention
 from model.compressed import CompressedAttention
+from model.fp8.scheme import Numerics
 from model.passes import Whole
 from model.sparse import SparseLatentAttention
+from tests.bench import machine
 
 LENGTHS = [4096, 8192, 16384, 32768, 65536]
 THREADS = 1
@@ -60,6 +62,7 @@ KINDS = {
     "heavily compressed (HCA)": "128 tokens, and every block of 128",
 }
 MEBIBYTE = 2**20
+HIGH = Numerics("high")
 
 
 def build(kind: str) -> nn.Module:
@@ -68,10 +71,10 @@ def build(kind: str) -> nn.Module:
     config: ModelConfig
     if kind.startswith("dense"):
         config = V3Config.model_validate(LATENT)
-        layer = LatentAttention(config, "high")
+        layer = LatentAttention(config, HIGH)
     elif kind.startswith("sparse"):
         config = V32Config.model_validate(LATENT | INDEX | {"family": "v32", "index_topk": 512})
-        layer = SparseLatentAttention(config, "high")
+        layer = SparseLatentAttention(config, HIGH)
     else:
         ratio = 4 if "sparse" in kind else 128
         config = V4Config.model_validate(
@@ -89,7 +92,7 @@ def build(kind: str) -> nn.Module:
                 "index_topk": 128,
             }
         )
-        layer = CompressedAttention(config, 0, "high")
+        layer = CompressedAttention(config, 0, HIGH)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -176,6 +179,7 @@ def main(folder: Path) -> None:
     lines += [f"- **{kind}** attends to {what}." for kind, what in KINDS.items()]
     lines += [
         "",
+        f"Machine: {machine.describe()}.",
         f"Hidden width {HIDDEN}, 16 heads, 4 index heads, float32 on {THREADS} CPU thread.",
         "*Reading* is a forward pass without gradients, *training* forward and backward. Peaks are",
         "above what the process held before. Made by `python -m tests.bench.attention_cost docs`,",

@@ -29,6 +29,7 @@ from configs.train import OptimConfig
 from model.loss import UNSCORED, linear_cross_entropy
 from model.optim import adamw
 from model.transformer import Transformer
+from tests.bench import machine
 
 pytestmark = pytest.mark.slow
 
@@ -132,7 +133,7 @@ def our_step(model: Transformer, optim: OptimConfig) -> Step:
         targets_BS[:, :-1] = tokens_BS[:, 1:]
         predicted = model.predict(tokens_BS)
         total = linear_cross_entropy(
-            predicted.next_BSD.flatten(0, 1), predicted.head_VD, targets_BS.flatten()
+            predicted.next_BSD.flatten(0, 1), predicted.head.weight, targets_BS.flatten()
         )
         return total / (tokens_BS.numel() - len(tokens_BS))
 
@@ -201,6 +202,7 @@ def main() -> float:
     """Print the table; the least of the ratios."""
     torch.set_num_threads(THREADS)
     tokens, least = ROWS * LENGTH, float("inf")
+    print(machine.describe())
     print(f"training step, float32, {THREADS} threads, batch {ROWS} x {LENGTH}, tokens/s:")
     print(
         f"{'':26}{'Ingot':>8}{'transformers':>14}{'ratio':>7}{'default':>9}{'of matmul peak':>16}"

@@ -23,6 +23,7 @@ from transformers import DeepseekV3ForCausalLM
 from configs.model import V3Config
 from model.decode import generate
 from model.transformer import Transformer
+from tests.bench import machine
 from tests.bench.test_against_transformers import SHAPES, THREADS, run_apart, theirs
 
 pytestmark = pytest.mark.slow
@@ -102,6 +103,7 @@ def main() -> float:
     """Print the table; the least of the ratios."""
     torch.set_num_threads(THREADS)
     tokens, least = ROWS * NEW, float("inf")
+    print(machine.describe())
     print(f"sampling {NEW} tokens after {PROMPT}, float32, {THREADS} threads, batch {ROWS},")
     print(f"{'new tokens/s:':26}{'Ingot':>8}{'transformers':>14}{'ratio':>7}")
     for name, config in SHAPES.items():

@@ -14,6 +14,7 @@ from configs.model import V3Config
 from configs.recipe import load_recipe
 from configs.train import Precision
 from stages.pretrain.objective import PretrainLoss
+from tests.bench import machine
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +73,7 @@ def test_an_fp8_step_against_a_float32_step(name: str, sequences: int) -> None:
     model = TINY.model if name == "tiny" else WIDE
     assert isinstance(model, V3Config)
     with one_thread():
+        told = machine.describe()
         trainers = {precision: trainer(model, precision) for precision in PRECISIONS}
         batch = batch_of(sequences)
         times: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
@@ -82,8 +84,9 @@ def test_an_fp8_step_against_a_float32_step(name: str, sequences: int) -> None:
     tokens = batch["tokens"].numel()
     rate = {precision: tokens / statistics.median(taken[1:]) for precision, taken in times.items()}
     ratio = statistics.median(ratios)
+    print(f"\n{told}")
     print(
-        f"\n{name}: fp8 {rate['fp8']:,.0f} tokens/s, float32 {rate['high']:,.0f}; an fp8 step "
+        f"{name}: fp8 {rate['fp8']:,.0f} tokens/s, float32 {rate['high']:,.0f}; an fp8 step "
         f"takes {ratio:.2f} times a float32 step (median of {len(ratios)}, {min(ratios):.2f} to "
         f"{max(ratios):.2f}; limit {LIMITS[name]})"
     )

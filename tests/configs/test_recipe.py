@@ -252,6 +252,8 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
             "may stay 39% wrong for ever; set moments = 'float32' beside it",
         ),
         ("pretrain.fp8=high", "pretrain.fp8 = 'high': should be a table"),
+        ("export.variants=['fp8']", "export.variants = ['fp8'] has none for ascend of"),
+        ("export.variants=['int4']", "export.variants"),
         ("pretrain.fp8.fp4_experts=ja", "fp4_experts = 'ja': should be true or false"),
         ("pretrain.steps=many", "steps = 'many': should be a whole number"),
         ("parity.seeds=0", "parity.seeds = 0: should be a list, as [0, 1]"),

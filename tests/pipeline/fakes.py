@@ -17,11 +17,13 @@ from configs.model import V3Config
 from configs.parallel import ClusterConfig, StoreConfig
 from pipeline.decide import Examiner
 from pipeline.graph import Graph, Selection, make_graph
-from pipeline.records import Invocation, Run, new_run_id
+from pipeline.lease import this_process
+from pipeline.records import Built, Invocation, Reused, Run, new_run_id
 from pipeline.runner import Listener, Setting, realise
 from pipeline.store import Store
-from stages.artifacts import Bundle, Checkpoint, Corpus, Parity, Report
+from stages.artifacts import Bundle, Checkpoint, Corpus, Parity, Report, read_manifest
 from stages.contract import Planned, Workspace, stage
+from stages.hashing import Hashes
 from stages.telemetry import MetricsFile, following
 
 RECIPE = "fake"
@@ -56,10 +58,10 @@ def _begin(config: FakeConfig, work: Workspace, name: str) -> None:
     if config.fails:
         raise TrainingError(f"{name} was told to fail")
     text = f"{name} {config.steps} {time.time_ns() if config.differs else 0}"
-    Path(work.out, "weights.bin").write_text(text)
+    work.path("weights.bin").write_text(text)
 
 
-def _reads(config: FakeConfig) -> Mapping[str, Any]:
+def _reads(config: FakeConfig, hashes: Hashes) -> Mapping[str, Any]:
     return {"python": "3.11.0"}
 
 
@@ -81,17 +83,17 @@ def gather(config: FakeConfig, work: Workspace) -> Corpus:
 @stage(revision=1)
 def train(config: FakeConfig, work: Workspace, *, corpus: Corpus) -> Checkpoint:
     """A checkpoint with a step log; the loss of step k is 1 / k."""
-    with following(work.out, work.tracker):
+    with following(work.beside(), work.tracker):
         work.tracker.start(steps=config.steps, unit="step")
-        metrics = MetricsFile(work.out)
+        metrics = MetricsFile(work.beside())
         for step in range(1, config.steps + 1):
             load = [[0.25] * 4, [0.1, 0.2, 0.3, 0.4]]
             told = {"tags": {"fp8.products": "cpu: fake"}} if step == 1 else {}
             figures = {"loss": 1 / step, "pass@1": 0.5, "expert_load": load}
             metrics.append(figures | told, step=step)
-        resume = Path(work.out, "resume")
-        resume.mkdir(exist_ok=True)
-        (resume / "step.json").write_text(json.dumps(config.steps))
+        (resume, *_) = work.resumable("step.json")
+        resume.parent.mkdir()
+        resume.write_text(json.dumps(config.steps))
         _begin(config, work, "train")
     model = V3Config(num_hidden_layers=3)
     return Checkpoint(
@@ -104,7 +106,7 @@ def judge(config: FakeConfig, work: Workspace, *, corpus: Corpus, checkpoint: Ch
     """A report of two figures."""
     _begin(config, work, "judge")
     headline = {"before_pass_at_1": 0.25, "after_pass_at_1": 0.75, "before_pass_at_1_low": 0.2}
-    Path(work.out, "report.json").write_text(json.dumps({"headline": headline}))
+    work.path("report.json").write_text(json.dumps({"headline": headline}))
     return Report(uri=work.out, headline=headline)
 
 
@@ -148,7 +150,19 @@ class World:
 
     def graph(self, **changes: Any) -> Graph:
         """The line under these changes."""
-        return make_graph(make_line(**changes))
+        return make_graph(make_line(**changes), self.store.hashes)
+
+    def begin(self) -> Run:
+        """The record of a run of this process that has done nothing yet."""
+        return Run(
+            id=new_run_id(),
+            recipe=RECIPE,
+            invocation=Invocation(RECIPE),
+            provenance={},
+            started=time.time(),
+            store_root=str(self.store.root),
+            process=this_process(),
+        )
 
     def run(
         self,
@@ -159,16 +173,22 @@ class World:
         **changes: Any,
     ) -> Run:
         """Realise the line under these changes."""
-        run = Run(
-            id=new_run_id(),
-            recipe=RECIPE,
-            invocation=Invocation(RECIPE),
-            provenance={},
-            started=time.time(),
-        )
+        run = self.begin()
         setting = Setting(self.store, Examiner(self.store, RECIPE), ClusterConfig(), listeners)
         chosen = graph or self.graph(**changes)
         return realise(chosen, selection or Selection(), setting, run)
+
+
+    def generation(self, run: Run, node: str) -> Path:
+        """The folder of the generation that a run built or reused."""
+        outcome = run.outcomes[node]
+        assert isinstance(outcome, Built | Reused)
+        return self.store.root / outcome.address
+
+    def files(self, run: Run, node: str) -> Path:
+        """The folder of the files of the artifact that a run built or reused."""
+        generation = self.generation(run, node)
+        return generation / read_manifest(str(generation)).address
 
 
 def outcomes(run: Run) -> dict[str, str]:

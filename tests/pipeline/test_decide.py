@@ -136,8 +136,7 @@ def test_force_leaves_what_came_out_different_to_a_plain_run(world: World) -> No
 
 
 def test_a_lost_artifact_is_rebuilt_and_what_follows_decided_then(world: World) -> None:
-    uri = world.run().outcomes["train"].uri  # type: ignore[union-attr]
-    remove(Path(uri))
+    remove(world.generation(world.run(), "train"))
     decisions = plan(world)
     assert isinstance(decisions["train"], Build)
     assert decisions["judge"] == Recheck(("train",))
@@ -145,8 +144,7 @@ def test_a_lost_artifact_is_rebuilt_and_what_follows_decided_then(world: World) 
 
 
 def test_damage_is_refused_until_forced(world: World) -> None:
-    uri = world.run().outcomes["train"].uri  # type: ignore[union-attr]
-    Path(uri, "weights.bin").write_text("x")
+    (world.files(world.run(), "train") / "weights.bin").write_text("x")
     decisions = plan(world)
     assert isinstance(decisions["train"], Refuse)
     assert "weights.bin has 1 bytes" in decisions["train"].reasons[0]
@@ -161,15 +159,14 @@ def test_damage_is_refused_until_forced(world: World) -> None:
     assert outcomes(world.run()) == dict.fromkeys(ALL, "reused")
 
 
-def flip_byte(uri: str) -> None:
+def flip_byte(file: Path) -> None:
     """Damage that only a hash can see."""
-    file = Path(uri, "weights.bin")
     text = file.read_bytes()
     file.write_bytes(bytes([text[0] ^ 1]) + text[1:])
 
 
 def test_damage_that_only_a_hash_sees_is_refused_before_a_run_relies_on_it(world: World) -> None:
-    flip_byte(world.run().outcomes["train"].uri)  # type: ignore[union-attr]
+    flip_byte(world.files(world.run(), "train") / "weights.bin")
     only = Selection(only=("judge",))
     with pytest.raises(PlanError, match=r"train, which is damaged .*; run --force train first"):
         plan(world, only, judge={"steps": 9})
@@ -216,7 +213,7 @@ def test_a_run_that_leaves_a_selected_node_aside_does_not_succeed(world: World) 
 def test_an_artifact_that_may_not_be_read_fails_its_node_alone(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    locked = world.run().outcomes["judge"].uri  # type: ignore[union-attr]
+    locked = str(world.generation(world.run(), "judge"))
     real = fsspec.open
 
     def refuse(path: str, *args: object) -> object:
@@ -237,7 +234,7 @@ def test_an_artifact_that_may_not_be_read_fails_its_node_alone(
 def test_a_folder_that_nobody_may_enter_stops_no_command(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    locked = world.run().outcomes["judge"].uri  # type: ignore[union-attr]
+    locked = str(world.generation(world.run(), "judge"))
     real = os.stat
 
     def refuse(path: object, *args: object, **settings: object) -> object:
@@ -268,8 +265,7 @@ def test_what_is_left_out_after_a_failure_says_so(world: World) -> None:
 
 
 def test_an_unreadable_manifest_is_damage(world: World) -> None:
-    uri = world.run().outcomes["data"].uri  # type: ignore[union-attr]
-    Path(uri, "manifest.json").write_text("{")
+    (world.generation(world.run(), "data") / "manifest.json").write_text("{")
     states = survey(world.graph(), Examiner(world.store, RECIPE))
     assert isinstance(states["data"], Damaged)
     assert outcomes(world.run(selection=Selection(force=("data",))))["data"] == "built"

@@ -14,11 +14,14 @@ from configs.train import Fp8Config, OptimConfig, PretrainConfig
 from pipeline.fingerprint import Identity, differences, identify
 from stages.artifacts import Corpus
 from stages.contract import Workspace, stage
+from stages.hashing import Hashes
 from tests.pipeline.fakes import FakeConfig, OptimFake, gather, make_line, train
+
+HASHES = Hashes()
 
 
 def identity(config: FakeConfig) -> Identity:
-    return identify(gather(config), {})
+    return identify(gather(config), {}, HASHES)
 
 
 def test_a_field_equal_to_its_default_changes_nothing() -> None:
@@ -42,7 +45,7 @@ def test_a_section_that_differs_in_provenance_alone_changes_nothing() -> None:
         raise AssertionError
 
     def of(**fp8: Any) -> Identity:
-        return identify(only(PretrainConfig(steps=9, warmup_steps=1, fp8=Fp8Config(**fp8))), {})
+        return identify(only(PretrainConfig(steps=9, warmup_steps=1, fp8=Fp8Config(**fp8))), {}, HASHES)
 
     assert of() == of(telemetry_every_steps=5)
     assert "fp8" not in of().fields["config"]
@@ -65,12 +68,13 @@ def test_inputs_revision_and_reads_enter() -> None:
         raise AssertionError
 
     def twin(revision: int, python: str) -> str:
-        made = stage(revision=revision, reads=lambda config: {"python": python})(other)
-        return identify(made(FakeConfig()), {}).fingerprint
+        made = stage(revision=revision, reads=lambda config, hashes: {"python": python})(other)
+        return identify(made(FakeConfig()), {}, HASHES).fingerprint
 
     assert len({twin(1, "3.11"), twin(2, "3.11"), twin(1, "3.12")}) == 3
     node = make_line()["train"]
-    assert identify(node, {"corpus": "a"}) != identify(node, {"corpus": "b"})
+    one, other = (identify(node, {"corpus": name}, HASHES) for name in "ab")
+    assert one != other
 
 
 def test_the_glob_of_a_files_source_is_provenance_and_its_type_is_not() -> None:
@@ -82,20 +86,21 @@ def test_the_glob_of_a_files_source_is_provenance_and_its_type_is_not() -> None:
     def only(config: DataSpec, work: Workspace) -> Corpus:
         raise AssertionError
 
-    here, there = (identify(only(spec(path)), {}) for path in ("/a/*.txt", "/b/*.txt"))
+    here, there = (identify(only(spec(path)), {}, HASHES) for path in ("/a/*.txt", "/b/*.txt"))
     assert here == there
     assert here.fields["config"]["data"]["sources"]["mine"] == {"type": "files", "share": 0.5}
 
 
 def test_the_encoding_is_pinned() -> None:
     # Whoever changes this value has changed the identity of every artifact ever built.
-    assert identity(FakeConfig(steps=5)).fingerprint == "b0559e4995d7c7ef"
+    assert identity(FakeConfig(steps=5)).fingerprint == "cda1dea44110365a"
 
 
 def test_every_process_computes_the_same_fingerprint() -> None:
     code = (
-        "from pipeline.graph import make_graph; from tests.pipeline.fakes import make_line;"
-        "print(*[node.fingerprint for node in make_graph(make_line())])"
+        "from pipeline.graph import make_graph; from stages.hashing import Hashes;"
+        "from tests.pipeline.fakes import make_line;"
+        "print(*[node.fingerprint for node in make_graph(make_line(), Hashes())])"
     )
     root = Path(__file__).parents[2]
     seen = {
@@ -122,7 +127,7 @@ def test_what_has_no_stable_form_is_refused_by_name(value: object) -> None:
         raise AssertionError
 
     with pytest.raises(PlanError, match=r"loose\.config\.value"):
-        identify(loose(Loose(value=[value])), {})
+        identify(loose(Loose(value=[value])), {}, HASHES)
 
 
 def told(old: FakeConfig, new: FakeConfig) -> tuple[str, ...]:
@@ -150,7 +155,8 @@ def test_a_section_of_plain_defaults_is_told_by_the_fields_that_leave_them() -> 
 
 
 def test_revision_inputs_and_reads_are_told() -> None:
-    old = identify(train(FakeConfig(), corpus=gather(FakeConfig())), {"corpus": "a"}).fields
+    node = train(FakeConfig(), corpus=gather(FakeConfig()))
+    old = identify(node, {"corpus": "a"}, HASHES).fields
     file = {"bytes": 1, "sha256": "f" * 64}
     new = {**old, "revision": 2, "inputs": {"corpus": "b"}}
     old = {**old, "reads": {"mine": {"a.txt": file, "b.txt": file}, "std": {"python": "3.11"}}}

@@ -4,9 +4,11 @@ import pytest
 
 from configs.errors import PlanError
 from pipeline.graph import Role, Selection, assign_roles, make_graph
+from stages.hashing import Hashes
 from tests.pipeline.fakes import make_line
 
-GRAPH = make_graph(make_line())
+HASHES = Hashes()
+GRAPH = make_graph(make_line(), HASHES)
 
 
 def roles(**selectors: tuple[str, ...]) -> dict[str, Role]:
@@ -14,7 +16,7 @@ def roles(**selectors: tuple[str, ...]) -> dict[str, Role]:
 
 
 def test_inputs_come_before_what_is_made_of_them() -> None:
-    shuffled = make_graph(dict(reversed(make_line().items())))
+    shuffled = make_graph(dict(reversed(make_line().items())), HASHES)
     place = {node.name: number for number, node in enumerate(shuffled)}
     assert len(place) == 5
     for node in shuffled:
@@ -22,7 +24,7 @@ def test_inputs_come_before_what_is_made_of_them() -> None:
 
 
 def test_the_order_of_naming_changes_no_identity() -> None:
-    shuffled = make_graph(dict(reversed(make_line().items())))
+    shuffled = make_graph(dict(reversed(make_line().items())), HASHES)
     assert {n.name: n.fingerprint for n in shuffled} == {n.name: n.fingerprint for n in GRAPH}
 
 
@@ -74,4 +76,4 @@ def test_an_input_without_a_name_is_refused() -> None:
     line = make_line()
     del line["data"]
     with pytest.raises(PlanError, match="node train: its input corpus"):
-        make_graph(line)
+        make_graph(line, HASHES)

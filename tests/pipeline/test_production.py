@@ -9,9 +9,11 @@ from configs.recipe import NodeConfig, Recipe, load_recipe
 from model.weights import save_pretrained
 from pipeline.graph import Graph, make_graph
 from pipeline.production import production
+from stages.hashing import Hashes
 from tests.references import random_model, tiny
 from tests.stages.bundles import MODEL, make_tokenizer
 
+HASHES = Hashes()
 FAKE = "tests.pipeline.fakes"
 
 
@@ -24,7 +26,7 @@ def added(stage: str, inputs: dict[str, str] | None = None, **config: object) ->
 
 
 def test_the_line_is_wired_from_text_to_bundles() -> None:
-    graph = make_graph(production(load_recipe("smoke")))
+    graph = make_graph(production(load_recipe("smoke")), HASHES)
     assert {node.name: set(node.inputs.values()) for node in graph} == {
         "data": set(),
         "pretrain": {"data"},
@@ -36,7 +38,7 @@ def test_the_line_is_wired_from_text_to_bundles() -> None:
 
 
 def test_precisions_are_compared_seed_by_seed_on_one_corpus() -> None:
-    graph = make_graph(production(load_recipe("smoke", sets=["parity.seeds=[3, 5]"])))
+    graph = make_graph(production(load_recipe("smoke", sets=["parity.seeds=[3, 5]"])), HASHES)
     runs = {f"pretrain.{precision}.{seed}" for precision in ("fp8", "high") for seed in (3, 5)}
     assert {node.name: set(node.inputs.values()) for node in graph} == {
         "data": set(),
@@ -57,20 +59,23 @@ def test_precisions_are_compared_seed_by_seed_on_one_corpus() -> None:
 def test_a_comparison_trains_what_the_line_trains() -> None:
     """At the recipe's own seed the FP8 training is the one of the line, and is reused."""
     line, compared = (
-        make_graph(production(load_recipe("smoke", sets=s))) for s in ([], ["parity.seeds=[0]"])
+        make_graph(production(load_recipe("smoke", sets=sets)), HASHES)
+        for sets in ([], ["parity.seeds=[0]"])
     )
     assert compared["pretrain.fp8.0"].fingerprint == line["pretrain"].fingerprint
 
 
 def test_machines_store_and_tracking_change_no_identity() -> None:
     sets = ["cluster.trainers=1", "store.url='/x'", "tracking.experiment='y'", "name='z'"]
-    plain, moved = (make_graph(production(load_recipe("smoke", sets=s))) for s in ([], sets))
+    plain, moved = (
+        make_graph(production(load_recipe("smoke", sets=s)), HASHES) for s in ([], sets)
+    )
     assert [n.fingerprint for n in plain] == [n.fingerprint for n in moved]
 
 
 def test_one_target_less_leaves_the_other_bundle_what_it_is() -> None:
     both, one = (
-        make_graph(production(load_recipe("smoke", sets=s)))
+        make_graph(production(load_recipe("smoke", sets=s)), HASHES)
         for s in ([], ["export.targets=['cuda']"])
     )
     assert "export.ascend" not in one.nodes
@@ -134,7 +139,7 @@ def base(tmp_path: Path) -> Path:
 
 def based_on(folder: Path, *sets: str) -> Graph:
     recipe = load_recipe("smoke", sets=[f"base='{folder}'", *sets])
-    return make_graph(production(recipe))
+    return make_graph(production(recipe), HASHES)
 
 
 def test_a_base_stands_where_pretraining_stood(base: Path) -> None:
@@ -149,7 +154,7 @@ def test_a_base_stands_where_pretraining_stood(base: Path) -> None:
 
 
 def test_the_corpus_of_a_base_is_in_its_tokens(base: Path) -> None:
-    plain = make_graph(production(load_recipe("smoke")))
+    plain = make_graph(production(load_recipe("smoke")), HASHES)
     mine = based_on(base)
     assert mine["data"].fingerprint != plain["data"].fingerprint
     reads = mine["data"].identity.fields["reads"]

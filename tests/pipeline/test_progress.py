@@ -58,11 +58,11 @@ def test_a_terminal_gets_a_live_line(store_config: StoreConfig) -> None:
 def test_the_table_has_a_row_for_every_outcome() -> None:
     out = io.StringIO()
     outcomes = {
-        "data": Built("/u", "f", "c", 2.5, {"train_tokens": 12000.0}, "a" * 32),
+        "data": Built("artifacts/a/b/g1", "f", "c", 2.5, {"train_tokens": 12000.0}, "a" * 32),
         "train": Failed("it broke", 1.0),
         "judge": Blocked("train"),
     }
-    run = Run("id", "tiny", Invocation("tiny"), {}, 0.0, outcomes=outcomes)
+    run = Run("id", "tiny", Invocation("tiny"), {}, 0.0, "/store", {}, outcomes=outcomes)
     links = {"data": f"http://host/#/experiments/1/runs/{'a' * 32}"}
     Display(Console(file=out, width=120)).table(run, links)
     rows = [[cell.strip() for cell in line.split("│")] for line in out.getvalue().splitlines()]
@@ -74,8 +74,8 @@ def test_the_table_has_a_row_for_every_outcome() -> None:
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_log_spells_out_each_page_unbroken_and_a_terminal_links_to_it(terminal: bool) -> None:
     out = io.StringIO()
-    outcomes = {"data": Built("/u", "f", "c", 2.5, {}, "a" * 32)}
-    run = Run("id", "tiny", Invocation("tiny"), {}, 0.0, outcomes=outcomes)
+    outcomes = {"data": Built("artifacts/a/b/g1", "f", "c", 2.5, {}, "a" * 32)}
+    run = Run("id", "tiny", Invocation("tiny"), {}, 0.0, "/store", {}, outcomes=outcomes)
     url = f"http://{'long' * 30}/#/experiments/1/runs/{'a' * 32}"
     console = Console(file=out, width=80, force_terminal=terminal)
     Display(console).table(run, {"data": url})

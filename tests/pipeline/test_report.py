@@ -108,6 +108,6 @@ def test_a_trainings_rate_is_that_of_its_usual_step(tmp_path: Path) -> None:
     for step, rate in enumerate((1.0, 900.0, 1000.0, 1100.0, 50.0), 1):
         log.append({"loss": 4.0 - step, "tokens_per_second": rate}, step=step)
     made = Checkpoint(
-        uri=str(tmp_path), step=5, sequences_seen=0, model=V3Config(), final_loss=None
+        uri=str(tmp_path / "files"), step=5, sequences_seen=0, model=V3Config(), final_loss=None
     )
     assert key_figures(made) == {"loss": -1.0, "tokens_per_second": 900.0}

@@ -127,7 +127,7 @@ def test_what_holds_no_model_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    made = World(StoreConfig(url=".ingot", min_free_bytes=0)).run()
-    uri = made.outcomes["data"].uri  # type: ignore[union-attr]
-    assert cli.main(["sample", uri, "--recipe", "smoke", "--prompt", "x"]) == 1
+    world = World(StoreConfig(url=".ingot", min_free_bytes=0))
+    folder = str(world.generation(world.run(), "data"))
+    assert cli.main(["sample", folder, "--recipe", "smoke", "--prompt", "x"]) == 1
     assert "holds a corpus; sample from a checkpoint or a bundle" in capsys.readouterr().err

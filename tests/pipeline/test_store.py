@@ -17,9 +17,9 @@ from configs.parallel import StoreConfig
 from pipeline import lease as lease_module
 from pipeline import store as store_module
 from pipeline.graph import Node
-from pipeline.lease import LEASE, is_held, read_lease, write_lease
+from pipeline.lease import is_held, newest, take
 from pipeline.store import Committed, Slot, Store, remove
-from stages.artifacts import MANIFEST, Corpus, verify
+from stages.artifacts import MANIFEST, Corpus, Lease, verify
 from tests.pipeline.fakes import World
 
 ROOT = Path(__file__).parents[2]
@@ -36,9 +36,9 @@ def node(world: World) -> Node:
 
 
 def corpus(slot: Slot) -> Corpus:
-    (slot.path / "text.txt").write_text("text")
+    (slot.files / "text.txt").write_text("text")
     return Corpus(
-        uri=str(slot.path),
+        uri=str(slot.files),
         train_rows=1,
         held_out_rows={},
         sequence_tokens=8,
@@ -50,7 +50,7 @@ def corpus(slot: Slot) -> Corpus:
 
 @contextmanager
 def opened(world: World, node: Node, replacing: int = 0) -> Iterator[Slot]:
-    with world.store.slot(node, replacing=replacing) as slot:
+    with world.store.slot(node, {}, replacing=replacing) as slot:
         assert isinstance(slot, Slot)
         yield slot
 
@@ -60,11 +60,29 @@ def build(world: World, node: Node, replacing: int = 0) -> Committed:
         return world.store.commit(slot, node, corpus(slot), {}, {})
 
 
+def steal(slot: Slot) -> Lease:
+    """What another builder gets that takes the slot over."""
+    lease = take(slot.path.parent, slot.lease.number + 1, "another")
+    assert lease is not None
+    return lease
+
+
+def slot_of(made: Committed) -> Path:
+    """The builder's folder that a manifest names."""
+    return Path(made.artifact.uri).parent
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 def test_a_committed_artifact_is_found_again_with_its_facts(world: World, node: Node) -> None:
     made = build(world, node)
     assert world.store.find(node) == made
     assert made.manifest.files.keys() == {"text.txt"}
-    assert not (Path(made.artifact.uri) / LEASE).exists()
+    assert made.manifest.address == f"{slot_of(made).name}/files"
+    assert names(made.path) == {MANIFEST, slot_of(made).name}
+    assert names(slot_of(made)) == {"files"}
 
 
 def test_an_unfinished_artifact_is_not_an_artifact(world: World, node: Node) -> None:
@@ -73,7 +91,7 @@ def test_an_unfinished_artifact_is_not_an_artifact(world: World, node: Node) -> 
         raise RuntimeError
     assert world.store.find(node) is None
     with pytest.raises(ArtifactError, match=r"no manifest\.json"):
-        Corpus.load(str(slot.path))
+        Corpus.load(str(slot.path.parent))
 
 
 def test_an_interrupted_slot_is_continued_with_its_resume_state_alone(
@@ -83,27 +101,56 @@ def test_an_interrupted_slot_is_continued_with_its_resume_state_alone(
         (slot.path / "resume").mkdir()
         (slot.path / "resume" / "step").write_text("7")
         (slot.path / "metrics.jsonl").write_text("{}\n")
-        (slot.path / "half.bin").write_text("half")
+        (slot.files / "half.bin").write_text("half")
     with opened(world, node) as again:
-        assert again.path == slot.path
-        assert again.resumes
-        left = {path.name for path in again.path.iterdir()}
-        assert left == {"resume", "metrics.jsonl", LEASE}
+        assert again.path.parent == slot.path.parent
+        assert again.path != slot.path
+        assert again.earlier == (str(slot.path),)
+        assert (Path(again.earlier[0]) / "resume" / "step").read_text() == "7"
+        assert names(again.path) == {"files"}
+        assert names(again.files) == set()
+        for private in ("resume/step", "ray/notes", "metrics.jsonl", "scratch"):
+            path = again.path / private
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("8")
         made = world.store.commit(again, node, corpus(again), {}, {})
     assert made.manifest.files.keys() == {"text.txt"}
-    assert not (again.path / "resume").exists()
+    assert names(made.path) == {MANIFEST, again.path.name}
+    assert names(again.path) == {"files", "metrics.jsonl"}
+
+
+def test_what_an_interrupted_build_left_without_resume_state_goes_with_the_next(
+    world: World, node: Node
+) -> None:
+    with opened(world, node) as slot:
+        (slot.path / "resume" / "saves").mkdir(parents=True)
+        (slot.files / "half.bin").write_text("half")
+    with opened(world, node) as again:
+        assert again.earlier == ()
+        assert not slot.path.exists()
+
+
+def test_of_several_interrupted_builds_the_newest_comes_first(world: World, node: Node) -> None:
+    left = []
+    for _ in range(3):
+        with opened(world, node) as slot:
+            (slot.path / "resume").mkdir()
+            (slot.path / "resume" / "step").write_text("7")
+        left.insert(0, str(slot.path))
+    with opened(world, node) as slot:
+        assert list(slot.earlier) == left
 
 
 def test_a_rebuild_keeps_the_committed_one_until_it_commits(world: World, node: Node) -> None:
     first = build(world, node)
     with opened(world, node, replacing=1) as slot:
-        assert slot.path != Path(first.artifact.uri)
+        assert slot.path.parent != first.path
         assert world.store.find(node) == first
-        verify(first.artifact.uri)
+        verify(str(first.path))
         second = world.store.commit(slot, node, corpus(slot), {}, {})
     assert world.store.find(node) == second
     assert second.generation == 2
-    verify(first.artifact.uri)
+    verify(str(first.path))
 
 
 @pytest.mark.parametrize(
@@ -126,8 +173,8 @@ def test_a_damaged_file_is_named(
 def test_a_lost_lease_and_a_held_slot_name_the_remedy(world: World, node: Node) -> None:
     with opened(world, node) as slot:
         with pytest.raises(StoreError, match="wait for it, or end it"):
-            remove(slot.path)
-        write_lease(slot.path, "another")
+            remove(slot.path.parent)
+        steal(slot)
         with pytest.raises(LeaseLost, match="the same command later takes what"):
             slot.lease.check()
 
@@ -135,7 +182,7 @@ def test_a_lost_lease_and_a_held_slot_name_the_remedy(world: World, node: Node) 
 def test_a_folder_that_nobody_may_enter_counts_as_committed(
     world: World, node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Path(build(world, node).artifact.uri)
+    folder = build(world, node).path
     real = Path.exists
 
     def refuse(path: Path) -> bool:
@@ -160,7 +207,7 @@ def test_a_live_lease_is_waited_for_and_its_artifact_taken(world: World, node: N
     thread.start()
     assert entered.wait(10)
     threading.Timer(0.6, finish.set).start()
-    with world.store.slot(node) as found:
+    with world.store.slot(node, {}) as found:
         assert isinstance(found, Committed)
     thread.join()
     assert len(world.said) == 1
@@ -172,8 +219,9 @@ import sys, time
 from configs.parallel import StoreConfig
 from tests.pipeline.fakes import World
 world = World(StoreConfig(url=sys.argv[1], min_free_bytes=0))
-with world.store.slot(world.graph()["data"]) as slot:
+with world.store.slot(world.graph()["data"], {}) as slot:
     (slot.path / "resume").mkdir()
+    (slot.path / "resume" / "step").touch()
     print("held", flush=True)
     time.sleep(60)
 """
@@ -194,7 +242,7 @@ def test_the_lease_of_a_killed_process_is_taken_over_at_once(world: World, node:
         deadline = time.monotonic() + 5
         with opened(world, node) as slot:
             assert time.monotonic() < deadline
-            assert slot.resumes
+            assert len(slot.earlier) == 1
 
 
 def test_a_heartbeat_that_stands_still_is_a_dead_holder(
@@ -204,7 +252,7 @@ def test_a_heartbeat_that_stands_still_is_a_dead_holder(
     with opened(world, node) as slot:
         pass
     foreign = {"owner": "x", "pid": 1, "host": "elsewhere", "started": 0, "heartbeat": time.time()}
-    (slot.path / LEASE).write_text(json.dumps(foreign))
+    (slot.path.parent / "lease-000002.json").write_text(json.dumps(foreign))
     started = time.monotonic()
     with opened(world, node):
         assert time.monotonic() - started > 0.5
@@ -219,7 +267,7 @@ def test_a_heartbeat_that_moves_is_a_living_holder(
     with opened(world, node) as slot:
         # As a waiter on another machine sees it: it cannot look at the process.
         for _ in range(12):
-            holder = {**read_lease(slot.path), "host": "elsewhere"}
+            holder = {**newest(slot.path.parent)[1], "host": "elsewhere"}
             assert not watch.is_dead(holder)
             time.sleep(0.1)
 
@@ -227,11 +275,12 @@ def test_a_heartbeat_that_moves_is_a_living_holder(
 def test_a_lost_lease_stops_the_commit_and_writes_nothing(world: World, node: Node) -> None:
     with opened(world, node) as slot:
         artifact = corpus(slot)
-        write_lease(slot.path, "another")
-        with pytest.raises(LeaseLost, match="held by another"):
+        steal(slot)
+        with pytest.raises(LeaseLost, match=r"lost to lease-000002\.json"):
             world.store.commit(slot, node, artifact, {}, {})
-        assert not (slot.path / MANIFEST).exists()
-    assert read_lease(slot.path)["owner"] == "another"
+        assert not (slot.path.parent / MANIFEST).exists()
+    number, holder = newest(slot.path.parent)
+    assert (number, holder["owner"], holder["ended"]) == (2, "another", False)
 
 
 def test_a_lease_lost_while_files_are_hashed_stops_the_commit(
@@ -239,11 +288,11 @@ def test_a_lease_lost_while_files_are_hashed_stops_the_commit(
 ) -> None:
     with opened(world, node) as slot:
 
-        def steal(folder: Path, name: str) -> str:
-            write_lease(slot.path, "another")
+        def lose(folder: Path, name: str) -> str:
+            steal(slot)
             return "0" * 64
 
-        monkeypatch.setattr(store_module, "_hash_durably", steal)
+        monkeypatch.setattr(store_module, "_hash_durably", lose)
         with pytest.raises(LeaseLost):
             world.store.commit(slot, node, corpus(slot), {}, {})
     assert world.store.find(node) is None
@@ -298,9 +347,10 @@ def test_a_remote_store_is_refused(tmp_path: Path) -> None:
 
 def test_a_slot_that_is_being_filled_cannot_be_removed(world: World, node: Node) -> None:
     with opened(world, node) as slot:
-        assert is_held(slot.path)
+        generation = slot.path.parent
+        assert is_held(generation)
         with pytest.raises(StoreError, match="is building it"):
-            remove(slot.path)
-    assert not is_held(slot.path)
-    remove(slot.path)
-    assert not slot.path.exists()
+            remove(generation)
+    assert not is_held(generation)
+    remove(generation)
+    assert not generation.exists()

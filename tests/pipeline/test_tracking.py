@@ -22,7 +22,7 @@ from pipeline.graph import Selection
 from pipeline.lease import this_process
 from pipeline.places import tracking_uri
 from pipeline.plain import metric_name
-from pipeline.records import Invocation, Run, new_run_id
+from pipeline.records import Run
 from pipeline.runner import Setting, realise
 from pipeline.tracking import Child, Tracking
 from tests.pipeline.fakes import RECIPE, World, outcomes
@@ -42,8 +42,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def tracked(world: World, config: TrackingConfig, **changes: object) -> tuple[Run, Tracking]:
     """A run of the fake line that MLflow is told of."""
     recipe = load_recipe("smoke").model_copy(update={"tracking": config, "name": RECIPE})
-    run = Run(new_run_id(), RECIPE, Invocation(RECIPE), {}, time.time())
-    store = world.store
+    run, store = world.begin(), world.store
     store.prepare()
     tracking = Tracking(
         recipe, run, store_root=store.root, records=store.records, say=world.said.append
@@ -151,8 +150,8 @@ def test_checkpoints_are_external_models_that_point_to_the_store(
         for one in client.search_logged_models([run.info.experiment_id])
         if one.source_run_id == run.info.run_id
     )
-    uri = embedded[1].outcomes["train"].uri  # type: ignore[union-attr]
-    assert (model.name, model.tags["ingot.uri"]) == ("train", uri)
+    address = embedded[1].outcomes["train"].address  # type: ignore[union-attr]
+    assert (model.name, model.tags["ingot.artifact"]) == ("train", address)
     assert {one.key: one.value for one in model.metrics} == {"final_loss": pytest.approx(1 / 3)}
 
 
@@ -216,8 +215,7 @@ def test_what_a_killed_driver_left_running_is_marked_as_killed_by_the_next_run(
 def _abandoned(world: World, config: TrackingConfig) -> list[str]:
     """The parent and one child of a run that nobody finishes."""
     recipe = load_recipe("smoke").model_copy(update={"tracking": config, "name": RECIPE})
-    run = Run(new_run_id(), RECIPE, Invocation(RECIPE), {}, time.time())
-    root, records = world.store.root, world.store.records
+    run, root, records = world.begin(), world.store.root, world.store.records
     world.store.prepare()
     tracking = Tracking(recipe, run, store_root=root, records=records, say=world.said.append)
     one = tracking.begin(world.graph()["data"], {})
@@ -282,7 +280,7 @@ def test_a_server_that_is_down_warns_once_and_neither_fails_nor_stalls_the_run(
     (warning,) = world.said
     assert uri in warning
     assert "metrics.jsonl" in warning
-    assert (Path(run.outcomes["train"].uri) / "metrics.jsonl").exists()  # type: ignore[union-attr]
+    assert (world.files(run, "train").parent / "metrics.jsonl").exists()
 
 
 def test_a_step_logged_twice_is_sent_once() -> None:

@@ -12,13 +12,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from configs.delivery import ExportConfig, ExportSpec, Target
 from configs.engram import EngramConfig
 from configs.model import ModelConfig, V3Config, V4Config, V32Config
-from configs.parallel import ClusterConfig
 from model.transformer import Transformer
 from model.weights.files import save_pretrained
-from stages.artifacts import MANIFEST, Bundle, Checkpoint, Corpus, Lease, Manifest
-from stages.contract import Workspace
+from stages.artifacts import FILES, MANIFEST, Bundle, Checkpoint, Corpus, Manifest
 from stages.export.bundle import export
 from stages.shards import BOS_TOKEN, EOS_TOKEN, write_rows
+from stages.verifiers import Problem, write_problems
+from tests.conftest import workspace_at
 
 MODEL = V3Config(
     vocab_size=384,
@@ -26,13 +26,13 @@ MODEL = V3Config(
     num_hidden_layers=3,
     first_k_dense_replace=1,
     num_attention_heads=2,
-    q_lora_rank=96,
+    q_lora_rank=128,
     kv_lora_rank=64,
     qk_nope_head_dim=32,
     qk_rope_head_dim=16,
     v_head_dim=32,
     intermediate_size=256,
-    moe_intermediate_size=64,
+    moe_intermediate_size=128,
     n_routed_experts=8,
     num_experts_per_tok=2,
     n_group=4,
@@ -57,7 +57,7 @@ MODEL_V4 = V4Config(
     num_attention_heads=4,
     head_dim=32,
     qk_rope_head_dim=16,
-    q_lora_rank=64,
+    q_lora_rank=128,
     o_groups=2,
     o_lora_rank=32,
     sliding_window=8,
@@ -66,7 +66,7 @@ MODEL_V4 = V4Config(
     index_n_heads=32,
     index_head_dim=32,
     index_topk=3,
-    moe_intermediate_size=64,
+    moe_intermediate_size=128,
     n_routed_experts=8,
     num_experts_per_tok=2,
     num_hash_layers=1,
@@ -85,6 +85,11 @@ MODELS: dict[str, ModelConfig] = {"v3": MODEL, "v32": MODEL_V32, "v4": MODEL_V4}
 """One for each family, of equal vocabulary."""
 SEQUENCE_TOKENS = 32
 ROWS = 24
+PROBLEMS = 10
+
+
+BRIEF: dict[str, Any] = {"problems": 3, "samples_per_problem": 1, "max_new_tokens": 2}
+"""How much a random model is asked: it is wrong however long it answers."""
 
 
 class Notebook:
@@ -137,8 +142,15 @@ def make_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def make_checkpoint(folder: Path, model: ModelConfig = MODEL) -> Checkpoint:
+def files_of(generation: Path) -> Path:
+    """The files of an artifact that a test made at `generation`."""
+    (found,) = generation.glob(f"*/{FILES}")
+    return found
+
+
+def make_checkpoint(generation: Path, model: ModelConfig = MODEL) -> Checkpoint:
     """A random model of which nothing is constant, with a manifest."""
+    folder = generation / "000001-test" / FILES
     built = Transformer(model).initialize(seed=5)
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
@@ -152,8 +164,9 @@ def make_checkpoint(folder: Path, model: ModelConfig = MODEL) -> Checkpoint:
         uri=str(folder), step=7, sequences_seen=112, model=model, final_loss=3.25
     )
     manifest = Manifest(
+        address=folder.relative_to(generation).as_posix(),
         kind=checkpoint.kind,
-        stage="posttrain",
+        stage="stages.posttrain.loop:posttrain",
         revision=1,
         fingerprint="f" * 64,
         identity={},
@@ -163,7 +176,7 @@ def make_checkpoint(folder: Path, model: ModelConfig = MODEL) -> Checkpoint:
         content="c" * 64,
         provenance={},
     )
-    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    (generation / MANIFEST).write_text(manifest.model_dump_json())
     return checkpoint
 
 
@@ -174,6 +187,11 @@ def make_corpus(folder: Path, rows: int = ROWS) -> Corpus:
         tokens = generator.integers(2, MODEL.vocab_size, (rows, SEQUENCE_TOKENS))
         tokens[-1, SEQUENCE_TOKENS // 2 :] = 0
         write_rows(folder / "held_out" / source, tokens)
+    problems = [
+        Problem(id=f"sums/{n}+1=", prompt=f"{n}+1=", answer=str(n + 1), source="arithmetic")
+        for n in range(PROBLEMS)
+    ]
+    write_problems(folder / "problems" / "held_out.parquet", problems)
     sources = {
         "sums": {"type": "arithmetic", "share": 0.6, "slip_share": 0.25},
         "text": {"type": "files", "share": 0.4},
@@ -186,7 +204,7 @@ def make_corpus(folder: Path, rows: int = ROWS) -> Corpus:
         sequence_tokens=SEQUENCE_TOKENS,
         vocab_size=MODEL.vocab_size,
         train_problems=90,
-        held_out_problems=10,
+        held_out_problems=PROBLEMS,
     )
 
 
@@ -200,20 +218,12 @@ def unquantised_dtype(name: str) -> torch.dtype:
     return torch.float32 if exact else torch.bfloat16
 
 
-def make_workspace(out: Path) -> Workspace:
-    """A slot held by this test."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "lease.json").write_text(json.dumps({"owner": "test"}))
-    lease = Lease(uri=str(out / "lease.json"), owner="test")
-    return Workspace(out=str(out), machines=ClusterConfig(), tracker=Notebook(), lease=lease)
-
-
 def make_bundle(
     root: Path, target: Target, model: ModelConfig = MODEL, **settings: Any
 ) -> tuple[Bundle, Checkpoint]:
     """Export a fresh checkpoint under `root`, with `ExportConfig` fields from `settings`."""
     checkpoint = make_checkpoint(root / "checkpoint", model)
     corpus = make_corpus(root / "corpus")
-    spec = ExportSpec(seed=1, target=target, export=ExportConfig(**settings))
-    work = make_workspace(root / "bundle")
+    spec = ExportSpec(seed=1, target=target, export=ExportConfig(**(BRIEF | settings)))
+    work = workspace_at(root / "bundle", Notebook())
     return export.run(spec, work, corpus=corpus, checkpoint=checkpoint), checkpoint

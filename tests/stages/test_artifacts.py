@@ -20,19 +20,24 @@ from stages.artifacts import (
 )
 
 
+BUILDER = "000001-3f9a61c2"
+
+
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
-    """A committed report of one file in a folder below."""
-    (tmp_path / "plots").mkdir()
-    (tmp_path / "plots" / "loss.txt").write_text("1 2 3")
-    uri, facts = str(tmp_path), {"headline": {"pass_at_1": 0.1, "tiny": 1e-300}}
+    """The generation of a committed report of one file in a folder below."""
+    files_folder = tmp_path / BUILDER / "files"
+    (files_folder / "plots").mkdir(parents=True)
+    (files_folder / "plots" / "loss.txt").write_text("1 2 3")
+    uri, facts = str(files_folder), {"headline": {"pass_at_1": 0.1, "tiny": 1e-300}}
     files = {
         name: FileEntry(bytes=size, sha256=hash_file(uri, name))
         for name, size in list_files(uri).items()
     }
     manifest = Manifest(
+        address=f"{BUILDER}/files",
         kind=Report.kind,
-        stage="evaluate",
+        stage="stages.evaluate.loop:evaluate",
         revision=1,
         fingerprint="f" * 16,
         identity={},
@@ -56,9 +61,15 @@ def edit(folder: Path, change: Callable[[dict[str, object]], object]) -> None:
 
 def test_an_untouched_artifact_is_verified(artifact: Path) -> None:
     verify(str(artifact))
-    for private in ("metrics.jsonl", "lease.json", "resume/step"):
-        (artifact / private).parent.mkdir(exist_ok=True)
-        (artifact / private).write_text("x")
+    for beside in (
+        "metrics.jsonl",
+        "resume/step",
+        "../lease-000001.json",
+        "../000002-other/files/x",
+    ):
+        path = artifact / BUILDER / beside
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
     verify(str(artifact))
 
 
@@ -84,14 +95,14 @@ def test_a_manifest_that_was_edited_is_refused(
 def test_a_file_that_the_manifest_does_not_list_is_refused_by_name(
     artifact: Path, name: str
 ) -> None:
-    (artifact / name).write_text("x")
+    (artifact / BUILDER / "files" / name).write_text("x")
     with pytest.raises(ArtifactError, match=rf"{name} is not one of the 1 files"):
         verify(str(artifact), hashes=False)
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("{", "Expecting property name"), ('{"format": 2}', "format: Input should be 1")],
+    [("{", "Expecting property name"), ('{"format": 1}', "format: Input should be 2")],
 )
 def test_a_manifest_that_cannot_be_understood_is_one_line_with_a_remedy(
     artifact: Path, text: str, told: str

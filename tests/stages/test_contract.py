@@ -8,6 +8,7 @@ from pipeline.graph import Graph, make_graph
 from pipeline.records import Run
 from stages.artifacts import Checkpoint, Corpus, Report
 from stages.contract import Planned, Workspace, stage
+from stages.hashing import Hashes
 from tests.pipeline.fakes import FakeConfig, World, gather, outcomes, train
 
 
@@ -18,6 +19,7 @@ def collect(config: FakeConfig, work: Workspace, *, corpus: Corpus, **runs: Chec
     return Report(uri=work.out, headline={name: float(run.step) for name, run in runs.items()})
 
 
+HASHES = Hashes()
 CORPUS = gather(FakeConfig())
 
 
@@ -27,7 +29,8 @@ def run_of(steps: int) -> Planned[Checkpoint]:
 
 def graph(**runs: Planned[Checkpoint]) -> Graph:
     """`collect` of these runs, each a node of its own name."""
-    return make_graph({"data": CORPUS, **runs, "all": collect(FakeConfig(), corpus=CORPUS, **runs)})
+    line = {"data": CORPUS, **runs, "all": collect(FakeConfig(), corpus=CORPUS, **runs)}
+    return make_graph(line, HASHES)
 
 
 def test_a_stage_takes_any_number_of_further_inputs_of_one_kind() -> None:
@@ -79,7 +82,7 @@ def test_further_inputs_enter_identity_by_name_and_in_no_order() -> None:
 def test_an_input_more_or_less_is_told_as_that() -> None:
     node = collect(FakeConfig(), corpus=CORPUS)
     few, many = (
-        identify(node, {"corpus": "0", **more}).fields
+        identify(node, {"corpus": "0", **more}, HASHES).fields
         for more in ({"a": "1", "b": "2"}, {"a": "3", "c": "4"})
     )
     told = differences(few, many, node.config)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from stages.evaluate.estimators import mean_over_problems, pass_at_k, wilson
+from stages.estimators import mean_over_problems, paired_gain, pass_at_k, wilson
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 7])
@@ -74,3 +74,36 @@ def test_the_interval_holds_the_truth_19_times_of_20_though_samples_are_correlat
         naive += one_by_one.low <= 0.5 <= one_by_one.high
     assert 0.92 <= covered / trials <= 0.98
     assert naive / trials < 0.8  # what the interval would be worth if samples were independent
+
+
+def test_a_paired_gain_is_the_mean_difference_with_the_normal_interval() -> None:
+    found = paired_gain([0.2, 0.4, 0.6, 0.8], [0.4, 0.4, 1.0, 0.8])  # 0.2, 0, 0.4, 0
+    assert found.mean == pytest.approx(0.15)
+    assert found.high - found.mean == pytest.approx(1.959964 * 0.1914854 / 2, abs=1e-6)
+
+
+def test_pairing_sees_a_gain_that_two_intervals_side_by_side_do_not() -> None:
+    rng = np.random.default_rng(0)
+    before = rng.uniform(0, 0.9, 200)
+    after = before + rng.uniform(0.0, 0.1, 200)
+    one, two = mean_over_problems(list(before)), mean_over_problems(list(after))
+    assert one.high > two.low
+    assert paired_gain(list(before), list(after)).low > 0.04
+
+
+def test_equal_differences_still_leave_doubt() -> None:
+    found = paired_gain([0.5] * 59, [0.5] * 59)
+    assert (found.low, found.high) == pytest.approx((-0.05, 0.05), abs=1e-3)  # 0.95^59 = 0.0485
+    assert paired_gain([0.0] * 10, [1.0] * 10).high == 1.0
+
+
+def test_the_paired_interval_holds_the_truth_19_times_of_20() -> None:
+    rng = np.random.default_rng(1)
+    covered, trials = 0, 400
+    for _ in range(trials):
+        easy = rng.beta(0.5, 0.5, 120)
+        before = rng.binomial(8, 0.8 * easy) / 8
+        after = rng.binomial(8, easy) / 8
+        found = paired_gain(list(before), list(after))
+        covered += found.low <= 0.1 <= found.high  # mean of 0.2 * easy
+    assert 0.92 <= covered / trials <= 0.98

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,15 @@ from configs.errors import DataError, VerifierError
 from configs.model import V3Config
 from configs.parallel import ClusterConfig
 from model.transformer import Transformer
-from stages.artifacts import Checkpoint, Corpus, Lease
+from stages.answers import choose
+from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace
 from stages.evaluate import loop
 from stages.evaluate.ngram import best_bits, count_pairs
-from stages.evaluate.problems import choose
 from stages.evaluate.text import byte_lengths, score_text, size
 from stages.shards import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN, consumed_rows, write_rows
 from stages.verifiers import Problem, write_problems
+from tests.conftest import workspace_at
 
 SEED = 7
 TEXT = "def naïve(x):\n    return x + 12  # 東京 🙂\n"
@@ -199,8 +200,17 @@ class Lab:
     problems: list[Problem]
     tracker: Notebook = field(default_factory=Notebook)
     wrong: str = "0"
+    knows_greedily: bool = False
+    """Whether the model "before" is right where it takes the likeliest tokens."""
+    end_tokens: tuple[int, ...] = (EOS_ID,)
     asked: dict[str, list[tuple[tuple[int, ...], int]]] = field(default_factory=dict)
+    """What was sampled."""
+    greedy: dict[str, list[tuple[tuple[int, ...], int]]] = field(default_factory=dict)
     loaded: list[str] = field(default_factory=list)
+
+    @property
+    def work(self) -> Workspace:
+        return workspace_at(self.folder / "out", self.tracker)
 
     def checkpoint(self, name: str, *, context_tokens: int = 64, seen: int = 5) -> Checkpoint:
         return Checkpoint(
@@ -230,25 +240,16 @@ class Lab:
 
     def run(self, seen: int = 5, context_tokens: int = 64, **settings: Any) -> Any:
         chosen = {"problems": 6, "samples_per_problem": 4, "pass_at": (1, 4), "max_new_tokens": 4}
-        out = self.folder / "out"
-        out.mkdir(exist_ok=True)
-        lease = out / "lease.json"
-        lease.write_text(json.dumps({"owner": "me"}))
         return loop.evaluate.run(
             EvaluateSpec(seed=SEED, evaluate=EvaluateConfig(**(chosen | settings))),
-            Workspace(
-                out=str(out),
-                machines=ClusterConfig(),
-                tracker=self.tracker,
-                lease=Lease(uri=str(lease), owner="me"),
-            ),
+            self.work,
             corpus=self.corpus,
             before=self.checkpoint("before", context_tokens=context_tokens, seen=seen),
             after=self.checkpoint("after", context_tokens=context_tokens),
         )
 
     def report(self) -> Any:
-        return json.loads((self.folder / "out" / "report.json").read_text(encoding="utf-8"))
+        return json.loads(self.work.path("report.json").read_text(encoding="utf-8"))
 
 
 @dataclass
@@ -261,14 +262,18 @@ class Pool:
     def sample(
         self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]
     ) -> list[Sample]:
-        assert sampling == Sampling(max_new_tokens=4, temperature=1.0, stop_tokens=(EOS_ID,))
+        greedy = sampling.temperature == 0.0
+        expected = Sampling(max_new_tokens=4, temperature=1.0, stop_tokens=self.lab.end_tokens)
+        assert sampling == replace(expected, temperature=0.0 if greedy else 1.0)
         found = []
         for prompt, seed in zip(prompts, seeds, strict=True):
-            self.lab.asked[self.name].append((tuple(prompt), seed))
+            asked = self.lab.greedy if greedy else self.lab.asked
+            asked.setdefault(self.name, []).append((tuple(prompt), seed))
             text = self.lab.tokenizer.decode(prompt[1:])
             right = {problem.prompt: problem.answer for problem in self.lab.problems}[text]
-            reply = right if self.name == "after" else self.lab.wrong
-            ids = [*self.lab.tokenizer.encode(reply).ids, EOS_ID]
+            knows = self.name == "after" or (greedy and self.lab.knows_greedily)
+            reply = right if knows else self.lab.wrong
+            ids = [*self.lab.tokenizer.encode(reply).ids, self.lab.end_tokens[-1]]
             found.append(Sample(token_ids=ids, logprobs=[0.0] * len(ids), version=0, stopped=True))
         return found
 
@@ -278,6 +283,18 @@ def pack(tokenizer: Tokenizer, texts: Sequence[str], sequence_tokens: int) -> np
     rows = -(-len(stream) // sequence_tokens)
     stream += [BOS_ID] * (rows * sequence_tokens - len(stream))
     return np.array(stream).reshape(rows, sequence_tokens)
+
+
+OVERLAP = {
+    "compared": "windows of 50 characters",
+    "text_share_in_training_before": 0.0764,
+    "text_share_in_training_after": 0.0,
+    "problems": 10,
+    "problems_in_training_before": 3,
+    "problems_in_training_after": 0,
+    "cut_share_of_training_text": 0.0232,
+}
+"""What the corpus records of its held-out data."""
 
 
 @pytest.fixture
@@ -297,6 +314,7 @@ def lab(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         write_rows(folder / "held_out" / source, rows)
     write_problems(folder / "problems" / "held_out.parquet", problems)
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "statistics.json").write_text(json.dumps({"held_out_in_training": OVERLAP}))
     corpus = Corpus(
         uri=str(folder),
         train_rows=len(train_rows),
@@ -320,12 +338,67 @@ def test_the_report_sets_both_models_side_by_side(lab: Lab) -> None:
     assert figures["pass_at_1_gain"] == figures["pass_at_4_gain"] == 1.0
     assert figures["before_pass_at_1_low"] == 0.0
     assert figures["before_pass_at_1_high"] < figures["after_pass_at_1_low"] < 1.0
+    assert figures["before_greedy_accuracy"] == figures["before_all_of_4"] == 0.0
+    assert figures["after_greedy_accuracy"] == figures["after_all_of_4"] == 1.0
+    assert figures["greedy_accuracy_gain"] == figures["all_of_4_gain"] == 1.0
+    assert 0.5 < figures["pass_at_1_gain_low"] < figures["pass_at_1_gain_high"] == 1.0
     assert figures["after_bits_per_byte"] < figures["before_bits_per_byte"]
     assert lab.report()["headline"] == figures
     assert len(lab.report()["problems"]) == 6
-    text = (lab.folder / "out" / "report.md").read_text()
+    text = lab.work.path("report.md").read_text()
     assert "| pass@4 | 0.0% [0.0%, " in text
+    assert "| right greedily | 0.0% [0.0%, " in text
+    assert "| all 4 samples right | 0.0% [0.0%, " in text
+    assert "| +100.0 [" in text
     assert "Documents are scored one by one" in text
+
+
+def test_the_report_says_what_its_intervals_cover_and_what_they_do_not(lab: Lab) -> None:
+    lab.run()
+    text = lab.work.path("report.md").read_text()
+    assert "They cover the choice of problems" in text
+    assert "another training seed" in text
+    assert "Gains are paired" in text
+
+
+def test_the_report_says_how_much_held_out_data_stood_in_training_text(lab: Lab) -> None:
+    lab.run()
+    text = lab.work.path("report.md").read_text()
+    assert "Of the held-out text 7.64% stood in training text too" in text
+    assert "and 0.00% after it was cut there" in text
+    assert "of 10 held-out problems 3 were stated" in text
+    assert lab.report()["held_out_in_training"] == OVERLAP
+
+
+def test_a_skill_that_sampling_hides_is_seen_greedily(lab: Lab) -> None:
+    lab.knows_greedily = True
+    figures = lab.run().headline
+    assert figures["before_greedy_accuracy"] == 1.0
+    assert figures["before_pass_at_1"] == 0.0
+    assert figures["greedy_accuracy_gain"] == 0.0
+    assert figures["greedy_accuracy_gain_low"] < 0 < figures["greedy_accuracy_gain_high"]
+    assert lab.greedy["before"] == lab.greedy["after"]
+    assert len(lab.greedy["before"]) == 6
+
+
+def test_an_imported_model_has_no_baseline_and_the_report_says_why(lab: Lab) -> None:
+    figures = lab.run(seen=0).headline
+    assert "ngram_bits_per_byte" not in figures
+    assert lab.report()["ngram"] == {}
+    assert lab.report()["no_ngram"] == "what the imported model consumed is not known"
+    text = lab.work.path("report.md").read_text()
+    assert "There is no n-gram baseline: what the imported model consumed is not known." in text
+    assert "tokens that the model consumed, and its weight" not in text
+    assert "bigram + unigram" not in text
+    assert "What an imported model was trained on before is not known here." in text
+
+
+def test_every_end_token_of_a_model_ends_its_answers(lab: Lab) -> None:
+    lab.end_tokens = (1, 5)
+    for name in ("before", "after"):
+        (lab.folder / name).mkdir()
+        (lab.folder / name / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
+    assert lab.run().headline["after_pass_at_1"] == 1.0
 
 
 def test_bits_per_byte_join_all_sources_by_their_bytes(lab: Lab, lengths: np.ndarray) -> None:
@@ -364,6 +437,7 @@ def test_both_models_are_asked_the_same_with_seeds_of_problem_and_sample(lab: La
     assert few == lab.asked["after"]
     assert len({seed for _, seed in few}) == len(few) == 24
     lab.asked.clear()
+    lab.greedy.clear()
     lab.run(problems=9)
     assert set(few) < set(lab.asked["before"])
 
@@ -382,10 +456,9 @@ def test_a_problem_that_spells_a_special_token_is_asked_as_text(lab: Lab) -> Non
 def test_progress_counts_the_problems_of_both_models(lab: Lab) -> None:
     lab.run()
     assert lab.tracker.steps == 12
-    assert lab.tracker.logged == {
-        6: {"before_pass_at_1": 0.0, "before_pass_at_4": 0.0},
-        12: {"after_pass_at_1": 1.0, "after_pass_at_4": 1.0},
-    }
+    before = {"before_greedy_accuracy": 0.0, "before_pass_at_1": 0.0, "before_pass_at_4": 0.0}
+    after = {"after_greedy_accuracy": 1.0, "after_pass_at_1": 1.0, "after_pass_at_4": 1.0}
+    assert lab.tracker.logged == {6: before, 12: after}
 
 
 def test_fewer_problems_than_asked_for_are_all_asked_and_said(lab: Lab) -> None:
@@ -426,7 +499,7 @@ def test_a_corpus_without_problems_is_measured_on_its_text(lab: Lab) -> None:
     figures = lab.run().headline
     assert figures.keys() == {"before_bits_per_byte", "after_bits_per_byte", "ngram_bits_per_byte"}
     assert not lab.asked
-    assert "pass@k is not measured" in (lab.folder / "out" / "report.md").read_text()
+    assert "no answers are measured" in lab.work.path("report.md").read_text()
 
 
 def test_a_corpus_without_held_out_text_is_an_error(lab: Lab) -> None:
@@ -438,7 +511,7 @@ def test_a_corpus_without_held_out_text_is_an_error(lab: Lab) -> None:
 def test_nothing_a_model_says_breaks_the_table(lab: Lab) -> None:
     lab.wrong = "|`\n\r\u2028<b>" + "x" * 200
     lab.run()
-    lines = (lab.folder / "out" / "report.md").read_text(encoding="utf-8").splitlines()
+    lines = lab.work.path("report.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if "xxx" in line]
     assert len(rows) == 6
     code = "<code>&#124;&#96;⏎��&#60;b&#62;xxx"

@@ -18,11 +18,14 @@ from configs.errors import ExportError, LeaseLost
 from model.weights.files import read_config
 from stages.artifacts import Bundle, Checkpoint, Corpus, Parity
 from stages.contract import Workspace
+from stages.conventions import read_conventions
 from stages.export import bundle, parity
-from stages.export.card import render
+from stages.export.card import Served, render
 from stages.export.cuda import Fp8Blocks
 from stages.export.tensors import TensorFolder, write_weights
+from tests.conftest import steal, workspace_at
 from tests.stages.bundles import (
+    BRIEF,
     MODEL,
     MODEL_ENGRAM,
     MODELS,
@@ -30,17 +33,26 @@ from tests.stages.bundles import (
     make_bundle,
     make_checkpoint,
     make_corpus,
-    make_workspace,
 )
 
 VARIANTS = {"cuda": ["bf16", "fp8"], "ascend": ["bf16", "w8a8"]}
-LOOSE: dict[str, Any] = {"min_top1_agreement": 0.5, "max_kl_nats": 0.1}
+LOOSE: dict[str, Any] = {"min_top1_agreement": 0.5, "max_kl_nats": 0.1, **BRIEF}
+
+
+def card_of(target: str, variant: str, measured: Parity, corpus: Corpus, source: Checkpoint) -> str:
+    """The card of a variant that was asked nothing."""
+    conventions = read_conventions(source.path(), max_tokens=64)
+    return render(Served(target, variant, measured, None, 1), corpus, source, conventions)
 
 
 @pytest.fixture
 def parts(tmp_path: Path) -> tuple[Checkpoint, Corpus, Workspace]:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
-    return checkpoint, make_corpus(tmp_path / "corpus"), make_workspace(tmp_path / "bundle")
+    return (
+        checkpoint,
+        make_corpus(tmp_path / "corpus"),
+        workspace_at(tmp_path / "bundle", Notebook()),
+    )
 
 
 def _export(parts: tuple[Checkpoint, Corpus, Workspace], target: str, **settings: Any) -> Bundle:
@@ -121,10 +133,10 @@ def test_two_exports_give_equal_bytes(tmp_path: Path) -> None:
 def test_whoever_lost_the_lease_writes_no_weights(
     parts: tuple[Checkpoint, Corpus, Workspace],
 ) -> None:
-    Path(parts[2].out, "lease.json").write_text(json.dumps({"owner": "someone else"}))
+    steal(parts[2])
     with pytest.raises(LeaseLost):
         _export(parts, "cuda", **LOOSE)
-    assert os.listdir(parts[2].out) == ["lease.json"]
+    assert os.listdir(parts[2].out) == []
 
 
 def test_a_weight_that_is_not_finite_is_named(
@@ -135,7 +147,7 @@ def test_a_weight_that_is_not_finite_is_named(
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     tensors[name][0, 0] = float("inf")
     save_file(tensors, path)
-    with pytest.raises(ExportError, match=rf"tensor {name}: 1 of 8192 values are not finite"):
+    with pytest.raises(ExportError, match=rf"tensor {name}: 1 of 16384 values are not finite"):
         _export(parts, "cuda", **LOOSE)
 
 
@@ -148,7 +160,7 @@ def test_a_disk_too_small_is_said_beforehand(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage())
     with pytest.raises(ExportError, match=r"needs up to [\d,]+ bytes, the disk has 1,000 free"):
         _export(parts, "cuda", **LOOSE)
-    assert os.listdir(parts[2].out) == ["lease.json"]
+    assert os.listdir(parts[2].out) == []
 
 
 def test_writing_holds_one_shard_and_one_tensor(
@@ -208,7 +220,7 @@ def test_the_card_warns_of_sizes_that_fp8_kernels_refuse(
     for width, warned in ((64, True), (128, False)):
         model = MODEL.model_copy(update={"moe_intermediate_size": width})
         source = checkpoint.model_copy(update={"model": model})
-        card = render("cuda", "fp8", measured, 1, corpus, source)
+        card = card_of("cuda", "fp8", measured, corpus, source)
         assert ("multiples of 128" in card) == warned
 
 
@@ -243,7 +255,7 @@ def test_the_card_says_what_is_particular_to_a_family(
     measured = Parity(positions=1, max_abs_logit_error=0, top1_agreement=1, mean_kl_nats=0)
     source = checkpoint.model_copy(update={"model": MODELS[family]})
     target = "ascend" if variant == "w8a8" else "cuda"
-    card = render(target, variant, measured, 1, corpus, source)
+    card = card_of(target, variant, measured, corpus, source)
     assert [words for words in said if words not in card] == []
     assert "Engram" not in card
 
@@ -274,13 +286,13 @@ def test_the_card_says_what_the_training_text_was_and_what_of_it_is_wrong_on_pur
 ) -> None:
     checkpoint, corpus, _ = parts
     measured = Parity(positions=1, max_abs_logit_error=0, top1_agreement=1, mean_kl_nats=0)
-    card = render("cuda", "bf16", measured, 1, corpus, checkpoint)
+    card = card_of("cuda", "bf16", measured, corpus, checkpoint)
     assert "by tokens: 60% `sums` (arithmetic), 40% `text` (files)." in card
     assert "About 25% of the training answers in `sums` are wrong on purpose" in card
     statistics = json.loads(corpus.path("statistics.json").read_text())
     statistics["sources"]["sums"]["slip_share"] = 0.0
     corpus.path("statistics.json").write_text(json.dumps(statistics))
-    assert "wrong on purpose" not in render("cuda", "bf16", measured, 1, corpus, checkpoint)
+    assert "wrong on purpose" not in card_of("cuda", "bf16", measured, corpus, checkpoint)
 
 
 def test_defaults_hold_the_line() -> None:

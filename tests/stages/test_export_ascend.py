@@ -13,7 +13,7 @@ from configs.model import ModelConfig
 from model.weights.files import read_config
 from stages.export.ascend import Int8Rows
 from stages.export.tensors import TensorFolder
-from tests.stages.bundles import MODEL, MODELS, make_bundle, unquantised_dtype
+from tests.stages.bundles import MODEL, MODELS, files_of, make_bundle, unquantised_dtype
 
 GLOBALS = {"model_quant_type", "version", "group_size", "metadata", "optional"}
 LINEARS = {
@@ -44,6 +44,10 @@ class Made:
     def family(self) -> str:
         return self.model.family
 
+    def folder(self, variant: str) -> Path:
+        """The files of one variant."""
+        return files_of(self.root / "bundle") / variant
+
     def is_quantised(self, name: str) -> bool:
         """By the rules as ModelSlim's recipes put them."""
         if name.startswith(("mtp.", f"model.layers.{self.model.num_hidden_layers}.")):
@@ -63,7 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 
 @pytest.fixture(scope="module")
 def description(made: Made) -> dict[str, Any]:
-    path = made.root / "bundle" / "w8a8" / "quant_model_description.json"
+    path = made.folder("w8a8") / "quant_model_description.json"
     read: dict[str, Any] = json.loads(path.read_text())
     return read
 
@@ -71,15 +75,15 @@ def description(made: Made) -> dict[str, Any]:
 def test_the_description_has_one_row_for_each_tensor(
     made: Made, description: dict[str, Any]
 ) -> None:
-    stored = TensorFolder(made.root / "bundle" / "w8a8")
+    stored = TensorFolder(made.folder("w8a8"))
     assert description.keys() - GLOBALS == set(stored.names)
     assert description.keys() >= GLOBALS
     assert description["model_quant_type"] == "W8A8_DYNAMIC"
 
 
 def test_rows_say_how_each_tensor_is_stored(made: Made, description: dict[str, Any]) -> None:
-    stored = TensorFolder(made.root / "bundle" / "w8a8")
-    source = TensorFolder(made.root / "checkpoint").names
+    stored = TensorFolder(made.folder("w8a8"))
+    source = TensorFolder(files_of(made.root / "checkpoint")).names
     assert any(made.is_quantised(name) for name in source)
     for name in source:
         tensor = stored.read(name)
@@ -110,15 +114,15 @@ def test_a_model_without_query_bottleneck_has_its_query_quantised() -> None:
 
 @pytest.mark.parametrize("variant", ["bf16", "w8a8"])
 def test_no_config_names_a_quantisation(made: Made, variant: str) -> None:
-    folder = made.root / "bundle" / variant
+    folder = made.folder(variant)
     config = json.loads((folder / "config.json").read_text())
     assert not {"quantization_config", "expert_dtype"} & config.keys()
     assert read_config(folder) == made.model
 
 
 def test_each_int8_weight_is_within_half_a_step_of_its_source(made: Made) -> None:
-    stored = TensorFolder(made.root / "bundle" / "w8a8")
-    source = TensorFolder(made.root / "checkpoint")
+    stored = TensorFolder(made.folder("w8a8"))
+    source = TensorFolder(files_of(made.root / "checkpoint"))
     for name in filter(made.is_quantised, source.names):
         x = source.read(name).numpy().astype(np.float64)
         weight, scale = (stored.read(part).numpy() for part in (name, f"{name}_scale"))
@@ -141,7 +145,7 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 
 def test_both_names_of_the_index_say_the_same(made: Made) -> None:
-    folder = made.root / "bundle" / "w8a8"
+    folder = made.folder("w8a8")
     names = ("model.safetensors.index.json", "quant_model_weights.safetensors.index.json")
     one, other = (json.loads((folder / name).read_text()) for name in names)
     assert one == other
@@ -153,6 +157,6 @@ def test_both_names_of_the_index_say_the_same(made: Made) -> None:
 
 def test_nothing_for_ascend_is_fp8(made: Made) -> None:
     for variant in ("bf16", "w8a8"):
-        stored = TensorFolder(made.root / "bundle" / variant)
+        stored = TensorFolder(made.folder(variant))
         kinds = {stored.read(name).dtype for name in stored.names}
         assert kinds <= {torch.bfloat16, torch.float32, torch.int8, torch.int32}

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 
@@ -19,7 +18,9 @@ from stages.export import parity
 from stages.export.bundle import formats
 from stages.export.cuda import Fp8Blocks
 from stages.export.tensors import TensorFolder
-from tests.stages.bundles import MODELS, lines, make_bundle, unquantised_dtype
+from stages.shards import BOS_ID, EOS_TOKEN
+from stages.tokens import load_tokenizer
+from tests.stages.bundles import MODELS, files_of, lines, make_bundle, unquantised_dtype
 
 MAX_SHARD_BYTES = 90_000
 _V3_LINEARS = {
@@ -61,6 +62,15 @@ class Made:
     def family(self) -> str:
         return self.model.family
 
+    @property
+    def source(self) -> Path:
+        """The checkpoint's files."""
+        return files_of(self.root / "checkpoint")
+
+    def folder(self, variant: str) -> Path:
+        """Those of one variant."""
+        return files_of(self.root / "bundle") / variant
+
     def scales(self, name: str) -> str | None:
         """Where the scales of the tensor `name` must lie, if it must have any."""
         *path, module, _ = ("", *name.split("."))
@@ -89,7 +99,7 @@ class Loaded:
 
 @pytest.fixture(scope="module", params=["bf16", "fp8"])
 def loaded(made: Made, request: pytest.FixtureRequest) -> Loaded:
-    folder = made.root / "bundle" / request.param
+    folder = made.folder(request.param)
     widened: dict[str, Any] = {}
     if request.param == "fp8":
         widened = {"quantization_config": FineGrainedFP8Config(dequantize=True)}
@@ -101,7 +111,7 @@ def loaded(made: Made, request: pytest.FixtureRequest) -> Loaded:
         )
     theirs, info = both
     form = next(form for form in formats("cuda", made.model) if form.variant == request.param)
-    names = TensorFolder(made.root / "checkpoint").names
+    names = TensorFolder(made.source).names
     ours = parity.reload(TensorFolder(folder), form, names)
     return Loaded(made.model, theirs.float().eval(), info, ours)
 
@@ -132,9 +142,9 @@ def test_transformers_gives_the_same_logits(loaded: Loaded) -> None:
 def test_ingots_own_reader_of_released_folders_reads_the_same_weights(
     made: Made, variant: str
 ) -> None:
-    folder = made.root / "bundle" / variant
+    folder = made.folder(variant)
     form = next(form for form in formats("cuda", made.model) if form.variant == variant)
-    names = TensorFolder(made.root / "checkpoint").names
+    names = TensorFolder(made.source).names
     proved = parity.reload(TensorFolder(folder), form, names).state_dict()
     read = load_pretrained(folder).state_dict()
     assert read.keys() == proved.keys()
@@ -155,18 +165,45 @@ def test_transformers_continues_greedily_with_the_same_tokens(loaded: Loaded) ->
 
 
 @pytest.mark.parametrize("variant", ["bf16", "fp8"])
-def test_auto_tokenizer_encodes_as_the_tokenizers_file(made: Made, variant: str) -> None:
-    theirs = AutoTokenizer.from_pretrained(made.root / "bundle" / variant)
-    ours = Tokenizer.from_file(str(made.root / "checkpoint" / "tokenizer.json"))
+def test_auto_tokenizer_encodes_as_training_did(made: Made, variant: str) -> None:
+    theirs = AutoTokenizer.from_pretrained(made.folder(variant))
+    ours = load_tokenizer(made.source / "tokenizer.json")
     text = lines()
     assert len(text) == 1000
-    assert theirs(text)["input_ids"] == [encoded.ids for encoded in ours.encode_batch(text)]
+    expected = [[BOS_ID, *one.ids] for one in ours.encode_batch(text, add_special_tokens=False)]
+    plain = [number for number, line in enumerate(text) if EOS_TOKEN not in line]
+    assert 800 < len(plain) < 1000
+    found = theirs(text)["input_ids"]
+    assert [found[number] for number in plain] == [expected[number] for number in plain]
+    # Clients look for special tokens in text unless they are told that there are none.
+    assert theirs(text, split_special_tokens=True)["input_ids"] == expected
     assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 1)
+
+
+def test_a_chat_begins_as_training_texts_do_and_ends_each_answer(made: Made) -> None:
+    theirs = AutoTokenizer.from_pretrained(made.folder("bf16"))
+    ours = load_tokenizer(made.source / "tokenizer.json")
+
+    def ids(text: str) -> list[int]:
+        return list(ours.encode(text, add_special_tokens=False).ids)
+
+    def chat(*contents: str, **settings: Any) -> list[int]:
+        roles = ("user", "assistant") * len(contents)
+        turns = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+        found: list[int] = theirs.apply_chat_template(turns, **settings)["input_ids"]
+        return found
+
+    assert chat("12+34=", add_generation_prompt=True) == [0, *ids("12+34=")]
+    assert chat("12+34=", "640", "5+5=", add_generation_prompt=True) == [
+        *(0, *ids("12+34="), *ids("640"), 1),
+        *(0, *ids("5+5=")),
+    ]
+    assert chat("12+34=", "6", continue_final_message=True) == [0, *ids("12+34="), *ids("6")]
 
 
 @pytest.mark.parametrize("variant", ["bf16", "fp8"])
 def test_the_index_counts_the_bytes_that_the_files_hold(made: Made, variant: str) -> None:
-    folder = made.root / "bundle" / variant
+    folder = made.folder(variant)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     stored = TensorFolder(folder)
     tensors = {name: stored.read(name) for name in stored.names}
@@ -183,9 +220,9 @@ def test_the_index_counts_the_bytes_that_the_files_hold(made: Made, variant: str
 
 
 def test_fp8_quantises_every_linear_and_nothing_else(made: Made) -> None:
-    stored = TensorFolder(made.root / "bundle" / "fp8")
+    stored = TensorFolder(made.folder("fp8"))
     expected = set()
-    for name in TensorFolder(made.root / "checkpoint").names:
+    for name in TensorFolder(made.source).names:
         tensor, at = stored.read(name), made.scales(name)
         expected |= {name, at} - {None}
         if at is None:
@@ -203,7 +240,7 @@ def test_fp8_quantises_every_linear_and_nothing_else(made: Made) -> None:
 
 def test_only_the_fp8_config_names_a_quantisation(made: Made) -> None:
     read = {
-        variant: json.loads((made.root / "bundle" / variant / "config.json").read_text())
+        variant: json.loads((made.folder(variant) / "config.json").read_text())
         for variant in ("bf16", "fp8")
     }
     assert read["fp8"].pop("quantization_config") == SCHEMES[made.family]

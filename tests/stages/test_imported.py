@@ -13,11 +13,12 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from configs.errors import ArtifactError, ConfigError, DataError, IngotError
 from configs.imports import ImportSpec
-from configs.parallel import ClusterConfig
 from model.weights import load_pretrained, save_pretrained
-from stages.artifacts import Checkpoint, Lease
-from stages.contract import Workspace
+from stages.artifacts import Checkpoint
+from stages.conventions import read_end_tokens
+from stages.hashing import Hashes
 from stages.imported import imported, reads
+from tests.conftest import workspace_at
 from tests.references import random_model, random_tokens, tiny
 from tests.stages.bundles import MODEL, Notebook, make_tokenizer
 
@@ -36,11 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 def take(folder: Path, out: Path) -> Checkpoint:
     """Run the stage in a slot of its own."""
-    out.mkdir()
-    lease = out / "lease.json"
-    lease.write_text(json.dumps({"owner": "me"}))
-    work = Workspace(str(out), ClusterConfig(), Notebook(), Lease(str(lease), "me"))
-    return imported.run(ImportSpec(folder=str(folder)), work)
+    return imported.run(ImportSpec(folder=str(folder)), workspace_at(out, Notebook()))
 
 
 def test_an_fp8_folder_becomes_a_float32_checkpoint_of_its_own_tokenizer(
@@ -49,16 +46,20 @@ def test_an_fp8_folder_becomes_a_float32_checkpoint_of_its_own_tokenizer(
     checkpoint = take(folder, tmp_path / "out")
     assert checkpoint.model == SPEC
     assert (checkpoint.step, checkpoint.sequences_seen, checkpoint.final_loss) == (0, 0, None)
-    stored = load_file(tmp_path / "out" / "model.safetensors")
+    stored = load_file(checkpoint.path("model.safetensors"))
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in json.loads(checkpoint.path("config.json").read_text())
     source = load_pretrained(folder)
     copy = load_pretrained(checkpoint.path())
     tokens = random_tokens(2, 12)
     with torch.no_grad():
         assert torch.equal(copy(tokens), source(tokens))
-    tokenizer = checkpoint.path("tokenizer.json").read_bytes()
-    assert tokenizer == (folder / "tokenizer.json").read_bytes()
+    ours, theirs = (
+        json.loads((where / "tokenizer.json").read_text()) for where in (checkpoint.path(), folder)
+    )
+    assert theirs["post_processor"] is None
+    assert ours["post_processor"]["type"] == "TemplateProcessing"
+    assert ours | {"post_processor": None} == theirs
 
 
 def test_what_transformers_saved_in_bfloat16_is_taken_without_an_mtp_layer(tmp_path: Path) -> None:
@@ -79,17 +80,40 @@ def test_what_transformers_saved_in_bfloat16_is_taken_without_an_mtp_layer(tmp_p
 
 
 def test_identity_is_what_the_files_hold_wherever_they_lie(folder: Path, tmp_path: Path) -> None:
-    seen = reads(ImportSpec(folder=str(folder)))
+    seen = reads(ImportSpec(folder=str(folder)), Hashes())
     assert list(seen) == ["config.json", "tokenizer.json", "model.safetensors"]
     assert seen["config.json"]["bytes"] == (folder / "config.json").stat().st_size
     shutil.copytree(folder, tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "README.md").write_text("other words")
-    assert reads(ImportSpec(folder=str(tmp_path / "elsewhere"))) == seen
+    assert reads(ImportSpec(folder=str(tmp_path / "elsewhere")), Hashes()) == seen
     weights = folder / "model.safetensors"
     body = bytearray(weights.read_bytes())
     body[-1] ^= 1
     weights.write_bytes(body)
-    assert reads(ImportSpec(folder=str(folder))) != seen
+    assert reads(ImportSpec(folder=str(folder)), Hashes()) != seen
+
+
+def test_a_list_of_end_tokens_is_taken_if_end_of_text_is_among_them(
+    folder: Path, tmp_path: Path
+) -> None:
+    with_field("eos_token_id", [1, 5])(folder)
+    checkpoint = take(folder, tmp_path / "out")
+    assert read_end_tokens(checkpoint.path()) == (1, 5)
+    with_field("eos_token_id", [5, 7])(folder)
+    with pytest.raises(ConfigError, match=r"eos_token_id = \[5, 7\], but documents are framed"):
+        take(folder, tmp_path / "again")
+
+
+def test_what_was_brought_enters_identity_too(folder: Path) -> None:
+    before = reads(ImportSpec(folder=str(folder)), Hashes())
+    (folder / "generation_config.json").write_text("{}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ bos_token }}")
+    after = reads(ImportSpec(folder=str(folder)), Hashes())
+    assert set(after) - set(before) == {
+        "generation_config.json",
+        "additional_chat_templates/tools.jinja",
+    }
 
 
 def without(name: str) -> Callable[[Path], None]:
@@ -177,7 +201,7 @@ def test_a_folder_that_cannot_be_started_from_is_refused(
 ) -> None:
     change(folder)
     with pytest.raises(error) as caught:
-        reads(ImportSpec(folder=str(folder)))
+        reads(ImportSpec(folder=str(folder)), Hashes())
         take(folder, tmp_path / "out")
     assert message in str(caught.value)
     assert str(folder) in str(caught.value) or "config.json" in str(caught.value)

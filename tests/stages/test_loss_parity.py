@@ -1,6 +1,7 @@
 """The loss-parity stage: what it reads, what it refuses, and that its report can fail."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from configs.parity import ParityConfig, ParitySpec
 from stages.artifacts import Checkpoint, Report
 from stages.contract import Workspace
 from stages.loss_parity.loop import loss_parity
-from tests.conftest import Recorder
+from stages.telemetry import MetricsFile, write_history
+from tests.conftest import Recorder, workspace_at
 
 STEPS = 50
 CURVE = [4.0 - 0.03 * step for step in range(STEPS)]
@@ -23,7 +25,7 @@ Logs = dict[str, list[dict[str, Any]]]
 
 
 def log(factor: float = 1.0) -> list[dict[str, Any]]:
-    """A step log of losses this many times the plain curve's."""
+    """The steps of a training with losses this many times the plain curve's."""
     return [
         {"step": step, "loss": 9.0, "next_token_loss": factor * loss}
         for step, loss in enumerate(CURVE, 1)
@@ -38,17 +40,23 @@ def logs() -> Logs:
 
 @pytest.fixture
 def judge(tmp_path: Path, workspace: Workspace) -> Callable[..., Report]:
-    """Run the stage on checkpoints with these step logs, all of `steps` steps."""
+    """Run the stage on checkpoints with these steps in their histories, all of `steps` steps.
+
+    Each training's step log holds other losses, which must bear on nothing.
+    """
 
     def run(logs: Mapping[str, list[dict[str, Any]]], steps: int = STEPS) -> Report:
         runs = {}
         for name, lines in logs.items():
-            folder = tmp_path / name
-            folder.mkdir()
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            (folder / "metrics.jsonl").write_text(text)
+            trained = workspace_at(tmp_path / name, workspace.tracker)
+            metrics = MetricsFile(trained.beside())
+            for line in lines:
+                metrics.append(line, step=line["step"])
+            write_history(trained)
+            for line in lines:
+                metrics.append({**line, "next_token_loss": 1.0}, step=line["step"])
             runs[name] = Checkpoint(
-                uri=str(folder), step=steps, sequences_seen=0, model=V3Config(), final_loss=None
+                uri=trained.out, step=steps, sequences_seen=0, model=V3Config(), final_loss=None
             )
         made = loss_parity.run(SPEC, workspace, **runs)
         assert isinstance(made, Report)
@@ -97,8 +105,7 @@ def test_the_order_of_inputs_changes_no_byte(
     judge(logs)
     first = workspace.path("report.json").read_bytes()
     for name in logs:
-        (tmp_path / name / "metrics.jsonl").unlink()
-        (tmp_path / name).rmdir()
+        shutil.rmtree(tmp_path / name)
     judge(dict(reversed(logs.items())))
     assert workspace.path("report.json").read_bytes() == first
 
@@ -127,7 +134,7 @@ def test_a_log_that_cannot_be_compared_is_refused(
     change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
     message: str,
 ) -> None:
-    with pytest.raises(DataError, match=rf"^{name}: .*metrics\.jsonl") as caught:
+    with pytest.raises(DataError, match=rf"^{name}: .*history\.json") as caught:
         judge({**logs, name: change(logs[name])})
     assert message in str(caught.value)
     assert "rebuild this training with --force" in str(caught.value)

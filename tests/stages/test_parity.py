@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from model.weights.files import load_pretrained
 from stages.artifacts import Parity
 from stages.export import parity
 from stages.export.bundle import formats
+from stages.export.cuda import Fp8Blocks
 from stages.export.formats import Bf16, Format, half_step
 from stages.export.tensors import TensorFolder, write_weights
 from tests.stages.bundles import (
@@ -27,6 +28,7 @@ from tests.stages.bundles import (
     MODELS,
     ROWS,
     SEQUENCE_TOKENS,
+    files_of,
     make_bundle,
     make_checkpoint,
     make_corpus,
@@ -50,8 +52,12 @@ def copied(root: Path, tmp_path: Path) -> Callable[[str], tuple[TensorFolder, Pa
 
     def copy(variant: str) -> tuple[TensorFolder, Path, Format]:
         target = "ascend" if variant == "w8a8" else "cuda"
-        shutil.copytree(root / target / "bundle" / variant, tmp_path / variant)
-        return TensorFolder(root / target / "checkpoint"), tmp_path / variant, VARIANTS[variant]
+        shutil.copytree(files_of(root / target / "bundle") / variant, tmp_path / variant)
+        return (
+            TensorFolder(files_of(root / target / "checkpoint")),
+            tmp_path / variant,
+            VARIANTS[variant],
+        )
 
     return copy
 
@@ -84,7 +90,7 @@ def test_every_tensor_of_every_family_is_proved(tmp_path: Path, family: str, var
     make_checkpoint(tmp_path / "checkpoint", model)
     target: Target = "ascend" if variant == "w8a8" else "cuda"
     (form,) = (form for form in formats(target, model) if form.variant == variant)
-    source, folder = TensorFolder(tmp_path / "checkpoint"), tmp_path / variant
+    source, folder = TensorFolder(files_of(tmp_path / "checkpoint")), tmp_path / variant
     folder.mkdir()
     write_weights(source, form, folder, max_shard_bytes=10**9, before_write=lambda: None)
     assert 0.98 < parity.prove_weights(source, TensorFolder(folder), form) <= 1
@@ -247,3 +253,69 @@ def test_half_a_step_is_half_the_distance_to_the_next_number() -> None:
 def test_a_zero_must_stay_zero_in_bfloat16() -> None:
     bound = Bf16(MODEL).error_bound("model.norm.weight", torch.zeros(2))
     assert bound.max() < 2.0**-133
+
+
+def joint_rows(stored: TensorFolder, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """(as a server's one matrix reads, as each by itself) of block-scaled matrices, row by row.
+
+    What vLLM's loader does: rows one below the other, each matrix's scales from row
+    ceil(first row / 128) of a grid of ceil(rows / 128), and row r scaled by grid row r // 128.
+    """
+    weights = [stored.read(name).float() for name in names]
+    scales = [stored.read(f"{name}_scale_inv").float() for name in names]
+    total = sum(len(weight) for weight in weights)
+    grid = torch.zeros((total + 127) // 128, scales[0].shape[1])
+    joint, alone, begin = [], [], 0
+    for weight, scale in zip(weights, scales, strict=True):
+        first = (begin + 127) // 128
+        for row in range(len(scale)):
+            if first + row < len(grid):
+                grid[first + row] = scale[row]
+        begin += len(weight)
+    number = 0
+    for weight, scale in zip(weights, scales, strict=True):
+        for row in range(len(weight)):
+            columns = torch.arange(weight.shape[1]) // 128
+            joint.append(weight[row] * grid[number // 128][columns])
+            alone.append(weight[row] * scale[row // 128][columns])
+            number += 1
+    return torch.stack(joint), torch.stack(alone)
+
+
+def test_a_fused_block_scaled_loader_reads_every_row_of_an_fp8_bundle_right(root: Path) -> None:
+    stored = TensorFolder(files_of(root / "cuda" / "bundle") / "fp8")
+    groups = [
+        ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+        ("mlp.experts.3.gate_proj", "mlp.experts.3.up_proj"),
+    ]
+    read = 0
+    for layer in range(MODEL.num_hidden_layers + 1):
+        for group in groups:
+            names = [f"model.layers.{layer}.{module}.weight" for module in group]
+            if names[0] in stored.file_of:
+                joint, alone = joint_rows(stored, names)
+                assert torch.equal(joint, alone), names
+                read += 1
+    assert read >= 10
+    assert parity.prove_fused(stored, Fp8Blocks(MODEL)) > read
+
+
+def test_a_rank_that_ends_within_a_block_is_caught_by_the_fused_reading(tmp_path: Path) -> None:
+    model = MODEL.model_copy(update={"q_lora_rank": 64})
+    make_checkpoint(tmp_path / "checkpoint", model)
+    source, folder = TensorFolder(files_of(tmp_path / "checkpoint")), tmp_path / "fp8"
+    folder.mkdir()
+    write_weights(
+        source, Fp8Blocks(model), folder, max_shard_bytes=10**9, before_write=lambda: None
+    )
+    stored = TensorFolder(folder)
+    names = [f"model.layers.0.self_attn.{one}.weight" for one in ("q_a_proj", "kv_a_proj_with_mqa")]
+    joint, alone = joint_rows(stored, names)
+    assert int((joint != alone).any(1).sum()) == 64
+    with pytest.raises(ExportError, match=r"kv_a_proj_with_mqa.* 64 of its 144 rows by another"):
+        parity.prove_fused(stored, Fp8Blocks(model))
+    with pytest.raises(ExportError, match=r"q_lora_rank = 64 is no multiple of 128.*leave fp8 out"):
+        formats("cuda", model)
+    assert [form.variant for form in formats("cuda", model, ("bf16", "w8a8"))] == ["bf16"]

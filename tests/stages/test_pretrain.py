@@ -87,10 +87,10 @@ def test_the_table_of_parts_is_held_against_the_model_that_comes_in(
 def test_steps_that_no_save_holds_are_not_shown_as_done(
     corpus: Corpus, workspace: Workspace, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = MetricsFile(workspace.out)
+    log = MetricsFile(workspace.beside())
     for step in (1, 2, 3, 4):
         log.append({"loss": 9.0}, step=step)
-    save = workspace.path("resume", "saves", "step-00000002")
+    save = workspace.resumable("saves", "step-00000002")[0]
     checkpoint.save_shard(save, {"any": torch.ones(1)}, {}, rank=0, world=1)
     checkpoint.mark_complete(save, {"step": 2})
 

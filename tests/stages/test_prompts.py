@@ -7,8 +7,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 
 from configs.errors import DataError
-from stages.prompts import answer_text, encode_prompts, load_tokenizer
+from stages.prompts import answer_text, encode_prompts
 from stages.shards import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
+from stages.tokens import load_tokenizer
 from stages.verifiers import Problem
 
 PROBLEM = Problem(id="sum/12+34=", prompt="12+34=", answer="46", source="arithmetic")
@@ -48,6 +49,13 @@ def test_an_answer_is_the_text_before_end_of_text(tokenizer: Tokenizer) -> None:
 def test_a_special_token_inside_an_answer_stays_visible(tokenizer: Tokenizer) -> None:
     four, six = tokenizer.encode("46").ids
     assert answer_text(tokenizer, [four, BOS_ID, six, EOS_ID]) == f"4{BOS_TOKEN}6"
+
+
+def test_whichever_end_token_comes_ends_the_answer(tokenizer: Tokenizer) -> None:
+    body = tokenizer.encode("46").ids
+    assert answer_text(tokenizer, [*body, 5], (EOS_ID, 5)) == "46"
+    assert answer_text(tokenizer, [*body, EOS_ID], (EOS_ID, 5)) == "46"
+    assert answer_text(tokenizer, [*body, 5]) != "46"
 
 
 def test_text_that_spells_a_special_token_stays_text_once_loaded(

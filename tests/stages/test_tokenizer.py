@@ -14,6 +14,7 @@ from configs.data import TokenizerConfig
 from configs.errors import DataError
 from stages.data.tokenizer import encode, identify_tokenizer, sample, train_tokenizer
 from stages.evaluate.text import byte_lengths
+from stages.hashing import Hashes
 from stages.shards import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 
 TEXTS = [
@@ -90,7 +91,7 @@ def test_equal_samples_make_equal_tokenizers() -> None:
 def test_the_saved_tokenizer_encodes_as_the_trained_one(tmp_path: Path) -> None:
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     loaded = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert [loaded.encode(text).ids for text in TEXTS] == [ids(text) for text in TEXTS]
+    assert [loaded.encode(text).ids for text in TEXTS] == [[BOS_ID, *ids(t)] for t in TEXTS]
 
 
 def test_the_sample_stops_at_its_budget() -> None:
@@ -99,12 +100,12 @@ def test_the_sample_stops_at_its_budget() -> None:
 
 
 def test_a_tokenizer_enters_identity_by_content(tmp_path: Path) -> None:
-    assert identify_tokenizer(TokenizerConfig()) == {}
+    assert identify_tokenizer(TokenizerConfig(), Hashes()) == {}
     path = tmp_path / "mine.json"
     path.write_text("one")
-    first = identify_tokenizer(TokenizerConfig(file=str(path)))
+    first = identify_tokenizer(TokenizerConfig(file=str(path)), Hashes())
     assert first["tokenizer.json"]["bytes"] == 3
     path.write_text("two")
-    assert identify_tokenizer(TokenizerConfig(file=str(path))) != first
+    assert identify_tokenizer(TokenizerConfig(file=str(path)), Hashes()) != first
     with pytest.raises(DataError, match=r"data\.tokenizer\.file = .*cannot be read"):
-        identify_tokenizer(TokenizerConfig(file=str(tmp_path / "none.json")))
+        identify_tokenizer(TokenizerConfig(file=str(tmp_path / "none.json")), Hashes())

@@ -1,0 +1,152 @@
+"""Whole files or none, of which several makers make one."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+
+from pipeline.files import create_exclusively, replace
+
+ROOT = Path(__file__).parents[2]
+RACERS = 8
+ROUNDS = 25
+
+
+def refuse_links(code: int) -> Callable[..., None]:
+    """`os.link` of a file system that has none, as error number `code` says."""
+
+    def link(*args: object, **settings: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return link
+
+
+@pytest.fixture(params=["links", "no links"])
+def _links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the disk has hard links, and where it has not."""
+    if request.param == "no links":
+        monkeypatch.setattr(os, "link", refuse_links(errno.EPERM))
+
+
+@pytest.mark.usefixtures("_links")
+def test_what_is_there_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    assert create_exclusively(path, "first")
+    assert not create_exclusively(path, "second")
+    assert path.read_text() == "first"
+    assert os.listdir(tmp_path) == ["file"]
+    assert path.stat().st_nlink == 1
+
+
+@pytest.mark.usefixtures("_links")
+def test_of_many_threads_that_create_one_file_exactly_one_does(tmp_path: Path) -> None:
+    for number in range(ROUNDS):
+        path, barrier = tmp_path / f"{number}", Barrier(RACERS)
+        texts = [f"{racer} " * 5000 for racer in range(RACERS)]
+
+        def race(text: str, path: Path = path, barrier: Barrier = barrier) -> bool:
+            barrier.wait(10)
+            return create_exclusively(path, text)
+
+        with ThreadPoolExecutor(RACERS) as pool:
+            won = list(pool.map(race, texts))
+        assert won.count(True) == 1
+        assert path.read_text() == texts[won.index(True)]
+    assert len(os.listdir(tmp_path)) == ROUNDS
+
+
+RACE = """
+import sys, time
+from pathlib import Path
+from pipeline.files import create_exclusively
+folder, name, rounds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+print("ready", flush=True)
+start = float(sys.stdin.readline())
+while time.time() < start:
+    pass
+print(*[create_exclusively(folder / str(number), name * 1000) for number in range(rounds)])
+"""
+
+
+def test_of_many_processes_that_create_one_file_exactly_one_does(tmp_path: Path) -> None:
+    names = [str(number) for number in range(RACERS)]
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACE, str(tmp_path), name, str(ROUNDS)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
+    ]
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == "ready\n"
+    start = time.time() + 0.3
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write(f"{start}\n")
+        racer.stdin.flush()
+    told = [racer.communicate(timeout=60)[0].split() for racer in racers]
+    for number, won in enumerate(zip(*told, strict=True)):
+        assert won.count("True") == 1
+        assert (tmp_path / f"{number}").read_text() == names[won.index("True")] * 1000
+    assert len(os.listdir(tmp_path)) == ROUNDS
+
+
+def test_nobody_sees_half_of_a_file_that_comes_into_being(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / "file", os.link
+
+    def link(draft: Path, target: Path) -> None:
+        assert not path.exists()
+        assert json.loads(Path(draft).read_text()) == {"whole": True}
+        real(draft, target)
+
+    monkeypatch.setattr(os, "link", link)
+    assert create_exclusively(path, '{"whole": true}')
+
+
+def test_a_disk_that_fails_leaves_neither_a_file_nor_a_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", refuse_links(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left"):
+        create_exclusively(tmp_path / "file", "text")
+    monkeypatch.setattr(os, "replace", refuse_links(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left"):
+        replace(tmp_path / "file", "text")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_replaced_file_is_the_new_one_and_no_draft_stays(tmp_path: Path) -> None:
+    replace(tmp_path / "file", "old")
+    replace(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.usefixtures("_links")
+def test_a_file_and_its_name_are_on_the_disk_once_it_is_created(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, real = [], os.fsync
+
+    def fsync(handle: int) -> None:
+        synced.append(os.fstat(handle).st_ino)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    create_exclusively(tmp_path / "file", "text")
+    assert synced[-1] == tmp_path.stat().st_ino
+    assert (tmp_path / "file").stat().st_ino in synced[:-1]
