@@ -8,7 +8,7 @@ holds. `complete.json`, written last by rank 0, makes the folder a save.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -85,12 +85,14 @@ def mark_complete(folder: Path, facts: Mapping[str, object]) -> None:
     _settle(draft, folder / COMPLETE)
 
 
-def latest(root: Path) -> tuple[Path, int] | None:
-    """The readable complete save under `root` with the highest step, and that step.
+def latest(*roots: Path) -> tuple[Path, int] | None:
+    """The readable complete save under `roots` with the highest step, and that step.
 
-    A save that a failing disk cut short is passed over for the one before it.
+    A save that a failing disk cut short is passed over for the one before it; of equal steps the
+    one under the first of the roots counts.
     """
-    for folder in sorted(root.glob("step-*"), reverse=True):
+    folders = [folder for root in roots for folder in root.glob("step-*")]
+    for folder in sorted(folders, key=lambda path: path.name, reverse=True):
         if (folder / COMPLETE).is_file() and _readable(folder):
             return folder, int(json.loads((folder / COMPLETE).read_text())["step"])
     return None
@@ -103,13 +105,18 @@ def consolidate(save: Path, config: ModelConfig, folder: Path) -> None:
     write_checkpoint(config, families.to_hf(config, state), folder)
 
 
-def prune(root: Path, *, keep: int) -> None:
-    """Delete all but the `keep` newest complete saves, and incomplete ones older than those."""
+def prune(root: Path, *, keep: int, earlier: Sequence[Path] = ()) -> None:
+    """Delete all but the `keep` newest complete saves, and incomplete ones older than those.
+
+    Once there is a complete one, the saves of `earlier` builds are needed no more and go too.
+    """
     marked = sorted(root.glob("step-*"), key=lambda path: path.name)
     complete = [path for path in marked if (path / COMPLETE).is_file()]
     for path in marked:
         if complete[-keep:] and path.name < complete[-keep:][0].name:
             shutil.rmtree(path, ignore_errors=True)
+    for other in earlier if complete else ():
+        shutil.rmtree(other, ignore_errors=True)
 
 
 def step_folder(root: Path, step: int) -> Path:

@@ -71,8 +71,8 @@ class FitJob:
     source: StepSource
     loss: Callable[[int], LossSpec]
     """What is minimised at a step."""
-    saves: str
-    """Folder of the sharded saves."""
+    saves: tuple[str, ...]
+    """Folder of the sharded saves; then those of earlier builds, from which this one may resume."""
     open_log: Callable[[int], StepLog]
     """Opens the step log for a run that continues after the given step."""
     may_write: Callable[[], None]
@@ -82,36 +82,39 @@ class FitJob:
     """What each token counts as to a memory of n-grams; none where the model has no memory."""
 
 
-def fit(job: FitJob, machines: ClusterConfig, home: str) -> Path:
+def fit(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
     """Train until `job.steps` are done; the final save. Continues an interrupted run.
 
+    Ray's workers live in the folder `home`, which must outlast this process's Ray and hold no
+    Python files; Ray Train keeps notes of its own in the folder `notes`.
     TrainingError if the steps were not done; an Ingot error of a rank is raised as itself;
     MachineError once workers died more than `machines.max_restarts` times.
     """
-    root = Path(job.saves)
-    root.mkdir(parents=True, exist_ok=True)
+    root, *earlier = map(Path, job.saves)
+    for folder in (root, Path(notes)):
+        folder.mkdir(parents=True, exist_ok=True)
     (root / _FAILURE).unlink(missing_ok=True)
-    done = checkpoint.latest(root)
+    done = checkpoint.latest(root, *earlier)
     if done is None or done[1] != job.steps:
         workers = machines.trainers
         ensure_ray(machines, home, cpus_needed=workers * machines.cpus_per_worker)
         await_cpus(machines, workers, role="trainer")
         job.may_write()
-        _run(job, machines, root)
-        done = checkpoint.latest(root)
+        _run(job, machines, root, notes)
+        done = checkpoint.latest(root, *earlier)
     if done is None or done[1] != job.steps:
         seen = 0 if done is None else done[1]
         raise TrainingError(f"{seen} of {job.steps} steps were done; run again to continue")
     return done[0]
 
 
-def _run(job: FitJob, machines: ClusterConfig, root: Path) -> None:
+def _run(job: FitJob, machines: ClusterConfig, root: Path, notes: str) -> None:
     timeout = math.ceil(machines.step_timeout_seconds)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(machines.startup_timeout_seconds)
     # Ray annotates its first generation of settings and takes its second.
     settings: Any = RunConfig(
         name="ray-train",
-        storage_path=str(root.parent),
+        storage_path=notes,
         failure_config=FailureConfig(
             max_failures=machines.max_restarts, controller_failure_limit=machines.max_restarts
         ),
@@ -167,12 +170,12 @@ def _fit_interruptibly(trainer: TorchTrainer) -> None:
 def _train_worker(config: dict[str, Any]) -> None:
     """What runs on each rank."""
     job: FitJob = config["job"]
-    root = Path(job.saves)
+    root = Path(job.saves[0])
     if (root / _FAILURE).is_file():
         return  # A previous attempt failed for a reason that trying again will not mend.
     try:
         job.may_write()
-        _steps(job, root)
+        _steps(job)
     except LeaseLost:
         raise  # The slot is another builder's: nothing may be left in it.
     except IngotError as error:
@@ -181,7 +184,7 @@ def _train_worker(config: dict[str, Any]) -> None:
         raise
 
 
-def _steps(job: FitJob, root: Path) -> None:
+def _steps(job: FitJob) -> None:
     torch.set_num_threads(job.threads)
     rank, world = dist.get_rank(), dist.get_world_size()
     trainer = Trainer(
@@ -192,7 +195,7 @@ def _steps(job: FitJob, root: Path) -> None:
         seed=job.seed,
         vocabulary=job.vocabulary,
     )
-    if resume := checkpoint.latest(root):
+    if resume := checkpoint.latest(*map(Path, job.saves)):
         folder, step = resume
         trainer.load(folder, step=step)
     dist.barrier()  # All ranks have chosen the same save before any of them writes another.
@@ -217,18 +220,19 @@ def _steps(job: FitJob, root: Path) -> None:
             log.append(metrics | first, step=step)
             first = {}
         if step % job.checkpoint_every_steps == 0 or step == job.steps:
-            _save(trainer, job, root)
+            _save(trainer, job)
 
 
-def _save(trainer: Trainer, job: FitJob, root: Path) -> None:
+def _save(trainer: Trainer, job: FitJob) -> None:
     job.may_write()
+    root, *earlier = map(Path, job.saves)
     folder = checkpoint.step_folder(root, trainer.step)
     trainer.save(folder)
     dist.barrier()
     if trainer.rank == 0:
         job.may_write()
         checkpoint.mark_complete(folder, {"step": trainer.step})
-        checkpoint.prune(root, keep=2)
+        checkpoint.prune(root, keep=2, earlier=earlier)
 
 
 def _raise_recorded(root: Path) -> None:

@@ -84,12 +84,15 @@ class TrainerPool:
         self._all("ready")
         return refs
 
-    def save(self, root: Path, *, step: int) -> None:
-        """A sharded save of weights and moments under `root`; the two newest are kept."""
+    def save(self, root: Path, *, step: int, earlier: Sequence[Path] = ()) -> None:
+        """A sharded save of weights and moments under `root`; the two newest are kept.
+
+        Those of `earlier` builds, which it makes superfluous, are deleted.
+        """
         folder = checkpoint.step_folder(root, step)
         self._all("save", str(folder))
         checkpoint.mark_complete(folder, {"step": step})
-        checkpoint.prune(root, keep=2)
+        checkpoint.prune(root, keep=2, earlier=earlier)
 
     def load(self, folder: Path, *, step: int) -> None:
         """Continue from a sharded save."""

@@ -2,13 +2,12 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from configs.errors import ArtifactError, PlanError
 from pipeline.fingerprint import differences
 from pipeline.graph import LEFT, Graph, Node, Role, Selection, assign_roles
-from pipeline.store import RESUME, Committed, Store
+from pipeline.store import Committed, Store, has_resume_state
 from stages.artifacts import read_manifest
 
 
@@ -48,6 +47,7 @@ class Damaged:
 class Unsettled:
     """Committed, but what it is made of must be built first and may come out different."""
 
+    committed: Committed
     inputs: tuple[str, ...]
 
     @property
@@ -63,7 +63,7 @@ State = Fresh | Stale | Missing | Damaged | Unsettled
 class Reuse:
     """Take the committed artifact."""
 
-    uri: str
+    committed: Committed
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,17 +131,17 @@ class Examiner:
         return Fresh(committed)
 
     def _what_changed(self, node: Node) -> Stale | Missing:
-        unfinished = any(self._store.folder(node).glob(f"g*/{RESUME}"))
+        unfinished = any(map(has_resume_state, self._store.folder(node).glob("g*/[0-9]*-*")))
         extra = ("continues an interrupted build",) if unfinished else ()
-        uri = self._latest.get((self._recipe, node.name))
-        if uri is None:
+        path = self._latest.get((self._recipe, node.name))
+        if path is None:
             return Missing(("never built", *extra))
         try:
-            old = read_manifest(uri)
+            old = read_manifest(str(path))
         except ArtifactError:
-            return Missing((f"its last artifact, {uri}, is unreadable", *extra))
+            return Missing((f"its last artifact, {path}, is unreadable", *extra))
         changed = differences(old.identity, node.identity.fields, node.planned.config)
-        return Stale((*(changed or (f"{Path(uri).parent} was emptied",)), *extra))
+        return Stale((*(changed or (f"{path.parent} was emptied",)), *extra))
 
 
 def survey(graph: Graph, examiner: Examiner, *, hashed: Collection[str] = ()) -> dict[str, State]:
@@ -153,9 +153,15 @@ def survey(graph: Graph, examiner: Examiner, *, hashed: Collection[str] = ()) ->
         state: State = examiner.examine(node, inputs, hashes=node.name in hashed)
         if isinstance(state, Fresh) and len(inputs) < len(node.inputs):
             late = sorted({node.inputs[role] for role in fresh if role not in inputs})
-            state = Unsettled(tuple(late))
+            state = Unsettled(state.committed, tuple(late))
         states[node.name] = state
     return states
+
+
+def in_use(states: Mapping[str, State]) -> tuple[str, ...]:
+    """Addresses of the artifacts that a run over these states may reuse."""
+    found = (one.committed.address for one in states.values() if isinstance(one, Fresh | Unsettled))
+    return tuple(sorted(set(found)))
 
 
 def relied_on(graph: Graph, selection: Selection) -> set[str]:
@@ -198,8 +204,8 @@ def _decide_one(role: Role, state: State, moving: tuple[str, ...]) -> Decision:
         case ((Role.ALWAYS_FORCE | Role.ALWAYS_FROM), _):
             return Build((role.value,))
         case _, Fresh(committed):
-            return Recheck(moving) if moving else Reuse(committed.artifact.uri)
-        case _, Unsettled(inputs):
+            return Recheck(moving) if moving else Reuse(committed)
+        case _, Unsettled(inputs=inputs):
             return Recheck(inputs)
         case _, Damaged(reasons):
             return Refuse(reasons)
@@ -242,8 +248,8 @@ def _outside(graph: Graph, roles: Mapping[str, Role]) -> Iterator[tuple[str, Nod
 def as_json(decision: Decision) -> dict[str, Any]:
     """A decision as JSON values, for `plan --json`."""
     match decision:
-        case Reuse(uri):
-            return {"decision": "reuse", "uri": uri, "reasons": []}
+        case Reuse(committed):
+            return {"decision": "reuse", "uri": str(committed.path), "reasons": []}
         case Build(reasons):
             return {"decision": "build", "reasons": list(reasons)}
         case Recheck(inputs):

@@ -5,16 +5,25 @@ import logging
 import math
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from configs.parallel import TrackingConfig
 from pipeline.places import SQLITE
 
 UI_PORT = 5000
+_ARTIFACTS = "mlflow-artifacts"
+_LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "storage_location"),
+)
+"""Tables and columns in which MLflow keeps absolute addresses of files."""
 
 
 @contextmanager
@@ -30,6 +39,38 @@ def schema_lock(uri: str) -> Iterator[None]:
         yield
 
 
+def artifact_location(store_root: Path) -> str:
+    """Where runs of the embedded store keep plots and reports."""
+    return (store_root / _ARTIFACTS).as_uri()
+
+
+def move_in(uri: str, store_root: Path) -> None:
+    """Point the runs of an embedded store that was moved or copied to where their files lie now.
+
+    MLflow writes absolute addresses only: in a copy they would lead to the original, and new plots
+    would be written there.
+    """
+    path = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or not path.is_file() or not path.is_relative_to(store_root):
+        return
+    here = artifact_location(store_root)
+    with closing(sqlite3.connect(path, timeout=30)) as database, database:
+        found = {row[0] for row in database.execute("SELECT name FROM sqlite_master")}
+        if "experiments" not in found:
+            return
+        rows = database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+        for (there,) in rows:
+            if there is None or there == here or not there.endswith(f"/{_ARTIFACTS}"):
+                continue
+            for table, column in _LOCATIONS:
+                if table in found:
+                    database.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                        f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                        (here, len(there) + 1, there, len(there) + 1, f"{there}/"),
+                    )
+
+
 def set_environment(config: TrackingConfig) -> None:
     """Bound every call, whose own defaults would retry for minutes, and keep libraries quiet."""
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
@@ -43,10 +84,14 @@ def set_environment(config: TrackingConfig) -> None:
 
 def serve(uri: str, store_root: Path, port: int) -> int:
     """Serve the embedded store on 127.0.0.1 until it is stopped; returns the server's exit code."""
-    artifacts = store_root / "mlflow-artifacts"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", uri, "--artifacts-destination", artifacts.as_uri()]
+    command += [
+        "--backend-store-uri",
+        uri,
+        "--artifacts-destination",
+        artifact_location(store_root),
+    ]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     # However this process is politely ended, the server ends with it.
     for ending in (signal.SIGTERM, signal.SIGHUP):

@@ -9,7 +9,7 @@ from stages.telemetry import METRICS, read_metrics
 _RATE = "tokens_per_second"
 _STEP_FIGURES = ("reward", "loss", _RATE)
 _HEADLINES = (
-    *("before_pass_at_1", "after_pass_at_1", "after_bits_per_byte"),
+    *("before_pass_at_1", "after_pass_at_1", "after_greedy_accuracy", "after_bits_per_byte"),
     *("relative_gap", "relative_gap_spread", "largest_gap"),
 )
 _SHARES = frozenset({"relative_gap", "relative_gap_spread", "largest_gap"})
@@ -23,7 +23,7 @@ def key_figures(artifact: Artifact) -> dict[str, float]:
             tokens = artifact.train_rows * artifact.sequence_tokens
             return {"train_tokens": tokens, "train_problems": artifact.train_problems}
         case Checkpoint():
-            steps = [scalars(record) for record in read_metrics(artifact.path(METRICS))]
+            steps = [scalars(record) for record in read_metrics(artifact.beside(METRICS))]
             chosen = {k: steps[-1][k] for k in _STEP_FIGURES if steps and k in steps[-1]}
             if _RATE in chosen:
                 # One step may have counted, or waited, or begun with cold caches.

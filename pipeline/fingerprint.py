@@ -1,9 +1,9 @@
 """What an artifact is, apart from where and when it was made: identity, and how two differ.
 
-Identity is the stage's name and revision, the config fields that differ from their defaults, what
-the stage reads from outside the line, and the fingerprints of its inputs. A field that is added
-later with a default changes no identity; whoever changes a default or a stage's meaning bumps the
-stage's revision. Paths, machines and logging are provenance and never enter.
+Identity is the stage's function and revision, the config fields that differ from their defaults,
+what the stage reads from outside the line, and the fingerprints of its inputs. A field that is
+added later with a default changes no identity; whoever changes a default or a stage's meaning bumps
+the stage's revision. Paths, machines and logging are provenance and never enter.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from configs.base import Frozen
 from configs.errors import PlanError
 from stages.contract import Planned
+from stages.hashing import Hashes
 
 TAG_FIELD = "type"
 """The field that tells the members of a union apart; it always enters identity."""
@@ -32,20 +33,21 @@ class Identity:
     fingerprint: str
 
 
-def identify(node: Planned[Any], inputs: Mapping[str, str]) -> Identity:
+def identify(node: Planned[Any], inputs: Mapping[str, str], hashes: Hashes) -> Identity:
     """Identity of a planned node whose inputs have the given fingerprints.
 
-    PlanError if the config, or what the stage reads, has no stable serial form.
+    Files that the stage reads enter as `hashes` knows them. PlanError if the config, or what the
+    stage reads, has no stable serial form.
     """
     stage = node.stage
     fields: dict[str, Any] = {
-        "stage": stage.name,
+        "stage": stage.function,
         "revision": stage.revision,
         "config": _encode(node.config, f"{stage.name}.config"),
         "inputs": dict(sorted(inputs.items())),
     }
     if stage.reads is not None:
-        fields["reads"] = _encode(stage.reads(node.config), f"{stage.name}.reads")
+        fields["reads"] = _encode(stage.reads(node.config, hashes), f"{stage.name}.reads")
     return Identity(fields, digest(fields))
 
 

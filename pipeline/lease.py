@@ -1,31 +1,31 @@
-"""The right to fill a slot: one file that names its holder, and how a dead holder is told.
+"""Who may commit a generation: numbered files, each created by one builder and renewed by it alone.
 
-`lease.json` in the slot holds owner, process, host, start time and heartbeat. Every change to it
-happens under a file lock on the folder above, so that two takers cannot both win. A holder is dead
-when its heartbeat has not moved for ten seconds of the observer's own clock (so that neither skewed
-clocks nor a machine that slept mislead), or at once when its process on this host is gone.
+`lease-000001.json` in the generation's folder holds owner, process, host, start time, heartbeat and
+what the build is made of. The holder of the highest number holds the lease. Whoever finds that
+holder dead creates the next number, which only one can do; so no lock is needed, and a builder that
+slept through all of it finds out when it next looks. A holder is dead when it says that it has
+ended, when its heartbeat has not moved for ten seconds of the observer's own clock (so that neither
+skewed clocks nor a machine that slept mislead), or at once when its process on this host is gone.
 """
 
-import fcntl
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from configs.errors import LeaseLost, StoreError
-from stages.artifacts import Lease
+from configs.errors import LeaseLost
+from pipeline.files import create_exclusively, replace
+from stages.artifacts import LEASE_PREFIX, Lease
 
-LEASE = "lease.json"
 HEARTBEAT_SECONDS = 2.0
 DEAD_SECONDS = 10.0
-_GUARD_SECONDS = 30.0
+_LOOK_SECONDS = 0.25
 
 
 class Watch:
@@ -36,7 +36,7 @@ class Watch:
         self._since = 0.0
 
     def is_dead(self, holder: Mapping[str, Any]) -> bool:
-        if has_ended(holder):
+        if holder.get("ended") or has_ended(holder):
             return True
         beat = (holder.get("owner"), holder.get("heartbeat"))
         if beat != self._seen:
@@ -73,62 +73,67 @@ def _host() -> str:
         return socket.gethostname()
 
 
-def beat(lease: Lease, stop: threading.Event) -> None:
+def newest(generation: Path) -> tuple[int, dict[str, Any]]:
+    """Number and body of the lease that counts; (0, {}) if none was ever taken.
+
+    A body that cannot be read yet is empty of facts, and its holder dead once that lasts.
+    """
+    path = max(generation.glob(f"{LEASE_PREFIX}*.json"), default=None)
+    if path is None:
+        return 0, {}
+    number = int(path.stem.removeprefix(LEASE_PREFIX))
+    try:
+        holder = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return number, {"owner": path.name}
+    return number, holder if isinstance(holder, dict) else {"owner": path.name}
+
+
+def take(generation: Path, number: int, owner: str, inputs: Sequence[str] = ()) -> Lease | None:
+    """The lease of this number, unless somebody has it already.
+
+    `inputs` are the addresses that the build reads, which nobody may delete meanwhile.
+    """
+    lease = Lease(str(generation), number, owner)
+    body = _body(lease, inputs=list(inputs), ended=False)
+    return lease if create_exclusively(Path(lease.uri), body) else None
+
+
+def beat(lease: Lease, stop: threading.Event, inputs: Sequence[str] = ()) -> None:
     """Move the heartbeat until told to stop, or until the lease is another's."""
     while not stop.wait(HEARTBEAT_SECONDS):
         try:
-            with guard(Path(lease.uri).parent.parent):
-                lease.check()
-                write_lease(Path(lease.uri).parent, lease.owner)
+            lease.check()
+            replace(Path(lease.uri), _body(lease, inputs=list(inputs), ended=False))
         except LeaseLost:
             return
         except OSError:
-            # A full or vanished disk: the lease ages, and whoever takes it over is the next owner.
+            # A full or vanished disk: the lease ages, and whoever takes over is the next owner.
             continue
 
 
-def write_lease(path: Path, owner: str) -> None:
-    holder = {"owner": owner, **this_process(), "heartbeat": time.time()}
-    # Drafts lie beside the slot, since every file inside it would become part of the artifact.
-    draft = path.with_name(f".{path.name}.{LEASE}.draft")
-    draft.write_text(json.dumps(holder))
-    os.replace(draft, path / LEASE)
+def give_up(lease: Lease) -> None:
+    """Say that this build has ended, so that the next one need not wait."""
+    path = Path(lease.uri)
+    if path.exists():
+        replace(path, _body(lease, inputs=[], ended=True))
 
 
-def read_lease(path: Path) -> dict[str, Any]:
-    """The lease in a slot; empty if there is none or it is no lease."""
-    try:
-        holder = json.loads((path / LEASE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
-@contextmanager
-def guard(folder: Path) -> Iterator[None]:
-    """The file lock under which leases of `folder`'s slots change; held for moments only."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "guard").open("a") as file:
-        deadline = time.monotonic() + _GUARD_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StoreError(
-                        f"{file.name}: locked for {_GUARD_SECONDS:g} s; find its holder with "
-                        "`lsof` and end it"
-                    ) from None
-                time.sleep(0.01)
-        yield
-
-
-def is_held(path: Path) -> bool:
-    """Whether a builder that may be alive holds the slot at `path`."""
-    holder = read_lease(path)
-    if not holder:
+def is_held(generation: Path) -> bool:
+    """Whether a builder that may be alive holds the lease; watches one elsewhere for a while."""
+    watch, deadline = Watch(), time.monotonic() + DEAD_SECONDS + _LOOK_SECONDS
+    number, first = newest(generation)
+    if not number:
         return False
-    if holder.get("host") == _host():
-        return not _process_gone(holder)
-    return time.time() - float(holder.get("heartbeat", 0)) < DEAD_SECONDS
+    while not watch.is_dead(newest(generation)[1]):
+        if first.get("host") == _host() or newest(generation)[1] != first:
+            return True
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(_LOOK_SECONDS)
+    return False
+
+
+def _body(lease: Lease, **facts: Any) -> str:
+    holder = {"owner": lease.owner, **this_process(), "heartbeat": time.time(), **facts}
+    return json.dumps(holder)

@@ -31,10 +31,10 @@ def flatten(value: object, path: str = "") -> dict[str, str]:
 
 def small_files(made: Committed) -> Sequence[Path]:
     """The manifest, the step log, and the records and reports on the artifact's ground floor."""
-    names = [MANIFEST, METRICS]
-    names += [
-        name
+    paths = [made.path / MANIFEST, made.artifact.beside(METRICS)]
+    paths += [
+        made.artifact.path(name)
         for name, entry in made.manifest.files.items()
         if name.endswith((".json", ".md")) and "/" not in name and entry.bytes < SMALL_BYTES
     ]
-    return [path for path in map(made.artifact.path, names) if path.is_file()]
+    return [path for path in paths if path.is_file()]

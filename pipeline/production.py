@@ -11,20 +11,25 @@ from configs.data import DataSpec, TokenizerConfig
 from configs.delivery import EvaluateSpec, ExportSpec
 from configs.errors import ConfigError, PlanError
 from configs.imports import ImportSpec
+from configs.meaning import meant_data, meant_export, meant_posttrain, meant_pretrain
+from configs.model import ModelConfig
 from configs.parity import ParityConfig, ParitySpec
 from configs.recipe import NodeConfig, Recipe, explain
 from configs.rl import PosttrainConfig, PosttrainSpec
-from configs.train import Fp8Config, Precision, PretrainConfig, PretrainSpec
+from configs.train import PretrainSpec
 from stages.contract import Planned, Stage
 from stages.data.loop import data
 from stages.evaluate.loop import evaluate
 from stages.export.bundle import export
-from stages.imported import TOKENIZER, imported, read_base
+from stages.imported import imported, read_base
 from stages.loss_parity.loop import PRECISIONS, loss_parity, run_name
 from stages.posttrain.loop import posttrain
 from stages.pretrain.loop import pretrain
+from stages.tokens import TOKENIZER
 
 Line = dict[str, Planned[Any]]
+FP8_ROWS = 128
+"""Rows that one scale of an FP8 weight is for."""
 IMPORT = "import"
 """The node that stands in pretraining's place where a recipe has a `base`."""
 
@@ -43,12 +48,14 @@ def make_bundles(recipe: Recipe, asked: PosttrainConfig) -> Line:
     """From raw text to a bundle for each target, with the model judged on the way."""
     seed = recipe.seed
 
+    model = recipe.model if recipe.base is None else read_base(Path(recipe.base))
+    check_variants(recipe, model)
     beginning = begin_pretraining(recipe) if recipe.base is None else begin_importing(recipe)
     corpus = beginning["data"]
     first = beginning["pretrain" if recipe.base is None else IMPORT]
 
     posttrained = posttrain(
-        PosttrainSpec(seed=seed, posttrain=asked),
+        PosttrainSpec(seed=seed, posttrain=meant_posttrain(asked, model)),
         corpus=corpus,
         base=first,
     )
@@ -60,7 +67,7 @@ def make_bundles(recipe: Recipe, asked: PosttrainConfig) -> Line:
     )
     bundles = {
         f"export.{target}": export(
-            ExportSpec(seed=seed, target=target, export=recipe.export),
+            ExportSpec(seed=seed, target=target, export=meant_export(recipe.export, target)),
             corpus=corpus,
             checkpoint=posttrained,
         )
@@ -79,13 +86,15 @@ def compare_precisions(recipe: Recipe, asked: ParityConfig) -> Line:
 
     Both trainings of a seed begin with the same values and read the same rows of one corpus.
     """
-    corpus = data(DataSpec(seed=recipe.seed, data=recipe.data))
+    corpus = data(DataSpec(seed=recipe.seed, data=meant_data(recipe.data)))
     trained = {
         (precision, seed): pretrain(
             PretrainSpec(
                 seed=seed,
                 model=recipe.model,
-                pretrain=_in_precision(recipe.pretrain, precision),
+                pretrain=meant_pretrain(
+                    recipe.pretrain.model_copy(update={"precision": precision}), recipe.model
+                ),
             ),
             corpus=corpus,
         )
@@ -103,18 +112,11 @@ def compare_precisions(recipe: Recipe, asked: ParityConfig) -> Line:
     }
 
 
-def _in_precision(section: PretrainConfig, precision: Precision) -> PretrainConfig:
-    """In high precision what FP8 would mean bears on nothing, so that one training serves all."""
-    update: dict[str, Any] = {"precision": precision}
-    if precision == "high":
-        update["fp8"] = Fp8Config()
-    return section.model_copy(update=update)
-
-
 def begin_pretraining(recipe: Recipe) -> Line:
     """A corpus, and a model made of it."""
-    corpus = data(DataSpec(seed=recipe.seed, data=recipe.data))
-    spec = PretrainSpec(seed=recipe.seed, model=recipe.model, pretrain=recipe.pretrain)
+    corpus = data(DataSpec(seed=recipe.seed, data=meant_data(recipe.data)))
+    meant = meant_pretrain(recipe.pretrain, recipe.model)
+    spec = PretrainSpec(seed=recipe.seed, model=recipe.model, pretrain=meant)
     return {"data": corpus, "pretrain": pretrain(spec, corpus=corpus)}
 
 
@@ -127,8 +129,23 @@ def begin_importing(recipe: Recipe) -> Line:
     corpus = recipe.data.model_copy(update={"tokenizer": tokenizer})
     return {
         IMPORT: imported(ImportSpec(folder=recipe.base)),
-        "data": data(DataSpec(seed=recipe.seed, data=corpus)),
+        "data": data(DataSpec(seed=recipe.seed, data=meant_data(corpus))),
     }
+
+
+def check_variants(recipe: Recipe, model: ModelConfig) -> None:
+    """ConfigError if an FP8 bundle is asked for that servers would read wrongly."""
+    if "cuda" not in recipe.export.targets or "fp8" not in recipe.export.variants:
+        return
+    owner = "model" if recipe.base is None else f"base = {recipe.base!r}: its config"
+    for name, rows in model.fused_rows.items():
+        if rows % FP8_ROWS:
+            raise ConfigError(
+                f"{owner}.{name} = {rows} is no multiple of {FP8_ROWS}, which the FP8 variant of "
+                "export.cuda needs: servers put matrices of so many rows on top of others, and "
+                "would scale rows by another block's scale; change it, or leave FP8 out: "
+                'export.variants = ["bf16", "w8a8"]'
+            )
 
 
 def check_base(recipe: Recipe, base: str) -> None:

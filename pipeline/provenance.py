@@ -6,6 +6,7 @@ import importlib.metadata
 import inspect
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -18,6 +19,11 @@ from configs.parallel import ClusterConfig
 from stages.artifacts import now
 from stages.contract import Stage
 
+LIBRARIES = ("torch", "ray", "transformers", "tokenizers", "safetensors", "pyarrow", "mlflow")
+"""Whose versions bear on what is built, or on who reads it."""
+ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD")
+"""Settings of this process's memory, without which times mean little."""
+_GIT_SECONDS = 5.0
 FLOORS = frozenset({"configs", "model", "cluster", "stages"})
 
 
@@ -25,10 +31,14 @@ def machine_facts(cluster: ClusterConfig) -> dict[str, Any]:
     """Versions, hardware and the cluster that was asked for, as JSON values."""
     return {
         "ingot": ingot_version(),
+        "git": git_state(),
         "python": platform.python_version(),
+        "versions": {name: installed_version(name) for name in LIBRARIES},
         "platform": platform.platform(),
         "host": platform.node(),
+        "processor": processor(),
         "cores": os.cpu_count(),
+        "allocator": {name: os.environ[name] for name in ALLOCATOR if name in os.environ},
         "memory_bytes": psutil.virtual_memory().total,
         "cluster": cluster.model_dump(mode="json"),
         "command": sys.argv[1:],
@@ -38,10 +48,53 @@ def machine_facts(cluster: ClusterConfig) -> dict[str, Any]:
 
 def ingot_version() -> str:
     """The installed version; `source` when run from a folder that was never installed."""
+    return installed_version("ingot") or "source"
+
+
+def installed_version(library: str) -> str | None:
+    """The version of an installed library, which is not imported for it; none if there is none."""
     try:
-        return importlib.metadata.version("ingot")
+        return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
-        return "source"
+        return None
+
+
+@cache
+def git_state() -> dict[str, Any] | None:
+    """Commit of the checkout that this code lies in, and whether it differs; none without one.
+
+    An installed package in a project's environment lies in no checkout of its own.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    commit, changes = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
+    if commit is None or changes is None:
+        return None
+    return {"commit": commit.strip(), "dirty": bool(changes.strip())}
+
+
+def _git(root: Path, *words: str) -> str | None:
+    """What git prints; none if it is not there, refuses, or takes too long."""
+    command = ["git", "-C", str(root), *words]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+@cache
+def processor() -> str:
+    """What the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def source_digest(stage: Stage[Any]) -> str:

@@ -11,13 +11,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.errors import StoreError
+from pipeline.lease import has_ended
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
     """The node was built in this run."""
 
-    uri: str
+    address: str
+    """Of the artifact's generation, relative to the store."""
     fingerprint: str
     content: str
     seconds: float
@@ -34,7 +36,8 @@ class Built:
 class Reused:
     """A committed artifact was taken as it is."""
 
-    uri: str
+    address: str
+    """As that of `Built`."""
     fingerprint: str
     content: str
     seconds: float
@@ -90,6 +93,13 @@ class Run:
     provenance: Mapping[str, Any]
     started: float
     """Seconds since the epoch."""
+    store_root: str
+    """Where the store was then; addresses do not depend on it, but paths of recipes may."""
+    process: Mapping[str, Any]
+    """The process that makes the run, by which others see whether it goes on."""
+    in_use: tuple[str, ...] = ()
+    """Addresses of the artifacts that the run began with and may reuse, until it is finished."""
+    finished: bool = False
     seconds: float = 0.0
     tracking_id: str | None = None
     interrupted: bool = False
@@ -100,6 +110,11 @@ class Run:
         return replace(
             self, outcomes={**self.outcomes, node: outcome}, seconds=time.time() - self.started
         )
+
+    @property
+    def live(self) -> bool:
+        """Whether the run may be going on; on another machine, as long as it has not finished."""
+        return not self.finished and not has_ended(self.process)
 
     def with_tracking(self, run: str | None, nodes: Mapping[str, str]) -> "Run":
         """This run, with the MLflow runs that show it and its nodes."""
@@ -134,9 +149,10 @@ def new_run_id() -> str:
 class Records:
     """The runs of one store."""
 
-    def __init__(self, folder: Path, *, say: Callable[[str], None]) -> None:
-        """Records in `folder`, which need not exist yet; `say` is told of those left out."""
-        self.folder = folder
+    def __init__(self, root: Path, *, say: Callable[[str], None]) -> None:
+        """Records of the store at `root`, which need not exist; `say` is told of those left out."""
+        self.root = root
+        self.folder = root / "runs"
         self._say = say
         self._told: set[str] = set()
 
@@ -188,12 +204,32 @@ class Records:
             self._told.add(run_id)
             self._say(warning)
 
-    def latest_artifacts(self) -> dict[tuple[str, str], str]:
-        """Folder of the artifact that each (recipe, node) made or took last and that is there."""
-        latest: dict[tuple[str, str], str] = {}
+    def latest_artifacts(self) -> dict[tuple[str, str], Path]:
+        """Generation that each (recipe, node) made or took last and that is there."""
+        latest: dict[tuple[str, str], Path] = {}
         for run in self.newest_first():
             for node, outcome in run.outcomes.items():
+                if not isinstance(outcome, Built | Reused):
+                    continue
+                path = self.root / outcome.address
                 # Unlike its pathlib twin, false for a folder that nobody may enter.
-                if isinstance(outcome, Built | Reused) and os.path.isdir(outcome.uri):
-                    latest.setdefault((run.recipe, node), outcome.uri)
+                if os.path.isdir(path):
+                    latest.setdefault((run.recipe, node), path)
         return latest
+
+    def invocation(self, run: Run) -> Invocation:
+        """How the user named the recipe of `run`, as files lie now.
+
+        If the store was moved or copied with the files beside it, theirs are the new places.
+        """
+
+        def place(name: str) -> str:
+            moved = Path(os.path.normpath(self.root / os.path.relpath(name, run.store_root)))
+            return str(moved) if name.endswith(".toml") and moved.is_file() else name
+
+        asked = run.invocation
+        if Path(run.store_root) == self.root:
+            return asked
+        return replace(
+            asked, recipe=place(asked.recipe), overlays=tuple(map(place, asked.overlays))
+        )

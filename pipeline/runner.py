@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
-from configs.errors import DataError, IngotError, StoreError
+from configs.errors import DataError, IngotError, LeaseLost, StoreError
 from configs.parallel import ClusterConfig
 from pipeline.decide import Damaged, Examiner, Fresh
 from pipeline.figures import key_figures
@@ -163,22 +163,44 @@ def _build(
     run: Run,
 ) -> Built | Reused:
     started = time.monotonic()
-    with setting.store.slot(node, replacing=replacing) as slot:
+    with setting.store.slot(node, inputs, replacing=replacing) as slot:
         if isinstance(slot, Committed):
             ledger.made[node.name] = slot
             return _reused(slot, time.monotonic() - started)
         # Waiting for another builder is not part of what building took.
         started = time.monotonic()
-        committed = _fill(slot, node, inputs, setting, run)
+        try:
+            committed = _fill(slot, node, inputs, setting, run)
+        except Exception as error:
+            other = _made_by_another(slot, node, setting, error)
+            ledger.made[node.name] = other
+            return _reused(other, time.monotonic() - started)
     ledger.made[node.name] = committed
     return Built(
-        uri=committed.artifact.uri,
+        address=committed.address,
         fingerprint=node.fingerprint,
         content=committed.manifest.content,
         seconds=time.monotonic() - started,
         figures=key_figures(committed.artifact),
         shortfall=_shortfall(committed.artifact),
     )
+
+
+def _made_by_another(slot: Slot, node: Node, setting: Setting, error: Exception) -> Committed:
+    """What another builder committed in place of this one, which stopped with `error`.
+
+    Raises `error` if this builder still holds the lease, or LeaseLost if nothing is there yet.
+    """
+    try:
+        slot.lease.check()
+    except LeaseLost as lost:
+        committed = setting.store.find(node)
+        if committed is None or committed.generation < slot.generation:
+            raise lost from error
+        for listener in setting.listeners:
+            listener.note(f"{node.name}: another builder took over and was quicker; taking its own")
+        return committed
+    raise error
 
 
 def _explain(error: Exception, node: Node, setting: Setting, run: Run) -> str:
@@ -200,10 +222,15 @@ def _fill(
     """Run the stage in its slot and commit what it made."""
     started = time.monotonic()
     tracker = Chorus([listener.begin(node, inputs) for listener in setting.listeners])
-    if slot.resumes:
-        tracker.note(f"{node.name}: continues the interrupted build in {slot.path}")
+    if slot.earlier:
+        tracker.note(f"{node.name}: continues the interrupted build in {slot.earlier[0]}")
     work = Workspace(
-        out=str(slot.path), machines=setting.machines, tracker=tracker, lease=slot.lease
+        out=str(slot.files),
+        machines=setting.machines,
+        tracker=tracker,
+        lease=slot.lease,
+        hashes=setting.store.hashes,
+        earlier=slot.earlier,
     )
     stage = node.planned.stage
     artifact = stage.run(
@@ -215,9 +242,8 @@ def _fill(
             f"{work.out}; have it return one with uri=work.out"
         )
     inputs_now = {name: one.manifest.fingerprint for name, one in inputs.items()}
-    changed = differences(
-        node.identity.fields, identify(node.planned, inputs_now).fields, node.planned.config
-    )
+    now = identify(node.planned, inputs_now, setting.store.hashes)
+    changed = differences(node.identity.fields, now.fields, node.planned.config)
     if changed:
         raise DataError(
             f"{node.name}: what it reads changed after it was planned ({'; '.join(changed)}); run "
@@ -236,7 +262,7 @@ def _fill(
 
 def _reused(committed: Committed, seconds: float) -> Reused:
     return Reused(
-        uri=committed.artifact.uri,
+        address=committed.address,
         fingerprint=committed.manifest.fingerprint,
         content=committed.manifest.content,
         seconds=seconds,

@@ -1,10 +1,19 @@
-"""Where artifacts live: slots that one builder at a time may fill, committed by their manifest.
+"""Where artifacts live: generations that one builder at a time may fill, committed by a manifest.
 
-`<store>/artifacts/<stage>/<fingerprint>/g<N>/`. A rebuild opens the next generation, so that what
-was committed stays until something better is. A slot that was left unfinished is the one that the
-next builder continues.
+    store.json                                    the format of what lies here
+    artifacts/<stage>/<fingerprint>/g<N>/         see `stages/artifacts.py`
+    runs/<id>.json                                what each run did
+    hashes/                                       of files outside, remembered
+    mlflow.db, mlflow-artifacts/                  unless tracking goes elsewhere
+
+A rebuild opens the next generation, so that what was committed stays until something better is.
+Each builder writes into a folder of its own, and the manifest that names it is created only if
+there is none: so whatever a builder does late, it cannot touch a committed byte. What an
+interrupted build left to resume from, the next builder reads. All addresses are relative to the
+store.
 """
 
+import json
 import os
 import shutil
 import threading
@@ -19,12 +28,16 @@ from typing import Any
 import fsspec
 from pydantic import ValidationError
 
-from configs.errors import ArtifactError, StoreError
+from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.parallel import StoreConfig
+from pipeline.files import create_exclusively
 from pipeline.graph import Node
-from pipeline.lease import LEASE, Watch, beat, guard, is_held, read_lease, write_lease
+from pipeline.lease import Watch, beat, give_up, is_held, newest, take
 from pipeline.records import Records
 from stages.artifacts import (
+    FILES,
+    FORMAT,
+    LEASE_PREFIX,
     MANIFEST,
     Artifact,
     FileEntry,
@@ -37,9 +50,11 @@ from stages.artifacts import (
     read_manifest,
     verify,
 )
+from stages.hashing import Hashes
+from stages.telemetry import METRICS
 
 RESUME = "resume"
-METRICS = "metrics.jsonl"
+STORE = "store.json"
 TELL_SECONDS = 30.0
 HASHED_BYTES = 1 << 30
 """Artifacts up to this size are hashed again before they are reused; larger ones only measured."""
@@ -53,25 +68,32 @@ class Committed:
     artifact: Artifact
     manifest: Manifest
     generation: int
+    address: str
+    """The generation's folder, relative to the store."""
+    path: Path
+    """The same folder, absolute."""
 
     def check(self, *, hashes: bool) -> None:
         """ArtifactError naming the file if one is missing or damaged."""
         size = sum(entry.bytes for entry in self.manifest.files.values())
-        verify(self.artifact.uri, hashes=hashes and size <= HASHED_BYTES)
+        verify(str(self.path), hashes=hashes and size <= HASHED_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A folder that this process alone may fill, as long as the lease is its own."""
+    """A folder that this process alone writes, and the right to commit it."""
 
     path: Path
+    """The builder's folder; the artifact is what is put below `files`."""
     lease: Lease
     generation: int
+    earlier: tuple[str, ...]
+    """Folders of interrupted builds that left something to resume from, the newest first."""
 
     @property
-    def resumes(self) -> bool:
-        """Whether an interrupted build left its state here."""
-        return (self.path / RESUME).exists()
+    def files(self) -> Path:
+        """The folder of the artifact to be."""
+        return self.path / FILES
 
 
 class Store:
@@ -80,7 +102,7 @@ class Store:
     def __init__(self, config: StoreConfig, *, say: Callable[[str], None]) -> None:
         """The store that `config` names; `say` is told in one line what the store waits for.
 
-        StoreError if the address is not on a local file system.
+        StoreError if the address is not on a local file system, or holds another format.
         """
         fs, path = fsspec.core.url_to_fs(config.url)
         if "file" not in fs.protocol:
@@ -89,14 +111,17 @@ class Store:
             )
         self.root = Path(path)
         self.config = config
-        self.records = Records(self.root / "runs", say=say)
+        self.records = Records(self.root, say=say)
+        self.hashes = Hashes(self.root / "hashes")
         self._say = say
+        _check_format(self.root)
 
     def prepare(self) -> None:
         """Make the folder; StoreError if it cannot be written or the disk is nearly full."""
         with _store_errors(self.root):
             for part in (self.root / "artifacts", self.records.folder):
                 part.mkdir(parents=True, exist_ok=True)
+            create_exclusively(self.root / STORE, json.dumps({"format": FORMAT}) + "\n")
             probe = self.root / f".probe-{uuid.uuid4().hex}"
             probe.touch()
             probe.unlink()
@@ -119,62 +144,71 @@ class Store:
         for generation in reversed(_generations(self.folder(node))):
             path = self.folder(node) / f"g{generation}"
             if _is_committed(path):
-                return _load(node.planned.stage.makes, path, generation)
+                return self._load(node.planned.stage.makes, path, generation)
         return None
 
     def newest(self, node: Node) -> int:
         """Number of the newest committed generation, readable or not; 0 if there is none."""
         return _newest_committed(self.folder(node))
 
+    def address(self, path: Path) -> str:
+        """A folder of the store as records name it, wherever the store may be moved."""
+        return path.relative_to(self.root).as_posix()
+
     @contextmanager
-    def slot(self, node: Node, *, replacing: int = 0) -> Iterator[Slot | Committed]:
+    def slot(
+        self, node: Node, inputs: Mapping[str, Committed], *, replacing: int = 0
+    ) -> Iterator[Slot | Committed]:
         """The right to build `node` after generation `replacing`, waited for while another has it.
 
         Yields what the other builder committed meanwhile instead, if it did. On leaving, the lease
-        is given up; what lies in an uncommitted slot stays for the next builder.
+        is given up; what an uncommitted build left to resume from stays for the next builder.
         """
         self.prepare()
         folder = self.folder(node)
-        owner = uuid.uuid4().hex
+        addresses = [one.address for one in inputs.values()]
         with _store_errors(folder):
-            taken = self._take(node, owner, replacing)
+            taken = self._take(node, addresses, replacing)
         if isinstance(taken, Committed):
             yield taken
             return
         stop = threading.Event()
-        beating = threading.Thread(target=beat, args=(taken.lease, stop), daemon=True)
+        beating = threading.Thread(target=beat, args=(taken.lease, stop, addresses), daemon=True)
         beating.start()
         try:
             yield taken
         finally:
             stop.set()
             beating.join()
-            with guard(folder):
-                if read_lease(taken.path).get("owner") == owner:
-                    (taken.path / LEASE).unlink()
+            with _store_errors(folder):
+                give_up(taken.lease)
 
-    def _take(self, node: Node, owner: str, replacing: int) -> Slot | Committed:
+    def _take(self, node: Node, inputs: list[str], replacing: int) -> Slot | Committed:
         folder, watch, told = self.folder(node), Watch(), 0.0
+        owner = uuid.uuid4().hex
         while True:
-            with guard(folder):
-                newest = self.newest(node)
-                if newest <= replacing:
-                    path = folder / f"g{newest + 1}"
-                    path.mkdir(exist_ok=True)
-                    holder = read_lease(path)
-                    if not holder or watch.is_dead(holder):
-                        write_lease(path, owner)
-                        _clear(path)
-                        return Slot(path, Lease(str(path / LEASE), owner), newest + 1)
-            if newest > replacing:
+            done = self.newest(node)
+            if done > replacing:
                 committed = self.find(node)
                 assert committed is not None
                 return committed
+            generation = folder / f"g{done + 1}"
+            generation.mkdir(parents=True, exist_ok=True)
+            number, holder = newest(generation)
+            if not number or watch.is_dead(holder):
+                lease = take(generation, number + 1, owner, inputs)
+                if lease is None:
+                    continue
+                if not _is_committed(generation):
+                    return _open_slot(generation, lease, done + 1)
+                # Committed between the look and the lease.
+                Path(lease.uri).unlink(missing_ok=True)
+                continue
             if time.monotonic() - told >= TELL_SECONDS or not told:
                 told = time.monotonic()
                 self._say(
                     f"{node.name}: waiting for process {holder.get('pid')} on "
-                    f"{holder.get('host')}, which builds it ({path})"
+                    f"{holder.get('host')}, which builds it ({generation})"
                 )
             time.sleep(_POLL_SECONDS)
 
@@ -186,26 +220,26 @@ class Store:
         inputs: Mapping[str, Committed],
         provenance: Mapping[str, Any],
     ) -> Committed:
-        """Hash the slot's files and make it an artifact by writing its manifest, last of all.
+        """Hash the slot's files and make them an artifact by creating its manifest, last of all.
 
-        LeaseLost if another builder took the slot over; then nothing is written.
+        LeaseLost if another builder took over or has committed; then nothing is changed.
         """
-        uri = str(slot.path)
         slot.lease.check()
         files = {
-            name: FileEntry(bytes=size, sha256=_hash_durably(slot.path, name))
-            for name, size in list_files(uri).items()
+            name: FileEntry(bytes=size, sha256=_hash_durably(slot.files, name))
+            for name, size in list_files(str(slot.files)).items()
         }
-        stage, facts = node.planned.stage, artifact.facts()
+        stage, facts, generation = node.planned.stage, artifact.facts(), slot.path.parent
         manifest = Manifest(
+            address=slot.files.relative_to(generation).as_posix(),
             kind=artifact.kind,
-            stage=stage.name,
+            stage=stage.function,
             revision=stage.revision,
             fingerprint=node.fingerprint,
             identity=dict(node.identity.fields),
             inputs={
                 role: InputEntry(
-                    uri=one.artifact.uri,
+                    address=one.address,
                     fingerprint=one.manifest.fingerprint,
                     content=one.manifest.content,
                 )
@@ -216,11 +250,27 @@ class Store:
             content=content_hash(artifact.kind, facts, files),
             provenance=dict(provenance),
         )
-        with _store_errors(slot.path), guard(self.folder(node)):
+        with _store_errors(slot.path):
             slot.lease.check()
-            _write_durably(slot.path / MANIFEST, manifest.model_dump_json(indent=1))
-        shutil.rmtree(slot.path / RESUME, ignore_errors=True)
-        return _load(stage.makes, slot.path, slot.generation)
+            text = manifest.model_dump_json(indent=1)
+            if not create_exclusively(generation / MANIFEST, text):
+                raise LeaseLost(
+                    f"{generation / MANIFEST}: another builder has committed; this one's files are "
+                    "left out, and the same command takes the other's"
+                )
+            _tidy(generation, slot.path)
+        return self._load(stage.makes, generation, slot.generation)
+
+    def _load(self, kind: type[Artifact], path: Path, generation: int) -> Committed:
+        try:
+            artifact, manifest = kind.load(str(path)), read_manifest(str(path))
+        except ValidationError as error:
+            fields = ", ".join(sorted({".".join(map(str, one["loc"])) for one in error.errors()}))
+            raise ArtifactError(
+                f"{path}: its manifest has facts that a {kind.__name__} cannot hold ({fields}); "
+                "rebuild the node with --force"
+            ) from None
+        return Committed(artifact, manifest, generation, self.address(path), path)
 
 
 def generations(store_root: Path) -> Iterator[Path]:
@@ -231,21 +281,75 @@ def generations(store_root: Path) -> Iterator[Path]:
 
 def remove(path: Path) -> None:
     """Delete a generation's folder; StoreError if a builder holds it."""
-    with guard(path.parent):
-        if is_held(path):
-            pid = read_lease(path).get("pid")
-            raise StoreError(f"{path}: process {pid} is building it; wait for it, or end it")
-        # The manifest goes first, so that a removal cut short leaves no half artifact.
-        (path / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(path)
+    if is_held(path):
+        pid = newest(path)[1].get("pid")
+        raise StoreError(f"{path}: process {pid} is building it; wait for it, or end it")
+    # The manifest goes first, so that a removal cut short leaves no half artifact.
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path)
 
 
-def _clear(path: Path) -> None:
-    """Drop what an interrupted build left in a slot, but for the state it can resume from."""
-    kept = {LEASE, RESUME, METRICS} if (path / RESUME).exists() else {LEASE}
-    for entry in path.iterdir():
-        if entry.name not in kept:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+def has_resume_state(builder: Path) -> bool:
+    """Whether a builder's folder holds anything to resume from."""
+    return any(path.is_file() for path in (builder / RESUME).rglob("*"))
+
+
+def builders(generation: Path) -> list[Path]:
+    """The folders that builders made in a generation, the newest first."""
+    return sorted((path for path in generation.glob("[0-9]*-*") if path.is_dir()), reverse=True)
+
+
+def _open_slot(generation: Path, lease: Lease, number: int) -> Slot:
+    """A builder's new folder; what earlier ones left is cleared, but for state to resume from."""
+    earlier = []
+    for path in builders(generation):
+        if has_resume_state(path):
+            earlier.append(str(path))
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    slot = Slot(generation / f"{lease.number:06}-{lease.owner[:8]}", lease, number, tuple(earlier))
+    slot.files.mkdir(parents=True)
+    return slot
+
+
+def _tidy(generation: Path, builder: Path) -> None:
+    """Drop what only the building needed: leases, resume state, folders of other builders."""
+    for path in builders(generation):
+        if path != builder:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in builder.iterdir():
+        if path.name not in (FILES, METRICS):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    for path in generation.glob(f"{LEASE_PREFIX}*.json"):
+        path.unlink(missing_ok=True)
+
+
+def _check_format(root: Path) -> None:
+    """StoreError if what lies at `root` is of another format."""
+    remedy = (
+        "name another folder in store.url, or delete this one; what it holds is then built anew"
+    )
+    try:
+        found = json.loads((root / STORE).read_text())["format"]
+    except FileNotFoundError:
+        if (root / "artifacts").is_dir() and any((root / "artifacts").iterdir()):
+            raise StoreError(
+                f"store.url = {root}: holds artifacts of format 1, which an earlier version of "
+                f"Ingot wrote, and this one reads format {FORMAT}; {remedy}"
+            ) from None
+        return
+    except NotADirectoryError:
+        return  # `prepare` says so, and names the file.
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"store.url = {root}: {STORE} cannot be read ({type(error).__name__}: {error}); "
+            f"{remedy}"
+        ) from None
+    if found != FORMAT:
+        raise StoreError(
+            f"store.url = {root}: {STORE} says format {found!r}, and this version of Ingot reads "
+            f"format {FORMAT}; {remedy}"
+        )
 
 
 def _generations(folder: Path) -> list[int]:
@@ -264,36 +368,11 @@ def _is_committed(path: Path) -> bool:
         return True
 
 
-def _load(kind: type[Artifact], path: Path, generation: int) -> Committed:
-    try:
-        return Committed(kind.load(str(path)), read_manifest(str(path)), generation)
-    except ValidationError as error:
-        fields = ", ".join(sorted({".".join(map(str, one["loc"])) for one in error.errors()}))
-        raise ArtifactError(
-            f"{path}: its manifest has facts that a {kind.__name__} cannot hold ({fields}); "
-            "rebuild the node with --force"
-        ) from None
-
-
 def _hash_durably(folder: Path, name: str) -> str:
     """SHA-256 of a file whose bytes have reached the disk."""
     with (folder / name).open("rb") as file:
         os.fsync(file.fileno())
     return hash_file(str(folder), name)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    draft = path.parent.parent / f".{path.parent.name}.{path.name}.draft"
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 @contextmanager

@@ -27,7 +27,13 @@ from configs.base import Frozen
 from configs.parallel import TrackingConfig
 from configs.recipe import Recipe
 from pipeline.background import Background
-from pipeline.embedded import UI_PORT, schema_lock, set_environment
+from pipeline.embedded import (
+    UI_PORT,
+    artifact_location,
+    move_in,
+    schema_lock,
+    set_environment,
+)
 from pipeline.figures import key_figures, scalars
 from pipeline.graph import Node
 from pipeline.lease import has_ended, this_process
@@ -179,7 +185,7 @@ class Tracking:
         return client, run_id
 
     def _create_reused(self, node: Node, outcome: Reused) -> tuple[MlflowClient, str]:
-        tags = {"ingot.reused": "true", "ingot.uri": outcome.uri}
+        tags = {"ingot.reused": "true", "ingot.artifact": outcome.address}
         if outcome.built_by is not None:
             tags["ingot.built_by_run"] = outcome.built_by
             built = self._built_in(node.name, outcome)
@@ -194,7 +200,7 @@ class Tracking:
         if not path.exists():
             return None
         for name, one in self._records.load(str(outcome.built_by)).outcomes.items():
-            if isinstance(one, Built) and (name == node or one.uri == outcome.uri):
+            if isinstance(one, Built) and (name == node or one.address == outcome.address):
                 return one.tracking_id
         return None
 
@@ -206,7 +212,7 @@ class Tracking:
         for path in small_files(made):
             client.log_artifact(run_id, str(path))
         with tempfile.TemporaryDirectory() as folder:
-            plot_steps(read_metrics(artifact.path(METRICS)), Path(folder))
+            plot_steps(read_metrics(artifact.beside(METRICS)), Path(folder))
             if isinstance(artifact, Report):
                 plot_report(artifact.path("report.json"), Path(folder))
             client.log_artifacts(run_id, folder, "plots")
@@ -235,7 +241,7 @@ class Tracking:
                 name=node.name.replace(".", "-"),
                 source_run_id=child.id(),
                 params={key: value[:KEY_CHARS] for key, value in islice(facts.items(), 100)},
-                tags={"ingot.uri": made.artifact.uri, "ingot.content": made.manifest.content},
+                tags={"ingot.artifact": made.address, "ingot.content": made.manifest.content},
                 model_type=made.artifact.kind,
                 experiment_id=self._server.experiment_id,
             )
@@ -258,7 +264,7 @@ class Tracking:
                 name,
                 f"models:/{model_id}",
                 run_id=child.id(),
-                tags={"ingot.uri": bundle.uri, "ingot.target": bundle.target},
+                tags={"ingot.artifact": made.address, "ingot.target": bundle.target},
                 await_creation_for=0,
                 model_id=model_id,
             )
@@ -375,6 +381,7 @@ class _Server:
         if self._client is None:
             mlflow.set_tracking_uri(self._uri)
             with schema_lock(self._uri):
+                move_in(self._uri, self._root)
                 client = MlflowClient(tracking_uri=self._uri)
                 self.experiment_id = self._experiment(client)
             self._client = client
@@ -385,13 +392,14 @@ class _Server:
         if found is not None:
             return str(found.experiment_id)
         embedded = self._uri.startswith(SQLITE)
-        location = (self._root / "mlflow-artifacts").as_uri() if embedded else None
+        location = artifact_location(self._root) if embedded else None
         return str(client.create_experiment(self._config.experiment, artifact_location=location))
 
 
-def make_schema(uri: str) -> None:
+def make_schema(uri: str, store_root: Path) -> None:
     """Create or migrate an SQLite store, so that a server may start on it."""
     with schema_lock(uri):
+        move_in(uri, store_root)
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
 
 
@@ -435,7 +443,7 @@ def _log_figures(client: MlflowClient, run_id: str, figures: Mapping[str, float]
 
 
 def _dataset(made: Committed, context: str) -> DatasetInput:
-    source = json.dumps({"uri": made.artifact.uri})
+    source = json.dumps({"artifact": made.address})
     dataset = Dataset(
         name="corpus",
         digest=made.manifest.content[:DIGEST_CHARS],

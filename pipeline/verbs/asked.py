@@ -80,16 +80,16 @@ def make_console() -> Console:
 
 
 def locate(store: Store, recipe: str, target: str) -> Path:
-    """The folder of an artifact, named by its node in the recipe's line or by its path.
+    """The generation's folder of an artifact, named by its node in the recipe's line or its path.
 
     PlanError with the nearest spelling if it is neither.
     """
     if (Path(target) / MANIFEST).is_file():
         return Path(target).resolve()
     artifacts = store.records.latest_artifacts()
-    latest = {node: uri for (name, node), uri in artifacts.items() if name == recipe}
+    latest = {node: path for (name, node), path in artifacts.items() if name == recipe}
     if target in latest:
-        return Path(latest[target])
+        return latest[target]
     near = difflib.get_close_matches(target, latest, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"built: {', '.join(latest) or 'nothing yet'}"
     if others := sorted({name for name, node in artifacts if node == target}):
@@ -101,9 +101,9 @@ def locate(store: Store, recipe: str, target: str) -> Path:
 
 
 def _latest_invocation(base: Path) -> Invocation | None:
-    records = Records(base / StoreConfig().url / "runs", say=_ignore)
+    records = Records(base / StoreConfig().url, say=_ignore)
     latest = next(records.newest_first(), None)
-    return None if latest is None else latest.invocation
+    return None if latest is None else records.invocation(latest)
 
 
 def _last_of_each(sets: tuple[str, ...]) -> tuple[str, ...]:

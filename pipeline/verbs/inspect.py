@@ -39,10 +39,10 @@ def show(args: argparse.Namespace) -> int:
     folder = locate(asked.store(print), asked.recipe.name, args.artifact)
     manifest = read_manifest(str(folder))
     print(f"{manifest.kind} {manifest.fingerprint}, content {manifest.content[:16]}")
-    print(f"at {folder}")
+    print(f"at {folder / manifest.address}")
     made = manifest.provenance
     print(
-        f"by stage {manifest.stage} revision {manifest.revision}, run {made.get('run')}, "
+        f"by stage {manifest.stage_name} revision {manifest.revision}, run {made.get('run')}, "
         f"{made.get('time')}, {made.get('seconds', 0):.1f} s, ingot {made.get('ingot')}"
     )
     print("facts")
@@ -50,7 +50,7 @@ def show(args: argparse.Namespace) -> int:
         print(f"  {name} = {json.dumps(value)}")
     print("inputs" if manifest.inputs else "inputs: none")
     for name, entry in manifest.inputs.items():
-        print(f"  {name} = {entry.uri}, content {entry.content[:16]}")
+        print(f"  {name} = {entry.address}, content {entry.content[:16]}")
     print("files")
     for name, file in manifest.files.items():
         print(f"  {file.bytes:>14,}  {file.sha256[:16]}  {name}")
@@ -61,8 +61,9 @@ def show(args: argparse.Namespace) -> int:
 
 def _survey(args: argparse.Namespace) -> tuple[Asked, Graph, dict[str, State]]:
     asked = load_asked(args)
-    graph = make_graph(production(asked.recipe))
-    return asked, graph, survey(graph, Examiner(asked.store(print), asked.recipe.name))
+    store = asked.store(print)
+    graph = make_graph(production(asked.recipe), store.hashes)
+    return asked, graph, survey(graph, Examiner(store, asked.recipe.name))
 
 
 def _explain(graph: Graph, states: Mapping[str, State], name: str, indent: str) -> Iterator[str]:

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 
 from configs.errors import IngotError
 from pipeline.decide import (
@@ -20,10 +20,12 @@ from pipeline.decide import (
     as_json,
     decide,
     explain_recheck,
+    in_use,
     relied_on,
     survey,
 )
 from pipeline.graph import Graph, make_graph
+from pipeline.lease import this_process
 from pipeline.production import production
 from pipeline.progress import Display
 from pipeline.provenance import machine_facts
@@ -38,8 +40,8 @@ INTERRUPTED = 130
 def plan(args: argparse.Namespace) -> int:
     """Print what a run would reuse or build, and why. Exit 1 if something cannot be used."""
     asked = load_asked(args)
-    graph = make_graph(production(asked.recipe))
     store = asked.store(_to_stderr)
+    graph = make_graph(production(asked.recipe), store.hashes)
     chosen = selection(args)
     examiner = Examiner(store, asked.recipe.name)
     states = survey(graph, examiner, hashed=relied_on(graph, chosen))
@@ -56,7 +58,7 @@ def plan(args: argparse.Namespace) -> int:
             )
         width = max(map(len, graph.nodes))
         for name, decision in decisions.items():
-            print(f"  {name:{width}}  {_line(decision, store.root)}")
+            print(f"  {name:{width}}  {_line(decision)}")
     return 1 if any(isinstance(one, Refuse) for one in decisions.values()) else 0
 
 
@@ -68,16 +70,20 @@ def run(args: argparse.Namespace) -> int:
     recipe, chosen = asked.recipe, selection(args)
     display = Display(make_console())
     store = asked.store(display.note)
-    graph = make_graph(production(recipe))
+    graph = make_graph(production(recipe), store.hashes)
     store.prepare()
     examiner = Examiner(store, recipe.name)
-    decide(graph, chosen, survey(graph, examiner, hashed=relied_on(graph, chosen)))
+    states = survey(graph, examiner, hashed=relied_on(graph, chosen))
+    decide(graph, chosen, states)
     record = Run(
         id=new_run_id(),
         recipe=recipe.name,
         invocation=asked.invocation,
         provenance=machine_facts(recipe.cluster),
         started=time.time(),
+        store_root=str(store.root),
+        process=this_process(),
+        in_use=in_use(states),
     )
     # A scheduler's polite end is the same as the user's.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -86,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     )
     setting = Setting(store, examiner, recipe.cluster, [tracking, display])
     record = tracking.finish(realise(graph, chosen, setting, record))
-    store.records.update(record)
+    store.records.update(replace(record, finished=True))
     return _conclude(record, asked, tracking, display)
 
 
@@ -121,10 +127,10 @@ def _conclude(record: Run, asked: Asked, tracking: Tracking, display: Display) -
     return 0 if record.succeeded else IngotError.exit_code
 
 
-def _line(decision: Decision, root: Path) -> str:
+def _line(decision: Decision) -> str:
     match decision:
-        case Reuse(uri):
-            return f"reuse    {Path(uri).relative_to(root)}"
+        case Reuse(committed):
+            return f"reuse    {committed.address}"
         case Build(reasons):
             return f"build    {'; '.join(reasons)}"
         case Recheck(inputs):

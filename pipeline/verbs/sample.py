@@ -12,8 +12,9 @@ from model.drawing import Drawing
 from model.weights.files import load_pretrained
 from pipeline.verbs.asked import load_asked, locate
 from stages.artifacts import Bundle, Checkpoint, read_manifest
-from stages.prompts import load_tokenizer
-from stages.shards import BOS_ID, EOS_ID
+from stages.conventions import read_end_tokens
+from stages.shards import BOS_ID
+from stages.tokens import load_tokenizer
 
 READABLE_VARIANT = "bf16"
 """The variant of a bundle that holds plain weights."""
@@ -36,7 +37,7 @@ def sample(args: argparse.Namespace) -> int:
         prompts,
         max_new_tokens=args.max_new_tokens,
         drawing=Drawing(args.temperature, args.top_k, args.top_p),
-        stop_tokens={EOS_ID},
+        stop_tokens=read_end_tokens(folder),
         seeds=[derive(args.seed, "sample", number) for number in range(len(prompts))],
     )
     for prompt, answer in zip(args.prompt, answers, strict=True):
@@ -69,10 +70,11 @@ def _model_folder(args: argparse.Namespace) -> Path:
         return asked
     loaded = load_asked(args)
     folder = locate(loaded.store(print), loaded.recipe.name, args.model)
-    match read_manifest(str(folder)).kind:
+    manifest = read_manifest(str(folder))
+    match manifest.kind:
         case Checkpoint.kind:
-            return folder
+            return folder / manifest.address
         case Bundle.kind:
-            return folder / READABLE_VARIANT
+            return folder / manifest.address / READABLE_VARIANT
         case kind:
             raise ArtifactError(f"{folder} holds a {kind}; sample from a checkpoint or a bundle")

@@ -25,7 +25,7 @@ def ui(args: argparse.Namespace) -> int:
         )
     store.prepare()
     set_environment(asked.recipe.tracking)
-    make_schema(uri)
+    make_schema(uri, store.root)
     print(f"MLflow on http://127.0.0.1:{args.port} (Ctrl-C stops it)", flush=True)
     return serve(uri, store.root, args.port)
 

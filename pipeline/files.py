@@ -1,0 +1,73 @@
+"""Whole files or none: one that must not be there yet, and one that replaces another."""
+
+import contextlib
+import errno
+import os
+import uuid
+from pathlib import Path
+
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS})
+
+
+def create_exclusively(path: Path, text: str) -> bool:
+    """Make `path` hold `text`, on the disk, unless something is there; whether it was made.
+
+    Of several that try at once, one wins, and nobody ever sees half of it.
+    """
+    draft = _write_draft(path, text)
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return _create_in_place(path, text)
+    finally:
+        draft.unlink()
+    sync_folder(path.parent)
+    return True
+
+
+def replace(path: Path, text: str) -> None:
+    """Make `path` hold `text`, on the disk, whatever is there."""
+    draft = _write_draft(path, text)
+    try:
+        os.replace(draft, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Return once the names in `folder` are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _create_in_place(path: Path, text: str) -> bool:
+    """Where a file system has no links: one still wins, though a reader may come too early."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        return False
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+    return True
+
+
+def _write_draft(path: Path, text: str) -> Path:
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.draft")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return draft
