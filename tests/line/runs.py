@@ -47,17 +47,28 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def artifact(folder: Path, stage: str) -> tuple[Path, dict[str, Any]]:
-    """The folder and manifest of the only committed artifact of `stage`."""
+    """The files and the manifest of the only committed artifact of `stage`."""
     (manifest,) = (folder / ".ingot" / "artifacts" / stage).glob("*/*/manifest.json")
-    return manifest.parent, json.loads(manifest.read_text())
+    record = json.loads(manifest.read_text())
+    return manifest.parent / record["address"], record
+
+
+def bundles(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """The files and the facts of each bundle, by target; of several the newest generation's."""
+    found = (folder / ".ingot" / "artifacts" / "export").glob("*/*/manifest.json")
+    records = [(path.parent, json.loads(path.read_text())) for path in sorted(found)]
+    return {
+        record["facts"]["target"]: (parent / record["address"], record["facts"])
+        for parent, record in records
+    }
 
 
 def metrics(folder: Path, stage: str) -> list[dict[str, Any]]:
-    """The step log of the only slot of `stage`, finished or not."""
-    found = list((folder / ".ingot" / "artifacts" / stage).glob("*/*/metrics.jsonl"))
+    """The step log of the newest builder of `stage`, finished or not."""
+    found = sorted((folder / ".ingot" / "artifacts" / stage).glob("*/*/*/metrics.jsonl"))
     if not found:
         return []
-    return [json.loads(line) for line in found[0].read_text().split("\n")[:-1]]
+    return [json.loads(line) for line in found[-1].read_text().split("\n")[:-1]]
 
 
 def wait_for(condition: Callable[[], bool], what: str, *, timeout_seconds: float = 240) -> None:

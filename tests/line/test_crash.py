@@ -92,7 +92,7 @@ def test_a_killed_trainer_or_sampler_of_post_training_is_replaced(tmp_path: Path
     slots = folder / ".ingot" / "artifacts" / "posttrain"
 
     def again() -> list[dict[str, object]]:
-        (found,) = slots.glob("*/g2/metrics.jsonl")
+        (found,) = slots.glob("*/g2/*/metrics.jsonl")
         return [json.loads(line) for line in found.read_text().split("\n")[:-1]]
 
     running = start(folder, "run", *words, "--force", "posttrain")
@@ -108,5 +108,5 @@ def test_a_killed_trainer_or_sampler_of_post_training_is_replaced(tmp_path: Path
 
 def slot_has(slots: Path, step: int) -> bool:
     """Whether the forced rebuild has recorded `step`."""
-    found = list(slots.glob("*/g2/metrics.jsonl"))
+    found = list(slots.glob("*/g2/*/metrics.jsonl"))
     return bool(found) and len(found[0].read_text().split("\n")) > step

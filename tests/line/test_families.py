@@ -1,6 +1,5 @@
 """The whole line for each family that is not `smoke`'s: every stage, from raw text to bundles."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from model import compressor, sparse
 from model.indexer import choose
 from model.weights.files import load_pretrained
 from stages.shards import Rows
-from tests.line.runs import artifact, ingot, metrics
+from tests.line.runs import artifact, bundles, ingot, metrics
 from tests.references import relative_gap
 
 SHORT = Path(__file__).with_name("short.toml")
@@ -32,9 +31,7 @@ class Built:
 
     def bundles(self) -> dict[str, tuple[Path, dict[str, Any]]]:
         """Folder and facts of each bundle, by target."""
-        found = (self.folder / ".ingot" / "artifacts" / "export").glob("*/*/manifest.json")
-        facts = {path.parent: json.loads(path.read_text())["facts"] for path in found}
-        return {one["target"]: (folder, one) for folder, one in facts.items()}
+        return bundles(self.folder)
 
 
 @pytest.fixture(scope="module", params=["tiny-v3.2", "tiny-v4", "tiny-engram"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.line.runs import artifact, ingot, metrics
+from tests.line.runs import artifact, bundles, ingot, metrics
 
 STAGES = ("data", "pretrain", "posttrain", "evaluate", "export")
 NODES = ("data", "pretrain", "posttrain", "evaluate", "export.cuda", "export.ascend")
@@ -58,8 +58,17 @@ def test_what_fp8_does_is_counted_at_the_first_step(built: Path, stage: str) -> 
 def test_both_bundles_are_there_with_their_parity(built: Path) -> None:
     manifests = sorted((built / ".ingot" / "artifacts" / "export").glob("*/*/manifest.json"))
     assert len(manifests) == 2
-    folders = (entry for path in manifests for entry in path.parent.iterdir() if entry.is_dir())
-    assert {folder.name for folder in folders} >= {"bf16", "fp8", "w8a8"}
+    found = {
+        (target, variant): measured
+        for target, (_, facts) in bundles(built).items()
+        for variant, measured in facts["parity"].items()
+    }
+    assert found.keys() == {
+        *(("cuda", "bf16"), ("cuda", "fp8"), ("ascend", "bf16"), ("ascend", "w8a8")),
+    }
+    for files, facts in bundles(built).values():
+        assert {path.name for path in files.iterdir()} == facts["parity"].keys()
+        assert all(one["problems"] == 8 for one in facts["asked"].values())
 
 
 def test_a_second_run_builds_nothing(built: Path) -> None:

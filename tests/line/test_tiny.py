@@ -13,16 +13,25 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 
 from configs.model import V3Config
+from model.decode import sample
+from model.drawing import Drawing
 from model.transformer import Transformer
+from model.weights import load_pretrained, save_pretrained
+from stages.answers import choose
 from stages.export import parity
 from stages.export.bundle import formats
+from stages.export.cuda import Fp8Blocks
 from stages.export.tensors import TensorFolder
+from stages.prompts import answer_text
 from stages.shards import BOS_ID, EOS_ID, Rows
-from tests.line.runs import artifact, ingot, metrics
+from stages.tokens import load_tokenizer
+from stages.verifiers import read_problems, verify
+from tests.line.runs import artifact, bundles, ingot, metrics
+
+VARIANTS = (("cuda", "bf16"), ("cuda", "fp8"), ("ascend", "bf16"), ("ascend", "w8a8"))
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -38,10 +47,7 @@ class Tiny:
 
     def bundle(self, target: str) -> Path:
         """The bundle of one target."""
-        for path in (self.folder / ".ingot" / "artifacts" / "export").glob("*/*/manifest.json"):
-            if json.loads(path.read_text())["facts"]["target"] == target:
-                return path.parent
-        raise AssertionError(f"no bundle for {target}")
+        return bundles(self.folder)[target][0]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +74,10 @@ def test_the_model_beats_the_bigram_and_learns_from_rewards(tiny: Tiny) -> None:
     assert figures["after_bits_per_byte"] < figures["ngram_bits_per_byte"]
     assert figures["after_pass_at_1"] - figures["before_pass_at_1"] >= 0.15
     assert figures["after_pass_at_1_low"] > figures["before_pass_at_1_high"]
+    assert figures["pass_at_1_gain_low"] > 0.15
+    assert figures["all_of_8_gain_low"] > 0
+    # What RL changes is the distribution, not the skill.
+    assert min(figures[f"{side}_greedy_accuracy"] for side in ("before", "after")) > 0.95
 
 
 def test_a_second_run_builds_nothing_and_ends_in_ten_seconds(tiny: Tiny) -> None:
@@ -163,17 +173,110 @@ def test_transformers_loads_both_cuda_bundles_and_agrees(tiny: Tiny, both: Both)
     assert theirs.tolist() == ours.tolist()
 
 
-def test_auto_tokenizer_encodes_a_thousand_held_out_lines_identically(tiny: Tiny) -> None:
+def test_auto_tokenizer_encodes_a_thousand_held_out_lines_as_training_did(tiny: Tiny) -> None:
     corpus = artifact(tiny.folder, "data")[0]
-    ours = Tokenizer.from_file(str(corpus / "tokenizer.json"))
+    ours = load_tokenizer(corpus / "tokenizer.json")
     rows = Rows(corpus / "held_out" / "stdlib")
     tokens = rows.take(torch.arange(len(rows)).numpy()).flatten()
     text = ours.decode([int(t) for t in tokens if t not in (BOS_ID, EOS_ID)])
     lines = [line for line in text.splitlines() if line.strip()][:1000]
     assert len(lines) == 1000
-    for variant in ("bf16", "fp8"):
-        theirs = AutoTokenizer.from_pretrained(tiny.bundle("cuda") / variant)
-        assert theirs(lines)["input_ids"] == [one.ids for one in ours.encode_batch(lines)]
+    expected = [[BOS_ID, *one.ids] for one in ours.encode_batch(lines, add_special_tokens=False)]
+    for target, variant in VARIANTS:
+        theirs = AutoTokenizer.from_pretrained(tiny.bundle(target) / variant)
+        assert theirs(lines)["input_ids"] == expected
+
+
+@pytest.mark.parametrize(("target", "variant"), VARIANTS)
+def test_two_hundred_sums_as_text_get_the_verdicts_of_our_greedy_decoding(
+    tiny: Tiny, tmp_path: Path, target: str, variant: str
+) -> None:
+    """Text in, through AutoTokenizer and `generate`, against token ids through ours.
+
+    transformers cannot read W8A8: its weights are widened for it, by the reader that is ours.
+    """
+    folder = tiny.bundle(target) / variant
+    problems = read_problems(artifact(tiny.folder, "data")[0] / "problems" / "held_out.parquet")
+    problems = choose(problems, 200, seed=1)
+    ours = load_pretrained(folder)
+    readable = folder
+    if variant == "w8a8":
+        save_pretrained(ours, tmp_path / "wide")
+        readable = tmp_path / "wide"
+    widened = {"quantization_config": FineGrainedFP8Config(dequantize=True)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        theirs: Any = AutoModelForCausalLM.from_pretrained(
+            readable, dtype=torch.float32, **(widened if variant == "fp8" else {})
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer([one.prompt for one in problems], return_tensors="pt")
+    answers = theirs.float().generate(**batch, max_new_tokens=6, do_sample=False)
+    length = batch["input_ids"].shape[1]
+    texts = tokenizer.batch_decode(answers[:, length:], skip_special_tokens=True)
+    served = [verify(one, text).reward for one, text in zip(problems, texts, strict=True)]
+
+    training = load_tokenizer(artifact(tiny.folder, "data")[0] / "tokenizer.json")
+    prompts = [
+        [BOS_ID, *training.encode(one.prompt, add_special_tokens=False).ids] for one in problems
+    ]
+    samples = sample(
+        ours,
+        prompts,
+        max_new_tokens=6,
+        drawing=Drawing(0.0),
+        stop_tokens={EOS_ID},
+        seeds=[0] * len(prompts),
+    )
+    measured = [
+        verify(one, answer_text(training, found.token_ids)).reward
+        for one, found in zip(problems, samples, strict=True)
+    ]
+    apart = sum(a != b for a, b in zip(served, measured, strict=True))
+    print(
+        f"\n{target} {variant}: {sum(served):.0f} of 200 right as text in transformers, "
+        f"{sum(measured):.0f} by our greedy decoding, {apart} verdicts apart"
+    )
+    assert apart <= 2
+    assert sum(measured) >= 190
+
+
+def test_no_fused_block_scaled_row_of_the_fp8_bundle_is_read_wrongly(tiny: Tiny) -> None:
+    model = V3Config.model_validate(artifact(tiny.folder, "posttrain")[1]["facts"]["model"])
+    stored = TensorFolder(tiny.bundle("cuda") / "fp8")
+    matrices = parity.prove_fused(stored, Fp8Blocks(model))
+    print(f"\n{matrices} fused matrices read, 0 rows wrong")
+    assert matrices > 50
+
+
+def test_held_out_text_does_not_stand_in_training_text(tiny: Tiny) -> None:
+    """By windows of 100 characters verbatim, of the texts as the rows hold them."""
+    corpus = artifact(tiny.folder, "data")[0]
+    statistics = json.loads((corpus / "statistics.json").read_text())["held_out_in_training"]
+    tokenizer = load_tokenizer(corpus / "tokenizer.json")
+
+    def documents(*names: str) -> list[str]:
+        rows = Rows(corpus.joinpath(*names))
+        ids = rows.take(torch.arange(len(rows)).numpy()).flatten().tolist()
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        begin, end = (tokenizer.id_to_token(one) for one in (BOS_ID, EOS_ID))
+        return str(text).replace(end, begin).split(begin)
+
+    def windows(texts: list[str]) -> list[str]:
+        return [text[i : i + 100] for text in texts for i in range(len(text) - 99)]
+
+    held_out = windows(documents("held_out", "stdlib"))
+    # Rows that begin inside a document are cut there, which joins nothing.
+    shown = set(windows(documents("train")))
+    share = sum(one in shown for one in held_out) / len(held_out)
+    print(
+        f"\nheld-out windows of 100 characters in training rows: {share:.4%} of {len(held_out):,}"
+    )
+    print(json.dumps(statistics, indent=1))
+    assert share == 0
+    assert statistics["text_share_in_training_before"] > 0.05
+    assert statistics["text_share_in_training_after"] == 0
+    assert statistics["cut_share_of_training_text"] <= 0.05
 
 
 def test_the_ascend_bundle_describes_every_tensor_and_agrees_with_its_source(tiny: Tiny) -> None:
@@ -183,7 +286,7 @@ def test_the_ascend_bundle_describes_every_tensor_and_agrees_with_its_source(tin
     assert names <= rows.keys()
     assert all("." not in name for name in rows.keys() - names)
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-    facts = json.loads((folder.parent / "manifest.json").read_text())["facts"]["parity"]["w8a8"]
+    facts = bundles(tiny.folder)["ascend"][1]["parity"]["w8a8"]
     print(f"\nw8a8: top-1 agreement {facts['top1_agreement']:.4f}, KL {facts['mean_kl_nats']:.4f}")
     assert facts["top1_agreement"] >= 0.9
     assert facts["mean_kl_nats"] <= 0.05
