@@ -8,6 +8,8 @@ from configs.base import Frozen
 from configs.engram import EngramConfig
 
 Family = Literal["v3", "v32", "v4"]
+FP8_BLOCK = 128
+"""Rows, and columns, that one scale of an FP8 weight is for."""
 
 
 class YarnConfig(Frozen):
@@ -121,7 +123,9 @@ class ModelConfig(Frozen):
     def fused_rows(self) -> dict[str, int]:
         """Rows of the matrices that servers put on top of others into one, by what gives them.
 
-        FP8 has a scale for each 128 rows, so in servers it is right only if these are multiples.
+        Each brings its own scales, one for each 128 rows, and servers find a row's scale by its
+        number in the whole. Where one of these is no multiple of 128 (`ragged_rows`), the rows
+        after it get another block's scale.
         """
         layers = range(self.depth + self.num_nextn_predict_layers)
         if not any(map(self.has_experts, layers)):
@@ -131,6 +135,11 @@ class ModelConfig(Frozen):
         if shared > 1:
             rows["n_shared_experts * moe_intermediate_size"] = shared * inner
         return rows
+
+    @property
+    def ragged_rows(self) -> dict[str, int]:
+        """Those of `fused_rows` for which FP8 would be wrong in servers; empty if it is right."""
+        return {name: rows for name, rows in self.fused_rows.items() if rows % FP8_BLOCK}
 
     def has_experts(self, layer: int) -> bool:
         """Whether `layer` routes to experts; the MTP layer is number `num_hidden_layers`."""

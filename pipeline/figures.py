@@ -9,7 +9,7 @@ from stages.telemetry import METRICS, read_metrics
 _RATE = "tokens_per_second"
 _STEP_FIGURES = ("reward", "loss", _RATE)
 _HEADLINES = (
-    *("before_pass_at_1", "after_pass_at_1", "after_greedy_accuracy", "after_bits_per_byte"),
+    *("before_pass_at_1", "after_pass_at_1", "after_bits_per_byte"),
     *("relative_gap", "relative_gap_spread", "largest_gap"),
 )
 _SHARES = frozenset({"relative_gap", "relative_gap_spread", "largest_gap"})

@@ -16,6 +16,7 @@ from configs.model import ModelConfig
 from configs.parity import ParityConfig, ParitySpec
 from configs.recipe import NodeConfig, Recipe, explain
 from configs.rl import PosttrainConfig, PosttrainSpec
+from configs.shape import FP8_BLOCK
 from configs.train import PretrainSpec
 from stages.contract import Planned, Stage
 from stages.data.loop import data
@@ -28,8 +29,6 @@ from stages.pretrain.loop import pretrain
 from stages.tokens import TOKENIZER
 
 Line = dict[str, Planned[Any]]
-FP8_ROWS = 128
-"""Rows that one scale of an FP8 weight is for."""
 IMPORT = "import"
 """The node that stands in pretraining's place where a recipe has a `base`."""
 
@@ -138,14 +137,13 @@ def check_variants(recipe: Recipe, model: ModelConfig) -> None:
     if "cuda" not in recipe.export.targets or "fp8" not in recipe.export.variants:
         return
     owner = "model" if recipe.base is None else f"base = {recipe.base!r}: its config"
-    for name, rows in model.fused_rows.items():
-        if rows % FP8_ROWS:
-            raise ConfigError(
-                f"{owner}.{name} = {rows} is no multiple of {FP8_ROWS}, which the FP8 variant of "
-                "export.cuda needs: servers put matrices of so many rows on top of others, and "
-                "would scale rows by another block's scale; change it, or leave FP8 out: "
-                'export.variants = ["bf16", "w8a8"]'
-            )
+    for name, rows in model.ragged_rows.items():
+        raise ConfigError(
+            f"{owner}.{name} = {rows} is no multiple of {FP8_BLOCK}, which the FP8 variant of "
+            "export.cuda needs: servers put matrices of so many rows on top of others, and "
+            "would scale rows by another block's scale; change it, or leave FP8 out: "
+            'export.variants = ["bf16", "w8a8"]'
+        )
 
 
 def check_base(recipe: Recipe, base: str) -> None:

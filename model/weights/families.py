@@ -12,7 +12,6 @@ from torch import Tensor
 
 from configs.errors import ArtifactError
 from configs.model import ModelConfig
-from model.fp8.format import TILE
 from model.transformer import Transformer
 from model.weights import v3, v4, v32
 from model.weights.table import Narrowest, Part, Table
@@ -113,24 +112,6 @@ def fused(config: ModelConfig, names: Iterable[str]) -> list[tuple[str, ...]]:
     ]
 
 
-def unfusable(config: ModelConfig) -> list[str]:
-    """The fields, with their values, by which FP8 of this model would be wrong in servers.
-
-    Servers give each matrix of a fused one its own rows of scales, and find a row's scale by its
-    number divided by 128. Unless every matrix but the last has whole blocks of rows, that is
-    another block's. Empty if FP8 is right.
-    """
-    with torch.device("meta"):
-        stored = to_hf(config, Transformer(config).state_dict())
-    ragged = [
-        (name, len(stored[name]))
-        for group in fused(config, stored)
-        for name in group[:-1]
-        if len(stored[name]) % TILE
-    ]
-    return list(dict.fromkeys(_rows_by_field(config, name, rows) for name, rows in ragged))
-
-
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """`config.json` as transformers and the readers of released files take it, float32."""
     return table_of(config).to_hf_config(config)
@@ -187,18 +168,6 @@ def _begun_by(table: Table, name: str) -> Iterator[tuple[str, ...]]:
     for modules in table.FUSED:
         if module == modules[0]:
             yield tuple(f"{prefix}.{one}.weight" for one in modules)
-
-
-def _rows_by_field(config: ModelConfig, name: str, rows: int) -> str:
-    """Which field gives the stored matrix `name` its rows, with its value."""
-    *path, module, _ = name.split(".")
-    inner, shared = config.moe_intermediate_size, config.n_shared_experts
-    if module in ("q_a_proj", "wq_a"):
-        return f"q_lora_rank = {rows}"
-    if "shared_experts" in path and shared > 1:
-        return f"n_shared_experts * moe_intermediate_size = {shared} * {inner} = {rows}"
-    routed = "experts" in path or "shared_experts" in path
-    return f"{'moe_intermediate_size' if routed else 'intermediate_size'} = {rows}"
 
 
 def _check_experts(name: str, table_VK: Tensor, experts: int) -> None:

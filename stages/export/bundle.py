@@ -9,8 +9,8 @@ from pathlib import Path
 from configs.delivery import ExportSpec, Target, Variant
 from configs.errors import ExportError
 from configs.model import ModelConfig
+from configs.shape import FP8_BLOCK
 from model.transformer import Transformer
-from model.weights.families import unfusable
 from model.weights.files import load_pretrained
 from stages.artifacts import Asked, Bundle, Checkpoint, Corpus, Parity
 from stages.contract import Workspace, stage
@@ -51,11 +51,12 @@ def formats(
             f"export.variants = {sorted(variants)}: none of them is one for {target}, which has "
             f"bf16 and {quantised.variant}; name one of these"
         )
-    if isinstance(forms[-1], Fp8Blocks) and (ragged := unfusable(model)):
+    if isinstance(forms[-1], Fp8Blocks) and (ragged := model.ragged_rows):
+        shown = ", ".join(f"{name} = {rows}" for name, rows in ragged.items())
         raise ExportError(
-            f"export.variants asks for fp8, but of this model {', '.join(ragged)} is no multiple "
-            "of 128: servers load matrices of so many rows into one with those that follow, and "
-            "would scale rows by another block's scale without a word; leave fp8 out "
+            f"export.variants asks for fp8, but of this model {shown} is no multiple of "
+            f"{FP8_BLOCK}: servers load matrices of so many rows into one with those that follow, "
+            "and would scale rows by another block's scale without a word; leave fp8 out "
             '(export.variants = ["bf16", "w8a8"]), or train a model of other sizes'
         )
     return forms

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from itertools import zip_longest
 
 from configs.errors import DataError
 from configs.parity import ParitySpec
@@ -79,8 +80,8 @@ def _read_losses(name: str, run: Checkpoint) -> list[float]:
     remedy = "rebuild this training with --force"
     try:
         history = json.loads(path.read_text())
-        steps, losses = list(history["step"]), list(history[LOSS])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        steps, losses = (list(history.get(name, [])) for name in ("step", LOSS))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise DataError(
             f"{name}: {path} cannot be read ({type(error).__name__}: {error}); {remedy}"
         ) from None
@@ -92,7 +93,7 @@ def _read_losses(name: str, run: Checkpoint) -> list[float]:
             f"{name}: {path} holds {len(steps)} steps of the {run.step} of this training{where}; "
             f"{remedy}"
         )
-    for step, loss in zip(steps, losses, strict=True):
+    for step, loss in zip_longest(steps, losses):
         if not isinstance(loss, int | float) or not math.isfinite(loss):
             raise DataError(
                 f"{name}: {path} says {LOSS} = {loss} at step {step}, where a finite number should "

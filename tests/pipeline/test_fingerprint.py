@@ -45,7 +45,9 @@ def test_a_section_that_differs_in_provenance_alone_changes_nothing() -> None:
         raise AssertionError
 
     def of(**fp8: Any) -> Identity:
-        return identify(only(PretrainConfig(steps=9, warmup_steps=1, fp8=Fp8Config(**fp8))), {}, HASHES)
+        return identify(
+            only(PretrainConfig(steps=9, warmup_steps=1, fp8=Fp8Config(**fp8))), {}, HASHES
+        )
 
     assert of() == of(telemetry_every_steps=5)
     assert "fp8" not in of().fields["config"]
@@ -73,8 +75,8 @@ def test_inputs_revision_and_reads_enter() -> None:
 
     assert len({twin(1, "3.11"), twin(2, "3.11"), twin(1, "3.12")}) == 3
     node = make_line()["train"]
-    one, other = (identify(node, {"corpus": name}, HASHES) for name in "ab")
-    assert one != other
+    first, second = (identify(node, {"corpus": name}, HASHES) for name in "ab")
+    assert first != second
 
 
 def test_the_glob_of_a_files_source_is_provenance_and_its_type_is_not() -> None:

@@ -138,7 +138,9 @@ def base(tmp_path: Path) -> Path:
 
 
 def based_on(folder: Path, *sets: str) -> Graph:
-    recipe = load_recipe("smoke", sets=[f"base='{folder}'", *sets])
+    # The base's matrices are too narrow for the blocks of FP8, and no bundle in it is asked for.
+    plain = "export.variants=['bf16', 'w8a8']"
+    recipe = load_recipe("smoke", sets=[f"base='{folder}'", plain, *sets])
     return make_graph(production(recipe), HASHES)
 
 
@@ -203,3 +205,29 @@ def test_a_base_without_a_tokenizer_is_refused_when_planned(base: Path) -> None:
     (base / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"base = .*holds no tokenizer\.json"):
         based_on(base)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["model.q_lora_rank=64"], "model.q_lora_rank = 64 is no multiple of 128"),
+        (
+            ["model.moe_intermediate_size=96"],
+            "model.moe_intermediate_size = 96 is no multiple of 128",
+        ),
+    ],
+)
+def test_a_bundle_that_servers_would_read_wrongly_is_refused_when_planned(
+    sets: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        production(load_recipe("smoke", sets=sets))
+    assert message in str(caught.value)
+    assert 'export.variants = ["bf16", "w8a8"]' in str(caught.value)
+    for without in ("export.variants=['bf16', 'w8a8']", "export.targets=['ascend']"):
+        assert "export.ascend" in production(load_recipe("smoke", sets=[*sets, without]))
+
+
+def test_the_same_bundle_of_a_base_is_refused_by_the_name_of_its_folder(base: Path) -> None:
+    with pytest.raises(ConfigError, match=r"base = .* its config\.\w+ = 16 is no multiple of 128"):
+        based_on(base, "export.variants=['fp8', 'w8a8']")

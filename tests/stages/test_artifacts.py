@@ -19,7 +19,6 @@ from stages.artifacts import (
     verify,
 )
 
-
 BUILDER = "000001-3f9a61c2"
 
 

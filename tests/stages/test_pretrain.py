@@ -205,12 +205,13 @@ def test_a_document_learns_nothing_from_its_neighbours_in_the_row() -> None:
 
 
 def test_a_memorys_vocabulary_folds_what_the_tokenizer_keeps_apart(tmp_path: Path) -> None:
-    words = "the cat and the dog, The Cat and The Dog; thé" * 20
-    tokenizer = train_tokenizer([words], TokenizerConfig(vocab_size=300))
+    text = "the cat and the dog, The Cat and The Dog; thé" * 20
+    tokenizer = train_tokenizer([text], TokenizerConfig(vocab_size=300))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     found = vocabulary(tmp_path / "tokenizer.json")
     assert len(found) == 1 + max(tokenizer.get_vocab().values())
-    ids = {text: tokenizer.encode(text).ids for text in ("the", " the", " The", " cat")}
+    words = ("the", " the", " The", " cat")
+    ids = {word: tokenizer.encode(word, add_special_tokens=False).ids for word in words}
     assert {len(tokens) for tokens in ids.values()} == {1}
     numbers = {text: found[token] for text, (token,) in ids.items()}
     assert numbers["the"] == numbers[" the"] == numbers[" The"] != numbers[" cat"]

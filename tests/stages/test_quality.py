@@ -42,6 +42,7 @@ def test_each_rule_drops_with_what_it_measured(
         "value": pytest.approx(value, abs=1e-6),
         "threshold": threshold,
         "start": text[:80],
+        "cut_chars": None,
     }
 
 
