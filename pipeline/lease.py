@@ -81,12 +81,13 @@ def newest(generation: Path) -> tuple[int, dict[str, Any]]:
     path = max(generation.glob(f"{LEASE_PREFIX}*.json"), default=None)
     if path is None:
         return 0, {}
-    number = int(path.stem.removeprefix(LEASE_PREFIX))
-    try:
-        holder = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return number, {"owner": path.name}
-    return number, holder if isinstance(holder, dict) else {"owner": path.name}
+    return int(path.stem.removeprefix(LEASE_PREFIX)), _read(path)
+
+
+def has_stopped(generation: Path, number: int) -> bool:
+    """Whether the builder with this lease certainly writes no more, however long it was silent."""
+    holder = _read(generation / f"{LEASE_PREFIX}{number:06}.json")
+    return bool(holder.get("ended")) or has_ended(holder)
 
 
 def take(generation: Path, number: int, owner: str, inputs: Sequence[str] = ()) -> Lease | None:
@@ -132,6 +133,14 @@ def is_held(generation: Path) -> bool:
             return True
         time.sleep(_LOOK_SECONDS)
     return False
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        holder = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {"owner": path.name}
+    return holder if isinstance(holder, dict) else {"owner": path.name}
 
 
 def _body(lease: Lease, **facts: Any) -> str:

@@ -30,9 +30,9 @@ from pydantic import ValidationError
 
 from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.parallel import StoreConfig
-from pipeline.files import create_exclusively
+from pipeline.files import create_exclusively, sync_folder
 from pipeline.graph import Node
-from pipeline.lease import Watch, beat, give_up, is_held, newest, take
+from pipeline.lease import Watch, beat, give_up, has_stopped, is_held, newest, take
 from pipeline.records import Records
 from stages.artifacts import (
     FILES,
@@ -251,6 +251,7 @@ class Store:
             provenance=dict(provenance),
         )
         with _store_errors(slot.path):
+            _sync_folders(slot.path, self.root)
             slot.lease.check()
             text = manifest.model_dump_json(indent=1)
             if not create_exclusively(generation / MANIFEST, text):
@@ -300,12 +301,16 @@ def builders(generation: Path) -> list[Path]:
 
 
 def _open_slot(generation: Path, lease: Lease, number: int) -> Slot:
-    """A builder's new folder; what earlier ones left is cleared, but for state to resume from."""
+    """A builder's new folder; what earlier ones left is cleared, but for state to resume from.
+
+    A builder that is merely silent may be past its last check, and commit after all: its files
+    stay until the commit that decides.
+    """
     earlier = []
     for path in builders(generation):
         if has_resume_state(path):
             earlier.append(str(path))
-        else:
+        elif has_stopped(generation, int(path.name.partition("-")[0])):
             shutil.rmtree(path, ignore_errors=True)
     slot = Slot(generation / f"{lease.number:06}-{lease.owner[:8]}", lease, number, tuple(earlier))
     slot.files.mkdir(parents=True)
@@ -373,6 +378,14 @@ def _hash_durably(folder: Path, name: str) -> str:
     with (folder / name).open("rb") as file:
         os.fsync(file.fileno())
     return hash_file(str(folder), name)
+
+
+def _sync_folders(builder: Path, root: Path) -> None:
+    """Return once the names of all that a builder wrote, and of the way to it, are on the disk."""
+    below = [path for path in builder.rglob("*") if path.is_dir()]
+    above = [path for path in builder.parents if path.is_relative_to(root)]
+    for folder in (*below, builder, *above):
+        sync_folder(folder)
 
 
 @contextmanager

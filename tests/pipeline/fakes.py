@@ -20,7 +20,7 @@ from pipeline.graph import Graph, Selection, make_graph
 from pipeline.lease import this_process
 from pipeline.records import Built, Invocation, Reused, Run, new_run_id
 from pipeline.runner import Listener, Setting, realise
-from pipeline.store import Store
+from pipeline.store import Slot, Store
 from stages.artifacts import Bundle, Checkpoint, Corpus, Parity, Report, read_manifest
 from stages.contract import Planned, Workspace, stage
 from stages.hashing import Hashes
@@ -178,7 +178,6 @@ class World:
         chosen = graph or self.graph(**changes)
         return realise(chosen, selection or Selection(), setting, run)
 
-
     def generation(self, run: Run, node: str) -> Path:
         """The folder of the generation that a run built or reused."""
         outcome = run.outcomes[node]
@@ -189,6 +188,20 @@ class World:
         """The folder of the files of the artifact that a run built or reused."""
         generation = self.generation(run, node)
         return generation / read_manifest(str(generation)).address
+
+
+def fill(slot: Slot, text: str = "text") -> Corpus:
+    """A corpus of one file in a slot, which nobody has committed yet."""
+    (slot.files / "text.txt").write_text(text)
+    return Corpus(
+        uri=str(slot.files),
+        train_rows=1,
+        held_out_rows={},
+        sequence_tokens=8,
+        vocab_size=300,
+        train_problems=0,
+        held_out_problems=0,
+    )
 
 
 def outcomes(run: Run) -> dict[str, str]:

@@ -20,7 +20,7 @@ from pipeline.graph import Node
 from pipeline.lease import is_held, newest, take
 from pipeline.store import Committed, Slot, Store, remove
 from stages.artifacts import MANIFEST, Corpus, Lease, verify
-from tests.pipeline.fakes import World
+from tests.pipeline.fakes import World, fill
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,19 +35,6 @@ def node(world: World) -> Node:
     return world.graph()["data"]
 
 
-def corpus(slot: Slot) -> Corpus:
-    (slot.files / "text.txt").write_text("text")
-    return Corpus(
-        uri=str(slot.files),
-        train_rows=1,
-        held_out_rows={},
-        sequence_tokens=8,
-        vocab_size=300,
-        train_problems=0,
-        held_out_problems=0,
-    )
-
-
 @contextmanager
 def opened(world: World, node: Node, replacing: int = 0) -> Iterator[Slot]:
     with world.store.slot(node, {}, replacing=replacing) as slot:
@@ -57,7 +44,7 @@ def opened(world: World, node: Node, replacing: int = 0) -> Iterator[Slot]:
 
 def build(world: World, node: Node, replacing: int = 0) -> Committed:
     with opened(world, node, replacing) as slot:
-        return world.store.commit(slot, node, corpus(slot), {}, {})
+        return world.store.commit(slot, node, fill(slot), {}, {})
 
 
 def steal(slot: Slot) -> Lease:
@@ -85,9 +72,35 @@ def test_a_committed_artifact_is_found_again_with_its_facts(world: World, node: 
     assert names(slot_of(made)) == {"files"}
 
 
+def test_all_that_a_manifest_names_is_on_the_disk_before_it(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    real_fsync, real_link = os.fsync, os.link
+
+    def fsync(handle: int) -> None:
+        synced.append(os.fstat(handle).st_ino)
+        real_fsync(handle)
+
+    def link(draft: Path, target: Path) -> None:
+        if Path(target).name == MANIFEST:
+            builder = slot.path
+            needed = [builder, *builder.rglob("*"), Path(draft)]
+            assert [path for path in needed if path.stat().st_ino not in synced] == []
+        real_link(draft, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "link", link)
+    with opened(world, node) as slot:
+        (slot.files / "train" / "deep").mkdir(parents=True)
+        (slot.files / "train" / "deep" / "rows.bin").write_text("rows")
+        made = world.store.commit(slot, node, fill(slot), {}, {})
+    assert made.path.stat().st_ino in synced
+
+
 def test_an_unfinished_artifact_is_not_an_artifact(world: World, node: Node) -> None:
     with pytest.raises(RuntimeError), opened(world, node) as slot:
-        corpus(slot)
+        fill(slot)
         raise RuntimeError
     assert world.store.find(node) is None
     with pytest.raises(ArtifactError, match=r"no manifest\.json"):
@@ -113,7 +126,7 @@ def test_an_interrupted_slot_is_continued_with_its_resume_state_alone(
             path = again.path / private
             path.parent.mkdir(exist_ok=True)
             path.write_text("8")
-        made = world.store.commit(again, node, corpus(again), {}, {})
+        made = world.store.commit(again, node, fill(again), {}, {})
     assert made.manifest.files.keys() == {"text.txt"}
     assert names(made.path) == {MANIFEST, again.path.name}
     assert names(again.path) == {"files", "metrics.jsonl"}
@@ -147,7 +160,7 @@ def test_a_rebuild_keeps_the_committed_one_until_it_commits(world: World, node: 
         assert slot.path.parent != first.path
         assert world.store.find(node) == first
         verify(str(first.path))
-        second = world.store.commit(slot, node, corpus(slot), {}, {})
+        second = world.store.commit(slot, node, fill(slot), {}, {})
     assert world.store.find(node) == second
     assert second.generation == 2
     verify(str(first.path))
@@ -201,7 +214,7 @@ def test_a_live_lease_is_waited_for_and_its_artifact_taken(world: World, node: N
         with opened(world, node) as slot:
             entered.set()
             finish.wait(10)
-            world.store.commit(slot, node, corpus(slot), {}, {})
+            world.store.commit(slot, node, fill(slot), {}, {})
 
     thread = threading.Thread(target=builder)
     thread.start()
@@ -274,7 +287,7 @@ def test_a_heartbeat_that_moves_is_a_living_holder(
 
 def test_a_lost_lease_stops_the_commit_and_writes_nothing(world: World, node: Node) -> None:
     with opened(world, node) as slot:
-        artifact = corpus(slot)
+        artifact = fill(slot)
         steal(slot)
         with pytest.raises(LeaseLost, match=r"lost to lease-000002\.json"):
             world.store.commit(slot, node, artifact, {}, {})
@@ -294,7 +307,7 @@ def test_a_lease_lost_while_files_are_hashed_stops_the_commit(
 
         monkeypatch.setattr(store_module, "_hash_durably", lose)
         with pytest.raises(LeaseLost):
-            world.store.commit(slot, node, corpus(slot), {}, {})
+            world.store.commit(slot, node, fill(slot), {}, {})
     assert world.store.find(node) is None
 
 
