@@ -1,6 +1,7 @@
 """Recipes: TOML read left to right, merged deeply, validated whole."""
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -8,7 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from configs.base import Frozen
 from configs.data import ArithmeticSource, DataConfig
@@ -20,10 +21,20 @@ from configs.parity import ParityConfig
 from configs.rl import PosttrainConfig
 from configs.train import PretrainConfig, check_fp8
 
-NODE_NAME = r"(?=.{1,100}$)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*"
-"""What a node may be called: selectors, traceback files and logged models bear its name."""
+_NODE_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_NODE_NAME_CHARS = 100
 _TAG_FIELDS = ("type", "family")
 """Fields of one fixed value, by which the members of a union are told apart."""
+
+
+def check_node_name(name: str) -> str:
+    """The name; ValueError if it cannot also name a selector, a file and a logged model."""
+    if len(name) > _NODE_NAME_CHARS or not _NODE_NAME.fullmatch(name):
+        raise ValueError(
+            f"a node's name is words of A-Z, a-z, 0-9, _ and -, joined by single dots, of at most "
+            f"{_NODE_NAME_CHARS} characters, as posttrain.math; rename {name!r}"
+        )
+    return name
 
 
 class NodeConfig(Frozen):
@@ -58,7 +69,9 @@ class Recipe(Frozen):
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
     store: StoreConfig = StoreConfig()
-    nodes: dict[str, NodeConfig] = Field(default_factory=dict)
+    nodes: dict[Annotated[str, AfterValidator(check_node_name)], NodeConfig] = Field(
+        default_factory=dict
+    )
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -207,7 +220,8 @@ def explain(error: ValidationError, schema: type[BaseModel], *, origin: str) -> 
     for fault in faults:
         if fault["type"] == "too_short" and fault["loc"] in within:
             continue
-        path = list(fault["loc"])
+        # A fault of a key itself is told of what bears it.
+        path = [step for step in fault["loc"] if step != "[key]"]
         where = _spelling(schema, path) or origin
         match fault["type"]:
             case "extra_forbidden":

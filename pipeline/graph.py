@@ -1,14 +1,13 @@
 """The line as named nodes in an order that respects their inputs, and the selection of some."""
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from configs.errors import PlanError
-from configs.recipe import NODE_NAME
+from configs.recipe import check_node_name
 from pipeline.fingerprint import Identity, identify
 from stages.contract import Planned
 from stages.hashing import Hashes
@@ -78,7 +77,10 @@ def make_graph(line: Mapping[str, Planned[Any]], hashes: Hashes) -> Graph:
     """
     names = {planned: name for name, planned in line.items()}
     for name in line:
-        check_node_name(name)
+        try:
+            check_node_name(name)
+        except ValueError as error:
+            raise PlanError(f"node {name!r}: {error}") from None
     for name, planned in line.items():
         for role, supplier in planned.inputs.items():
             if supplier not in names:
@@ -96,15 +98,6 @@ def make_graph(line: Mapping[str, Planned[Any]], hashes: Hashes) -> Graph:
         fingerprints = {role: nodes[supplier].fingerprint for role, supplier in inputs.items()}
         nodes[name] = Node(name, planned, inputs, identify(planned, fingerprints, hashes))
     return Graph(nodes)
-
-
-def check_node_name(name: str) -> None:
-    """PlanError for a name that cannot also name a selector, a file and a logged model."""
-    if not re.fullmatch(NODE_NAME, name):
-        raise PlanError(
-            f"node {name!r}: a node's name is words of A-Z, a-z, 0-9, _ and -, joined by single "
-            "dots, of at most 100 characters, as posttrain.math; rename it"
-        )
 
 
 @dataclass(frozen=True, slots=True)

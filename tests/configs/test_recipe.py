@@ -264,6 +264,7 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         ("model=3", "model = 3: should be a table"),
         ('data.sources."a/b"={type="stdlib", share=0.1}', "string should match pattern"),
         ("nodes.extra.use=nonsense", "string should match pattern"),
+        ('nodes."my/other"={use="mine:made"}', "as posttrain.math; rename"),
     ],
 )
 def test_the_impossible_is_refused_before_anything_starts(

@@ -8,6 +8,7 @@ different each time. `diary` and `seconds` are provenance, as a path or a machin
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -176,7 +177,9 @@ class World:
         run = self.begin()
         setting = Setting(self.store, Examiner(self.store, RECIPE), ClusterConfig(), listeners)
         chosen = graph or self.graph(**changes)
-        return realise(chosen, selection or Selection(), setting, run)
+        run = replace(realise(chosen, selection or Selection(), setting, run), finished=True)
+        self.store.records.update(run)
+        return run
 
     def generation(self, run: Run, node: str) -> Path:
         """The folder of the generation that a run built or reused."""

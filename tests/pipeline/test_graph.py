@@ -77,3 +77,19 @@ def test_an_input_without_a_name_is_refused() -> None:
     del line["data"]
     with pytest.raises(PlanError, match="node train: its input corpus"):
         make_graph(line, HASHES)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["my/other", "", ".mine", "mine.", "my..other", "my other", "größer", "mine\n", "a" * 101],
+)
+def test_a_name_that_is_no_file_no_selector_or_no_models_is_refused(name: str) -> None:
+    with pytest.raises(PlanError, match="words of A-Z, a-z, 0-9, _ and -") as caught:
+        make_graph({name: make_line()["data"]}, HASHES)
+    assert repr(name) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a", "posttrain.math", "pretrain.fp8.0", "my-other_1", "a" * 100])
+def test_a_name_of_words_and_dots_is_taken(name: str) -> None:
+    graph = make_graph({name: make_line()["data"]}, HASHES)
+    assert [node.name for node in graph] == [name]

@@ -1,14 +1,18 @@
 """The source digest covers a stage's own code and what it imports of ours, and nothing else."""
 
 import importlib
+import importlib.metadata
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from configs.parallel import ClusterConfig
-from pipeline.provenance import _imports, machine_facts, source_digest
+from pipeline import provenance
+from pipeline.provenance import _imports, git_state, machine_facts, source_digest
 from stages.contract import Stage
 from tests.pipeline.fakes import gather
 
@@ -64,3 +68,89 @@ def test_provenance_says_where_and_with_what() -> None:
     assert facts["cluster"]["trainers"] == 3
     assert facts["python"] == sys.version.split()[0]
     assert len(source_digest(gather)) == 16
+
+
+def test_provenance_says_which_libraries_built_and_on_what(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    facts = machine_facts(ClusterConfig())
+    for library in ("torch", "ray", "transformers", "tokenizers"):
+        assert facts["versions"][library] == importlib.metadata.version(library)
+    assert facts["allocator"]["MALLOC_MMAP_MAX_"] == "0"
+    assert "LD_PRELOAD" not in facts["allocator"]
+    assert facts["processor"]
+
+
+def test_a_library_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "LIBRARIES", ("no-such-library",))
+    assert machine_facts(ClusterConfig())["versions"] == {"no-such-library": None}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """A folder that looks like ours to `git_state`; runs git in it."""
+    (tmp_path / "pipeline").mkdir()
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "pipeline" / "provenance.py"))
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+
+    def git(*words: str) -> str:
+        names = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+        done = subprocess.run(
+            ["git", *names, *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        git_state.cache_clear()
+        return done.stdout.strip()
+
+    git_state.cache_clear()
+    yield git
+    git_state.cache_clear()
+
+
+def test_a_checkout_is_known_by_its_commit_and_by_what_differs_from_it(
+    checkout: Callable[..., str], tmp_path: Path
+) -> None:
+    assert git_state() is None
+    checkout("init", "-q")
+    file = tmp_path / "pipeline" / "code.py"
+    file.write_text("one")
+    checkout("add", "-A")
+    assert git_state() is None  # No commit yet.
+    checkout("commit", "-qm", "one")
+    commit = checkout("rev-parse", "HEAD")
+    assert git_state() == {"commit": commit, "dirty": False}
+    assert machine_facts(ClusterConfig())["git"] == {"commit": commit, "dirty": False}
+    for change in (lambda: file.write_text("two"), lambda: (tmp_path / "new.py").touch()):
+        change()
+        git_state.cache_clear()
+        assert git_state() == {"commit": commit, "dirty": True}
+        checkout("add", "-A")
+        checkout("commit", "-qm", "more")
+        commit = checkout("rev-parse", "HEAD")
+        assert git_state() == {"commit": commit, "dirty": False}
+
+
+def test_a_package_in_a_folder_within_a_project_is_no_checkout_of_that_project(
+    checkout: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `project/.venv/lib/...`: the project's commit says nothing of this code."""
+    checkout("init", "-q")
+    checkout("commit", "-q", "--allow-empty", "-m", "theirs")
+    inner = tmp_path / ".venv" / "site-packages" / "pipeline" / "provenance.py"
+    monkeypatch.setattr(provenance, "__file__", str(inner))
+    git_state.cache_clear()
+    assert git_state() is None
+
+
+def test_without_git_the_rest_is_recorded(
+    checkout: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout("init", "-q")
+    checkout("commit", "-q", "--allow-empty", "-m", "ours")
+    monkeypatch.setenv("PATH", "/nowhere")
+    git_state.cache_clear()
+    facts = machine_facts(ClusterConfig())
+    assert facts["git"] is None
+    assert facts["python"]

@@ -1,10 +1,15 @@
 """What a stage may take, and what is refused when it is planned."""
 
+from pathlib import Path
+
 import pytest
 
 from configs.errors import PlanError
+from configs.parallel import StoreConfig
+from configs.recipe import NodeConfig
 from pipeline.fingerprint import differences, identify
 from pipeline.graph import Graph, make_graph
+from pipeline.production import plan_added
 from pipeline.records import Run
 from stages.artifacts import Checkpoint, Corpus, Report
 from stages.contract import Planned, Workspace, stage
@@ -103,3 +108,54 @@ def test_further_inputs_are_built_handed_over_and_recorded(store_config: object)
     assert set(outcomes(run(a=1, b=2)).values()) == {"reused"}
     again = outcomes(run(a=1, b=3))
     assert again == {"data": "reused", "a": "reused", "b": "built", "all": "built"}
+
+
+PLUGIN = """
+from configs.base import Frozen
+from stages.artifacts import Corpus
+from stages.contract import Workspace, stage
+
+class Config(Frozen):
+    steps: int = 1
+
+@stage(revision=1)
+def clean(config: Config, work: Workspace) -> Corpus:
+    work.path("text.txt").write_text({text!r})
+    return Corpus(
+        uri=work.out, train_rows=1, held_out_rows={{}}, sequence_tokens=8, vocab_size=300,
+        train_problems=0, held_out_problems=0,
+    )
+"""
+
+
+def test_stages_of_two_plugins_are_two_though_their_functions_share_a_name(
+    store_config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    world, made = World(store_config), {}
+    for plugin in ("first_plugin", "second_plugin"):
+        (tmp_path / f"{plugin}.py").write_text(PLUGIN.format(text=plugin))
+        node = NodeConfig(use=f"{plugin}:clean")
+        planned = plan_added("mine", node, {})
+        assert planned.stage.function == f"{plugin}:clean"
+        line = make_graph({"mine": planned}, HASHES)
+        assert outcomes(world.run(graph=line)) == {"mine": "built"}
+        found = world.store.find(line["mine"])
+        assert found is not None
+        assert found.manifest.stage == f"{plugin}:clean"
+        made[plugin] = found
+    assert len({one.manifest.fingerprint for one in made.values()}) == 2
+    for plugin, one in made.items():
+        assert one.artifact.path("text.txt").read_text() == plugin
+
+
+@pytest.mark.parametrize("name", ["größer", "a" * 65])
+def test_a_stage_whose_name_is_no_folder_and_no_selector_is_refused(name: str) -> None:
+    def function(config: FakeConfig, work: Workspace) -> Corpus:
+        raise AssertionError
+
+    function.__name__ = name
+    with pytest.raises(PlanError, match="a stage's name holds at most 64 of"):
+        stage(revision=1)(function)
+    function.__name__ = "a" * 64
+    assert stage(revision=1)(function).name == "a" * 64

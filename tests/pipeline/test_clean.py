@@ -1,0 +1,170 @@
+"""What `clean` offers, and that it takes nothing from a run or a build that goes on."""
+
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from configs.errors import StoreError
+from configs.parallel import StoreConfig
+from pipeline.decide import Examiner, in_use, survey
+from pipeline.lease import newest
+from pipeline.records import Run
+from pipeline.store import Committed, Slot, remove
+from pipeline.verbs import clean as clean_module
+from pipeline.verbs.clean import Entry, clean, inventory
+from stages.artifacts import verify
+from tests.pipeline.fakes import RECIPE, World, outcomes
+
+
+@pytest.fixture
+def world(store_config: StoreConfig) -> World:
+    return World(store_config)
+
+
+@pytest.fixture
+def old(world: World) -> Run:
+    """A run whose `train` and what follows a later run has replaced."""
+    first = world.run(train={"steps": 2})
+    world.run(train={"steps": 3})
+    return first
+
+
+def listed(world: World) -> dict[Path, Entry]:
+    return {entry.path: entry for entry in inventory(world.store, unfinished=True)}
+
+
+def run_clean(world: World, monkeypatch: pytest.MonkeyPatch, *, dry_run: bool = False) -> None:
+    """`ingot clean` of this store."""
+
+    class Asked:
+        def store(self, say: object) -> object:
+            return world.store
+
+    class Args:
+        unfinished = False
+
+    args = Args()
+    args.dry_run = dry_run  # type: ignore[attr-defined]
+    monkeypatch.setattr(clean_module, "load_asked", lambda args: Asked())
+    assert clean(args) == 0  # type: ignore[arg-type]
+
+
+def found(world: World, node: str, **changes: object) -> Committed:
+    committed = world.store.find(world.graph(**changes)[node])
+    assert committed is not None
+    return committed
+
+
+def test_what_was_superseded_is_offered(world: World, old: Run) -> None:
+    verdicts = {path.parts[-3]: entry.verdict for path, entry in listed(world).items()}
+    assert listed(world)[world.generation(old, "train")].verdict == "remove"
+    assert verdicts["gather"] == "keep"
+
+
+def test_the_inputs_of_a_build_that_goes_on_are_kept(world: World, old: Run) -> None:
+    checkpoint = found(world, "train", train={"steps": 2})
+    node = world.graph(train={"steps": 2}, pack={"target": "cuda", "steps": 99})["pack.cuda"]
+    with world.store.slot(node, {"checkpoint": checkpoint}) as slot:
+        assert isinstance(slot, Slot)
+        entries = listed(world)
+        used = entries[world.generation(old, "train")]
+        assert (used.verdict, used.reason) == (
+            "keep",
+            f"in use by process {os.getpid()}, which builds {slot.path.parent}",
+        )
+        assert entries[slot.path.parent].reason == "being built"
+        with pytest.raises(StoreError, match="is building it; wait for it, or end it"):
+            remove(slot.path.parent)
+        assert newest(slot.path.parent)[1]["inputs"] == [checkpoint.address]
+    # The build has ended, and nobody uses them any more.
+    assert listed(world)[world.generation(old, "train")].verdict == "remove"
+
+
+def test_what_a_live_run_began_with_is_kept_until_it_is_finished(world: World, old: Run) -> None:
+    graph = world.graph(train={"steps": 2})
+    states = survey(graph, Examiner(world.store, RECIPE))
+    run = replace(world.begin(), in_use=in_use(states))
+    world.store.records.save(run)
+    for node in ("train", "judge", "pack.cuda"):
+        entry = listed(world)[world.generation(old, node)]
+        assert entry.verdict == "keep"
+        assert entry.reason.startswith(f"in use by run {run.id}, process {os.getpid()} on ")
+    world.store.records.save(replace(run, finished=True))
+    assert listed(world)[world.generation(old, "train")].verdict == "remove"
+
+
+def test_a_run_whose_process_is_gone_pins_nothing(world: World, old: Run) -> None:
+    states = survey(world.graph(train={"steps": 2}), Examiner(world.store, RECIPE))
+    run = world.begin()
+    gone = {**run.process, "started": float(run.process["started"]) - 1000}
+    world.store.records.save(replace(run, in_use=in_use(states), process=gone))
+    assert listed(world)[world.generation(old, "train")].verdict == "remove"
+    # Of another machine one cannot know, and keeps.
+    away = {**gone, "host": "elsewhere/1"}
+    world.store.records.save(replace(run, in_use=in_use(states), process=away))
+    assert listed(world)[world.generation(old, "train")].verdict == "keep"
+
+
+def test_a_running_build_finishes_though_its_input_was_superseded_and_cleaned_away(
+    world: World, old: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The build reads an old checkpoint; `clean` runs meanwhile, and deletes what else is old."""
+    begun, ended = threading.Event(), []
+    read = Path(found(world, "train", train={"steps": 2}).artifact.uri) / "weights.bin"
+    changes = {"train": {"steps": 2}, "judge": {"steps": 77, "seconds": 1.5}}
+
+    def work() -> None:
+        begun.set()
+        ended.append(World(world.store.config).run(**changes))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait(10)
+    judged = world.store.folder(world.graph(**changes)["judge"]) / "g1"
+    while not judged.is_dir():
+        pass
+    run_clean(world, monkeypatch)
+    assert read.exists()
+    thread.join(30)
+    assert outcomes(ended[0])["judge"] == "built"
+    verify(str(judged))
+
+
+def test_what_a_late_builder_left_in_a_committed_generation_goes_and_no_committed_byte(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = world.run()
+    generation = world.generation(run, "train")
+    late = generation / "000009-abcdef12" / "files"
+    late.mkdir(parents=True)
+    (late / "weights.bin").write_text("late")
+    entry = listed(world)[late.parent]
+    assert (entry.verdict, entry.num_bytes) == ("remove", 4)
+    run_clean(world, monkeypatch, dry_run=True)
+    assert "4  bytes in 1 folders would be freed" in capsys.readouterr().out
+    assert late.exists()
+    run_clean(world, monkeypatch)
+    assert not late.parent.exists()
+    verify(str(generation))
+    told = capsys.readouterr().out
+    assert "run records stay, and so do MLflow's runs with their plots and reports" in told
+
+
+def test_a_run_that_begins_between_the_look_and_the_removal_loses_nothing(
+    world: World, old: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = clean_module.inventory
+
+    def look(*args: object, **options: object) -> object:
+        entries = list(real(*args, **options))  # type: ignore[arg-type]
+        states = survey(world.graph(train={"steps": 2}), Examiner(world.store, RECIPE))
+        world.store.records.save(replace(world.begin(), in_use=in_use(states)))
+        return entries
+
+    monkeypatch.setattr(clean_module, "inventory", look)
+    run_clean(world, monkeypatch)
+    for node in ("train", "judge", "pack.cuda"):
+        verify(str(world.generation(old, node)))
