@@ -96,6 +96,9 @@ class Tracking:
                 for show in (self._upload, self._show_figures, self._show_model, self._register):
                     self._worker.submit(partial(show, node, child, made), owed=True)
             case Reused():
+                if node.name in self._children:
+                    # Begun here, and then taken from a builder that was quicker.
+                    self._children[node.name].fail("another builder was quicker", "KILLED")
                 child = Child(self._worker, lambda: self._create_reused(node, outcome))
                 self._children[node.name] = child
                 child.open()

@@ -127,6 +127,24 @@ def test_a_save_that_was_cut_short_is_passed_over_for_the_one_before(tmp_path: P
     assert latest(tmp_path) == (step_folder(tmp_path, 2), 2)
 
 
+def test_of_several_roots_the_highest_step_counts_and_of_equal_ones_the_first(
+    tmp_path: Path,
+) -> None:
+    mine, earlier, oldest = (tmp_path / name for name in ("mine", "earlier", "oldest"))
+    assert latest(mine, earlier) is None
+    for root, step in ((oldest, 2), (earlier, 4), (oldest, 4)):
+        save(step_folder(root, step), 1)
+        mark_complete(step_folder(root, step), {"step": step})
+    save(step_folder(mine, 6), 1)
+    assert latest(mine, earlier, oldest) == (step_folder(earlier, 4), 4)
+    assert latest(mine, oldest, earlier) == (step_folder(oldest, 4), 4)
+    mark_complete(step_folder(mine, 6), {"step": 6})
+    assert latest(mine, earlier, oldest) == (step_folder(mine, 6), 6)
+    # A save that was cut short is passed over for another builder's.
+    (step_folder(mine, 6) / "rank-0-of-1.safetensors").write_bytes(b"")
+    assert latest(mine, earlier, oldest) == (step_folder(earlier, 4), 4)
+
+
 def test_a_whole_model_is_written_from_a_sharded_save(tmp_path: Path) -> None:
     model = random_model()
     names = [name for name, part in model.named_modules() if isinstance(part, RoutedExperts)]
@@ -157,6 +175,20 @@ def test_pruning_keeps_the_newest_complete_saves_and_what_is_being_written(tmp_p
     assert left == [4, 5, 6, 7]
     facts = [json.loads((step_folder(tmp_path, s) / "complete.json").read_text()) for s in (4, 6)]
     assert facts == [{"step": 4}, {"step": 6}]
+
+
+def test_saves_of_earlier_builds_go_once_there_is_a_complete_one(tmp_path: Path) -> None:
+    mine, earlier = tmp_path / "mine", (tmp_path / "first", tmp_path / "second")
+    for root in earlier:
+        save(step_folder(root, 4), 1)
+        mark_complete(step_folder(root, 4), {"step": 4})
+    save(step_folder(mine, 6), 1)
+    prune(mine, keep=2, earlier=earlier)
+    assert all(step_folder(root, 4).is_dir() for root in earlier)
+    mark_complete(step_folder(mine, 6), {"step": 6})
+    prune(mine, keep=2, earlier=earlier)
+    assert not any(root.exists() for root in earlier)
+    assert latest(mine, *earlier) == (step_folder(mine, 6), 6)
 
 
 def test_pruning_removes_nothing_before_there_is_a_complete_save(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,10 @@ def at_every_step(loss: LossSpec, step: int) -> LossSpec:
     return loss
 
 
+def saves(builder: Path) -> str:
+    return str(builder / "resume" / "saves")
+
+
 def job(folder: Path, loss: LossSpec, **changes: Any) -> FitJob:
     settings: dict[str, Any] = {
         "model": TINY,
@@ -109,13 +113,18 @@ def job(folder: Path, loss: LossSpec, **changes: Any) -> FitJob:
         "learning_rate": rate,
         "source": RandomBatches(),
         "loss": partial(at_every_step, loss),
-        "saves": str(folder / "resume" / "saves"),
+        "saves": (saves(folder),),
         "open_log": partial(open_metrics, str(folder)),
         "may_write": allowed,
         "threads": 1,
     }
     folder.mkdir(parents=True, exist_ok=True)
     return FitJob(**settings | changes)
+
+
+def run(one: FitJob, machines: ClusterConfig, folder: Path) -> Path:
+    """Fit it in the folder of a builder."""
+    return fit(one, machines, str(folder), str(folder / "ray"))
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
@@ -129,28 +138,51 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_killed_rank_costs_time_and_nothing_else(machines: ClusterConfig, tmp_path: Path) -> None:
     calm, rough = tmp_path / "calm", tmp_path / "rough"
-    final = fit(job(calm, NextToken()), machines, str(calm))
+    final = run(job(calm, NextToken()), machines, calm)
     assert [line["step"] for line in steps_of(calm)] == list(range(1, STEPS + 1))
     marker = rough / "killed"
-    survived = fit(job(rough, KilledOnce(marker=str(marker))), machines, str(rough))
+    survived = run(job(rough, KilledOnce(marker=str(marker))), machines, rough)
     assert marker.exists()
     assert steps_of(rough) == steps_of(calm)
     expected, found = load_shards(final), load_shards(survived)
     assert set(expected) == set(found)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     # What is done is not done again, and more steps continue from it.
-    assert fit(job(calm, KilledAlways()), machines, str(calm)) == final
-    longer = fit(job(calm, NextToken(), steps=STEPS + 2), machines, str(calm))
+    assert run(job(calm, KilledAlways()), machines, calm) == final
+    longer = run(job(calm, NextToken(), steps=STEPS + 2), machines, calm)
     assert longer.name.endswith("9")
     assert [line["step"] for line in steps_of(calm)] == list(range(1, STEPS + 3))
     assert steps_of(calm)[:STEPS] == steps_of(rough)
+
+
+def test_a_build_goes_on_from_the_saves_of_an_earlier_builder_and_then_drops_them(
+    machines: ClusterConfig, tmp_path: Path
+) -> None:
+    calm, first, second = (tmp_path / name for name in ("calm", "first", "second"))
+    final = run(job(calm, NextToken()), machines, calm)
+    run(job(first, NextToken(), steps=4), machines, first)
+    # A step that no save holds is made again.
+    MetricsFile(first, resume_step=4).append({"loss": 0.0}, step=5)
+    kept = set(first.rglob("*"))
+    resumed = job(second, NextToken(), saves=(saves(second), saves(first)))
+    MetricsFile(second, resume_step=4, earlier=first)
+    with pytest.raises(LeaseLost):
+        run(replace(resumed, may_write=refused), machines, second)
+    # Whoever may not write deletes nothing either.
+    assert set(first.rglob("*")) == kept
+    made = run(resumed, machines, second)
+    assert made == Path(saves(second)) / "step-00000007"
+    assert not Path(saves(first)).exists()
+    expected, found = load_shards(final), load_shards(made)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert steps_of(second) == steps_of(calm)
 
 
 def test_a_crash_between_save_and_log_loses_no_step(
     machines: ClusterConfig, tmp_path: Path
 ) -> None:
     rough = job(tmp_path, NextToken(), open_log=partial(open_killed, str(tmp_path)))
-    fit(rough, machines, str(tmp_path))
+    run(rough, machines, tmp_path)
     assert (tmp_path / "killed").exists()
     assert [line["step"] for line in steps_of(tmp_path)] == list(range(1, STEPS + 1))
 
@@ -174,4 +206,7 @@ def test_what_trying_again_will_not_mend_ends_the_run_with_its_own_error(
     once = machines.model_copy(update={"max_restarts": 1})
     settings = {"loss": NextToken()} | changes
     with pytest.raises(error, match=message):
-        fit(job(tmp_path, **settings), once, str(tmp_path))
+        run(job(tmp_path, **settings), once, tmp_path)
+    # Only what steps and saves wrote is there to resume from: Ray Train's notes lie elsewhere.
+    assert {path.name for path in Path(saves(tmp_path)).iterdir()} == set()
+    assert (tmp_path / "ray").is_dir()

@@ -69,7 +69,10 @@ def test_a_pool_trains_as_one_trainer_does(pool: TrainerPool, tmp_path: Path) ->
     assert not reference_NT[:, -1].any()
 
     # A save is a way back, bit for bit.
-    pool.save(tmp_path, step=2)
+    earlier = tmp_path / "of an earlier build"
+    earlier.mkdir()
+    pool.save(tmp_path, step=2, earlier=[earlier])
+    assert not earlier.exists()
     after = pool.forward_backward(batch(3), NextToken()) | pool.optim_step(RATE)
     pool.forward_backward(batch(4), NextToken())
     pool.optim_step(RATE)

@@ -123,6 +123,22 @@ def test_text_that_spells_a_control_token_stays_text(
     assert EOS_ID not in rest
 
 
+def test_a_node_of_the_line_is_sampled_from_its_artifacts_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    world = World(StoreConfig(url=".ingot", min_free_bytes=0))
+    made = world.run()
+
+    def meant(model: str) -> Path:
+        words = ["sample", model, "--recipe", "smoke", "--prompt", "x"]
+        return verb._model_folder(cli.parse(words))
+
+    checkpoint, bundle = (world.generation(made, node) for node in ("train", "pack.cuda"))
+    assert meant(str(checkpoint)) == world.files(made, "train")
+    assert meant(str(bundle)) == world.files(made, "pack.cuda") / "bf16"
+
+
 def test_what_holds_no_model_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

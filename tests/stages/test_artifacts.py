@@ -100,6 +100,36 @@ def test_a_file_that_the_manifest_does_not_list_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        ("..", "metrics.jsonl"),
+        ("plots", "..", "..", "metrics.jsonl"),
+        ("../metrics.jsonl",),
+        ("/etc/hostname",),
+        ("plots", "/etc/hostname"),
+    ],
+)
+def test_what_lies_beside_an_artifact_cannot_be_read_as_its_file(
+    artifact: Path, names: tuple[str, ...]
+) -> None:
+    report = Report.load(str(artifact))
+    (artifact / BUILDER / "metrics.jsonl").write_text("x")
+    with pytest.raises(ArtifactError, match=r"lies outside the report, where no manifest covers"):
+        report.path(*names)
+
+
+def test_an_artifact_is_its_files_and_knows_its_manifest_and_its_step_log(artifact: Path) -> None:
+    report = Report.load(str(artifact))
+    assert report.uri == str(artifact / BUILDER / "files")
+    assert report.path("plots", "loss.txt").read_text() == "1 2 3"
+    assert report.path("plots/loss.txt") == report.path("plots", "loss.txt")
+    assert report.path() == artifact / BUILDER / "files"
+    assert report.manifest() == read_manifest(str(artifact))
+    assert report.manifest().stage_name == "evaluate"
+    assert report.beside("metrics.jsonl") == artifact / BUILDER / "metrics.jsonl"
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [("{", "Expecting property name"), ('{"format": 1}', "format: Input should be 2")],
 )

@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 
-from configs.errors import DataError
+from configs.base import Frozen
+from configs.errors import ArtifactError, DataError
 from configs.model import V3Config
+from configs.parallel import StoreConfig
 from configs.parity import ParityConfig, ParitySpec
-from stages.artifacts import Checkpoint, Report
-from stages.contract import Workspace
+from pipeline.graph import Selection, make_graph
+from stages.artifacts import Checkpoint, Report, verify
+from stages.contract import Workspace, stage
 from stages.loss_parity.loop import loss_parity
-from stages.telemetry import MetricsFile, write_history
+from stages.telemetry import METRICS, MetricsFile, write_history
 from tests.conftest import Recorder, workspace_at
+from tests.pipeline.fakes import World, outcomes
 
 STEPS = 50
 CURVE = [4.0 - 0.03 * step for step in range(STEPS)]
@@ -32,6 +36,29 @@ def log(factor: float = 1.0) -> list[dict[str, Any]]:
     ]
 
 
+class CurveConfig(Frozen):
+    """The losses of a training."""
+
+    losses: tuple[float, ...]
+
+
+def curves() -> dict[str, list[float]]:
+    return {
+        name: [factor * loss for loss in CURVE]
+        for name, factor in (("fp8_0", 1.001), ("high_0", 1.0), ("fp8_1", 0.999), ("high_1", 1.0))
+    }
+
+
+@stage(revision=1)
+def curve(config: CurveConfig, work: Workspace) -> Checkpoint:
+    """A training with these losses."""
+    log = MetricsFile(work.beside())
+    for step, loss in enumerate(config.losses, 1):
+        log.append({"next_token_loss": loss}, step=step)
+    write_history(work)
+    return Checkpoint(uri=work.out, step=STEPS, sequences_seen=0, model=V3Config(), final_loss=None)
+
+
 @pytest.fixture
 def logs() -> Logs:
     """Two seeds in parity: gaps of 0.1 % and -0.05 %."""
@@ -42,10 +69,15 @@ def logs() -> Logs:
 def judge(tmp_path: Path, workspace: Workspace) -> Callable[..., Report]:
     """Run the stage on checkpoints with these steps in their histories, all of `steps` steps.
 
-    Each training's step log holds other losses, which must bear on nothing.
+    Each training's step log holds other losses, which must bear on nothing. Texts in `histories`
+    stand in place of a training's own history, and none in place of the file.
     """
 
-    def run(logs: Mapping[str, list[dict[str, Any]]], steps: int = STEPS) -> Report:
+    def run(
+        logs: Mapping[str, list[dict[str, Any]]],
+        steps: int = STEPS,
+        histories: Mapping[str, str | None] | None = None,
+    ) -> Report:
         runs = {}
         for name, lines in logs.items():
             trained = workspace_at(tmp_path / name, workspace.tracker)
@@ -53,6 +85,10 @@ def judge(tmp_path: Path, workspace: Workspace) -> Callable[..., Report]:
             for line in lines:
                 metrics.append(line, step=line["step"])
             write_history(trained)
+            if name in (given := histories or {}):
+                trained.path("history.json").unlink()
+                if (text := given[name]) is not None:
+                    trained.path("history.json").write_text(text)
             for line in lines:
                 metrics.append({**line, "next_token_loss": 1.0}, step=line["step"])
             runs[name] = Checkpoint(
@@ -139,6 +175,56 @@ def test_a_log_that_cannot_be_compared_is_refused(
     assert message in str(caught.value)
     assert "rebuild this training with --force" in str(caught.value)
     assert not workspace.path("report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read (FileNotFoundError"),
+        ("{", "cannot be read (JSONDecodeError"),
+        ("[]", "cannot be read (AttributeError"),
+        ('{"step": 3}', "cannot be read (TypeError"),
+        ("{}", "holds 0 steps of the 50"),
+        (json.dumps({"step": list(range(1, 51)), "next_token_loss": CURVE[:-1]}), "at step 50"),
+        (json.dumps({"step": list(range(1, 51)), "next_token_loss": ["1"] * 50}), "= 1 at step 1"),
+    ],
+)
+def test_a_history_that_is_none_is_refused(
+    judge: Callable[..., Report], logs: Logs, text: str | None, message: str
+) -> None:
+    with pytest.raises(DataError, match=r"^high_0: .*history\.json") as caught:
+        judge(logs, histories={"high_0": text})
+    assert message in str(caught.value)
+    assert "rebuild this training with --force" in str(caught.value)
+
+
+def test_the_losses_that_are_compared_are_those_that_manifests_cover(
+    store_config: StoreConfig,
+) -> None:
+    """An edit of a step log changes no report; one of a history is damage, and found as that."""
+    world = World(store_config)
+    line = {name: curve(CurveConfig(losses=tuple(one))) for name, one in curves().items()}
+    line["parity"] = loss_parity(SPEC, **line)
+    graph = make_graph(line, world.store.hashes)
+
+    def compared() -> bytes:
+        run = world.run(graph=graph, selection=Selection(force=("parity",)))
+        assert outcomes(run)["parity"] == "built"
+        return (world.files(run, "parity") / "report.json").read_bytes()
+
+    world.run(graph=graph)
+    before = compared()
+    made = world.store.find(graph["fp8_0"])
+    assert made is not None
+    made.artifact.beside(METRICS).write_text('{"step": 1, "next_token_loss": 1.0}\n')
+    assert compared() == before
+    history = made.artifact.path("history.json")
+    history.write_text(history.read_text().replace("4.0", "4.1"))
+    with pytest.raises(ArtifactError, match=r"history\.json has sha256"):
+        verify(str(made.path))
+    run = world.run(graph=graph)
+    assert outcomes(run)["parity"] == "blocked"
+    assert outcomes(run)["fp8_0"] == "failed"
 
 
 def test_trainings_that_do_not_differ_at_all_are_no_comparison(

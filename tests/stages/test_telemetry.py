@@ -4,8 +4,17 @@ import json
 import time
 from pathlib import Path
 
-from stages.telemetry import METRICS, MetricsFile, following, read_metrics
-from tests.conftest import Recorder
+from stages.telemetry import (
+    HISTORY,
+    METRICS,
+    SAVES,
+    MetricsFile,
+    begin_metrics,
+    following,
+    read_metrics,
+    write_history,
+)
+from tests.conftest import Recorder, workspace_at
 
 
 def test_a_resumed_log_holds_each_step_once(tmp_path: Path) -> None:
@@ -25,6 +34,60 @@ def test_a_fresh_build_forgets_an_older_log(tmp_path: Path) -> None:
     MetricsFile(tmp_path).append({"loss": 1}, step=1)
     MetricsFile(tmp_path)
     assert read_metrics(tmp_path / METRICS) == []
+
+
+def test_a_log_begins_with_what_an_earlier_builder_recorded_up_to_its_save(
+    tmp_path: Path,
+) -> None:
+    earlier, mine = tmp_path / "earlier", tmp_path / "mine"
+    for folder in (earlier, mine):
+        folder.mkdir()
+    first = MetricsFile(earlier)
+    for step in (1, 2, 3):
+        first.append({"loss": step}, step=step)
+    before = (earlier / METRICS).read_bytes()
+    MetricsFile(mine, resume_step=2, earlier=earlier).append({"loss": 30}, step=3)
+    assert [line["loss"] for line in read_metrics(mine / METRICS)] == [1, 2, 30]
+    # Its own log, once it has one, is the one that counts.
+    MetricsFile(mine, resume_step=3, earlier=earlier)
+    assert [line["loss"] for line in read_metrics(mine / METRICS)] == [1, 2, 30]
+    assert (earlier / METRICS).read_bytes() == before
+
+
+def test_a_build_begins_its_log_with_that_of_the_builder_whose_save_it_takes(
+    tmp_path: Path, recorder: Recorder
+) -> None:
+    builders = [tmp_path / "g1" / name for name in ("000001-first", "000002-second")]
+    for number, builder in enumerate(builders, 1):
+        builder.mkdir(parents=True)
+        MetricsFile(builder).append({"loss": number}, step=1)
+    work = workspace_at(tmp_path / "g1", recorder, earlier=tuple(map(str, reversed(builders))))
+    save = builders[0] / "resume" / SAVES / "step-00000001"
+    log = begin_metrics(work, (save, 1))
+    assert read_metrics(log.path) == [{"step": 1, "loss": 1}]
+    assert log.path == work.beside(METRICS)
+    assert read_metrics(begin_metrics(work, None).path) == []
+
+
+def test_a_history_holds_losses_and_rewards_and_nothing_that_differs_between_builds(
+    tmp_path: Path, recorder: Recorder
+) -> None:
+    texts = []
+    for rate in (1000.0, 2000.0):
+        work = workspace_at(tmp_path / f"{rate}", recorder)
+        log = MetricsFile(work.beside())
+        log.append({"loss": 2.0, "mtp_loss": 0.5, "tokens_per_second": rate}, step=1)
+        log.append({"loss": 1.5, "reward": 0.25, "tags": {"host": f"{rate}"}}, step=2)
+        records = write_history(work)
+        assert records == read_metrics(log.path)
+        texts.append(work.path(HISTORY).read_text())
+    assert texts[0] == texts[1]
+    assert json.loads(texts[0]) == {
+        "step": [1, 2],
+        "loss": [2.0, 1.5],
+        "mtp_loss": [0.5, None],
+        "reward": [None, 0.25],
+    }
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:

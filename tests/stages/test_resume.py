@@ -1,0 +1,188 @@
+"""A training that several builders began, one after the other, is the one that nobody disturbed."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from cluster import fit as fit_module
+from cluster.checkpoint import latest
+from cluster.expert_parallel import join_group
+from cluster.fit import FitJob
+from configs.parallel import ClusterConfig, StoreConfig
+from configs.train import PretrainConfig, PretrainSpec
+from pipeline.graph import Graph, make_graph
+from pipeline.records import Failed
+from pipeline.store import Committed
+from stages.artifacts import MANIFEST, Corpus
+from stages.contract import Workspace, stage
+from stages.pretrain import loop
+from stages.shards import write_rows
+from stages.telemetry import METRICS, MetricsFile, read_metrics
+from tests.conftest import Recorder
+from tests.pipeline.fakes import FakeConfig, World, outcomes
+from tests.references import TINY
+
+STEPS = 8
+SPEC = PretrainSpec(
+    seed=0,
+    model=TINY,
+    pretrain=PretrainConfig(
+        steps=STEPS,
+        batch_sequences=4,
+        warmup_steps=1,
+        checkpoint_every_steps=2,
+        precision="high",
+    ),
+)
+
+
+@stage(revision=1)
+def rows(config: FakeConfig, work: Workspace) -> Corpus:
+    """A corpus of random rows."""
+    tokens = np.random.default_rng(0).integers(2, TINY.vocab_size, size=(16, 12))
+    write_rows(work.path("train"), tokens)
+    work.path("tokenizer.json").write_text("{}")
+    return Corpus(
+        uri=work.out,
+        train_rows=16,
+        held_out_rows={},
+        sequence_tokens=12,
+        vocab_size=TINY.vocab_size,
+        train_problems=0,
+        held_out_problems=0,
+    )
+
+
+def fit_here(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
+    """What Ray's one worker would do, in this process."""
+    roots = [Path(root) for root in job.saves]
+    roots[0].mkdir(parents=True)
+    Path(notes).mkdir()
+    Path(notes, "state.json").touch()
+    fit_module._steps(job)
+    saved = latest(*roots)
+    assert saved is not None
+    return saved[0]
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process as the only rank of a group."""
+    monkeypatch.setitem(os.environ, "GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(loop, "fit", fit_here)
+    join_group(f"file://{tmp_path}/rendezvous", 0, 1, 60)
+    yield
+    dist.destroy_process_group()
+
+
+class Notes(Recorder):
+    """A listener that keeps what it is told of the training."""
+
+    def begin(self, node: Any, inputs: Any) -> Recorder:
+        """Hear of the training alone."""
+        return self if node.name == "pretrain" else Recorder()
+
+    def end(self, node: Any, outcome: Any, made: Any) -> None:
+        """Outcomes are in the record."""
+
+
+def graph(world: World) -> Graph:
+    corpus = rows(FakeConfig())
+    line = {"data": corpus, "pretrain": loop.pretrain(SPEC, corpus=corpus)}
+    return make_graph(line, world.store.hashes)
+
+
+@contextmanager
+def cut_at(step: int) -> Iterator[None]:
+    """The builder dies as it has recorded this step."""
+    real = MetricsFile.append
+
+    def append(log: MetricsFile, metrics: Any, *, step: int) -> None:
+        real(log, metrics, step=step)
+        if step == last:
+            raise RuntimeError("cut")
+
+    last = step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricsFile, "append", append)
+        yield
+
+
+def begun(world: World, step: int) -> Path:
+    """Build until this step; the builder's folder."""
+    with cut_at(step):
+        run = world.run(graph=graph(world))
+    assert isinstance(run.outcomes["pretrain"], Failed)
+    (*_, newest) = sorted(world.store.folder(graph(world)["pretrain"]).glob("g1/0*"))
+    return newest
+
+
+def finished(world: World, heard: Notes) -> Committed:
+    """Build to the end."""
+    assert outcomes(world.run(graph=graph(world), listeners=(heard,)))["pretrain"] == "built"
+    made = world.store.find(graph(world)["pretrain"])
+    assert made is not None
+    return made
+
+
+def saved_steps(builder: Path) -> list[int]:
+    return sorted(int(path.name[-8:]) for path in builder.glob("resume/saves/step-*"))
+
+
+def steps_of(made: Committed) -> list[dict[str, Any]]:
+    """The step log without what is measured or said of the machine."""
+    log = read_metrics(made.artifact.beside(METRICS))
+    own = {"tokens_per_second", "tags"}
+    return [{name: value for name, value in line.items() if name not in own} for line in log]
+
+
+def test_what_four_builders_made_in_turn_is_what_one_makes(tmp_path: Path) -> None:
+    calm_world, world = (
+        World(StoreConfig(url=str(tmp_path / name), min_free_bytes=0)) for name in ("calm", "store")
+    )
+    calm = finished(calm_world, Notes())
+
+    first = begun(world, 5)
+    assert saved_steps(first) == [2, 4]
+    # The second goes on from the first's save, and dies before it has one of its own.
+    second = begun(world, 5)
+    assert saved_steps(first) == [2, 4]
+    assert saved_steps(second) == []
+    assert [line["step"] for line in read_metrics(second / METRICS)] == [1, 2, 3, 4, 5]
+    # The third has one, and with it the first's are of no use.
+    third = begun(world, 7)
+    assert saved_steps(first) == []
+    assert saved_steps(third) == [6]
+    assert not second.exists()
+
+    heard = Notes()
+    made = finished(world, heard)
+    assert f"pretrain: continues the interrupted build in {third}" in heard.notes
+    assert [step for step, _ in heard.logged] == list(range(1, STEPS + 1))
+    assert steps_of(made) == steps_of(calm)
+    assert made.manifest.content == calm.manifest.content
+    assert made.artifact.path("history.json").read_bytes() == (
+        calm.artifact.path("history.json").read_bytes()
+    )
+    builder = Path(made.artifact.uri).parent
+    assert {path.name for path in made.path.iterdir()} == {MANIFEST, builder.name}
+    assert {path.name for path in builder.iterdir()} == {"files", METRICS}
+    assert builder.name.startswith("000004-")
+
+
+def test_a_training_that_ended_before_its_commit_is_not_done_again(tmp_path: Path) -> None:
+    world = World(StoreConfig(url=str(tmp_path / "store"), min_free_bytes=0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "consolidate", lambda *_: 1 / 0)
+        run = world.run(graph=graph(world))
+    assert isinstance(run.outcomes["pretrain"], Failed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit_module.Trainer, "optim_step", lambda *_: pytest.fail("trained again"))
+        made = finished(world, Notes())
+    assert [line["step"] for line in steps_of(made)] == list(range(1, STEPS + 1))
