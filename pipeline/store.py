@@ -282,7 +282,9 @@ def generations(store_root: Path) -> Iterator[Path]:
 
 def remove(path: Path) -> None:
     """Delete a generation's folder; StoreError if a builder holds it."""
-    if is_held(path):
+    number, _ = newest(path)
+    # With the next lease in hand, nobody begins to build in what is being deleted.
+    if is_held(path) or take(path, number + 1, uuid.uuid4().hex) is None:
         pid = newest(path)[1].get("pid")
         raise StoreError(f"{path}: process {pid} is building it; wait for it, or end it")
     # The manifest goes first, so that a removal cut short leaves no half artifact.

@@ -38,9 +38,10 @@ def clean(args: argparse.Namespace) -> int:
         print(f"{entry.num_bytes:>15,}  {entry.verdict:6}  {name}  {entry.reason}")
     offered = [entry for entry in entries if entry.verdict == "remove"]
     if not args.dry_run:
-        # A run may have begun since the first look.
-        used = _used(store, _held(store))
-        offered = [entry for entry in offered if entry.path not in used]
+        # A run may have begun since the first look, and even ended.
+        again = inventory(store, unfinished=args.unfinished)
+        still = {entry.path for entry in again if entry.verdict == "remove"}
+        offered = [entry for entry in offered if entry.path in still]
         for entry in offered:
             remove(entry.path) if entry.is_generation else shutil.rmtree(entry.path)
     total = sum(entry.num_bytes for entry in offered)

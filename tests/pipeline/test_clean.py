@@ -9,14 +9,18 @@ import pytest
 
 from configs.errors import StoreError
 from configs.parallel import StoreConfig
+from pipeline import cli
 from pipeline.decide import Examiner, in_use, survey
-from pipeline.lease import newest
+from pipeline.graph import make_graph
+from pipeline.lease import newest, this_process
 from pipeline.records import Run
 from pipeline.store import Committed, Slot, remove
 from pipeline.verbs import clean as clean_module
+from pipeline.verbs import run as run_module
 from pipeline.verbs.clean import Entry, clean, inventory
-from stages.artifacts import verify
-from tests.pipeline.fakes import RECIPE, World, outcomes
+from stages.artifacts import Corpus, Report, verify
+from stages.contract import Planned, Workspace, stage
+from tests.pipeline.fakes import RECIPE, FakeConfig, World, gather, outcomes
 
 
 @pytest.fixture
@@ -96,6 +100,51 @@ def test_what_a_live_run_began_with_is_kept_until_it_is_finished(world: World, o
     assert listed(world)[world.generation(old, "train")].verdict == "remove"
 
 
+def test_what_a_live_run_made_is_kept_though_another_run_has_replaced_it(world: World) -> None:
+    slow = world.run(train={"steps": 2})
+    world.store.records.save(replace(slow, finished=False))
+    world.run(train={"steps": 3})
+    for node in ("train", "judge", "pack.cuda"):
+        entry = listed(world)[world.generation(slow, node)]
+        assert (entry.verdict, entry.reason[:6]) == ("keep", "in use")
+    world.store.records.save(slow)
+    assert listed(world)[world.generation(slow, "train")].verdict == "remove"
+
+
+def test_a_run_says_in_its_record_what_it_may_reuse_and_when_it_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setattr(run_module.signal, "signal", lambda *args: None)
+    (tmp_path / "over.toml").write_text('[tracking]\nuri = "http://127.0.0.1:9"\n')
+    world = World(StoreConfig(url=str(tmp_path / ".ingot"), min_free_bytes=0))
+    seen: list[Run] = []
+
+    @stage(revision=1)
+    def looking(config: FakeConfig, work: Workspace, *, corpus: Corpus) -> Report:
+        seen.append(next(world.store.records.newest_first()))
+        return Report(uri=work.out, headline={})
+
+    def line(recipe: object) -> dict[str, Planned[object]]:
+        corpus = gather(FakeConfig())
+        return {"data": corpus, "look": looking(FakeConfig(steps=len(seen)), corpus=corpus)}
+
+    monkeypatch.setattr(run_module, "production", line)
+    for _ in range(2):
+        assert cli.main(["run", "smoke", "@over.toml"]) == 0
+    first, second = seen
+    assert first.in_use == ()
+    data = world.store.find(make_graph(line(None), world.store.hashes)["data"])
+    assert data is not None
+    assert second.in_use == (data.address,)
+    assert second.live
+    assert second.process == this_process()
+    last = world.store.records.load(second.id)
+    assert last.finished
+    assert not last.live
+
+
 def test_a_run_whose_process_is_gone_pins_nothing(world: World, old: Run) -> None:
     states = survey(world.graph(train={"steps": 2}), Examiner(world.store, RECIPE))
     run = world.begin()
@@ -153,15 +202,22 @@ def test_what_a_late_builder_left_in_a_committed_generation_goes_and_no_committe
     assert "run records stay, and so do MLflow's runs with their plots and reports" in told
 
 
-def test_a_run_that_begins_between_the_look_and_the_removal_loses_nothing(
-    world: World, old: Run, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_run_between_the_look_and_the_removal_loses_nothing(
+    world: World, old: Run, monkeypatch: pytest.MonkeyPatch, ends: bool
 ) -> None:
-    real = clean_module.inventory
+    """It has begun, or has even ended; then the latest is what it took."""
+    real, looks = clean_module.inventory, []
 
     def look(*args: object, **options: object) -> object:
         entries = list(real(*args, **options))  # type: ignore[arg-type]
-        states = survey(world.graph(train={"steps": 2}), Examiner(world.store, RECIPE))
-        world.store.records.save(replace(world.begin(), in_use=in_use(states)))
+        if not looks:
+            if ends:
+                assert outcomes(world.run(train={"steps": 2}))["train"] == "reused"
+            else:
+                states = survey(world.graph(train={"steps": 2}), Examiner(world.store, RECIPE))
+                world.store.records.save(replace(world.begin(), in_use=in_use(states)))
+        looks.append(entries)
         return entries
 
     monkeypatch.setattr(clean_module, "inventory", look)

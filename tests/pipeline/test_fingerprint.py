@@ -1,5 +1,6 @@
 """What enters identity, what does not, and how a difference is told."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,30 @@ def test_the_glob_of_a_files_source_is_provenance_and_its_type_is_not() -> None:
     here, there = (identify(only(spec(path)), {}, HASHES) for path in ("/a/*.txt", "/b/*.txt"))
     assert here == there
     assert here.fields["config"]["data"]["sources"]["mine"] == {"type": "files", "share": 0.5}
+
+
+def test_of_a_file_that_is_read_its_content_enters_and_no_time_and_no_place(
+    tmp_path: Path,
+) -> None:
+    def reads(config: FakeConfig, hashes: Hashes) -> dict[str, Any]:
+        return {"mine": hashes.of(config.diary).model_dump()}
+
+    @stage(revision=1, reads=reads)
+    def reading(config: FakeConfig, work: Workspace) -> Corpus:
+        raise AssertionError
+
+    def fingerprint(file: Path) -> str:
+        return identify(reading(FakeConfig(diary=str(file))), {}, Hashes()).fingerprint
+
+    file, copy = tmp_path / "text", tmp_path / "elsewhere"
+    for one in (file, copy):
+        one.write_text("text")
+    before = fingerprint(file)
+    os.utime(file, (1, 1))
+    os.utime(copy)
+    assert fingerprint(file) == fingerprint(copy) == before
+    file.write_text("Text")
+    assert fingerprint(file) != before
 
 
 def test_the_encoding_is_pinned() -> None:

@@ -4,7 +4,9 @@ import hashlib
 import json
 import re
 import shutil
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,30 @@ def test_the_runs_of_a_copy_keep_their_plots_beside_it(original: Path, tmp_path:
         for file in client.list_artifacts(one.info.run_id, "plots")
     ]
     assert "plots/loss.png" in plots
+
+
+def naming(database: Path, text: str) -> set[tuple[str, str]]:
+    """Tables and columns of a database in which some value holds `text`."""
+    found = set()
+    with closing(sqlite3.connect(database)) as connection:
+        tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        for (table,) in tables.fetchall():
+            for _, column, *_ in connection.execute(f'PRAGMA table_info("{table}")').fetchall():
+                query = f'SELECT 1 FROM "{table}" WHERE instr(CAST("{column}" AS TEXT), ?) LIMIT 1'
+                if connection.execute(query, (text,)).fetchone():
+                    found.add((table, column))
+    return found
+
+
+def test_no_row_of_a_copys_database_leads_to_its_original(original: Path, tmp_path: Path) -> None:
+    """MLflow keeps addresses of runs, models and their versions in tables of its own."""
+    copy = tmp_path / "copy"
+    shutil.copytree(original, copy)
+    places = naming(copy / "mlflow.db", str(original))
+    assert {table for table, _ in places} >= {"runs", "logged_models", "model_versions"}
+    tracked(world_at(copy), CONFIG)
+    assert naming(copy / "mlflow.db", str(original)) == set()
+    assert naming(copy / "mlflow.db", str(copy)) == places
 
 
 def test_nothing_in_a_store_but_what_is_told_of_the_machine_names_its_place(

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -285,6 +285,23 @@ def test_a_heartbeat_that_moves_is_a_living_holder(
             time.sleep(0.1)
 
 
+def test_a_builder_renews_its_own_lease_and_only_while_it_holds(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.05)
+    with opened(world, node) as slot:
+        own = Path(slot.lease.uri)
+        first = own.read_text()
+        time.sleep(0.3)
+        assert own.read_text() != first
+        other = Path(steal(slot).uri)
+        time.sleep(0.3)
+        texts = own.read_text(), other.read_text()
+        time.sleep(0.3)
+        assert (own.read_text(), other.read_text()) == texts
+        assert json.loads(texts[1])["owner"] == "another"
+
+
 def test_a_lost_lease_stops_the_commit_and_writes_nothing(world: World, node: Node) -> None:
     with opened(world, node) as slot:
         artifact = fill(slot)
@@ -367,3 +384,24 @@ def test_a_slot_that_is_being_filled_cannot_be_removed(world: World, node: Node)
     assert not is_held(generation)
     remove(generation)
     assert not generation.exists()
+
+
+def test_a_builder_that_begins_while_a_slot_is_looked_at_keeps_it(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(world, node) as slot:
+        generation = slot.path.parent
+    with ExitStack() as stack:
+        begun: list[Slot] = []
+
+        def look(path: Path) -> bool:
+            held = is_held(path)
+            begun.append(stack.enter_context(opened(world, node)))
+            return held
+
+        monkeypatch.setattr(store_module, "is_held", look)
+        with pytest.raises(StoreError, match="is building it"):
+            remove(generation)
+        (slot,) = begun
+        made = world.store.commit(slot, node, fill(slot), {}, {})
+    verify(str(made.path))
