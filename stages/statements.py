@@ -33,99 +33,216 @@ class Posed(Protocol):
 
 Finder = Callable[[str], Iterator[Statement]]
 
-_OPERATIONS = {
-    "+": r"\+|＋|\bplus\b",
-    "-": r"[-−–—－]|\bminus\b",
-    "*": r"[*×·⋅∙✕✖]|\bx\b|(?<=\d)x(?=\d)|\btimes\b|\bmultiplied\s+by\b|\\times\b|\\cdot\b",
+_NUMBER = re.compile(r"\d+(?:[,_'’]\d{3}(?!\d))*(?:\.\d+)?")
+_MOST_DIGITS = 18
+"""A longer number is no operand and no answer, and would take its time to be read."""
+_MOST_BETWEEN = 120
+"""Characters between two numbers of one statement."""
+_SIGNS = {
+    "+": frozenset({"+", "++", "＋", "plus", "addedto"}),
+    "-": frozenset({"-", "−", "–", "—", "－", "minus", "takeaway"}),
+    "*": frozenset({"*", "×", "·", "⋅", "∙", "✕", "✖", "x", "times", "multipliedby"}),
 }
-"""How texts write each operation; a prompt has its first character."""
-_SENTENCES = {
-    "+": (r"\bsum\s+of\s+{left}\s+and\s+{right}", r"\badd(?:ing)?\s+{left}\s+(?:to|and)\s+{right}"),
-    "-": (
-        r"\bdifference\s+(?:of|between)\s+{left}\s+and\s+{right}",
-        r"\bsubtract(?:ing)?\s+{right}\s+from\s+{left}",
-    ),
-    "*": (
-        r"\bproduct\s+of\s+{left}\s+and\s+{right}",
-        r"\bmultiply(?:ing)?\s+{left}\s+(?:by|and|with)\s+{right}",
-    ),
+"""How texts write each operation, without white space and marks."""
+_BACKWARDS = frozenset({"subtractedfrom", "takenfrom", "takenawayfrom"})
+_PHRASES = {
+    "+": re.compile(r"\b(?:sum|total|add|adding|addition)\b[^\d.!?]{0,24}$", re.IGNORECASE),
+    "-": re.compile(r"\b(?:difference|subtract|subtracting)\b[^\d.!?]{0,24}$", re.IGNORECASE),
+    "*": re.compile(r"\b(?:product|multiply|multiplying)\b[^\d.!?]{0,24}$", re.IGNORECASE),
 }
-"""How sentences pose each."""
+"""What stands in front of two numbers that a word joins: `the sum of 37 and 45`."""
+_JOINS = frozenset({"and", "to", "with", "by", "from", "of", "&", ","})
 _COMMUTES = frozenset({"+", "*"})
-_MARKS = r"[\s`$_\\(){}\[\]|&]|<[^<>\n]{0,40}>|&#?\w{1,8};"
-_GAP = rf"(?:{_MARKS})*"
-"""White space and marks of Markdown, TeX, tables and HTML, wherever a form may have them."""
-_STARS = rf"(?:{_MARKS}|\*)*"
-"""The same with the stars of bold type, where they cannot mean a multiplication."""
-_NUMBER = r"\d+(?:[,_']\d{3})*"
-_EQUALS = (
-    r"(?:==?|＝|≡|:|->|=>|→|\||[-_=―─]{2,}|\bis(?:\s+equal\s+to)?\b|\bequals?(?:\s+to)?\b|"
-    r"\bmakes?\b|\bgives?\b|\bare\b|\bresults?\s+in\b|\?)"
+_ENTITIES = {"&plus;": "+", "&times;": "×", "&minus;": "−", "&equals;": "="}
+_TEX = {r"\times": "×", r"\cdot": "·", r"\approx": "≈", r"\to": "→"}
+_MARKS = re.compile(r"<[^<>]{0,60}>|&#?\w{1,8};|\\[,;:! ]|[\s`$_\\(){}\[\]|\"'“”‘’~]")
+"""White space and marks of Markdown, TeX, tables, HTML and JSON, wherever a form may have them."""
+_EQUALS = re.compile(
+    r"==?|＝|≡|≈|:|->|=>|[→⇒|?]|[-_―=─—]{2,}"
+    r"|\b(?:is|are|equals?|makes?|gives?|yields?|results?|answer|sum|total)\b",
+    re.IGNORECASE,
 )
-_BEFORE_ANSWER = rf"{_STARS}[^\d+/]{{0,24}}?{_STARS}"
-"""Between the sign of equality and the answer: `?\\nA: `, `the number `, marks."""
-_ALONE = r"(?<![\d.,_'])"
-"""A number does not begin inside another, nor behind its decimal point."""
-_ENDS = r"(?![\d]|[.,]\d)"
+_IN_FRONT = frozenset({"=", "==", "＝", "≡", "≈", "is", "are", "equals", "isequalto", ":="})
+_LABEL = re.compile(r"\b(?:sum|total|answer|result|difference|product|equals?|makes?)\b", re.I)
+_CELL = re.compile(r"[ \"']*[|,;\t][ \"'|]*")
+_ROW_BEGINS, _ROW_ENDS = re.compile(r"[\s|\"'\[({]*"), re.compile(r"[ \"'|\])},;\t\r]*")
+_ABOVE_A_LINE = re.compile(r"\s*(\S)\s*[-_=─]{2,}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Number:
+    """A number of a text, and what it may mean; nothing if it is no whole number of usual size."""
+
+    start: int
+    end: int
+    text: str
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """As it stands; where it may be two, as `3,100` in `1+2=3,100+200=300`, also either one."""
+        whole, _, decimals = self.text.partition(".")
+        if len(whole) > _MOST_DIGITS or decimals.strip("0"):
+            return ()
+        digits = re.sub(r"\D", "", whole)
+        if digits == whole:
+            return (int(whole),)
+        parts = re.split(r"\D", whole)
+        return int(digits), int(parts[0]), int(parts[-1])
+
+    def is_answer(self, result: int) -> bool:
+        """Whether it is `result`, its digits in either order."""
+        if result in self.values:
+            return True
+        is_plain = len(self.text) <= _MOST_DIGITS and self.text.isdecimal()
+        return is_plain and int(self.text[::-1]) == result
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """A held-out problem, as its operands stand in a text."""
+
+    operation: str
+    result: int
+    problem_id: str
+    is_backwards: bool
+    """The operands stand the other way round, which makes another problem but for some words."""
 
 
 def find_arithmetic(problems: Sequence[Posed]) -> Finder:
     """Statements of sums, differences and products, as `37+45=` of these problems.
 
-    Forms: with and without spaces, operands exchanged where that is the same problem, leading
-    zeros and separators of thousands in any number, the answer in either order of digits (whatever
-    number follows counts as the answer), the answer in front (`82 = 37 + 45`), one below the other
-    with a line, signs and words for operation and equality (`37 plus 45 is 82`, `37 × 45 = 1665`),
-    `the sum of 37 and 45 is 82`, as question and answer, in Markdown, TeX, HTML and tables. Numbers
-    in words (`thirty-seven`) are not read.
+    Wherever its two operands are two numbers in a row, with the operation between them in any of
+    its signs and words, and an answer next: with and without spaces, operands exchanged where that
+    is the same problem, leading zeros, separators of thousands, decimals that are zero, any digits
+    of Unicode, marks of Markdown, TeX, HTML, tables, JSON and code in between. Behind a sign or a
+    word of equality any number is an answer, for wrong ones give a problem away as well; elsewhere
+    the right one is, in either order of its digits. Also the answer in front (`82 = 37 + 45`), one
+    below the other, `the sum of 37 and 45 is 82`, fields with a label (`"sum": 82`), and rows of a
+    table. Not read: numbers in words, answers more than 120 characters away, grids.
     """
-    ids: dict[tuple[str, int, int], str] = {}
+    sums: dict[tuple[int, int], list[_Sum]] = {}
     for problem in problems:
         if parsed := re.fullmatch(r"(\d+)([-+*])(\d+)=", problem.prompt):
-            left, operation, right = parsed.groups()
-            ids.setdefault(_key(operation, left, right), problem.id)
-    operations = sorted({key[0] for key in ids})
-    patterns = [(one, _pattern(one)) for one in operations]
+            left, operation, right = int(parsed[1]), parsed[2], int(parsed[3])
+            result = _result(operation, left, right)
+            one = _Sum(operation, result, problem.id, is_backwards=False)
+            other = _Sum(operation, result, problem.id, operation not in _COMMUTES)
+            sums.setdefault((left, right), []).append(one)
+            if left != right:
+                sums.setdefault((right, left), []).append(other)
 
     def find(text: str) -> Iterator[Statement]:
-        for operation, pattern in patterns:
-            for match in pattern.finditer(text):
-                found = {name: value for name, value in match.groupdict().items() if value}
-                (left,) = (value for name, value in found.items() if name.startswith("left"))
-                (right,) = (value for name, value in found.items() if name.startswith("right"))
-                problem_id = ids.get(_key(operation, left, right))
-                if problem_id is not None:
-                    # The pattern looks ahead, so that statements may share a number.
-                    yield Statement(match.start(), match.start() + len(match["whole"]), problem_id)
+        numbers = [_Number(m.start(), m.end(), m[0]) for m in _NUMBER.finditer(text)]
+        for at in range(len(numbers) - 1):
+            for left in numbers[at].values:
+                for right in numbers[at + 1].values:
+                    for one in sums.get((left, right), ()):
+                        yield from _statements(text, numbers, at, one)
 
     return find
 
 
-def _key(operation: str, left: str, right: str) -> tuple[str, int, int]:
-    """The same for every form of a problem."""
-    operands = [int(re.sub(r"\D", "", number)) for number in (left, right)]
-    if operation in _COMMUTES:
-        operands.sort()
-    return operation, operands[0], operands[1]
+def _result(operation: str, left: int, right: int) -> int:
+    match operation:
+        case "+":
+            return left + right
+        case "-":
+            return abs(left - right)
+    return left * right
 
 
-def _pattern(operation: str) -> re.Pattern[str]:
-    """What states a problem of this operation; matches are empty, their text is group `whole`."""
-    sign = _OPERATIONS[operation]
-    forms = (
-        # 37+45=280, **37 plus 45** is 82, Q: 37 + 45 = ?  A: 82
-        rf"(?P<left1>{_NUMBER}){_GAP}(?:{sign}){_GAP}(?P<right1>{_NUMBER}){_ENDS}{_STARS}"
-        rf"{_EQUALS}{_BEFORE_ANSWER}{_NUMBER}",
-        # 82 = 37 + 45
-        rf"{_NUMBER}{_STARS}(?:==?|＝|\bis\b|\bequals\b){_STARS}"
-        rf"(?P<left2>{_NUMBER}){_GAP}(?:{sign}){_GAP}(?P<right2>{_NUMBER}){_ENDS}",
-    )
-    sentences = "|".join(
-        sentence.format(
-            left=rf"(?P<left{number}>{_NUMBER})", right=rf"(?P<right{number}>{_NUMBER}){_ENDS}"
-        )
-        + rf"{_STARS}{_EQUALS}{_BEFORE_ANSWER}{_NUMBER}"
-        for number, sentence in enumerate(_SENTENCES[operation], start=3)
-    )
-    whole = rf"{_ALONE}(?:{'|'.join(forms)})|{sentences}"
-    return re.compile(rf"(?=(?P<whole>{whole}))", re.IGNORECASE)
+def _statements(text: str, numbers: list[_Number], at: int, asked: _Sum) -> Iterator[Statement]:
+    """Those of `asked` whose operands are the numbers at `at` and behind it."""
+    left, right = numbers[at], numbers[at + 1]
+    between = text[left.end : right.start]
+    if len(between) > _MOST_BETWEEN or _is_in_a_word(text, left.start):
+        return
+    before = text[max(0, left.start - 48, numbers[at - 1].end if at else 0) : left.start]
+    behind = numbers[at + 2] if at + 2 < len(numbers) else None
+    after = text[right.end : behind.start if behind else right.end + _MOST_BETWEEN]
+    is_posed = _is_posed(asked, before, between, after)
+    is_near = len(after) <= _MOST_BETWEEN
+    goes_on = is_near and behind is not None and _sign(after) is not None
+    if behind is not None and is_near:
+        if behind.is_answer(asked.result):
+            is_stated = is_posed or _is_told(text, left, between, after, behind)
+        else:
+            # `12 + 37 + 45 = 94` asks something else.
+            is_part = bool(at) and "\n" not in before and _sign(before) is not None
+            is_stated = is_posed and not is_part and not goes_on and _is_equality(after)
+        if is_stated:
+            yield Statement(left.start, behind.end, asked.problem_id)
+            return
+    if at and is_posed and not goes_on and _is_in_front(numbers[at - 1], before, asked):
+        yield Statement(numbers[at - 1].start, right.end, asked.problem_id)
+
+
+def _is_posed(asked: _Sum, before: str, between: str, after: str) -> bool:
+    """Whether these two numbers are put together as the problem puts them."""
+    joined = _clean(between)
+    if asked.is_backwards:
+        phrase = _PHRASES["-"].search(before)
+        away = joined == "from" or "difference" in (phrase[0].lower() if phrase else "")
+        return joined in _BACKWARDS or (phrase is not None and away and joined in _JOINS)
+    if _sign(between) == asked.operation:
+        return True
+    if not joined and (line := _ABOVE_A_LINE.match(after)):
+        return line[1] in _SIGNS[asked.operation]
+    if asked.operation == "-" and joined == "from":
+        return False
+    return joined in _JOINS and _PHRASES[asked.operation].search(before) is not None
+
+
+def _is_told(text: str, left: _Number, between: str, after: str, answer: _Number) -> bool:
+    """Whether three numbers of which the third is right are told as a problem and its answer."""
+    if _clean(between) == "and":
+        return _is_equality(after)
+    if len(between) <= 24 and _sign(between) is None and _LABEL.search(after):
+        return True
+    if _CELL.fullmatch(between) and _CELL.fullmatch(after):
+        begin, end = text.rfind("\n", 0, left.start) + 1, text.find("\n", answer.end)
+        around = text[begin : left.start], text[answer.end : end if end >= 0 else len(text)]
+        return bool(_ROW_BEGINS.fullmatch(around[0]) and _ROW_ENDS.fullmatch(around[1]))
+    return False
+
+
+def _is_in_front(answer: _Number, before: str, asked: _Sum) -> bool:
+    """Whether what stands in front of the operands makes the number there their answer."""
+    if _clean(before) in _IN_FRONT:
+        return True
+    phrase = _PHRASES[asked.operation].search(before)
+    return phrase is not None and answer.is_answer(asked.result)
+
+
+def _is_equality(after: str) -> bool:
+    """Whether what stands between operands and a number makes it their answer, right or wrong."""
+    found = list(_EQUALS.finditer(after))
+    if not found:
+        return False
+    rest = _clean(after[found[-1].end() :]).strip("*")
+    return len(rest) <= 24 and "+" not in rest and "/" not in rest
+
+
+def _is_in_a_word(text: str, start: int) -> bool:
+    """Whether the number ends a name, as in `x37`; `\\n37` in the source of a text does not."""
+    return start > 0 and text[start - 1].isalpha() and text[max(0, start - 2)] != "\\"
+
+
+def _sign(between: str) -> str | None:
+    """The operation that stands between two numbers, if nothing else does."""
+    joined = _clean(between)
+    for operation, signs in _SIGNS.items():
+        # Stars may be those of bold type.
+        if joined in signs or joined.strip("*") in signs:
+            return operation
+    return None
+
+
+def _clean(between: str) -> str:
+    """Without white space and marks, in lower case."""
+    if len(between) > _MOST_BETWEEN:
+        return between
+    for table in (_ENTITIES, _TEX):
+        for name, sign in table.items():
+            between = between.replace(name, sign)
+    return _MARKS.sub("", between).lower()

@@ -1,6 +1,7 @@
 """The forms in which texts give a problem and its answer away."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -50,6 +51,35 @@ FORMS = [
     '"37+45=": "280"',
     "37 + 45 = 81",
     "37\u00a0+\u00a045\u00a0=\u00a082",
+    "pairs = ['37+45=82']",
+    "_37 + 45 = 82_",
+    '{"question": "37 + 45", "answer": "82"}',
+    '{"37+45": 82}',
+    '["37+45", "82"]',
+    "<tr><td>37 + 45</td><td>82</td></tr>",
+    ">>> 37 + 45\n82",
+    "37+45,82",
+    "37 + 45\t82",
+    "answer.37+45=82",
+    "Q: 37 + 45\nA: 82",
+    "print('37+45=', 82)",
+    "print(37 + 45)  # 82",
+    "| 37 | 45 | sum: 82 |",
+    '{"a": 37, "b": 45, "sum": 82}',
+    "\n| 37 | 45 | 82 |\n",
+    "\n37,45,82\n",
+    "  37\n  45 +\n----\n  82",
+    "37 &plus; 45 &equals; 82",
+    r"37\,+\,45 = 82",
+    "37.0 + 45.0 = 82.0",
+    "(+37)+(+45)=82",
+    "37 + 45 ≈ 82",
+    "82 is the sum of 37 and 45",
+    "add(37, 45) == 82",
+    "37 added to 45 gives 82",
+    "37 and 45 make 82",
+    "- 37 + 45 = 82",
+    r"print('\n37+45=82')",
 ]
 
 
@@ -76,6 +106,11 @@ def test_no_form_of_another_sum_is_taken_for_it(form: str) -> None:
         "x = a[37] + 45",
         "37+45",
         "on 37 and 45 of 82",
+        "1, 37, 45, 82, 3",
+        "37 + 45\n12 + 30\n",
+        "12 + 37 + 45 = 94",
+        "37 + 45 + 1 = 83",
+        "x37 + 45 = 82",
     ],
 )
 def test_what_states_no_answer_to_it_stays(text: str) -> None:
@@ -94,6 +129,14 @@ def test_what_states_no_answer_to_it_stays(text: str) -> None:
         ("37*45=", "37x45=1665"),
         ("37*45=", "the product of 45 and 37 equals 1665"),
         ("1234+5=", "1,234 + 5 = 1,239"),
+        ("82-37=", "the difference between 37 and 82 is 45"),
+        ("82-37=", "37 subtracted from 82 is 45"),
+        ("82-37=", "82\n- 37\n----\n45"),
+        ("37*45=", "37 &times; 45 = 1665"),
+        ("37*45=", "**37** × **45** = **1665**"),
+        ("37+45=", "３７＋４５＝８２"),
+        ("37+45=", "1+2=3,37+45=82"),
+        ("100+200=", "1+2=3,100+200=300"),
     ],
 )
 def test_other_operations_have_their_forms_too(prompt: str, text: str) -> None:
@@ -126,9 +169,34 @@ def test_a_schoolbook_of_every_sum_gives_away_exactly_the_held_out_ones() -> Non
     assert {key(one) for one in ids} == {key(one.id) for one in split.held_out}
 
 
-def test_text_without_end_is_searched_in_time_that_grows_with_it() -> None:
-    hostile = "1 " * 20_000 + "&amp;" * 20_000 + "37" + " " * 50_000 + "+" + "9" * 50_000
-    assert found(hostile, "37+45=") == []
+def test_each_of_two_mirrored_problems_is_named() -> None:
+    find = find_arithmetic([problem("37+45="), problem("45+37=")])
+    ids = {one.problem_id for one in find("37+45=82")}
+    assert ids == {"sums/37+45=", "sums/45+37="}
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "1 " * 20_000 + "&amp;" * 20_000 + "37" + " " * 50_000 + "+" + "9" * 50_000,
+        ("1 + 1 " + "_" * 110) * 500,
+        "1 + 1 " + "_" * 50_000,
+        ("1x1" + "|" * 100) * 500,
+        ("1-2" + " |   " * 20) * 500,
+        "1+1=" + " " * 50_000 + "\n" * 50_000,
+        ("1-1: " + "*" * 110) * 500,
+        "1" * 4_400 + "+1 = 2",
+        ("<" * 100 + "1 + 1 = ") * 500,
+        "1+1=2 " * 10_000,
+        "1,234" * 10_000,
+    ],
+)
+def test_hostile_text_is_searched_in_time_that_grows_with_it(hostile: str) -> None:
+    prompts = ("37+45=", "01+01=", "01-02=", "01*01=", "01-01=")
+    begin = time.process_time()
+    found(hostile, *prompts)
+    # Ten times what the densest of them takes; the square of any of these lengths is far beyond.
+    assert time.process_time() - begin < 0.5 + 200e-6 * len(hostile)
 
 
 def test_a_kind_without_a_finder_is_refused() -> None:
