@@ -5,16 +5,19 @@ import errno
 import os
 import uuid
 from pathlib import Path
+from typing import IO
 
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS})
 
 
-def create_exclusively(path: Path, text: str) -> bool:
+def create_exclusively(path: Path, text: str, *, draft: Path | None = None) -> bool:
     """Make `path` hold `text`, on the disk, unless something is there; whether it was made.
 
-    Of several that try at once, one wins, and nobody ever sees half of it.
+    Of several that try at once, one wins, and nobody ever sees half of it. `draft`, if given, is a
+    file that is there already, through which the text gets to its place; FileNotFoundError if it is
+    not, so that its folder shows whether it is still the one that it was made with.
     """
-    draft = _write_draft(path, text)
+    draft = _write_draft(path, text) if draft is None else _rewrite(draft, text)
     try:
         os.link(draft, path)
     except FileExistsError:
@@ -24,7 +27,8 @@ def create_exclusively(path: Path, text: str) -> bool:
             raise
         return _create_in_place(path, text)
     finally:
-        draft.unlink()
+        # Whoever tidies the folder up may have been quicker.
+        draft.unlink(missing_ok=True)
     sync_folder(path.parent)
     return True
 
@@ -57,17 +61,33 @@ def _create_in_place(path: Path, text: str) -> bool:
     except FileExistsError:
         return False
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        _put(file, text)
     sync_folder(path.parent)
     return True
 
 
 def _write_draft(path: Path, text: str) -> Path:
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.draft")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with draft.open("x", encoding="utf-8") as file:
+            _put(file, text)
+    except OSError:
+        # A full disk would otherwise be filled with drafts, one a heartbeat.
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
     return draft
+
+
+def _rewrite(draft: Path, text: str) -> Path:
+    """Have a file that is there hold `text`; it is never created."""
+    with draft.open("r+", encoding="utf-8") as file:
+        file.truncate()
+        _put(file, text)
+    return draft
+
+
+def _put(file: IO[str], text: str) -> None:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())

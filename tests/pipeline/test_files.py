@@ -129,6 +129,50 @@ def test_a_disk_that_fails_leaves_neither_a_file_nor_a_draft(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("make", [create_exclusively, replace])
+def test_a_disk_that_is_full_before_a_draft_is_whole_is_not_filled_with_drafts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path, str], object]
+) -> None:
+    monkeypatch.setattr(os, "fsync", refuse_links(errno.ENOSPC))
+    for _ in range(3):
+        with pytest.raises(OSError, match="No space left"):
+            make(tmp_path / "file", "text")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.usefixtures("_links")
+def test_a_draft_that_is_there_already_is_used_up(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    draft, path = tmp_path / "mine" / "draft", tmp_path / "file"
+    for won in (True, False):
+        draft.write_text("longer than what comes")
+        assert create_exclusively(path, "text", draft=draft) == won
+        assert not draft.exists()
+    assert path.read_text() == "text"
+
+
+@pytest.mark.usefixtures("_links")
+def test_without_its_draft_a_file_is_not_created(tmp_path: Path) -> None:
+    """Whatever was made again in the place of the folder that held the draft."""
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(FileNotFoundError):
+        create_exclusively(tmp_path / "file", "text", draft=tmp_path / "mine" / "draft")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
+def test_a_draft_that_another_tidied_away_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.link
+
+    def link(draft: Path, target: Path) -> None:
+        real(draft, target)
+        Path(draft).unlink()
+
+    monkeypatch.setattr(os, "link", link)
+    assert create_exclusively(tmp_path / "file", "text")
+
+
 def test_a_replaced_file_is_the_new_one_and_no_draft_stays(tmp_path: Path) -> None:
     replace(tmp_path / "file", "old")
     replace(tmp_path / "file", "new")
