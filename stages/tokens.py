@@ -7,6 +7,7 @@ post-processor that servers apply; the second it cannot say, so whoever loads it
 
 import json
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,12 @@ from stages.shards import BOS_ID, EOS_ID
 TOKENIZER = "tokenizer.json"
 _CONTROL = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
 """Looks like a control token, whether or not its file calls it special."""
+_ADDED: Mapping[str, tuple[type, str]] = {
+    "id": (int, "whole number"),
+    "content": (str, "text"),
+    "special": (bool, "truth value"),
+}
+"""What is read of an added token, and what it must be."""
 _PROBES = (
     "Plain words, 12 + 34 = 46.",
     "  leading,  double and trailing  ",
@@ -37,8 +44,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a `tokenizer.json`, reading text as the corpus was read.
 
     Text that spells a special token stays text: a prompt can neither end nor begin a document.
+    Errors as of `adopt_tokenizer`.
     """
-    return _reading_text(json.loads(Path(path).read_text(encoding="utf-8")))
+    return _parsed(Path(path), _read(Path(path)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +69,8 @@ def adopt_tokenizer(path: Path, *, vocab_size: int | None = None) -> Adopted:
     """
     record = _read(path)
     said = [*_switch_off(record), *_drop_beyond(path, record, vocab_size)]
-    try:
-        tokenizer = _reading_text(record)
-        special = {token["id"] for token in record["added_tokens"] if token["special"]}
-    except Exception as error:
-        # The library raises plain Exceptions for what it cannot parse.
-        raise DataError(f"{path}: not a tokenizer: {error}; name another") from None
+    tokenizer = _parsed(path, record)
+    special = {token["id"] for token in record["added_tokens"] if token["special"]}
     if missing := {BOS_ID, EOS_ID} - special:
         raise DataError(
             f"{path}: token {min(missing)} is {tokenizer.id_to_token(min(missing))!r}, which is "
@@ -112,23 +116,59 @@ def frame_texts(path: str | Path) -> tuple[str, str]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         require_not_pointer(path)
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8-sig"))
     except ArtifactError:
         raise
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); make it readable") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a tokenizer: {error}; name another") from None
     if not isinstance(record, dict) or not isinstance(record.get("model"), dict):
         raise DataError(f"{path}: not a tokenizer: it has no table `model`; name another")
+    # Where a tokenizer has no added tokens, its file may leave them out.
+    record["added_tokens"] = [] if (added := record.get("added_tokens")) is None else added
+    if fault := next(_faults(record), None):
+        raise DataError(f"{path}: not a tokenizer: {fault}; mend it, or name another")
     return record
+
+
+def _faults(record: Mapping[str, Any]) -> Iterator[str]:
+    """What is not as it must be of the fields that are read here."""
+    added, vocabulary = record["added_tokens"], record["model"].get("vocab")
+    if not isinstance(added, list):
+        yield f"added_tokens = {reprlib.repr(added)} is no list"
+        return
+    for place, token in enumerate(added):
+        if not isinstance(token, dict):
+            yield f"added_tokens[{place}] = {reprlib.repr(token)} is no table"
+            continue
+        for name, (kind, word) in _ADDED.items():
+            if type(token.get(name)) is not kind:
+                yield f"added_tokens[{place}].{name} = {reprlib.repr(token.get(name))} is no {word}"
+    if isinstance(vocabulary, dict):
+        yield from (
+            f"model.vocab[{word!r}] = {reprlib.repr(number)} is no whole number"
+            for word, number in vocabulary.items()
+            if type(number) is not int
+        )
+    elif not isinstance(vocabulary, list | None):
+        yield f"model.vocab = {reprlib.repr(vocabulary)} is neither a table nor a list"
+
+
+def _parsed(path: Path, record: Mapping[str, Any]) -> Tokenizer:
+    """`_reading_text` of what `path` holds; DataError if that is no tokenizer."""
+    try:
+        return _reading_text(record)
+    except Exception as error:
+        # The library raises plain Exceptions for what it cannot parse.
+        raise DataError(f"{path}: not a tokenizer: {error}; name another") from None
 
 
 def _reading_text(record: Mapping[str, Any]) -> Tokenizer:
     """A tokenizer of this record in which text stays text, whatever it spells."""
     added = [
         {**token, "special": token["special"] or bool(_CONTROL.fullmatch(token["content"]))}
-        for token in record.get("added_tokens", [])
+        for token in record["added_tokens"]
     ]
     tokenizer = Tokenizer.from_str(json.dumps({**record, "added_tokens": added}))
     tokenizer.encode_special_tokens = True
@@ -163,7 +203,7 @@ def _drop_beyond(path: Path, record: dict[str, Any], vocab_size: int | None) -> 
             f"{path} has {highest + 1} tokens, but vocab_size = {vocab_size} in its config.json; "
             "put the model's own tokenizer there"
         )
-    added = record.get("added_tokens", [])
+    added = record["added_tokens"]
     beyond = [token["content"] for token in added if token["id"] >= vocab_size]
     if beyond:
         record["added_tokens"] = [token for token in added if token["id"] < vocab_size]

@@ -240,3 +240,76 @@ def test_a_git_lfs_pointer_is_named_with_its_remedy(path: Path) -> None:
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(ArtifactError, match=r"tokenizer\.json: .*git lfs pull"):
         adopt_tokenizer(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_tokenizer(made: Tokenizer, path: Path) -> None:
+    path.write_text("\ufeff" + made.to_str(), encoding="utf-8")
+    assert plain(adopt_tokenizer(path).tokenizer) == plain(made)
+    assert plain(load_tokenizer(path)) == plain(made)
+
+
+@pytest.mark.parametrize("added", [{"added_tokens": None}, {}, {"added_tokens": []}])
+def test_a_tokenizer_may_have_no_added_tokens(
+    made: Tokenizer, path: Path, added: dict[str, Any]
+) -> None:
+    record = json.loads(made.to_str())
+    del record["added_tokens"]
+    path.write_text(json.dumps(record | added))
+    assert plain_ids(load_tokenizer(path), "ab") == plain_ids(made, "ab")
+    with pytest.raises(DataError, match=r"which is not special, but tokens 0 and 1 begin"):
+        adopt_tokenizer(path, vocab_size=280)
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ({"id": "999"}, r"added_tokens\[1\]\.id = '999' is no whole number"),
+        ({"id": None}, r"added_tokens\[1\]\.id = None is no whole number"),
+        ({"id": True}, r"added_tokens\[1\]\.id = True is no whole number"),
+        ({"content": 5}, r"added_tokens\[1\]\.content = 5 is no text"),
+        ({"special": "yes"}, r"added_tokens\[1\]\.special = 'yes' is no truth value"),
+        ("a", r"added_tokens\[1\] = 'a' is no table"),
+    ],
+)
+def test_an_odd_added_token_is_named_by_its_place(
+    made: Tokenizer, path: Path, token: Any, message: str
+) -> None:
+    first, second = json.loads(made.to_str())["added_tokens"]
+    odd = second | token if isinstance(token, dict) else token
+    changed(made, path, added_tokens=[first, odd])
+    for read in (lambda: adopt_tokenizer(path, vocab_size=280), lambda: load_tokenizer(path)):
+        with pytest.raises(DataError, match=rf"tokenizer\.json: not a tokenizer: {message}; mend"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        ({"a": "1"}, r"model\.vocab\['a'\] = '1' is no whole number"),
+        ({"a": 1.0}, r"model\.vocab\['a'\] = 1\.0 is no whole number"),
+        (5, r"model\.vocab = 5 is neither a table nor a list"),
+        ({"a": -1}, "invalid value"),
+    ],
+)
+def test_an_odd_vocabulary_is_named(
+    made: Tokenizer, path: Path, vocabulary: Any, message: str
+) -> None:
+    changed(made, path, model=json.loads(made.to_str())["model"] | {"vocab": vocabulary})
+    with pytest.raises(DataError, match=rf"tokenizer\.json: not a tokenizer: .*{message}"):
+        adopt_tokenizer(path, vocab_size=280)
+
+
+def test_added_tokens_are_a_list(made: Tokenizer, path: Path) -> None:
+    with pytest.raises(DataError, match=r"added_tokens = \{'a': 1\} is no list; mend it, or name"):
+        adopt_tokenizer(changed(made, path, added_tokens={"a": 1}))
+
+
+def test_a_tokenizer_that_is_nested_without_end_is_refused(path: Path) -> None:
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="not a tokenizer"):
+        adopt_tokenizer(path)
+
+
+def test_a_missing_tokenizer_is_named(path: Path) -> None:
+    with pytest.raises(DataError, match=r"tokenizer\.json: cannot be read"):
+        load_tokenizer(path)
