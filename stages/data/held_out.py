@@ -6,7 +6,7 @@ is, since what is measured should not depend on what is trained on.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +37,8 @@ class Overlap:
 
     groups: int = 0
     """Groups of near-duplicates, of two documents or more."""
+    large_groups: int = 0
+    """Those that are larger than the share to hold out and so were left to training."""
     grouped_documents: int = 0
     windows: int = 0
     """Windows of the held-out texts."""
@@ -61,6 +63,7 @@ class Overlap:
             "compared": f"windows of {WINDOW_CHARS} characters, white space and capitals aside",
             "near_duplicate_groups": self.groups,
             "near_duplicate_documents": self.grouped_documents,
+            "near_duplicate_groups_too_large_to_hold_out": self.large_groups,
             "text_windows": self.windows,
             "text_windows_in_training_before": self.windows_before,
             "text_windows_in_training_after": self.windows_after,
@@ -75,7 +78,13 @@ class Overlap:
         }
 
     def notes(self) -> Iterator[str]:
-        """One line for each thing that was found on both sides."""
+        """One line for each thing that was found on both sides, or kept from one."""
+        if self.large_groups:
+            yield (
+                f"near-duplicates: {self.large_groups:,} groups of documents are each larger than "
+                "data.held_out_share of their source; they are trained on whole, and held-out text "
+                "comes from the other documents"
+            )
         if self.cuts[PASSAGE]:
             before = _share(self.windows_before, self.windows)
             after = _share(self.windows_after, self.windows)
@@ -102,7 +111,8 @@ def part(
     leaders = near_duplicates([one.text for _, one in every])
     members = Counter(leaders)
     groups = [count for count in members.values() if count > 1]
-    overlap = Overlap(groups=len(groups), grouped_documents=sum(groups))
+    large = {one for one in _larger(every, leaders, share) if members[one] > 1}
+    overlap = Overlap(len(groups), len(large), grouped_documents=sum(groups))
     digests = [digest(one.text) for _, one in every]
     # The least digest of a group, so that the order in which sources are read moves nothing.
     keys: dict[int, str] = {}
@@ -115,19 +125,41 @@ def part(
         if len(set(chosen)) < 2:
             # One group alone: each document for itself, or nothing could be held out.
             chosen = [digests[number] for number in here]
-        parted[name] = hold_out(some, chosen, share, seed=seed)
+        stays = {key for key, number in zip(chosen, here, strict=True) if leaders[number] in large}
+        parted[name] = hold_out(some, chosen, share, seed=seed, stays=stays)
     return parted, overlap
 
 
+def _larger(
+    every: Sequence[tuple[str, Document]], leaders: Sequence[int], share: float
+) -> set[int]:
+    """The leaders of groups that make up more than `share` of the text of some source."""
+    whole: Counter[str] = Counter()
+    groups: Counter[tuple[str, int]] = Counter()
+    for (source, one), leader in zip(every, leaders, strict=True):
+        whole[source] += len(one.text)
+        groups[source, leader] += len(one.text)
+    return {leader for (source, leader), size in groups.items() if size > share * whole[source]}
+
+
 def hold_out(
-    documents: Sequence[Document], keys: Sequence[str], share: float, *, seed: int
+    documents: Sequence[Document],
+    keys: Sequence[str],
+    share: float,
+    *,
+    seed: int,
+    stays: Collection[str] = (),
 ) -> Parted:
     """The documents on two sides, each in the order given; those of equal keys on the same.
 
     A document's place follows from its key and the seed alone, so that adding documents moves
-    none. When chance would leave either side without any, the nearest to the threshold crosses it.
+    those alone whose key they change, as near-duplicates do. Those whose key `stays` are trained
+    on, unless all are of that kind. When chance would leave either side without any, the nearest
+    to the threshold crosses it.
     """
     place = [derive(seed, "data", "held-out", key) / 2**63 for key in keys]
+    if not set(keys) <= set(stays):
+        place = [1.0 if key in stays else at for key, at in zip(keys, place, strict=True)]
     least, most = min(place), max(place)
     threshold = min(max(share, least), most - 2**-53) if least < most else share
     sides: dict[bool, list[Document]] = {True: [], False: []}
@@ -197,7 +229,7 @@ def _records(
 
 def _left(windows: Windows, find: Finder, texts: Sequence[str]) -> tuple[int, int]:
     """Windows and problems that stand in these texts: those that were cut, as no other can."""
-    windows.found_K[:] = False
+    windows.forget()
     found: set[str] = set()
     for text in texts:
         windows.look(text)

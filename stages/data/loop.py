@@ -69,7 +69,7 @@ def reads(config: DataSpec, hashes: Hashes) -> Mapping[str, Any]:
     return known | identify_tokenizer(config.data.tokenizer, hashes)
 
 
-@stage(revision=2, reads=reads)
+@stage(revision=3, reads=reads)
 def data(config: DataSpec, work: Workspace) -> Corpus:
     """Read, clean, tokenise and pack the sources. Equal inputs give equal bytes.
 

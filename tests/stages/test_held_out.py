@@ -77,6 +77,18 @@ def test_copies_of_one_page_alone_are_parted_all_the_same() -> None:
     assert parted["mine"].train and parted["mine"].held_out
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_group_larger_than_the_share_to_hold_out_is_trained_on(seed: int) -> None:
+    page = prose(1)
+    copies = documents(*(f"{page} {prose(100 + n, 10)}" for n in range(50)))
+    single = [Document("mine", f"other-{n}.txt", prose(1000 + n)) for n in range(20)]
+    parted, overlap = part({"mine": [*copies, *single]}, 0.1, seed=seed)
+    assert overlap.record()["near_duplicate_groups_too_large_to_hold_out"] == 1
+    held = parted["mine"].held_out
+    assert 1 <= len(held) <= 10
+    assert all(one.id.startswith("other") for one in held)
+
+
 def test_a_passage_of_held_out_text_is_cut_from_training_text_and_nothing_else_is() -> None:
     notice, story = prose(1, 40), [prose(n) for n in (2, 3, 4)]
     held = documents(f"{notice}\n{story[0]}")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.data.overlap import WINDOW_CHARS, Windows, cut, merge, near_duplicates
+from stages.data.overlap import LEAST_CHARS, WINDOW_CHARS, Windows, cut, merge, near_duplicates
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzäöüéłЖ漢字🙂"
 
@@ -65,12 +65,26 @@ def test_a_letter_whose_small_form_is_longer_moves_no_place() -> None:
     assert Windows.of([held]).look("xx" + held) == [(2, len(held) + 1)]
 
 
-def test_what_is_shorter_than_a_window_is_not_compared() -> None:
-    short = text(1, 30)
+def test_a_text_shorter_than_a_window_is_found_whole() -> None:
+    short, other = text(1, 40), text(2, 45)
+    windows = Windows.of([short, other, text(3, 300)])
+    assert windows.look(text(4, 90) + short.upper() + text(5, 90)) == [(90, 90 + len(short))]
+    assert windows.found == 1
+    assert windows.look(short[:-2]) == []
+
+
+def test_what_everybody_says_is_not_compared() -> None:
+    short = text(1, LEAST_CHARS - 1)
     windows = Windows.of([short, ""])
     assert windows.total == 0
     assert windows.look(short) == []
     assert windows.look("") == []
+
+
+@pytest.mark.parametrize("space", ["\u2009", "\u202f", "\u2003", "\u200b", "\xad", "\ufeff"])
+def test_no_kind_of_white_space_hides_a_passage(space: str) -> None:
+    held = text(3, 300)
+    assert Windows.of([held]).look(space.join(held.split()) + space)
 
 
 def test_counts_say_how_much_of_the_held_out_text_was_found() -> None:
@@ -101,6 +115,14 @@ def test_documents_are_near_duplicates_from_half_of_their_text_on(share: float) 
 def test_a_document_inside_a_longer_one_belongs_to_it() -> None:
     inner = text(1, 2_000)
     assert near_duplicates([text(2, 9_000) + inner + text(3, 9_000), inner]) == [0, 0]
+
+
+def test_a_near_duplicate_is_found_though_others_hold_each_of_its_parts_first() -> None:
+    parts = [text(n, 2_000) for n in range(6)]
+    earlier = [part + text(100 + n, 8_000) for n, part in enumerate(parts)]
+    page = " ".join(parts)
+    groups = near_duplicates([*earlier, page, page + " and so on"])
+    assert groups[6] == groups[7]
 
 
 def test_many_copies_are_one_group_and_cost_their_number() -> None:
