@@ -55,7 +55,7 @@ def read_base(folder: Path) -> ModelConfig:
     return read_config(folder)
 
 
-@stage(revision=2, reads=reads)
+@stage(revision=3, reads=reads)
 def imported(config: ImportSpec, work: Workspace) -> Checkpoint:
     """Read the folder whole and write it as pretraining would have.
 

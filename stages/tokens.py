@@ -77,7 +77,7 @@ def adopt_tokenizer(path: Path, *, vocab_size: int | None = None) -> Adopted:
             f"not special, but tokens {BOS_ID} and {EOS_ID} begin and end documents; use a "
             "tokenizer that keeps them for that"
         )
-    said += [*_begin_texts(record), *_changes_of_text(tokenizer)]
+    said += [*_begin_texts(record), *_uncalled(record), *_changes_of_text(tokenizer)]
     return Adopted(_reading_text(record), record, tuple(said))
 
 
@@ -167,12 +167,36 @@ def _parsed(path: Path, record: Mapping[str, Any]) -> Tokenizer:
 def _reading_text(record: Mapping[str, Any]) -> Tokenizer:
     """A tokenizer of this record in which text stays text, whatever it spells."""
     added = [
-        {**token, "special": token["special"] or bool(_CONTROL.fullmatch(token["content"]))}
+        {**token, "special": token["special"] or _is_control(token)}
         for token in record["added_tokens"]
     ]
     tokenizer = Tokenizer.from_str(json.dumps({**record, "added_tokens": added}))
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _is_control(token: Mapping[str, Any]) -> bool:
+    """Whether an added token looks like a control token, whatever it is called."""
+    return bool(_CONTROL.fullmatch(token["content"]))
+
+
+def _uncalled(record: Mapping[str, Any]) -> Iterator[str]:
+    """One line if clients cannot keep the text of some control tokens text."""
+    if found := [
+        token["content"]
+        for token in record["added_tokens"]
+        if _is_control(token) and not token["special"]
+    ]:
+        yield (
+            f"its control tokens {_shown(found)} are not called special: text that spells them "
+            "stays text in training, but becomes these tokens in every client, also with "
+            "`split_special_tokens=True`"
+        )
+
+
+def _shown(tokens: list[str]) -> str:
+    """The first of the tokens, as they are spelt."""
+    return f"{', '.join(map(repr, tokens[:5]))}{', ...' if tokens[5:] else ''}"
 
 
 def _switch_off(record: dict[str, Any]) -> Iterator[str]:
@@ -208,9 +232,9 @@ def _drop_beyond(path: Path, record: dict[str, Any], vocab_size: int | None) -> 
     if beyond:
         record["added_tokens"] = [token for token in added if token["id"] < vocab_size]
         yield (
-            f"its added tokens {', '.join(map(repr, beyond[:5]))}{', ...' if beyond[5:] else ''} "
-            f"are dropped: their ids are not below vocab_size = {vocab_size}, so the model has no "
-            "embedding for them; text that spells them is read as text"
+            f"its added tokens {_shown(beyond)} are dropped: their ids are not below vocab_size = "
+            f"{vocab_size}, so the model has no embedding for them; text that spells them is read "
+            "as text"
         )
 
 

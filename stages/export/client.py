@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from cluster.generation import Sampling
 from configs.errors import ArtifactError, ExportError
@@ -30,6 +30,8 @@ class Client:
         self._config = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
         self.generation = json.loads((folder / GENERATION_CONFIG).read_text(encoding="utf-8"))
         self.tokenizer.encode_special_tokens = self._config.get("split_special_tokens", False)
+        self._splitting = Tokenizer.from_str(self.tokenizer.to_str())
+        self._splitting.encode_special_tokens = True
         self._template = _compile(_template_of(folder, self._config))
 
     @property
@@ -38,9 +40,15 @@ class Client:
         found = self.generation["eos_token_id"]
         return tuple(found) if isinstance(found, list) else (found,)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a plain prompt."""
-        ids: list[int] = self.tokenizer.encode(text).ids
+    @property
+    def added_tokens(self) -> tuple[AddedToken, ...]:
+        """Tokens that a text becomes by spelling them, unless they are special and it is split."""
+        return tuple(self.tokenizer.get_added_tokens_decoder().values())
+
+    def encode(self, text: str, *, split_special_tokens: bool = False) -> list[int]:
+        """The ids of a plain prompt; those of special tokens split, if the caller asks for it."""
+        tokenizer = self._splitting if split_special_tokens else self.tokenizer
+        ids: list[int] = tokenizer.encode(text).ids
         return ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:

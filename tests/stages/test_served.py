@@ -20,7 +20,7 @@ from stages.artifacts import Asked, Bundle, Checkpoint, Corpus
 from stages.conventions import PLAIN_TEMPLATE, read_conventions
 from stages.export import served
 from stages.export.client import Client
-from stages.tokens import load_tokenizer
+from stages.tokens import load_tokenizer, vocabulary_size
 from tests.stages.bundles import BRIEF, files_of, make_bundle, make_corpus
 
 OPEN = {"min_top1_agreement": 0.5, "max_kl_nats": 0.1}
@@ -184,6 +184,39 @@ def test_a_tokenizer_with_other_merges_fails_the_export(
     exam.texts.extend(["def Straße(v12) # naïve 日本 x+y= return"])
     with pytest.raises(ExportError, match="from token"):
         served.prove_text(Client(folder), exam, "bf16")
+
+
+def test_text_that_spells_a_special_token_is_proved_as_clients_are_told_to_ask_for_it(
+    made: tuple[Path, Bundle, Checkpoint], folder: Path, tmp_path: Path
+) -> None:
+    exam = examination(made, tmp_path, load_pretrained(made[2].path()))
+    text = "Docs begin with <|begin_of_text|> and end with <|end_of_text|>."
+    exam.texts[:] = [text]
+    served.prove_text(Client(folder), exam, "bf16")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    asked = theirs(text, split_special_tokens=True)["input_ids"]
+    assert Client(folder).encode(text, split_special_tokens=True) == asked == list(exam.ids(text))
+    assert Client(folder).encode(text) == theirs(text, split_special_tokens=False)["input_ids"]
+    change(folder, "tokenizer.json", post_processor=None)
+    with pytest.raises(ExportError, match=r"encodes 'Docs begin with .* from token 0 on"):
+        served.prove_text(Client(folder), exam, "bf16")
+
+
+def test_a_control_token_that_is_not_called_special_proves_nothing_against_a_tokenizer(
+    made: tuple[Path, Bundle, Checkpoint], folder: Path, tmp_path: Path
+) -> None:
+    record = json.loads((folder / "tokenizer.json").read_text())
+    number = vocabulary_size(load_tokenizer(folder / "tokenizer.json"))
+    user = record["added_tokens"][1] | {"id": number, "content": "<｜User｜>", "special": False}
+    change(folder, "tokenizer.json", added_tokens=[*record["added_tokens"], user])
+    exam = examination(made, tmp_path, load_pretrained(made[2].path()))
+    exam.tokenizer = load_tokenizer(folder / "tokenizer.json")
+    text = "a<｜User｜>b"
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert number in theirs(text, split_special_tokens=True)["input_ids"]
+    assert number not in exam.ids(text)
+    exam.texts.append(text)
+    served.prove_text(Client(folder), exam, "bf16")
 
 
 def knowing(monkeypatch: pytest.MonkeyPatch, tokenizer_json: Path, wrong: Sequence[str]) -> None:

@@ -155,6 +155,8 @@ def test_control_tokens_that_are_not_called_special_stay_text_too(
     assert made.token_to_id("<｜User｜>") not in ids
     assert made.token_to_id("  ") in ids
     assert taken.tokenizer.decode(ids, skip_special_tokens=False) == "a<｜User｜>b  c"
+    (line,) = taken.said
+    assert "its control tokens '<｜User｜>' are not called special" in line
     # Its own file keeps its own word for it.
     (user,) = (one for one in taken.record["added_tokens"] if "User" in one["content"])
     assert user["special"] is False
