@@ -120,8 +120,9 @@ def _jsonl(name: str, source: FilesSource, label: str, reader: HashedReader) -> 
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError, ValueError) as error:
+            # Whole numbers of any length are JSON, but Python reads no more than 4,300 digits.
+            record = json.loads(line, parse_int=float)
+        except (RecursionError, ValueError) as error:
             raise fault(
                 name, source, f"{label} line {number} is not JSON: {error}", "correct the line"
             ) from None
@@ -143,7 +144,7 @@ def _parquet(name: str, source: FilesSource, label: str, file: IO[bytes]) -> Ite
         table = pq.ParquetFile(file)
         columns = table.schema_arrow
         kind = columns.field(source.text_field).type if source.text_field in columns.names else None
-        if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if not _is_text(kind):
             raise fault(
                 name,
                 source,
@@ -153,10 +154,21 @@ def _parquet(name: str, source: FilesSource, label: str, file: IO[bytes]) -> Ite
             )
         for batch in table.iter_batches(columns=[source.text_field]):
             yield from (text or "" for text in batch.column(0).to_pylist())
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        # Of damaged pages Arrow makes an OSError; what the system refuses has a number.
+        if getattr(error, "errno", None) is not None:
+            raise
+        said = " ".join(str(error).split())
         raise fault(
-            name, source, f"{label} is not readable Parquet: {error}", "write it again"
+            name, source, f"{label} is not readable Parquet: {said}", "write it again"
         ) from error
+
+
+def _is_text(kind: pa.DataType | None) -> bool:
+    """Whether a column of this type holds text, each value on its own or in a dictionary."""
+    if kind is not None and pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def require_unchanged(
