@@ -78,7 +78,11 @@ def newest(generation: Path) -> tuple[int, dict[str, Any]]:
 
     A body that cannot be read yet is empty of facts, and its holder dead once that lasts.
     """
-    path = max(generation.glob(f"{LEASE_PREFIX}*.json"), default=None)
+    try:
+        path = max(generation.glob(f"{LEASE_PREFIX}*.json"), default=None)
+    except FileNotFoundError:
+        # Deleted while it was listed.
+        path = None
     if path is None:
         return 0, {}
     return int(path.stem.removeprefix(LEASE_PREFIX)), _read(path)
@@ -116,7 +120,8 @@ def beat(lease: Lease, stop: threading.Event, inputs: Sequence[str] = ()) -> Non
 def give_up(lease: Lease) -> None:
     """Say that this build has ended, so that the next one need not wait."""
     path = Path(lease.uri)
-    if path.exists():
+    # Another's of this number is there where the generation was deleted and begun anew.
+    if _read(path).get("owner") == lease.owner:
         replace(path, _body(lease, inputs=[], ended=True))
 
 

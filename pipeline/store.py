@@ -20,19 +20,18 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from pydantic import ValidationError
 
 from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.parallel import StoreConfig
 from pipeline.files import create_exclusively, sync_folder
 from pipeline.graph import Node
-from pipeline.lease import Watch, beat, give_up, has_stopped, is_held, newest, take
+from pipeline.lease import Watch, beat, give_up, has_stopped, newest, take
 from pipeline.records import Records
 from stages.artifacts import (
     FILES,
@@ -45,6 +44,7 @@ from stages.artifacts import (
     Lease,
     Manifest,
     content_hash,
+    filesystem,
     hash_file,
     list_files,
     read_manifest,
@@ -59,6 +59,7 @@ TELL_SECONDS = 30.0
 HASHED_BYTES = 1 << 30
 """Artifacts up to this size are hashed again before they are reused; larger ones only measured."""
 _POLL_SECONDS = 0.25
+_DRAFT = "manifest.draft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,12 @@ class Slot:
         """The folder of the artifact to be."""
         return self.path / FILES
 
+    @property
+    def draft(self) -> Path:
+        """What becomes the manifest. Made with the folder and never again: it is there only while
+        nobody has deleted the folder, however often a stage may make that anew."""
+        return self.path / _DRAFT
+
 
 class Store:
     """Artifacts and run records under one folder."""
@@ -104,7 +111,7 @@ class Store:
 
         StoreError if the address is not on a local file system, or holds another format.
         """
-        fs, path = fsspec.core.url_to_fs(config.url)
+        fs, path = filesystem(config.url)
         if "file" not in fs.protocol:
             raise StoreError(
                 f"store.url = {config.url}: only local folders hold artifacts so far; use a path"
@@ -196,13 +203,13 @@ class Store:
             generation.mkdir(parents=True, exist_ok=True)
             number, holder = newest(generation)
             if not number or watch.is_dead(holder):
-                lease = take(generation, number + 1, owner, inputs)
-                if lease is None:
-                    continue
-                if not _is_committed(generation):
-                    return _open_slot(generation, lease, done + 1)
-                # Committed between the look and the lease.
-                Path(lease.uri).unlink(missing_ok=True)
+                with suppress(FileNotFoundError):  # Deleted at this moment: begun anew.
+                    lease = take(generation, number + 1, owner, inputs)
+                    if lease is not None and not _is_committed(generation):
+                        return _open_slot(generation, lease, done + 1)
+                    if lease is not None:
+                        # Committed between the look and the lease.
+                        Path(lease.uri).unlink(missing_ok=True)
                 continue
             if time.monotonic() - told >= TELL_SECONDS or not told:
                 told = time.monotonic()
@@ -254,10 +261,14 @@ class Store:
             _sync_folders(slot.path, self.root)
             slot.lease.check()
             text = manifest.model_dump_json(indent=1)
-            if not create_exclusively(generation / MANIFEST, text):
+            try:
+                made = create_exclusively(generation / MANIFEST, text, draft=slot.draft)
+            except FileNotFoundError:
+                made = False
+            if not made:
                 raise LeaseLost(
-                    f"{generation / MANIFEST}: another builder has committed; this one's files are "
-                    "left out, and the same command takes the other's"
+                    f"{generation / MANIFEST}: another builder has committed, or this one's folder "
+                    "was deleted; its files are left out, and the same command takes the other's"
                 )
             _tidy(generation, slot.path)
         return self._load(stage.makes, generation, slot.generation)
@@ -280,21 +291,10 @@ def generations(store_root: Path) -> Iterator[Path]:
         yield from (folder / f"g{number}" for number in _generations(folder))
 
 
-def remove(path: Path) -> None:
-    """Delete a generation's folder; StoreError if a builder holds it."""
-    number, _ = newest(path)
-    # With the next lease in hand, nobody begins to build in what is being deleted.
-    if is_held(path) or take(path, number + 1, uuid.uuid4().hex) is None:
-        pid = newest(path)[1].get("pid")
-        raise StoreError(f"{path}: process {pid} is building it; wait for it, or end it")
-    # The manifest goes first, so that a removal cut short leaves no half artifact.
-    (path / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(path)
-
-
 def has_resume_state(builder: Path) -> bool:
     """Whether a builder's folder holds anything to resume from."""
-    return any(path.is_file() for path in (builder / RESUME).rglob("*"))
+    # Its builder may be alive and deleting old saves, which `os.walk` passes over.
+    return any(files for _, _, files in os.walk(builder / RESUME))
 
 
 def builders(generation: Path) -> list[Path]:
@@ -306,29 +306,36 @@ def _open_slot(generation: Path, lease: Lease, number: int) -> Slot:
     """A builder's new folder; what earlier ones left is cleared, but for state to resume from.
 
     A builder that is merely silent may be past its last check, and commit after all: its files
-    stay until the commit that decides.
+    stay until the commit that decides. One that has stopped can commit no more: so that is looked
+    at first, and then whether it has.
     """
     earlier = []
     for path in builders(generation):
+        theirs = int(path.name.partition("-")[0])
         if has_resume_state(path):
             earlier.append(str(path))
-        elif has_stopped(generation, int(path.name.partition("-")[0])):
+        elif has_stopped(generation, theirs) and not _is_committed(generation):
             shutil.rmtree(path, ignore_errors=True)
     slot = Slot(generation / f"{lease.number:06}-{lease.owner[:8]}", lease, number, tuple(earlier))
-    slot.files.mkdir(parents=True)
+    # Not its parents: where the generation was deleted, this lease went with it.
+    slot.path.mkdir()
+    slot.files.mkdir()
+    slot.draft.touch()
     return slot
 
 
 def _tidy(generation: Path, builder: Path) -> None:
-    """Drop what only the building needed: leases, resume state, folders of other builders."""
+    """Drop what only the building needed: leases, resume state, folders of other builders, and
+    files that those who were killed left half written."""
     for path in builders(generation):
         if path != builder:
             shutil.rmtree(path, ignore_errors=True)
     for path in builder.iterdir():
         if path.name not in (FILES, METRICS):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-    for path in generation.glob(f"{LEASE_PREFIX}*.json"):
-        path.unlink(missing_ok=True)
+    for pattern in (f"{LEASE_PREFIX}*.json", ".*.draft"):
+        for path in generation.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _check_format(root: Path) -> None:

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field, ValidationError
 
 from configs.base import Frozen
@@ -215,11 +217,23 @@ def generation_of(uri: str) -> str:
     return uri.rsplit("/", 2)[0]
 
 
+def filesystem(address: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of a URL, and the path in it; what holds no `://` is a local path.
+
+    fsspec itself would take a path with `::` in it for a chain of file systems.
+    """
+    if "://" not in address:
+        return LocalFileSystem(), os.path.abspath(os.path.expanduser(address))
+    fs, path = fsspec.core.url_to_fs(address)
+    return fs, path
+
+
 def read_manifest(generation: str) -> Manifest:
     """The manifest of a generation; ArtifactError if it has none or it cannot be understood."""
     path = f"{generation}/{MANIFEST}"
     try:
-        with fsspec.open(path, "r") as file:
+        fs, local = filesystem(path)
+        with fs.open(local, "rb") as file:
             return Manifest.model_validate(json.load(file))
     except FileNotFoundError:
         raise ArtifactError(
@@ -237,7 +251,7 @@ def read_manifest(generation: str) -> Manifest:
 
 def list_files(uri: str) -> dict[str, int]:
     """Sizes in bytes of all files below `uri`, by relative name."""
-    fs, root = fsspec.core.url_to_fs(uri)
+    fs, root = filesystem(uri)
     found = fs.find(root, detail=True)
     return dict(sorted((os.path.relpath(path, root), int(i["size"])) for path, i in found.items()))
 
@@ -246,7 +260,8 @@ def hash_file(uri: str, name: str) -> str:
     """SHA-256 of one file, in hexadecimal; ArtifactError if it cannot be read."""
     digest = hashlib.sha256()
     try:
-        with fsspec.open(f"{uri}/{name}", "rb") as file:
+        fs, path = filesystem(f"{uri}/{name}")
+        with fs.open(path, "rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     except OSError as error:
@@ -320,20 +335,33 @@ class Lease:
 
     def check(self) -> None:
         """LeaseLost unless this is the newest lease and nothing was committed meanwhile."""
-        fs, folder = fsspec.core.url_to_fs(self.generation)
+        fs, folder = filesystem(self.generation)
         fs.invalidate_cache()
+        own = self.uri.rpartition("/")[2]
         try:
             names = [path.rpartition("/")[2] for path in fs.ls(folder, detail=False)]
+            newest = max((n for n in names if n.startswith(LEASE_PREFIX)), default="no lease")
+            # Where a generation was deleted and begun anew, its numbers begin anew too.
+            if newest == own and _owner(fs.cat_file(f"{folder}/{own}")) != self.owner:
+                newest = "another builder's lease of that number"
         except FileNotFoundError:
-            names = []
-        newest = max((n for n in names if n.startswith(LEASE_PREFIX)), default="no lease")
+            names, newest = [], "no lease"
         if MANIFEST in names:
             newest = f"the builder that committed {MANIFEST}"
-        if newest != self.uri.rpartition("/")[2]:
+        if newest != own:
             raise LeaseLost(
                 f"{self.uri}: lost to {newest}; this build stops writing, and the same command "
                 "later takes what the other builder makes"
             )
+
+
+def _owner(lease: bytes) -> object:
+    """Whose a lease is, by its file; none while it cannot be read."""
+    try:
+        holder = json.loads(lease)
+    except ValueError:
+        return None
+    return holder.get("owner") if isinstance(holder, dict) else None
 
 
 def _unreadable(path: str, error: OSError) -> str:

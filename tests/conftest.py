@@ -1,5 +1,6 @@
 """What tests of several floors share: a tracker that remembers, a store, a workspace."""
 
+import json
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -68,7 +69,7 @@ def workspace_at(
     lease = Lease(str(generation), 1, OWNER)
     files = generation / f"000001-{OWNER}" / FILES
     files.mkdir(parents=True, exist_ok=True)
-    Path(lease.uri).write_text("{}")
+    Path(lease.uri).write_text(json.dumps({"owner": OWNER}))
     return Workspace(
         out=str(files),
         machines=machines or ClusterConfig(),

@@ -1,23 +1,27 @@
 """`ingot clean`: artifacts that newer ones have replaced, and the bytes that they hold."""
 
 import argparse
-import shutil
+import math
+import os
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configs.errors import ArtifactError
+from configs.errors import ArtifactError, StoreError
 from pipeline.lease import is_held, newest
 from pipeline.records import Built, Reused
-from pipeline.store import Store, builders, generations, remove
+from pipeline.removal import delete, remove, removed
+from pipeline.store import Store, builders, generations
 from pipeline.verbs.asked import load_asked
 from stages.artifacts import MANIFEST, Manifest, read_manifest
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One generation's folder, finished or not, or what another builder left in a finished one."""
+    """One generation's folder, finished or not, or what somebody left in or beside one."""
 
     path: Path
     num_bytes: int
@@ -29,7 +33,7 @@ class Entry:
 def clean(args: argparse.Namespace) -> int:
     """Delete what is superseded, and with `--unfinished` what interrupted builds left.
 
-    With `--dry-run` only list.
+    With `--dry-run` only list. Exit code 1 if anything that was offered could not be deleted.
     """
     store = load_asked(args).store(print)
     entries = list(inventory(store, unfinished=args.unfinished))
@@ -37,20 +41,37 @@ def clean(args: argparse.Namespace) -> int:
         name = entry.path.relative_to(store.root / "artifacts")
         print(f"{entry.num_bytes:>15,}  {entry.verdict:6}  {name}  {entry.reason}")
     offered = [entry for entry in entries if entry.verdict == "remove"]
+    freed = offered
     if not args.dry_run:
         # A run may have begun since the first look, and even ended.
+        since = time.time()
         again = inventory(store, unfinished=args.unfinished)
         still = {entry.path for entry in again if entry.verdict == "remove"}
         offered = [entry for entry in offered if entry.path in still]
-        for entry in offered:
-            remove(entry.path) if entry.is_generation else shutil.rmtree(entry.path)
-    total = sum(entry.num_bytes for entry in offered)
+        freed = [entry for entry in offered if _is_deleted(store, entry, since)]
+    total = sum(entry.num_bytes for entry in freed)
     done = "would be freed" if args.dry_run else "freed"
     print(
-        f"{total:>15,}  bytes in {len(offered)} folders {done}; run records stay, and so do "
+        f"{total:>15,}  bytes in {len(freed)} folders {done}; run records stay, and so do "
         "MLflow's runs with their plots and reports"
     )
-    return 0
+    return int(len(freed) < len(offered))
+
+
+def _is_deleted(store: Store, entry: Entry, since: float) -> bool:
+    """Delete what an entry names, and whether it is gone; if not, say why.
+
+    Deleting the others may have taken minutes, so users are looked for once more.
+    """
+    try:
+        if entry.is_generation:
+            remove(entry.path, lambda: _used(store, since).get(entry.path))
+        else:
+            delete(entry.path)
+    except StoreError as error:
+        print(f"warning: {error}")
+        return False
+    return True
 
 
 def inventory(store: Store, *, unfinished: bool) -> Iterator[Entry]:
@@ -61,8 +82,8 @@ def inventory(store: Store, *, unfinished: bool) -> Iterator[Entry]:
     being built and, but for `unfinished`, what an interrupted build left, since hours of training
     may lie there.
     """
-    held = _held(store)
-    latest, used = _latest(store), _used(store, held)
+    held = {path for path in generations(store.root) if is_held(path)}
+    latest, used = _latest(store), _used(store)
     for path in generations(store.root):
         num_bytes = _size(path)
         if path in held:
@@ -71,7 +92,7 @@ def inventory(store: Store, *, unfinished: bool) -> Iterator[Entry]:
             yield Entry(path, num_bytes, "keep", f"latest of {latest[path]}")
             yield from _leftovers(path)
         elif path in used:
-            yield Entry(path, num_bytes, "keep", f"in use by {used[path]}")
+            yield Entry(path, num_bytes, "keep", used[path])
         elif (path / MANIFEST).exists():
             yield Entry(path, num_bytes, "remove", "superseded")
         elif unfinished:
@@ -79,6 +100,10 @@ def inventory(store: Store, *, unfinished: bool) -> Iterator[Entry]:
         else:
             reason = "unfinished: a run would continue it, --unfinished deletes it"
             yield Entry(path, num_bytes, "keep", reason)
+    for path in removed(store.root):
+        if not is_held(path):
+            reason = "left by a clean that was cut short"
+            yield Entry(path, _size(path), "remove", reason, is_generation=False)
 
 
 def _leftovers(path: Path) -> Iterator[Entry]:
@@ -92,24 +117,24 @@ def _leftovers(path: Path) -> Iterator[Entry]:
             yield Entry(builder, _size(builder), "remove", reason, is_generation=False)
 
 
-def _held(store: Store) -> set[Path]:
-    return {path for path in generations(store.root) if is_held(path)}
+def _used(store: Store, since: float = math.inf) -> dict[Path, str]:
+    """Folders that somebody may be reading, each with who that is.
 
-
-def _used(store: Store, held: set[Path]) -> dict[Path, str]:
-    """Folders that somebody may be reading, each with who."""
+    Also what runs used that began at `since` or later, in seconds since the epoch, and have ended.
+    """
     used: dict[Path, str] = {}
-    for path in held:
+    for path in generations(store.root):
         holder = newest(path)[1]
-        for address in holder.get("inputs", ()):
-            used[store.root / address] = f"process {holder.get('pid')}, which builds {path}"
+        inputs = holder.get("inputs", ())
+        if inputs and is_held(path):
+            reader = f"in use by process {holder.get('pid')}, which builds {path}"
+            used |= {store.root / address: reader for address in inputs}
     for run in store.records.newest_first():
-        if run.live:
+        if run.live or run.started >= since:
             made = (o.address for o in run.outcomes.values() if isinstance(o, Built | Reused))
-            for address in (*run.in_use, *made):
-                used[store.root / address] = (
-                    f"run {run.id}, process {run.process.get('pid')} on {run.process.get('host')}"
-                )
+            pid, host = run.process.get("pid"), run.process.get("host")
+            reader = f"in use by run {run.id}, process {pid} on {host}"
+            used |= {store.root / address: reader for address in (*run.in_use, *made)}
     return used
 
 
@@ -133,11 +158,20 @@ def _latest(store: Store) -> dict[Path, str]:
 
 
 def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    """Bytes of the files below `path`; what vanishes while they are counted has none."""
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(folder, name)).st_size
+    return total
 
 
 def _committed(path: Path) -> int:
-    return (path / MANIFEST).stat().st_mtime_ns
+    try:
+        return (path / MANIFEST).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _manifest(path: Path) -> Manifest | None:

@@ -2,6 +2,8 @@
 
 import os
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,10 @@ from configs.parallel import StoreConfig
 from pipeline import cli
 from pipeline.decide import Examiner, in_use, survey
 from pipeline.graph import make_graph
-from pipeline.lease import newest, this_process
+from pipeline.lease import give_up, newest, take, this_process
 from pipeline.records import Run
-from pipeline.store import Committed, Slot, remove
+from pipeline.removal import remove
+from pipeline.store import Committed, Slot
 from pipeline.verbs import clean as clean_module
 from pipeline.verbs import run as run_module
 from pipeline.verbs.clean import Entry, clean, inventory
@@ -40,7 +43,9 @@ def listed(world: World) -> dict[Path, Entry]:
     return {entry.path: entry for entry in inventory(world.store, unfinished=True)}
 
 
-def run_clean(world: World, monkeypatch: pytest.MonkeyPatch, *, dry_run: bool = False) -> None:
+def run_clean(
+    world: World, monkeypatch: pytest.MonkeyPatch, *, dry_run: bool = False, code: int = 0
+) -> None:
     """`ingot clean` of this store."""
 
     class Asked:
@@ -53,7 +58,7 @@ def run_clean(world: World, monkeypatch: pytest.MonkeyPatch, *, dry_run: bool = 
     args = Args()
     args.dry_run = dry_run  # type: ignore[attr-defined]
     monkeypatch.setattr(clean_module, "load_asked", lambda args: Asked())
-    assert clean(args) == 0  # type: ignore[arg-type]
+    assert clean(args) == code  # type: ignore[arg-type]
 
 
 def found(world: World, node: str, **changes: object) -> Committed:
@@ -224,3 +229,82 @@ def test_a_run_between_the_look_and_the_removal_loses_nothing(
     run_clean(world, monkeypatch)
     for node in ("train", "judge", "pack.cuda"):
         verify(str(world.generation(old, node)))
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_run_that_begins_while_others_are_deleted_loses_nothing(
+    world: World,
+    old: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ends: bool,
+) -> None:
+    """It begins after both looks, as minutes of deleting have passed; it may even have ended."""
+    real, runs = clean_module.remove, []
+
+    def begin(path: Path, used_by: Callable[[], str | None]) -> None:
+        if not runs:
+            states = survey(world.graph(train={"steps": 2}), Examiner(world.store, RECIPE))
+            runs.append(replace(world.begin(), in_use=in_use(states), finished=ends))
+            world.store.records.save(runs[0])
+        real(path, used_by)
+
+    monkeypatch.setattr(clean_module, "remove", begin)
+    run_clean(world, monkeypatch, code=1)
+    told = capsys.readouterr().out
+    for node in ("train", "judge", "pack.cuda"):
+        generation = world.generation(old, node)
+        verify(str(generation))
+        assert f"warning: {generation}: in use by run {runs[0].id}" in told
+    assert "0  bytes in 0 folders freed" in told
+
+
+def test_an_input_that_a_build_begins_to_read_while_others_are_deleted_stays(
+    world: World, old: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = found(world, "train", train={"steps": 2})
+    node = world.graph(train={"steps": 2}, pack={"target": "cuda", "steps": 99})["pack.cuda"]
+    real = clean_module.remove
+    with ExitStack() as stack:
+
+        def begin(path: Path, used_by: Callable[[], str | None]) -> None:
+            if path == checkpoint.path:
+                stack.enter_context(world.store.slot(node, {"checkpoint": checkpoint}))
+            real(path, used_by)
+
+        monkeypatch.setattr(clean_module, "remove", begin)
+        run_clean(world, monkeypatch, code=1)
+    checkpoint.check(hashes=True)
+
+
+def test_what_a_clean_that_was_cut_short_left_is_offered_unless_it_goes_on(
+    world: World, old: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generation = world.generation(old, "train")
+    left = generation.with_name(".g1-0123abcd.removed")
+    generation.rename(left)
+    lease = take(left, 1, "the one that deletes")
+    assert lease is not None
+    assert left not in listed(world)
+    give_up(lease)
+    entry = listed(world)[left]
+    assert (entry.verdict, entry.reason) == ("remove", "left by a clean that was cut short")
+    run_clean(world, monkeypatch)
+    assert not left.exists()
+
+
+def test_files_that_vanish_while_they_are_counted_have_no_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept").write_text("1234")
+    (tmp_path / "vanishes").touch()
+    real = os.walk
+
+    def walk(folder: Path) -> Iterator[object]:
+        found = list(real(folder))
+        (tmp_path / "vanishes").unlink()
+        yield from found
+
+    monkeypatch.setattr(os, "walk", walk)
+    assert clean_module._size(tmp_path) == 4
+    assert clean_module._committed(tmp_path / "gone") == 0

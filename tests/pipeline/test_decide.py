@@ -4,8 +4,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from configs.errors import PlanError
 from configs.parallel import StoreConfig
@@ -27,7 +27,7 @@ from pipeline.decide import (
 )
 from pipeline.graph import Selection
 from pipeline.records import Blocked
-from pipeline.store import remove
+from pipeline.removal import remove
 from tests.pipeline.fakes import RECIPE, World, outcomes
 
 ALL = ["data", "train", "judge", "pack.cuda", "pack.ascend"]
@@ -214,14 +214,14 @@ def test_an_artifact_that_may_not_be_read_fails_its_node_alone(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     locked = str(world.generation(world.run(), "judge"))
-    real = fsspec.open
+    real = LocalFileSystem.open
 
-    def refuse(path: str, *args: object) -> object:
+    def refuse(fs: LocalFileSystem, path: str, *args: object) -> object:
         if path.startswith(locked):
             raise PermissionError(13, "Permission denied", path)
-        return real(path, *args)
+        return real(fs, path, *args)
 
-    monkeypatch.setattr(fsspec, "open", refuse)
+    monkeypatch.setattr(LocalFileSystem, "open", refuse)
     run = world.run()
     assert outcomes(run) == {**dict.fromkeys(ALL, "reused"), "judge": "failed"}
     assert run.outcomes["judge"].error == (  # type: ignore[union-attr]

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import psutil
 import pytest
@@ -54,10 +55,10 @@ def pause():
 
 real = store_module.create_exclusively
 
-def create(path, text):
+def create(path, text, **settings):
     if path.name == MANIFEST and sys.argv[2] == "after the last check":
         pause()
-    return real(path, text)
+    return real(path, text, **settings)
 
 store_module.create_exclusively = create
 world = World(StoreConfig(url=sys.argv[1], min_free_bytes=0))
@@ -196,10 +197,10 @@ def test_of_many_builders_that_commit_one_generation_exactly_one_does(
     """All are past their last check when the first of them commits."""
     barrier, real = Barrier(RACERS), store_module.create_exclusively
 
-    def create(path: Path, text: str) -> bool:
+    def create(path: Path, text: str, **settings: Any) -> bool:
         if path.name == MANIFEST:
             barrier.wait(10)
-        return real(path, text)
+        return real(path, text, **settings)
 
     monkeypatch.setattr(store_module, "create_exclusively", create)
     with world.store.slot(node, {}) as first:
@@ -212,6 +213,7 @@ def test_of_many_builders_that_commit_one_generation_exactly_one_does(
 
         def commit(slot: Slot) -> Committed | LeaseLost:
             slot.files.mkdir(parents=True)
+            slot.draft.touch()
             try:
                 return world.store.commit(slot, node, fill(slot, slot.path.name), {}, {})
             except LeaseLost as lost:

@@ -54,6 +54,7 @@ def overtaken(world: World, then: Callable[[Workspace], object], *, commits: boo
         if commits:
             slot = Slot(generation / "000002-another", lease, 1, ())
             slot.files.mkdir(parents=True)
+            slot.draft.touch()
             world.store.commit(slot, graph["data"], fill(slot, "the quick one's"), {}, {})
         then(work)
         return fill(Slot(Path(work.out).parent, work.lease, 1, ()), "the slow one's")

@@ -2,12 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from configs.parallel import StoreConfig
 from pipeline import lease as lease_module
 from pipeline import store as store_module
 from pipeline.graph import Node
-from pipeline.lease import is_held, newest, take
-from pipeline.store import Committed, Slot, Store, remove
+from pipeline.lease import newest, take
+from pipeline.removal import remove
+from pipeline.store import Committed, Slot, Store
 from stages.artifacts import MANIFEST, Corpus, Lease, verify
 from tests.pipeline.fakes import World, fill
 
@@ -64,6 +66,9 @@ def names(folder: Path) -> set[str]:
 
 
 def test_a_committed_artifact_is_found_again_with_its_facts(world: World, node: Node) -> None:
+    half_written = world.store.folder(node) / "g1" / ".lease-000001.json.0.draft"
+    half_written.parent.mkdir(parents=True)
+    half_written.touch()
     made = build(world, node)
     assert world.store.find(node) == made
     assert made.manifest.files.keys() == {"text.txt"}
@@ -120,7 +125,7 @@ def test_an_interrupted_slot_is_continued_with_its_resume_state_alone(
         assert again.path != slot.path
         assert again.earlier == (str(slot.path),)
         assert (Path(again.earlier[0]) / "resume" / "step").read_text() == "7"
-        assert names(again.path) == {"files"}
+        assert names(again.path) == {"files", again.draft.name}
         assert names(again.files) == set()
         for private in ("resume/step", "ray/notes", "metrics.jsonl", "scratch"):
             path = again.path / private
@@ -141,6 +146,63 @@ def test_what_an_interrupted_build_left_without_resume_state_goes_with_the_next(
     with opened(world, node) as again:
         assert again.earlier == ()
         assert not slot.path.exists()
+
+
+def built_while_the_first_sleeps(
+    monkeypatch: pytest.MonkeyPatch, world: World, node: Node, build: Callable[[], object]
+) -> Path:
+    """Another takes over and commits as the first has its lease; the generation of both."""
+    real = store_module._open_slot
+
+    def paused(generation: Path, lease: Lease, number: int) -> Slot:
+        monkeypatch.setattr(store_module, "_open_slot", real)
+        build()
+        return real(generation, lease, number)
+
+    monkeypatch.setattr(lease_module, "DEAD_SECONDS", 0.5)
+    monkeypatch.setattr(store_module, "_open_slot", paused)
+    with opened(world, node) as slot:
+        with pytest.raises(LeaseLost):
+            slot.lease.check()
+        return slot.path.parent
+
+
+KILLED = """
+import os, signal, sys
+from configs.parallel import StoreConfig
+from pipeline import lease as lease_module, store as store_module
+from tests.pipeline.fakes import World, fill
+lease_module.DEAD_SECONDS = 0.5
+store_module._tidy = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+world = World(StoreConfig(url=sys.argv[1], min_free_bytes=0))
+node = world.graph()["data"]
+with world.store.slot(node, {}) as slot:
+    world.store.commit(slot, node, fill(slot), {}, {})
+"""
+
+
+def test_what_was_committed_by_one_that_was_killed_outlives_a_builder_that_slept(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", KILLED, str(world.store.root)]
+
+    def build() -> None:
+        assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == -signal.SIGKILL
+
+    verify(str(built_while_the_first_sleeps(monkeypatch, world, node, build)))
+
+
+def test_a_heartbeat_that_comes_after_the_commit_costs_no_committed_byte(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_and_beat() -> None:
+        with opened(world, node) as slot:
+            world.store.commit(slot, node, fill(slot), {}, {})
+            # Past its check when the leases were tidied away.
+            lease_module.replace(Path(slot.lease.uri), lease_module._body(slot.lease))
+        assert json.loads(Path(slot.lease.uri).read_text())["ended"]
+
+    verify(str(built_while_the_first_sleeps(monkeypatch, world, node, build_and_beat)))
 
 
 def test_of_several_interrupted_builds_the_newest_comes_first(world: World, node: Node) -> None:
@@ -373,35 +435,3 @@ def test_a_disk_with_too_little_space_is_refused_with_both_numbers(tmp_path: Pat
 def test_a_remote_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="only local folders"):
         Store(StoreConfig(url="memory://somewhere"), say=print)
-
-
-def test_a_slot_that_is_being_filled_cannot_be_removed(world: World, node: Node) -> None:
-    with opened(world, node) as slot:
-        generation = slot.path.parent
-        assert is_held(generation)
-        with pytest.raises(StoreError, match="is building it"):
-            remove(generation)
-    assert not is_held(generation)
-    remove(generation)
-    assert not generation.exists()
-
-
-def test_a_builder_that_begins_while_a_slot_is_looked_at_keeps_it(
-    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with opened(world, node) as slot:
-        generation = slot.path.parent
-    with ExitStack() as stack:
-        begun: list[Slot] = []
-
-        def look(path: Path) -> bool:
-            held = is_held(path)
-            begun.append(stack.enter_context(opened(world, node)))
-            return held
-
-        monkeypatch.setattr(store_module, "is_held", look)
-        with pytest.raises(StoreError, match="is building it"):
-            remove(generation)
-        (slot,) = begun
-        made = world.store.commit(slot, node, fill(slot), {}, {})
-    verify(str(made.path))
