@@ -91,10 +91,10 @@ def latest(*roots: Path) -> tuple[Path, int] | None:
     A save that a failing disk cut short is passed over for the one before it; of equal steps the
     one under the first of the roots counts.
     """
-    folders = [folder for root in roots for folder in root.glob("step-*")]
+    folders = [folder for root in roots for folder in _step_folders(root)]
     for folder in sorted(folders, key=lambda path: path.name, reverse=True):
-        if (folder / COMPLETE).is_file() and _readable(folder):
-            return folder, int(json.loads((folder / COMPLETE).read_text())["step"])
+        if (step := _complete_step(folder)) is not None:
+            return folder, step
     return None
 
 
@@ -135,16 +135,27 @@ def _settle(draft: Path, path: Path) -> None:
     os.replace(draft, path)
 
 
-def _readable(folder: Path) -> bool:
-    """Whether every file is as long as its own header says."""
+def _step_folders(root: Path) -> list[Path]:
     try:
+        return list(root.glob("step-*"))
+    except OSError:
+        # Its builder is alive, and deletes it.
+        return []
+
+
+def _complete_step(folder: Path) -> int | None:
+    """The step of a save that is complete, each file as long as its own header says; else none.
+
+    Its builder may be alive, and delete it at this moment.
+    """
+    try:
+        step = int(json.loads((folder / COMPLETE).read_text())["step"])
         for path in _files(folder):
             with safe_open(path, framework="pt"):
                 pass
-        json.loads((folder / COMPLETE).read_text())
-    except (ArtifactError, SafetensorError, json.JSONDecodeError):
-        return False
-    return True
+    except (ArtifactError, SafetensorError, OSError, json.JSONDecodeError):
+        return None
+    return step
 
 
 def _files(folder: Path) -> list[Path]:

@@ -2,7 +2,9 @@
 
 Ray Train places the ranks, restarts them when one dies, and does nothing else here: ranks write
 their own sharded saves into the slot, and a restarted group continues from the newest complete
-one. Losses are reproduced to the last bit, because a batch is a pure function of its step.
+one. What an earlier build left is chosen from once, by the driver: a builder that is late may still
+write there, and ranks that looked for themselves could see different things. Losses are reproduced
+to the last bit, because a batch is a pure function of its step.
 """
 
 import json
@@ -72,7 +74,10 @@ class FitJob:
     loss: Callable[[int], LossSpec]
     """What is minimised at a step."""
     saves: tuple[str, ...]
-    """Folder of the sharded saves; then those of earlier builds, from which this one may resume."""
+    """Folder of the sharded saves; then those of earlier builds, which are of no use once there is
+    one in the first."""
+    start: tuple[Path, int] | None
+    """The save of an earlier build that this one begins with, and its step."""
     open_log: Callable[[int], StepLog]
     """Opens the step log for a run that continues after the given step."""
     may_write: Callable[[], None]
@@ -80,6 +85,10 @@ class FitJob:
     threads: int
     vocabulary: tuple[int, ...] | None = None
     """What each token counts as to a memory of n-grams; none where the model has no memory."""
+
+    def resume(self) -> tuple[Path, int] | None:
+        """The save to continue from and its step: this build's newest, or what it begins with."""
+        return checkpoint.latest(Path(self.saves[0])) or self.start
 
 
 def fit(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
@@ -90,18 +99,18 @@ def fit(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
     TrainingError if the steps were not done; an Ingot error of a rank is raised as itself;
     MachineError once workers died more than `machines.max_restarts` times.
     """
-    root, *earlier = map(Path, job.saves)
+    root = Path(job.saves[0])
     for folder in (root, Path(notes)):
         folder.mkdir(parents=True, exist_ok=True)
     (root / _FAILURE).unlink(missing_ok=True)
-    done = checkpoint.latest(root, *earlier)
+    done = job.resume()
     if done is None or done[1] != job.steps:
         workers = machines.trainers
         ensure_ray(machines, home, cpus_needed=workers * machines.cpus_per_worker)
         await_cpus(machines, workers, role="trainer")
         job.may_write()
         _run(job, machines, root, notes)
-        done = checkpoint.latest(root, *earlier)
+        done = job.resume()
     if done is None or done[1] != job.steps:
         seen = 0 if done is None else done[1]
         raise TrainingError(f"{seen} of {job.steps} steps were done; run again to continue")
@@ -195,7 +204,7 @@ def _steps(job: FitJob) -> None:
         seed=job.seed,
         vocabulary=job.vocabulary,
     )
-    if resume := checkpoint.latest(*map(Path, job.saves)):
+    if resume := job.resume():
         folder, step = resume
         trainer.load(folder, step=step)
     dist.barrier()  # All ranks have chosen the same save before any of them writes another.

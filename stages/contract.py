@@ -52,7 +52,8 @@ class Workspace:
     """Sizes and hashes of files outside the line, as they were when the stage was planned."""
     earlier: tuple[str, ...] = ()
     """Folders that interrupted builds of the same identity left, the newest first. What they hold
-    beside their files may be read, to resume from it; it belongs to them, and is not changed."""
+    beside their files may be read, to resume from it; it belongs to them. A stage changes nothing
+    there, and deletes their saves only once it has a complete one of its own."""
 
     def path(self, *names: str) -> Path:
         """A local path inside the artifact to be."""

@@ -51,7 +51,15 @@ def posttrain(
         )
     check_fp8("posttrain", rl, base.model)
     end_tokens = read_end_tokens(base.path())
-    run = _Run(config, work, base, load_tokenizer(base.path("tokenizer.json")), end_tokens)
+    _, *earlier = work.resumable(SAVES)
+    run = _Run(
+        config=config,
+        work=work,
+        base=base,
+        tokenizer=load_tokenizer(base.path("tokenizer.json")),
+        end_tokens=end_tokens,
+        start=checkpoint.latest(*earlier),
+    )
     # What cannot be computed is told before any worker is started. Workers compute on CPUs.
     settle(run.numerics, torch.device("cpu"))
     prompts = encode_prompts(
@@ -62,7 +70,7 @@ def posttrain(
     )
     work.tracker.start(steps=rl.steps, unit="step")
     # Steps after the last save will be made again, and are not to be shown until then.
-    begin_metrics(work, checkpoint.latest(*run.saves))
+    begin_metrics(work, run.resume())
     with following(work.beside(), work.tracker):
         final = _with_restarts(run, prompts)
     checkpoint.consolidate(final, base.model, work.path())
@@ -87,16 +95,18 @@ class _Run:
     tokenizer: Tokenizer
     end_tokens: tuple[int, ...]
     """Ids that end an answer."""
+    start: tuple[Path, int] | None
+    """The save of an earlier build that this one begins with, and its step. Chosen once: a builder
+    that is late may still write beside it."""
 
     @property
     def numerics(self) -> Numerics:
         rl = self.config.posttrain
         return Numerics(rl.precision, rl.fp8, self.work.machines.fp8_backend)
 
-    @property
-    def saves(self) -> list[Path]:
-        """Where this build saves, and then where earlier ones did."""
-        return self.work.resumable(SAVES)
+    def resume(self) -> tuple[Path, int] | None:
+        """The save to continue from and its step: this build's newest, or what it begins with."""
+        return checkpoint.latest(self.work.resumable(SAVES)[0]) or self.start
 
 
 def _with_restarts(run: _Run, prompts: Sequence[Prompt]) -> Path:
@@ -118,8 +128,8 @@ def _with_restarts(run: _Run, prompts: Sequence[Prompt]) -> Path:
 
 def _train(run: _Run, prompts: Sequence[Prompt]) -> Path:
     rl = run.config.posttrain
-    own, *earlier = run.saves
-    saved = checkpoint.latest(own, *earlier)
+    own, *earlier = run.work.resumable(SAVES)
+    saved = run.resume()
     done = saved[1] if saved else 0
     if saved and done == rl.steps:
         return saved[0]

@@ -33,9 +33,8 @@ def pretrain(config: PretrainSpec, work: Workspace, *, corpus: Corpus) -> Checkp
     # What cannot be computed is told before any worker is started. Workers compute on CPUs.
     settle(_numerics(config, work), torch.device("cpu"))
     work.tracker.start(steps=config.pretrain.steps, unit="step")
-    saved = latest(*map(Path, job.saves))
     # Steps after the last save will be made again, and are not to be shown until then.
-    begin_metrics(work, saved)
+    begin_metrics(work, job.resume())
     with following(work.beside(), work.tracker):
         final = fit(job, work.machines, work.out, str(work.beside("ray")))
     consolidate(final, config.model, work.path())
@@ -52,6 +51,7 @@ def pretrain(config: PretrainSpec, work: Workspace, *, corpus: Corpus) -> Checkp
 
 def _job(config: PretrainSpec, work: Workspace, corpus: Corpus) -> FitJob:
     train = config.pretrain
+    saves = work.resumable(SAVES)
     return FitJob(
         model=config.model,
         optim=train.optim,
@@ -64,7 +64,8 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus) -> FitJob:
         learning_rate=partial(learning_rate, train),
         source=PackedBatches(str(corpus.path("train")), train.batch_sequences, config.seed),
         loss=partial(loss_at, train),
-        saves=tuple(map(str, work.resumable(SAVES))),
+        saves=tuple(map(str, saves)),
+        start=latest(*saves[1:]),
         open_log=partial(open_metrics, str(work.beside())),
         may_write=work.lease.check,
         threads=work.machines.threads_per_worker,

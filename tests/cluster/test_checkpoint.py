@@ -1,6 +1,7 @@
 """Sharded saves: any number of ranks reads what any number wrote; half a save is none."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,32 @@ def test_of_several_roots_the_highest_step_counts_and_of_equal_ones_the_first(
     # A save that was cut short is passed over for another builder's.
     (step_folder(mine, 6) / "rank-0-of-1.safetensors").write_bytes(b"")
     assert latest(mine, earlier, oldest) == (step_folder(earlier, 4), 4)
+
+
+def test_saves_that_vanish_while_they_are_looked_at_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another builder, which is late, deletes its own."""
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    for root, step in ((mine, 2), (other, 4)):
+        save(step_folder(root, step), 1)
+        mark_complete(step_folder(root, step), {"step": step})
+    assert latest(mine, other) == (step_folder(other, 4), 4)
+    real_open, real_glob = checkpoint.safe_open, Path.glob
+
+    def vanish(path: Path, **settings: str) -> object:
+        shutil.rmtree(other, ignore_errors=True)
+        return real_open(path, **settings)
+
+    def gone(path: Path, pattern: str) -> object:
+        if path == other:
+            raise FileNotFoundError(path)
+        return real_glob(path, pattern)
+
+    monkeypatch.setattr(checkpoint, "safe_open", vanish)
+    assert latest(mine, other) == (step_folder(mine, 2), 2)
+    monkeypatch.setattr(Path, "glob", gone)
+    assert latest(mine, other) == (step_folder(mine, 2), 2)
 
 
 def test_a_whole_model_is_written_from_a_sharded_save(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.checkpoint import load_shards
+from cluster.checkpoint import latest, load_shards
 from cluster.fit import FitJob, fit
 from cluster.trainer import LossSpec
 from configs.errors import LeaseLost, MachineError, TrainingError
@@ -114,6 +114,7 @@ def job(folder: Path, loss: LossSpec, **changes: Any) -> FitJob:
         "source": RandomBatches(),
         "loss": partial(at_every_step, loss),
         "saves": (saves(folder),),
+        "start": None,
         "open_log": partial(open_metrics, str(folder)),
         "may_write": allowed,
         "threads": 1,
@@ -164,7 +165,8 @@ def test_a_build_goes_on_from_the_saves_of_an_earlier_builder_and_then_drops_the
     # A step that no save holds is made again.
     MetricsFile(first, resume_step=4).append({"loss": 0.0}, step=5)
     kept = set(first.rglob("*"))
-    resumed = job(second, NextToken(), saves=(saves(second), saves(first)))
+    start = latest(Path(saves(first)))
+    resumed = job(second, NextToken(), saves=(saves(second), saves(first)), start=start)
     MetricsFile(second, resume_step=4, earlier=first)
     with pytest.raises(LeaseLost):
         run(replace(resumed, may_write=refused), machines, second)

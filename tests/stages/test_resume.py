@@ -1,6 +1,8 @@
 """A training that several builders began, one after the other, is the one that nobody disturbed."""
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from cluster import fit as fit_module
-from cluster.checkpoint import latest
+from cluster.checkpoint import mark_complete
 from cluster.expert_parallel import join_group
 from cluster.fit import FitJob
 from configs.parallel import ClusterConfig, StoreConfig
@@ -23,7 +25,7 @@ from stages.artifacts import MANIFEST, Corpus
 from stages.contract import Workspace, stage
 from stages.pretrain import loop
 from stages.shards import write_rows
-from stages.telemetry import METRICS, MetricsFile, read_metrics
+from stages.telemetry import METRICS, MetricsFile, begin_metrics, read_metrics
 from tests.conftest import Recorder
 from tests.pipeline.fakes import FakeConfig, World, outcomes
 from tests.references import TINY
@@ -61,12 +63,11 @@ def rows(config: FakeConfig, work: Workspace) -> Corpus:
 
 def fit_here(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
     """What Ray's one worker would do, in this process."""
-    roots = [Path(root) for root in job.saves]
-    roots[0].mkdir(parents=True)
+    Path(job.saves[0]).mkdir(parents=True)
     Path(notes).mkdir()
     Path(notes, "state.json").touch()
     fit_module._steps(job)
-    saved = latest(*roots)
+    saved = job.resume()
     assert saved is not None
     return saved[0]
 
@@ -186,3 +187,24 @@ def test_a_training_that_ended_before_its_commit_is_not_done_again(tmp_path: Pat
         patch.setattr(fit_module.Trainer, "optim_step", lambda *_: pytest.fail("trained again"))
         made = finished(world, Notes())
     assert [line["step"] for line in steps_of(made)] == list(range(1, STEPS + 1))
+
+
+def test_a_late_builder_that_saves_once_more_leaves_no_hole_in_what_is_told(
+    tmp_path: Path,
+) -> None:
+    """It does so after the driver has chosen the save to begin with, and before a rank loads it."""
+    world = World(StoreConfig(url=str(tmp_path / "store"), min_free_bytes=0))
+    first = begun(world, 5)
+    saves = first / "resume" / "saves"
+
+    def save_late(*args: Any) -> Any:
+        shutil.copytree(saves / "step-00000004", saves / "step-00000006")
+        mark_complete(saves / "step-00000006", {"step": 6})
+        return begin_metrics(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "begin_metrics", save_late)
+        made = finished(world, Notes())
+    assert [line["step"] for line in steps_of(made)] == list(range(1, STEPS + 1))
+    history = json.loads(made.artifact.path("history.json").read_text())
+    assert history["step"] == list(range(1, STEPS + 1))
