@@ -15,15 +15,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from stages.artifacts import FileEntry
+from stages.artifacts import FileEntry, filesystem
 
 _CHUNK_BYTES = 1 << 20
-_SETTLED_SECONDS = 0.1
-"""A file that changed less than this ago may change again within the same tick of its clock."""
+_SETTLED_SECONDS = 2.5
+"""A file that changed less than this ago may change again within the same tick of its clock, which
+is 2 seconds long on the coarsest file systems."""
 
 FileSystem = AbstractFileSystem
 """Where files lie: local, or whatever fsspec reaches."""
@@ -45,17 +45,19 @@ class Hashes:
         The file is read in parts, and only if it may have changed since. OSError if it cannot be.
         """
         if fs is None:
-            fs, path = fsspec.core.url_to_fs(path)
+            fs, path = filesystem(path)
         key = fs.unstrip_protocol(path)
         stamp = _stamp(fs, path)
         found = self._known.get(key) or self._load(key)
         if stamp is not None and found is not None and found[0] == stamp:
             self._known[key] = found
             return found[1]
+        # Asked before it is read: a change while that lasts must show in the stamp.
+        settled = stamp if stamp is not None and _is_settled(stamp) else None
         entry = hash_stream(fs, path)
-        if stamp is not None and stamp == _stamp(fs, path) and _is_settled(stamp):
-            self._known[key] = stamp, entry
-            self._save(key, stamp, entry)
+        if settled is not None and settled == _stamp(fs, path):
+            self._known[key] = settled, entry
+            self._save(key, settled, entry)
         return entry
 
     def _load(self, key: str) -> tuple[Stamp, FileEntry] | None:

@@ -11,11 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from stages import hashing
 from stages.artifacts import FileEntry
 from stages.hashing import HashedReader, Hashes, hash_stream
+
+SETTLED_SECONDS = hashing._SETTLED_SECONDS
 
 
 def entry_of(data: bytes) -> FileEntry:
@@ -34,6 +37,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(hashing, "hash_stream", count)
     return counted
+
+
+@pytest.fixture(autouse=True)
+def _fine_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here times of change have ticks of milliseconds: what is judged long ago need not be long."""
+    monkeypatch.setattr(hashing, "_SETTLED_SECONDS", 0.1)
 
 
 def settled(path: Path, data: bytes) -> Path:
@@ -127,6 +136,46 @@ def test_what_changed_a_moment_ago_is_not_remembered(tmp_path: Path, reads: Coun
     assert not (tmp_path / "hashes").exists()
 
 
+@pytest.mark.parametrize(("age_seconds", "reads_needed"), [(2.1, 2), (2.6, 1)])
+def test_a_tick_may_last_two_seconds(
+    tmp_path: Path,
+    reads: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+    age_seconds: float,
+    reads_needed: int,
+) -> None:
+    monkeypatch.setattr(hashing, "_SETTLED_SECONDS", SETTLED_SECONDS)
+    file, hashes = tmp_path / "text.txt", Hashes()
+    file.write_bytes(b"text")
+    later_ns = file.stat().st_ctime_ns + int(age_seconds * 1e9)
+    monkeypatch.setattr(hashing.time, "time_ns", lambda: later_ns)
+    for _ in range(2):
+        hashes.of(str(file))
+    assert reads["text.txt"] == reads_needed
+
+
+def test_two_changes_in_one_tick_between_which_a_file_is_hashed_are_not_confused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it is hashed, the first change is long ago."""
+    file, hashes = tmp_path / "text.txt", Hashes(tmp_path / "hashes")
+    file.write_bytes(b"text")
+    real_hash, real_stamp = hash_stream, hashing._stamp
+    stamp = real_stamp(LocalFileSystem(), str(file))
+
+    def slow(fs: object, path: str) -> FileEntry:
+        entry = real_hash(fs, path)
+        file.write_bytes(b"TEXT")
+        time.sleep(hashing._SETTLED_SECONDS * 1.5)
+        return entry
+
+    monkeypatch.setattr(hashing, "_stamp", lambda fs, path: stamp)
+    monkeypatch.setattr(hashing, "hash_stream", slow)
+    hashes.of(str(file))
+    monkeypatch.setattr(hashing, "hash_stream", real_hash)
+    assert hashes.of(str(file)) == entry_of(b"TEXT")
+
+
 def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,3 +247,10 @@ def test_a_reader_hashes_what_it_reads() -> None:
     assert chunks.entry == entry_of(first) != entry_of(data)
     assert first + b"".join(chunks.chunks()) == data
     assert chunks.entry == entry_of(data)
+
+
+def test_a_local_path_may_hold_two_colons(tmp_path: Path) -> None:
+    folder = tmp_path / "zip::x"
+    folder.mkdir()
+    file = settled(folder / "text.txt", b"text")
+    assert Hashes(tmp_path / "hashes").of(str(file)) == entry_of(b"text")

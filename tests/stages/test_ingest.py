@@ -233,6 +233,7 @@ def test_a_large_file_is_read_no_further_than_needed_and_hashed_once(
         for _ in range(40):
             file.write(line * 20_000)
     size = path.stat().st_size
+    monkeypatch.setattr("stages.hashing._SETTLED_SECONDS", 0.1)
     time.sleep(0.2)  # A file that changed a moment ago may change again unseen.
     read: list[int] = []
     opened = LocalFileSystem.open
