@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 from fsspec import AbstractFileSystem
 
 from configs.data import FilesSource, Source, StdlibSource
 from configs.errors import DataError
 from configs.seed import derive
+from stages.artifacts import filesystem
 from stages.data.files import Document, fault, read_documents, reading, require_unchanged
 from stages.hashing import Hashes
 
@@ -143,7 +143,7 @@ def _decode_python(path: Path) -> str:
 def _matches(name: str, source: FilesSource) -> list[tuple[AbstractFileSystem, str, str]]:
     """(file system, path, name relative to the glob's fixed part) of each match, sorted."""
     try:
-        fs, pattern = fsspec.core.url_to_fs(source.glob)
+        fs, pattern = filesystem(source.glob)
         paths = sorted(fs.glob(pattern))
         folders = [path for path in paths if fs.isdir(path)]
     except (OSError, ValueError, ImportError) as error:

@@ -435,3 +435,14 @@ def test_a_disk_with_too_little_space_is_refused_with_both_numbers(tmp_path: Pat
 def test_a_remote_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="only local folders"):
         Store(StoreConfig(url="memory://somewhere"), say=print)
+
+
+@pytest.mark.parametrize("name", ["a::b", "zip::x", "a b", "a%20b", "a[b]", "a?b#c"])
+def test_a_store_may_lie_in_any_folder(tmp_path: Path, name: str) -> None:
+    root = tmp_path / name / ".ingot"
+    world = World(StoreConfig(url=str(root), min_free_bytes=0))
+    assert world.store.root == root
+    made = build(world, world.graph()["data"])
+    made.check(hashes=True)
+    assert world.store.find(world.graph()["data"]) == made
+    assert root.is_dir()

@@ -13,6 +13,7 @@ from stages.artifacts import (
     Manifest,
     Report,
     content_hash,
+    filesystem,
     hash_file,
     list_files,
     read_manifest,
@@ -141,3 +142,19 @@ def test_a_manifest_that_cannot_be_understood_is_one_line_with_a_remedy(
         read_manifest(str(artifact))
     assert "\n" not in str(raised.value)
     assert str(raised.value).endswith("rebuild the node with --force")
+
+
+def test_whatever_is_no_url_is_a_local_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for address, path in {
+        "/a::b/*.txt": "/a::b/*.txt",
+        "zip::x": f"{tmp_path}/zip::x",
+        "file:///a b": "/a b",
+    }.items():
+        fs, found = filesystem(address)
+        assert "file" in fs.protocol
+        assert found == path
+    fs, found = filesystem("memory://a/b")
+    assert (fs.protocol, found) == ("memory", "/a/b")
