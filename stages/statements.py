@@ -7,6 +7,7 @@ verifier names; it is given the held-out problems once and then every training t
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 
@@ -34,6 +35,8 @@ class Posed(Protocol):
 Finder = Callable[[str], Iterator[Statement]]
 
 _NUMBER = re.compile(r"\d+(?:[,_'’]\d{3}(?!\d))*(?:\.\d+)?")
+_PLAIN_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_THOUSANDS = re.compile(r"[,_'’]")
 _MOST_DIGITS = 18
 """A longer number is no operand and no answer, and would take its time to be read."""
 _MOST_BETWEEN = 120
@@ -71,27 +74,23 @@ _ABOVE_A_LINE = re.compile(r"\s*(\S)\s*[-_=─]{2,}")
 
 @dataclass(frozen=True, slots=True)
 class _Number:
-    """A number of a text, and what it may mean; nothing if it is no whole number of usual size."""
+    """A number of a text."""
 
     start: int
     end: int
     text: str
 
     @property
-    def values(self) -> tuple[int, ...]:
-        """As it stands; where it may be two, as `3,100` in `1+2=3,100+200=300`, also either one."""
+    def value(self) -> int | None:
+        """None if it is no whole number of usual size."""
         whole, _, decimals = self.text.partition(".")
         if len(whole) > _MOST_DIGITS or decimals.strip("0"):
-            return ()
-        digits = re.sub(r"\D", "", whole)
-        if digits == whole:
-            return (int(whole),)
-        parts = re.split(r"\D", whole)
-        return int(digits), int(parts[0]), int(parts[-1])
+            return None
+        return int(whole) if whole.isdecimal() else int(re.sub(r"\D", "", whole))
 
     def is_answer(self, result: int) -> bool:
         """Whether it is `result`, its digits in either order."""
-        if result in self.values:
+        if self.value == result:
             return True
         is_plain = len(self.text) <= _MOST_DIGITS and self.text.isdecimal()
         return is_plain and int(self.text[::-1]) == result
@@ -120,7 +119,7 @@ def find_arithmetic(problems: Sequence[Posed]) -> Finder:
     below the other, `the sum of 37 and 45 is 82`, fields with a label (`"sum": 82`), and rows of a
     table. Not read: numbers in words, answers more than 120 characters away, grids.
     """
-    sums: dict[tuple[int, int], list[_Sum]] = {}
+    sums: dict[tuple[int | None, int | None], list[_Sum]] = {}
     for problem in problems:
         if parsed := re.fullmatch(r"(\d+)([-+*])(\d+)=", problem.prompt):
             left, operation, right = int(parsed[1]), parsed[2], int(parsed[3])
@@ -132,14 +131,23 @@ def find_arithmetic(problems: Sequence[Posed]) -> Finder:
                 sums.setdefault((right, left), []).append(other)
 
     def find(text: str) -> Iterator[Statement]:
-        numbers = [_Number(m.start(), m.end(), m[0]) for m in _NUMBER.finditer(text)]
-        for at in range(len(numbers) - 1):
-            for left in numbers[at].values:
-                for right in numbers[at + 1].values:
-                    for one in sums.get((left, right), ()):
-                        yield from _statements(text, numbers, at, one)
+        found = set()
+        for numbers in _readings(text):
+            values = [number.value for number in numbers]
+            for at, operands in enumerate(pairwise(values)):
+                for one in sums.get(operands, ()):
+                    found |= set(_statements(text, numbers, at, one))
+        return iter(sorted(found, key=lambda one: (one.start, one.end, one.problem_id)))
 
     return find
+
+
+def _readings(text: str) -> Iterator[list[_Number]]:
+    """The numbers of a text; twice where commas may part numbers, or the thousands of one."""
+    joined = [_Number(m.start(), m.end(), m[0]) for m in _NUMBER.finditer(text)]
+    yield joined
+    if any(_THOUSANDS.search(number.text) for number in joined):
+        yield [_Number(m.start(), m.end(), m[0]) for m in _PLAIN_NUMBER.finditer(text)]
 
 
 def _result(operation: str, left: int, right: int) -> int:

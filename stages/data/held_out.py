@@ -183,17 +183,23 @@ def keep_apart(
     result: dict[str, Parted] = {}
     changed: list[str] = []
     drops: list[Drop] = []
+
+    def look(text: str) -> dict[str, list[Span]]:
+        return {PASSAGE: windows.look(text), PROBLEM: _look(find, text, found)}
+
     for name, some in parted.items():
         kept = []
         for one in some.train:
             overlap.train_chars += len(one.text)
-            reasons = {PASSAGE: windows.look(one.text), PROBLEM: _look(find, one.text, found)}
-            if not any(reasons.values()):
+            less, reasons = one, look(one.text)
+            # What a cut brings together may stand in held-out text in turn.
+            while any(reasons.values()):
+                drops += _records(less, reasons, overlap)
+                less = replace(less, text=cut(less.text, [*reasons[PASSAGE], *reasons[PROBLEM]]))
+                reasons = look(less.text)
+            if less is one:
                 kept.append(one)
-                continue
-            less = replace(one, text=cut(one.text, [*reasons[PASSAGE], *reasons[PROBLEM]]))
-            drops += _records(one, reasons, overlap)
-            if len(less.text) < min_chars:
+            elif len(less.text) < min_chars:
                 drops.append(drop(one, REMNANT, len(less.text), min_chars))
             else:
                 kept.append(less)

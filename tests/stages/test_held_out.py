@@ -8,8 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.data.files import Document
-from stages.data.held_out import PASSAGE, PROBLEM, REMNANT, Parted, hold_out, keep_apart, part
-from stages.verifiers import Problem
+from stages.data.held_out import (
+    PASSAGE,
+    PROBLEM,
+    REMNANT,
+    Parted,
+    _left,
+    hold_out,
+    keep_apart,
+    part,
+)
+from stages.data.overlap import Windows
+from stages.verifiers import Problem, find_statements
 
 WORDS = ("pour", "ingot", "mould", "the", "of", "furnace", "cools", "slowly", "at", "dawn")
 
@@ -77,16 +87,34 @@ def test_copies_of_one_page_alone_are_parted_all_the_same() -> None:
     assert parted["mine"].train and parted["mine"].held_out
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_a_group_larger_than_the_share_to_hold_out_is_trained_on(seed: int) -> None:
+def test_a_group_larger_than_the_share_to_hold_out_is_trained_on() -> None:
     page = prose(1)
-    copies = documents(*(f"{page} {prose(100 + n, 10)}" for n in range(50)))
-    single = [Document("mine", f"other-{n}.txt", prose(1000 + n)) for n in range(20)]
-    parted, overlap = part({"mine": [*copies, *single]}, 0.1, seed=seed)
-    assert overlap.record()["near_duplicate_groups_too_large_to_hold_out"] == 1
-    held = parted["mine"].held_out
-    assert 1 <= len(held) <= 10
-    assert all(one.id.startswith("other") for one in held)
+    copies = documents(*(f"{page} {prose(100 + n, 10)}" for n in range(20)))
+    single = [Document("mine", f"other-{n}.txt", prose(1000 + n)) for n in range(10)]
+    for seed in range(40):
+        parted, overlap = part({"mine": [*copies, *single]}, 0.1, seed=seed)
+        assert overlap.record()["near_duplicate_groups_too_large_to_hold_out"] == 1
+        held = parted["mine"].held_out
+        assert 1 <= len(held) <= 6
+        assert all(one.id.startswith("other") for one in held)
+    assert any("trained on whole" in note for note in overlap.notes())
+
+
+def test_what_a_cut_brings_together_is_cut_in_turn() -> None:
+    one, other, inner = prose(1, 8), prose(2, 8), prose(3, 40)
+    held = documents(f"{one} {other} {prose(4)}", inner)
+    train = documents(f"{prose(5)} {one} {inner} {other} {prose(6)}")
+    _, overlap = part({"mine": [*held, *train]}, 0.1, seed=0)
+    parted, drops = keep_apart({"mine": Parted(train, held)}, [], overlap, min_chars=64)
+    assert len(drops) == 2
+    assert Windows.of(one.text for one in held).look(parted["mine"].train[0].text) == []
+
+
+def test_what_is_left_is_counted_not_assumed() -> None:
+    windows = Windows.of([prose(1)])
+    find = find_statements([Problem(id="sums/1", prompt="3+4=", answer="7", source="arithmetic")])
+    assert _left(windows, find, [prose(1), "3 + 4 = 7"]) == (windows.total, 1)
+    assert _left(windows, find, [prose(2)]) == (0, 0)
 
 
 def test_a_passage_of_held_out_text_is_cut_from_training_text_and_nothing_else_is() -> None:
