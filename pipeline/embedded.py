@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from configs.parallel import TrackingConfig
-from pipeline.places import SQLITE
+from pipeline.places import sqlite_path
 
 UI_PORT = 5000
 _ARTIFACTS = "mlflow-artifacts"
@@ -29,12 +29,12 @@ _LOCATIONS = (
 @contextmanager
 def schema_lock(uri: str) -> Iterator[None]:
     """Only one process at a time creates or migrates an SQLite store; two would both fail."""
-    if not uri.startswith(SQLITE):
+    path = sqlite_path(uri)
+    if path is None:
         yield
         return
-    path = Path(f"{uri.removeprefix(SQLITE)}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.with_name(f"{path.name}.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -50,8 +50,8 @@ def move_in(uri: str, store_root: Path) -> None:
     MLflow writes absolute addresses only: in a copy they would lead to the original, and new plots
     would be written there.
     """
-    path = Path(uri.removeprefix(SQLITE))
-    if not uri.startswith(SQLITE) or not path.is_file() or not path.is_relative_to(store_root):
+    path = sqlite_path(uri)
+    if path is None or not path.is_file() or not path.is_relative_to(store_root):
         return
     here = artifact_location(store_root)
     with closing(sqlite3.connect(path, timeout=30)) as database, database:

@@ -1,12 +1,15 @@
 """Where a recipe's relative paths lead, settled once, before anything changes folder."""
 
 from pathlib import Path
+from urllib.parse import unquote
 
 from configs.data import FilesSource, Source
 from configs.parallel import TrackingConfig
 from configs.recipe import Recipe
 
 SQLITE = "sqlite:///"
+_SPECIAL = str.maketrans({"%": "%25", "?": "%3F"})
+"""What would mean something else in the address of a database than in a path."""
 
 
 def absolute(recipe: Recipe, base: Path) -> Recipe:
@@ -18,8 +21,7 @@ def absolute(recipe: Recipe, base: Path) -> Recipe:
         tokenizer = tokenizer.model_copy(update={"file": _absolute(tokenizer.file, base)})
     tracking = recipe.tracking
     if tracking.uri is not None and tracking.uri.startswith(SQLITE):
-        path = _absolute(tracking.uri.removeprefix(SQLITE), base)
-        tracking = tracking.model_copy(update={"uri": SQLITE + path})
+        tracking = tracking.model_copy(update={"uri": _absolute_sqlite(tracking.uri, base)})
     return recipe.model_copy(
         update={
             "store": store,
@@ -32,13 +34,32 @@ def absolute(recipe: Recipe, base: Path) -> Recipe:
 
 def tracking_uri(tracking: TrackingConfig, store_root: Path) -> str:
     """The MLflow address: the one asked for, or a SQLite file inside the store."""
-    return tracking.uri or f"{SQLITE}{store_root / 'mlflow.db'}"
+    return tracking.uri or sqlite_uri(store_root / "mlflow.db")
+
+
+def sqlite_uri(path: Path) -> str:
+    """The address of the SQLite database in the file `path`."""
+    return SQLITE + str(path).translate(_SPECIAL)
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of the SQLite database at this address; none if it is of another kind."""
+    if not uri.startswith(SQLITE):
+        return None
+    return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0]))
 
 
 def _absolute(path: str, base: Path) -> str:
     if "://" in path:
         return path
     return str(base / Path(path).expanduser())
+
+
+def _absolute_sqlite(uri: str, base: Path) -> str:
+    address, mark, settings = uri.partition("?")
+    path = sqlite_path(address)
+    assert path is not None
+    return sqlite_uri(Path(_absolute(str(path), base))) + mark + settings
 
 
 def _absolute_source(source: Source, base: Path) -> Source:

@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -66,6 +67,23 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("original") / "store"
     tracked(world_at(folder), CONFIG)
     return folder
+
+
+@pytest.mark.parametrize("name", ["x%20y", "x?y", "x#y"])
+def test_mlflow_keeps_its_records_in_a_store_whose_path_looks_like_an_address(
+    tmp_path: Path, name: str
+) -> None:
+    store = tmp_path / name / "store"
+    run, _ = tracked(world_at(store), CONFIG)
+    assert run.tracking_id is not None
+    assert (store / "mlflow.db").is_file()
+    assert set(locations(store)) != set()
+    assert list((store / "mlflow-artifacts").rglob("recipe.json"))
+    assert [path for path in tmp_path.rglob("*.db") if path.parent != store] == []
+    moved = tmp_path / f"{name}%3F" / "store"
+    shutil.copytree(store, moved)
+    tracked(world_at(moved), CONFIG)
+    assert all(f"/{name}/" not in unquote(place) for place in locations(moved))
 
 
 def test_a_copy_reuses_all_and_writes_nothing_into_its_original(

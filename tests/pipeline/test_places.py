@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+from sqlalchemy.engine import make_url
+
 from configs.data import FilesSource
 from configs.parallel import TrackingConfig
 from configs.recipe import load_recipe
-from pipeline.places import absolute, tracking_uri
+from pipeline.places import absolute, sqlite_path, tracking_uri
 
 BASE = Path("/home/user")
 
@@ -37,6 +40,21 @@ def test_addresses_and_absolute_paths_stay() -> None:
     settled = absolute(recipe, BASE)
     assert settled.tracking.uri == "http://host:1"
     assert settled.store.url == "/data/store"
+
+
+@pytest.mark.parametrize("name", ["x%20y", "100%", "x?y", "x#y", "x y", "größe"])
+def test_the_address_of_a_database_leads_to_its_file(name: str) -> None:
+    """As SQLAlchemy reads it, by which MLflow opens it."""
+    uri = tracking_uri(TrackingConfig(), Path("/home", name))
+    assert make_url(uri).database == f"/home/{name}/mlflow.db"
+    assert dict(make_url(uri).query) == {}
+    assert sqlite_path(uri) == Path("/home", name, "mlflow.db")
+    recipe = load_recipe("smoke", sets=["tracking.uri='sqlite:///my%20runs.db?timeout=5'"])
+    settled = absolute(recipe, Path("/home", name))
+    assert settled.tracking.uri is not None
+    assert make_url(settled.tracking.uri).database == f"/home/{name}/my runs.db"
+    assert dict(make_url(settled.tracking.uri).query) == {"timeout": "5"}
+    assert absolute(settled, Path("/elsewhere")) == settled
 
 
 def test_without_an_address_tracking_lies_in_the_store() -> None:
