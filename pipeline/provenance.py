@@ -24,6 +24,7 @@ LIBRARIES = ("torch", "ray", "transformers", "tokenizers", "safetensors", "pyarr
 ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD")
 """Settings of this process's memory, without which times mean little."""
 _GIT_SECONDS = 5.0
+_PACKAGE = "__init__.py"
 FLOORS = frozenset({"configs", "model", "cluster", "stages"})
 
 
@@ -76,10 +77,18 @@ def git_state() -> dict[str, Any] | None:
 
 def _git(root: Path, *words: str) -> str | None:
     """What git prints; none if it is not there, refuses, or takes too long."""
-    command = ["git", "-C", str(root), *words]
+    # It only looks: it waits for nobody's lock, and leaves none in the way of a commit.
+    command = ["git", "--no-optional-locks", "-C", str(root), *words]
+    # Under a hook of another checkout, variables lead there.
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_GIT_SECONDS,
+            check=True,
+            env=environment,
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -106,7 +115,8 @@ def source_digest(stage: Stage[Any]) -> str:
     module = stage.run.__module__
     if start is None or not Path(start).is_file():
         return "unknown"
-    root = Path(start).resolve().parents[module.count(".")]
+    file = Path(start).resolve()
+    root = file.parents[module.count(".") + (file.name == _PACKAGE)]
     ours = FLOORS | {module.partition(".")[0]}
     seen: dict[str, Path] = {}
     waiting = [module]
@@ -115,7 +125,8 @@ def source_digest(stage: Stage[Any]) -> str:
         path = _module_file(root, name)
         if name not in seen and path is not None:
             seen[name] = path
-            waiting += [one for one in _imports(path) if one.partition(".")[0] in ours]
+            package = name if path.name == _PACKAGE else name.rpartition(".")[0]
+            waiting += [one for one in _imports(path, package) if one.partition(".")[0] in ours]
     digest = hashlib.sha256()
     for name, path in sorted(seen.items()):
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -124,23 +135,32 @@ def source_digest(stage: Stage[Any]) -> str:
 
 def _module_file(root: Path, name: str) -> Path | None:
     base = root.joinpath(*name.split("."))
-    for path in (base.with_suffix(".py"), base / "__init__.py"):
+    for path in (base.with_suffix(".py"), base / _PACKAGE):
         if path.is_file():
             return path
     return None
 
 
 @cache
-def _imports(path: Path) -> tuple[str, ...]:
-    return tuple(_imported_names(ast.parse(path.read_bytes())))
+def _imports(path: Path, package: str) -> tuple[str, ...]:
+    try:
+        return tuple(_imported_names(ast.parse(path.read_bytes()), package))
+    except (SyntaxError, ValueError):
+        # Of another Python, or half edited: whoever imports it will say so.
+        return ()
 
 
-def _imported_names(tree: ast.Module) -> Iterator[str]:
-    """Dotted names that may be modules: `from a.b import c` yields both `a.b` and `a.b.c`."""
+def _imported_names(tree: ast.Module, package: str) -> Iterator[str]:
+    """Dotted names that may be modules: `from a.b import c` yields both `a.b` and `a.b.c`.
+
+    `from .b import c` is read as in a file of `package`.
+    """
     for statement in ast.walk(tree):
         match statement:
             case ast.Import(names):
                 yield from (alias.name for alias in names)
-            case ast.ImportFrom(module=str(module), names=names, level=0):
-                yield module
-                yield from (f"{module}.{alias.name}" for alias in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                above = package.split(".")[: package.count(".") + 2 - level] if level else []
+                origin = ".".join([*above, *([module] if module else [])])
+                yield origin
+                yield from (f"{origin}.{alias.name}" for alias in names)

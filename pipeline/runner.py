@@ -80,6 +80,8 @@ class Chorus:
 class _Ledger:
     """What later nodes may be made of, and why they may not be made of others."""
 
+    sources: Mapping[str, str]
+    """By node: the digest of its stage's source, as it was when the run began."""
     made: dict[str, Committed] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     """By node that the selection leaves as it is and that cannot be used so: the reason."""
@@ -92,7 +94,8 @@ def realise(graph: Graph, selection: Selection, setting: Setting, run: Run) -> R
     still run. On Ctrl-C the run ends there, marked as interrupted.
     """
     roles = assign_roles(graph, selection)
-    ledger = _Ledger()
+    # Hours later the files may say what this process, which has loaded them, does not do.
+    ledger = _Ledger({node.name: source_digest(node.planned.stage) for node in graph})
     setting.store.records.save(run)
     for node in graph:
         started = time.monotonic()
@@ -170,7 +173,7 @@ def _build(
         # Waiting for another builder is not part of what building took.
         started = time.monotonic()
         try:
-            committed = _fill(slot, node, inputs, setting, run)
+            committed = _fill(slot, node, ledger.sources[node.name], inputs, setting, run)
         except Exception as error:
             other = _made_by_another(slot, node, setting, error)
             ledger.made[node.name] = other
@@ -217,7 +220,12 @@ def _explain(error: Exception, node: Node, setting: Setting, run: Run) -> str:
 
 
 def _fill(
-    slot: Slot, node: Node, inputs: Mapping[str, Committed], setting: Setting, run: Run
+    slot: Slot,
+    node: Node,
+    source: str,
+    inputs: Mapping[str, Committed],
+    setting: Setting,
+    run: Run,
 ) -> Committed:
     """Run the stage in its slot and commit what it made."""
     started = time.monotonic()
@@ -255,7 +263,7 @@ def _fill(
         "recipe": run.recipe,
         "node": node.name,
         "seconds": time.monotonic() - started,
-        "source": source_digest(stage),
+        "source": source,
     }
     return setting.store.commit(slot, node, artifact, inputs, provenance)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -41,11 +42,11 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def digest(package: Path) -> str:
-    for name in [one for one in sys.modules if one.partition(".")[0] == "mine"]:
-        del sys.modules[name]
+def digest(package: Path, name: str = "mine.steps") -> str:
+    for loaded in [one for one in sys.modules if one.partition(".")[0] == "mine"]:
+        del sys.modules[loaded]
     _imports.cache_clear()
-    module = importlib.import_module("mine.steps")
+    module = importlib.import_module(name)
     stage: Stage[Any] = module.made
     return source_digest(stage)
 
@@ -61,6 +62,49 @@ def test_a_change_elsewhere_does_not(package: Path) -> None:
     before = digest(package)
     (package / "other.py").write_text("# changed\n")
     assert digest(package) == before
+
+
+@pytest.mark.parametrize("name", ["mine", "mine.inner"])
+def test_a_stage_in_a_package_itself_is_digested(package: Path, name: str) -> None:
+    folder = package.parent.joinpath(*name.split("."))
+    folder.mkdir(exist_ok=True)
+    (folder / "__init__.py").write_text(STAGE)
+    before = digest(package, name)
+    for changed in (folder / "__init__.py", package / "helper.py"):
+        with changed.open("a") as file:
+            file.write("# changed\n")
+        assert digest(package, name) != before
+        before = digest(package, name)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from . import helper",
+        "from .helper import make",
+        "from .inner import deep",
+        "from .inner.deep import make",
+    ],
+)
+def test_relative_imports_count_too(package: Path, statement: str) -> None:
+    (package / "inner").mkdir()
+    (package / "inner" / "__init__.py").touch()
+    (package / "inner" / "deep.py").write_text("from ..helper import make\n")
+    (package / "helper.py").write_text("def make(): ...\n")
+    (package / "steps.py").write_text(STAGE.replace("from mine import helper", statement))
+    before = digest(package)
+    (package / "helper.py").write_text("def make(): ... # changed\n")
+    assert digest(package) != before
+
+
+def test_a_file_that_is_no_python_is_digested_as_it_is(package: Path) -> None:
+    (package / "helper.py").write_text("def make(): ...\n")
+    before = digest(package)
+    stage: Stage[Any] = importlib.import_module("mine.steps").made
+    for text in ("def make(", "\0"):
+        (package / "helper.py").write_text(text)
+        _imports.cache_clear()
+        assert source_digest(stage) != before
 
 
 def test_provenance_says_where_and_with_what() -> None:
@@ -142,6 +186,26 @@ def test_a_package_in_a_folder_within_a_project_is_no_checkout_of_that_project(
     monkeypatch.setattr(provenance, "__file__", str(inner))
     git_state.cache_clear()
     assert git_state() is None
+
+
+def test_a_commit_elsewhere_changes_nothing_and_is_not_disturbed(
+    checkout: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under a hook of another checkout, whose variables lead there."""
+    checkout("init", "-q")
+    file = tmp_path / "pipeline" / "code.py"
+    file.write_text("one")
+    checkout("add", "-A")
+    checkout("commit", "-qm", "ours")
+    commit, index = checkout("rev-parse", "HEAD"), tmp_path / ".git" / "index"
+    before = index.read_bytes()
+    # Git would note in the index that the file is as it was.
+    os.utime(file, (1, 1))
+    other = tmp_path.parent / f"{tmp_path.name}-other"
+    subprocess.run(["git", "init", "-q", str(other)], check=True)
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    assert git_state() == {"commit": commit, "dirty": False}
+    assert index.read_bytes() == before
 
 
 def test_without_git_the_rest_is_recorded(

@@ -11,6 +11,7 @@ from typing import cast
 import pytest
 
 from configs.parallel import ClusterConfig, StoreConfig
+from pipeline import runner
 from pipeline.graph import make_graph
 from pipeline.lease import newest
 from pipeline.records import Built, Failed, Run, new_run_id
@@ -171,6 +172,26 @@ def test_a_manifest_records_inputs_by_content_and_where_it_was_made(world: World
     assert {"ingot", "python", "source", "seconds"} <= manifest.provenance.keys()
     assert isinstance(Checkpoint.load(str(generation)), Checkpoint)
     assert train.figures == {"loss": pytest.approx(1 / 3)}
+
+
+def test_the_digest_of_a_source_is_that_of_what_ran(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is edited while the stage runs."""
+    text = ["loaded"]
+    monkeypatch.setattr(runner, "source_digest", lambda stage: text[0])
+
+    @stage(revision=1)
+    def edited(config: FakeConfig, work: Workspace) -> Corpus:
+        text[0] = "edited"
+        return cast(Corpus, gather.run(config, work))
+
+    edited_too = stage(revision=2)(edited.run)
+    line = {"one": edited(FakeConfig()), "two": edited_too(FakeConfig())}
+    run = world.run(graph=make_graph(line, HASHES))
+    for node in line:
+        manifest = read_manifest(str(world.generation(run, node)))
+        assert manifest.provenance["source"] == "loaded"
 
 
 def test_the_record_on_disk_is_the_run(world: World) -> None:
