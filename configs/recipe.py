@@ -21,7 +21,7 @@ from configs.parity import ParityConfig
 from configs.rl import PosttrainConfig
 from configs.train import PretrainConfig, check_fp8
 
-_NODE_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_NODE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_][A-Za-z0-9_-]*)*")
 _NODE_NAME_CHARS = 100
 _TAG_FIELDS = ("type", "family")
 """Fields of one fixed value, by which the members of a union are told apart."""
@@ -31,8 +31,9 @@ def check_node_name(name: str) -> str:
     """The name; ValueError if it cannot also name a selector, a file and a logged model."""
     if len(name) > _NODE_NAME_CHARS or not _NODE_NAME.fullmatch(name):
         raise ValueError(
-            f"a node's name is words of A-Z, a-z, 0-9, _ and -, joined by single dots, of at most "
-            f"{_NODE_NAME_CHARS} characters, as posttrain.math; rename {name!r}"
+            "a node's name is words of A-Z, a-z, 0-9, _ and -, none of which begins with -, joined "
+            f"by single dots, of at most {_NODE_NAME_CHARS} characters, as posttrain.math; rename "
+            f"{name!r}"
         )
     return name
 

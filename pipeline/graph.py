@@ -73,7 +73,7 @@ class Graph:
 def make_graph(line: Mapping[str, Planned[Any]], hashes: Hashes) -> Graph:
     """Name, order and identify the nodes of a line, whose files are as `hashes` knows them.
 
-    PlanError if a node's name is none, or an input is not part of the line.
+    PlanError if a node's name is none or hides a stage's, or an input is not part of the line.
     """
     names = {planned: name for name, planned in line.items()}
     for name in line:
@@ -81,6 +81,7 @@ def make_graph(line: Mapping[str, Planned[Any]], hashes: Hashes) -> Graph:
             check_node_name(name)
         except ValueError as error:
             raise PlanError(f"node {name!r}: {error}") from None
+    _check_selectors(line)
     for name, planned in line.items():
         for role, supplier in planned.inputs.items():
             if supplier not in names:
@@ -98,6 +99,17 @@ def make_graph(line: Mapping[str, Planned[Any]], hashes: Hashes) -> Graph:
         fingerprints = {role: nodes[supplier].fingerprint for role, supplier in inputs.items()}
         nodes[name] = Node(name, planned, inputs, identify(planned, fingerprints, hashes))
     return Graph(nodes)
+
+
+def _check_selectors(line: Mapping[str, Planned[Any]]) -> None:
+    """PlanError if a stage that others are built by cannot be selected, for a node has its name."""
+    for name, planned in line.items():
+        stage = planned.stage.name
+        if stage in line and line[stage].stage.name != stage:
+            raise PlanError(
+                f"node {stage}, built by stage {line[stage].stage.name}: its name is that of the "
+                f"stage which builds node {name}, and would select the one or the other; rename it"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from configs.parity import ParityConfig, ParitySpec
 from configs.recipe import NodeConfig, Recipe, explain
 from configs.rl import PosttrainConfig, PosttrainSpec
 from configs.shape import FP8_BLOCK
-from configs.train import PretrainSpec
+from configs.train import PretrainSpec, check_fp8
 from stages.contract import Planned, Stage
 from stages.data.loop import data
 from stages.evaluate.loop import evaluate
@@ -49,6 +49,8 @@ def make_bundles(recipe: Recipe, asked: PosttrainConfig) -> Line:
 
     model = recipe.model if recipe.base is None else read_base(Path(recipe.base))
     check_variants(recipe, model)
+    # As asked, before what this model has no part for is left out.
+    check_fp8("posttrain", asked, model)
     beginning = begin_pretraining(recipe) if recipe.base is None else begin_importing(recipe)
     corpus = beginning["data"]
     first = beginning["pretrain" if recipe.base is None else IMPORT]

@@ -1,5 +1,7 @@
 """Order, names and selectors of the line."""
 
+import re
+
 import pytest
 
 from configs.errors import PlanError
@@ -81,12 +83,36 @@ def test_an_input_without_a_name_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["my/other", "", ".mine", "mine.", "my..other", "my other", "größer", "mine\n", "a" * 101],
+    [
+        "my/other",
+        "",
+        "-x",
+        "my.-x",
+        ".mine",
+        "mine.",
+        "my..other",
+        "my other",
+        "größer",
+        "mine\n",
+        "a" * 101,
+    ],
 )
 def test_a_name_that_is_no_file_no_selector_or_no_models_is_refused(name: str) -> None:
     with pytest.raises(PlanError, match="words of A-Z, a-z, 0-9, _ and -") as caught:
         make_graph({name: make_line()["data"]}, HASHES)
     assert repr(name) in str(caught.value)
+
+
+def test_a_node_that_bears_the_name_of_anothers_stage_is_refused() -> None:
+    line = make_line()
+    line["pack"] = line.pop("judge")
+    told = "node pack, built by stage judge: its name is that of the stage which builds node pack."
+    with pytest.raises(PlanError, match=re.escape(told)):
+        make_graph(line, HASHES)
+    # Of a node that is built by the stage itself, no other is meant.
+    line = make_line()
+    line["pack"] = line.pop("pack.ascend")
+    assert make_graph(line, HASHES).resolve("pack") == ["pack"]
 
 
 @pytest.mark.parametrize("name", ["a", "posttrain.math", "pretrain.fp8.0", "my-other_1", "a" * 100])

@@ -196,6 +196,15 @@ def test_a_recipe_too_large_for_its_base_is_refused_when_planned(
     assert message in str(caught.value)
 
 
+def test_fp8_of_a_part_that_a_base_lacks_is_refused_when_planned(base: Path) -> None:
+    """What the base lacks is otherwise left out of what the recipe means."""
+    with pytest.raises(ConfigError, match=r'posttrain\.fp8\.engram = "fp8", but this model has no'):
+        based_on(base, "posttrain.precision='fp8'", "posttrain.fp8.engram='fp8'")
+    usual = based_on(base, "posttrain.precision='fp8'")
+    mine = based_on(base, "posttrain.precision='fp8'", "posttrain.fp8.engram='high'")
+    assert mine["posttrain"].fingerprint == usual["posttrain"].fingerprint
+
+
 def test_a_base_that_is_nowhere_is_refused_when_planned(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"base = .*no such folder"):
         based_on(tmp_path / "nowhere")
