@@ -25,6 +25,7 @@ from stages.conventions import (
     GENERATION_CONFIG,
     Brought,
     as_field,
+    read_conventions,
     read_end_tokens,
     write_brought,
 )
@@ -60,19 +61,24 @@ def imported(config: ImportSpec, work: Workspace) -> Checkpoint:
     """Read the folder whole and write it as pretraining would have.
 
     ArtifactError names what is missing, damaged or not of a family that is known; ConfigError if
-    its tokenizer does not frame documents as this line does.
+    its tokenizer does not frame documents as this line does. How the model is spoken to is read
+    first: export needs it, hours later.
     """
     folder = Path(config.folder)
     _check_frames(folder)
     work.tracker.note(f"reading {folder}")
     work.lease.check()
-    adopted = adopt_tokenizer(folder / TOKENIZER, vocab_size=read_config(folder).vocab_size)
+    described = read_config(folder)
+    adopted = adopt_tokenizer(folder / TOKENIZER, vocab_size=described.vocab_size)
+    conventions = read_conventions(
+        folder, adopted.tokenizer, max_tokens=described.max_position_embeddings
+    )
     model = consolidate(folder, work.path())
     work.lease.check()
     write_tokenizer(work.path(TOKENIZER), adopted.record)
     brought = Brought(_carry(folder, work), tuple(_left(folder)), adopted.said)
     write_brought(work.path(), brought)
-    for note in brought.notes():
+    for note in (*brought.notes(), *conventions.said):
         work.tracker.note(f"{folder}: {note}")
     facts = {"step": 0, "sequences_seen": 0, "model": model.model_dump(), "final_loss": None}
     return Checkpoint.model_validate({"uri": work.out, **facts})

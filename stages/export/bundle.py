@@ -29,7 +29,7 @@ from stages.export.cuda import Fp8Blocks
 from stages.export.formats import Bf16, Format
 from stages.export.tensors import TensorFolder, write_json, write_weights
 from stages.shards import Int64
-from stages.tokens import TOKENIZER, served_record, write_tokenizer
+from stages.tokens import TOKENIZER, load_tokenizer, served_record, write_tokenizer
 
 ENGRAM_ARCHITECTURE = "IngotEngramForCausalLM"
 """Known to no server, which therefore refuses a model whose memory it could not read."""
@@ -62,7 +62,7 @@ def formats(
     return forms
 
 
-@stage(revision=2)
+@stage(revision=3)
 def export(
     config: ExportSpec, work: Workspace, *, corpus: Corpus, checkpoint: Checkpoint
 ) -> Bundle:
@@ -75,7 +75,9 @@ def export(
     source = TensorFolder(checkpoint.path())
     _check_disk(source, forms, Path(work.out))
     conventions = read_conventions(
-        checkpoint.path(), max_tokens=checkpoint.model.max_position_embeddings
+        checkpoint.path(),
+        load_tokenizer(checkpoint.path(TOKENIZER)),
+        max_tokens=checkpoint.model.max_position_embeddings,
     )
     rows_NS = parity.held_out_rows(corpus, config.export.parity_prompts, seed=config.seed)
     reference = load_pretrained(checkpoint.path())

@@ -177,7 +177,8 @@ def _speaking(source: Checkpoint, conventions: Conventions) -> str:
     else:
         carried = ", ".join(f"`{name}`" for name in brought.carried) or "nothing"
         lines.append(f"- The model was made elsewhere. With it came {carried}, carried through.")
-        lines += [f"- {line[0].upper()}{line[1:]}." for line in brought.notes()]
+        notes = (*brought.notes(), *conventions.said)
+        lines += [f"- {line[0].upper()}{line[1:]}." for line in notes]
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -12,7 +12,13 @@ from configs.errors import ArtifactError
 from configs.imports import ImportSpec
 from model.weights import save_pretrained
 from stages.artifacts import MANIFEST, Bundle, Checkpoint, Manifest
-from stages.conventions import PLAIN_TEMPLATE, carry, read_conventions, read_end_tokens
+from stages.conventions import (
+    PLAIN_TEMPLATE,
+    Conventions,
+    carry,
+    read_conventions,
+    read_end_tokens,
+)
 from stages.export.bundle import export
 from stages.export.client import Client
 from stages.imported import imported
@@ -61,6 +67,31 @@ def theirs(tmp_path: Path) -> Path:
     (folder / "modeling_theirs.py").write_text("raise SystemExit")
     (folder / "preprocessor_config.json").write_text("{}")
     (folder / "README.md").write_text("A model.")
+    return folder
+
+
+def change(folder: Path, file: str, **fields: Any) -> None:
+    record = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(record | fields))
+
+
+def conventions_of(folder: Path) -> Conventions:
+    """Those that export would write for the checkpoint in `folder`."""
+    return read_conventions(folder, load_tokenizer(folder / "tokenizer.json"), max_tokens=64)
+
+
+def served_by(conventions: Conventions, checkpoint: Path, folder: Path) -> Path:
+    """What a client reads of a variant, but for the weights."""
+    folder.mkdir()
+    for name, body in (
+        ("tokenizer.json", json.loads((checkpoint / "tokenizer.json").read_text())),
+        ("tokenizer_config.json", conventions.tokenizer),
+        ("generation_config.json", conventions.generation),
+    ):
+        (folder / name).write_text(json.dumps(body))
+    for name, template in conventions.templates.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(template)
     return folder
 
 
@@ -162,7 +193,7 @@ def test_a_model_that_brought_no_template_gets_the_plain_one(
     for name in ("tokenizer_config.json", "generation_config.json"):
         (theirs / name).unlink()
     checkpoint = take(theirs, tmp_path / "import", recorder)
-    found = read_conventions(checkpoint.path(), max_tokens=64)
+    found = conventions_of(checkpoint.path())
     assert found.tokenizer["chat_template"] == PLAIN_TEMPLATE
     assert "temperature" not in found.generation
     assert found.end_tokens == (1,)
@@ -199,9 +230,8 @@ def test_a_damaged_file_beside_the_model_is_named(
     theirs: Path, tmp_path: Path, recorder: Recorder, name: str
 ) -> None:
     (theirs / name).write_text("{")
-    with pytest.raises(ArtifactError, match=f"{name}: cannot be read as JSON"):
-        checkpoint = take(theirs, tmp_path / "import", recorder)
-        read_conventions(checkpoint.path(), max_tokens=64)
+    with pytest.raises(ArtifactError, match=f"theirs/{name}: cannot be read as JSON"):
+        take(theirs, tmp_path / "import", recorder)
 
 
 def test_the_settings_of_its_last_user_are_switched_off_and_said(
@@ -234,3 +264,87 @@ def test_the_settings_of_its_last_user_are_switched_off_and_said(
     assert "its added tokens '<|extra|>' are dropped" in said
     card = bundle_of(checkpoint, tmp_path).path("bf16", "README.md").read_text()
     assert "its padding is switched off" in card
+
+
+def test_tokens_that_the_model_has_not_do_not_come_back_through_another_file(
+    theirs: Path, tmp_path: Path, recorder: Recorder
+) -> None:
+    record = json.loads((theirs / "tokenizer.json").read_text())
+    like = record["added_tokens"][0]
+    beyond = [like | {"id": MODEL.vocab_size, "content": "[PAD]"}]
+    change(theirs, "tokenizer.json", added_tokens=[*record["added_tokens"], *beyond])
+    fields = {
+        "pad_token": "[PAD]",
+        "unk_token": {"__type": "AddedToken", "content": "[UNK]", "special": True},
+        "mask_token": "1",  # a word like others
+        "sep_token": None,
+        "image_token": "[IMG]",
+        "additional_special_tokens": ["<|end_of_text|>", {"content": "[A]"}],
+        "extra_special_tokens": {"ear": "[B]", "eye": {"content": "<|end_of_text|>"}},
+    }
+    change(theirs, "tokenizer_config.json", **fields)
+    ids = {"pad_token_id": MODEL.vocab_size, "decoder_start_token_id": [0, -1], "bos_token_id": "0"}
+    change(theirs, "generation_config.json", **ids)
+    checkpoint = take(theirs, tmp_path / "import", recorder)
+    folder = served_by(conventions_of(checkpoint.path()), checkpoint.path(), tmp_path / "served")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ours = load_tokenizer(checkpoint.path("tokenizer.json"))
+    assert len(tokenizer) == vocabulary_size(ours)
+    assert tokenizer.pad_token_id == 1
+    ends = dict.fromkeys(("eos_token", "pad_token", "eye"), "<|end_of_text|>")
+    assert tokenizer.special_tokens_map == {"bos_token": "<|begin_of_text|>"} | ends
+    for text in ("x11y", "a [PAD] b", "[A][B][IMG][UNK]"):
+        expected = [0, *ours.encode(text, add_special_tokens=False).ids]
+        assert tokenizer(text)["input_ids"] == expected
+    generation = GenerationConfig.from_pretrained(folder)
+    assert (generation.pad_token_id, generation.bos_token_id) == (1, 0)
+    assert generation.decoder_start_token_id is None
+    said = "\n".join(recorder.notes)
+    for one in (
+        *("pad_token '[PAD]'", "unk_token '[UNK]'", "mask_token '1'", "image_token '[IMG]'"),
+        *("additional_special_tokens[1] '[A]'", "extra_special_tokens['ear'] '[B]'"),
+        "added_tokens_decoder['900'] '<|beyond|>'",
+    ):
+        assert one in said
+    assert "pad_token_id = 384 is left out: it is no token id below vocab_size = 384" in said
+    assert "decoder_start_token_id = [0, -1] is left out" in said
+
+
+def test_what_servers_do_besides_is_named_at_import_and_in_the_card(
+    theirs: Path, tmp_path: Path, recorder: Recorder
+) -> None:
+    change(theirs, "generation_config.json", repetition_penalty=1.1, min_p=0.05, typical_p=1.0)
+    change(theirs, "tokenizer_config.json", pad_token="[PAD]")
+    checkpoint = take(theirs, tmp_path / "import", recorder)
+    line = "generation_config.json: min_p = 0.05, repetition_penalty = 1.1 changes what servers"
+    assert any(line in note for note in recorder.notes)
+    card = bundle_of(checkpoint, tmp_path).path("bf16", "README.md").read_text()
+    assert line[1:] in card
+    assert "pad_token '[PAD]'" in card
+
+
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [
+        ("list", [{"name": "tool", "template": "tools"}]),
+        ("folder", {"tool": "tools"}),
+        ("nowhere", None),
+        ("nowhere", []),
+        ("nowhere", ""),
+    ],
+)
+def test_where_no_template_is_the_default_the_plain_one_is(
+    theirs: Path, tmp_path: Path, recorder: Recorder, where: str, named: Any
+) -> None:
+    change(theirs, "tokenizer_config.json", chat_template=None if where == "folder" else named)
+    if where == "folder":
+        (theirs / "additional_chat_templates").mkdir()
+        (theirs / "additional_chat_templates" / "tool.jinja").write_text("tools")
+    checkpoint = take(theirs, tmp_path / "import", recorder)
+    folder = served_by(conventions_of(checkpoint.path()), checkpoint.path(), tmp_path / "served")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    several = {"default": PLAIN_TEMPLATE, "tool": "tools"}
+    assert tokenizer.chat_template == (PLAIN_TEMPLATE if where == "nowhere" else several)
+    chat = [{"role": "user", "content": "1+1="}]
+    assert Client(folder).encode_chat(chat) == tokenizer.apply_chat_template(chat)["input_ids"]
+    assert ("the plain one is" in "\n".join(recorder.notes)) == (where != "nowhere")

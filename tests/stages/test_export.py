@@ -23,6 +23,7 @@ from stages.export import bundle, parity
 from stages.export.card import Served, render
 from stages.export.cuda import Fp8Blocks
 from stages.export.tensors import TensorFolder, write_weights
+from stages.tokens import load_tokenizer
 from tests.conftest import steal, workspace_at
 from tests.stages.bundles import (
     BRIEF,
@@ -41,7 +42,8 @@ LOOSE: dict[str, Any] = {"min_top1_agreement": 0.5, "max_kl_nats": 0.1, **BRIEF}
 
 def card_of(target: str, variant: str, measured: Parity, corpus: Corpus, source: Checkpoint) -> str:
     """The card of a variant that was asked nothing."""
-    conventions = read_conventions(source.path(), max_tokens=64)
+    tokenizer = load_tokenizer(source.path("tokenizer.json"))
+    conventions = read_conventions(source.path(), tokenizer, max_tokens=64)
     return render(Served(target, variant, measured, None, 1), corpus, source, conventions)
 
 

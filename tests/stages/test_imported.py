@@ -15,9 +15,10 @@ from configs.errors import ArtifactError, ConfigError, DataError, IngotError
 from configs.imports import ImportSpec
 from model.weights import load_pretrained, save_pretrained
 from stages.artifacts import Checkpoint
-from stages.conventions import read_end_tokens
+from stages.conventions import read_conventions, read_end_tokens
 from stages.hashing import Hashes
 from stages.imported import imported, reads
+from stages.tokens import load_tokenizer
 from tests.conftest import workspace_at
 from tests.references import random_model, random_tokens, tiny
 from tests.stages.bundles import MODEL, Notebook, make_tokenizer
@@ -178,6 +179,11 @@ def large_tokenizer() -> Tokenizer:
             ArtifactError,
             "/theirs: lm_head.weight holds values that are not finite",
         ),
+        (
+            with_field("eos_token_id", [1, 384]),
+            ArtifactError,
+            "config.json: eos_token_id = [1, 384] holds 384, which is no token id below vocab_size",
+        ),
         (with_field("eos_token_id", 7), ConfigError, "eos_token_id = 7, but documents are framed"),
         (with_tokenizer(plain_tokenizer()), DataError, "token 0 is 'a', which is not special"),
         (
@@ -205,3 +211,54 @@ def test_a_folder_that_cannot_be_started_from_is_refused(
         take(folder, tmp_path / "out")
     assert message in str(caught.value)
     assert str(folder) in str(caught.value) or "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "body", "said"),
+    [
+        ("tokenizer_config.json", "{", "cannot be read as JSON"),
+        ("tokenizer_config.json", "[" * 100_000, "cannot be read as JSON"),
+        ("tokenizer_config.json", '{"a": "\\ud800"}', "cannot be read as JSON"),
+        ("tokenizer_config.json", "[]", "holds a list, not a table"),
+        ("tokenizer_config.json", '{"chat_template": ["x"]}', "chat_template = .* is neither a"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "chat_template = '5' is neither a"),
+        ("tokenizer_config.json", '{"chat_template": "{%"}', "chat_template is no template, at l"),
+        ("tokenizer_config.json", '{"pad_token": 5}', "pad_token = 5 is no token"),
+        ("tokenizer_config.json", '{"extra_special_tokens": [5]}', r"tokens\[0\] = 5 is no token"),
+        ("tokenizer_config.json", '{"extra_special_tokens": 5}', "tokens = 5 is no token"),
+        ("chat_template.jinja", b"\xff", "cannot be read as text in UTF-8"),
+        ("chat_template.jinja", "{% for %}", "is no template, at line 1"),
+        ("additional_chat_templates/tool.jinja", b"\xff", "cannot be read as text in UTF-8"),
+        ("generation_config.json", "{", "cannot be read as JSON"),
+        ("generation_config.json", '{"temperature": "hot"}', "temperature = 'hot' is no number"),
+        ("generation_config.json", '{"eos_token_id": [1, -1]}', "holds -1, which is no token id"),
+        ("generation_config.json", '{"eos_token_id": 384}', "no token id below vocab_size = 384"),
+        ("generation_config.json", '{"top_p": 3}', "top_p = 3.0, but it must be above 0"),
+    ],
+)
+def test_what_is_wrong_with_how_it_is_spoken_to_is_said_before_its_weights_are_read(
+    folder: Path, tmp_path: Path, file: str, body: str | bytes, said: str
+) -> None:
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_bytes(body if isinstance(body, bytes) else body.encode())
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ArtifactError, match=f"/theirs/{file}.*{said}"):
+        take(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("added", [None, [], {"x": 1}, {"0": "a"}, {"0": {"content": 5}}, 5, "x"])
+def test_odd_lists_of_what_the_tokenizer_has_are_of_no_consequence(
+    folder: Path, tmp_path: Path, added: object
+) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    checkpoint = take(folder, tmp_path / "out")
+    tokenizer = load_tokenizer(checkpoint.path("tokenizer.json"))
+    found = read_conventions(checkpoint.path(), tokenizer, max_tokens=64)
+    assert "added_tokens_decoder" not in found.tokenizer
+
+
+def test_a_template_that_refuses_a_question_is_said_at_import(folder: Path, tmp_path: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('tools are needed') }}")
+    work = workspace_at(tmp_path / "out", notebook := Notebook())
+    imported.run(ImportSpec(folder=str(folder)), work)
+    assert any("refuses a conversation (tools are needed)" in note for note in notebook.notes)

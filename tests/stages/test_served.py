@@ -98,6 +98,7 @@ def test_text_becomes_the_ids_that_transformers_makes_of_it(folder: Path, split:
         ({"do_sample": False, "temperature": 0.6}, Sampling(9, 0.0, (1,))),
         ({"do_sample": None}, Sampling(9, 0.0, (1,))),
         ({"eos_token_id": [1, 5], "top_k": 20}, Sampling(9, 1.0, (1, 5), 20, 1.0)),
+        ({"top_k": -1}, Sampling(9, 1.0, (1,))),
     ],
 )
 def test_sampling_is_what_the_generation_config_says(
@@ -131,7 +132,9 @@ def test_what_is_no_template_is_named_with_its_line(folder: Path) -> None:
     with pytest.raises(ArtifactError, match="no template, at line 2"):
         Client(folder)
     change(folder, "tokenizer_config.json", chat_template=None)
-    with pytest.raises(ArtifactError, match=r"chat_template is NoneType, not text"):
+    with pytest.raises(
+        ArtifactError, match="chat_template holds no default, and there is no chat_temp"
+    ):
         Client(folder)
 
 
@@ -312,7 +315,9 @@ def test_a_bundle_records_what_it_answered(made: tuple[Path, Bundle, Checkpoint]
 def test_conventions_of_a_model_made_here_are_the_lines(
     made: tuple[Path, Bundle, Checkpoint],
 ) -> None:
-    found = read_conventions(made[2].path(), max_tokens=64)
+    tokenizer = load_tokenizer(made[2].path("tokenizer.json"))
+    found = read_conventions(made[2].path(), tokenizer, max_tokens=64)
+    assert found.said == ()
     assert found.end_tokens == (1,)
     assert found.brought is None
     assert found.generation["temperature"] == 1.0
