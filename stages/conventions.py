@@ -123,6 +123,11 @@ def read_conventions(folder: Path, tokenizer: Tokenizer, *, max_tokens: int) -> 
         "bos_token": begin,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
+    if not isinstance(split := config.get("split_special_tokens", False), bool):
+        raise ArtifactError(
+            f"{folder / TOKENIZER_CONFIG}: split_special_tokens = {split!r} is neither true nor "
+            "false; give one, or take it away"
+        )
     templates = _settle_templates(folder, config, said)
     return Conventions(end_tokens, generation, config, templates, brought, tuple(said))
 

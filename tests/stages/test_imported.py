@@ -226,6 +226,7 @@ def test_a_folder_that_cannot_be_started_from_is_refused(
         ("tokenizer_config.json", '{"pad_token": 5}', "pad_token = 5 is no token"),
         ("tokenizer_config.json", '{"extra_special_tokens": [5]}', r"tokens\[0\] = 5 is no token"),
         ("tokenizer_config.json", '{"extra_special_tokens": 5}', "tokens = 5 is no token"),
+        ("tokenizer_config.json", '{"split_special_tokens": "yes"}', "'yes' is neither true nor"),
         ("chat_template.jinja", b"\xff", "cannot be read as text in UTF-8"),
         ("chat_template.jinja", "{% for %}", "is no template, at line 1"),
         ("additional_chat_templates/tool.jinja", b"\xff", "cannot be read as text in UTF-8"),
