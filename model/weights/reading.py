@@ -11,7 +11,8 @@ from typing import Any
 from configs.errors import ArtifactError
 
 SUFFIX = ".safetensors"
-_POINTER = b"version https://git-lfs.github.com/spec/"
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""Begins the small text that git-lfs leaves in place of a file that was not fetched."""
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 """Begin the names of what trainers leave beside weights."""
@@ -24,8 +25,8 @@ _CONVERT = (
 def require_not_pointer(path: Path) -> None:
     """ArtifactError if the file at `path` is a pointer of git-lfs; its first bytes are read."""
     with path.open("rb") as file:
-        begin = file.read(len(_POINTER))
-    if begin == _POINTER:
+        begin = file.read(len(POINTER))
+    if begin == POINTER:
         raise ArtifactError(
             f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` in {path.parent}"
         )

@@ -13,12 +13,11 @@ import pyarrow.parquet as pq
 
 from configs.data import FilesSource
 from configs.errors import DataError
+from model.weights.reading import POINTER
 from stages.hashing import FileSystem, HashedReader
 
 PIECE_CHARS = 4_000
 """A longer `.txt` file is many documents: it is split at blank lines into pieces of this size."""
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""Begins the small text that git-lfs leaves in place of a file that was not fetched."""
 _BREAKS = ("\n\n", "\r\n\r\n", "\n")
 
 
@@ -83,9 +82,9 @@ def split_text(parts: Iterable[str], *, piece_chars: int = PIECE_CHARS) -> Itera
 
 def _require_content(name: str, source: FilesSource, label: str, file: IO[bytes]) -> None:
     """DataError for a pointer that git-lfs left where the file should be."""
-    start = file.read(len(LFS_POINTER))
+    start = file.read(len(POINTER))
     file.seek(0)
-    if start == LFS_POINTER:
+    if start == POINTER:
         raise fault(
             name,
             source,
