@@ -90,8 +90,8 @@ class Overlap:
             after = _share(self.windows_after, self.windows)
             lost = _share(self.cut_chars[PASSAGE], self.train_chars)
             yield (
-                f"held-out text: {before:.1%} of it stood in training text too; "
-                f"{self.cuts[PASSAGE]:,} passages ({lost:.1%} of training text) were cut there, "
+                f"held-out text: {before:.1%} of it stood in documents to train on too; "
+                f"{self.cuts[PASSAGE]:,} passages ({lost:.1%} of their text) were cut there, "
                 f"which leaves {after:.1%}; statistics.json counts them, dropped.jsonl names them"
             )
         if self.cuts[PROBLEM]:

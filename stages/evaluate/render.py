@@ -190,12 +190,12 @@ def _text_lines(comparison: Comparison) -> list[str]:
     )
     found = comparison.overlap
     clean = (
-        f"Of the held-out text {found['text_share_in_training_before']:.2%} stood in training text "
-        f"too ({found['compared']}), and {found['text_share_in_training_after']:.2%} after it was "
-        f"cut there; of {found['problems']:,} held-out problems "
-        f"{found['problems_in_training_before']:,} were stated in training text with an answer, "
-        f"and {found['problems_in_training_after']:,} after they were cut. In all "
-        f"{found['cut_share_of_training_text']:.2%} of the training text was cut."
+        f"Of the held-out text {found['text_share_in_training_before']:.2%} stood in documents to "
+        f"train on too ({found['compared']}), and {found['text_share_in_training_after']:.2%} "
+        f"after it was cut there. Of {found['problems']:,} held-out problems "
+        f"{found['problems_in_training_before']:,} stood there with an answer, and "
+        f"{found['problems_in_training_after']:,} after that. In all "
+        f"{found['cut_share_of_training_text']:.2%} of the text to train on was cut."
     )
     if comparison.no_baseline:
         clean += " What an imported model was trained on before is not known here."

@@ -10,6 +10,7 @@ from configs.v4 import AttentionKind
 from stages.artifacts import Asked, Checkpoint, Corpus, Parity
 from stages.conventions import Conventions
 from stages.tokens import TOKENIZER, frame_texts
+from stages.verifiers import read_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ between two nearly tied experts, so the largest logit error may be far above the
 
 ## How to speak to it
 
-{_speaking(source, conventions)}
+{_speaking(corpus, source, conventions)}
 ## Limits
 
 {_limits(model, variant)}"""
@@ -158,16 +159,22 @@ def _answers(asked: Asked | None, conventions: Conventions) -> str:
     return f"| of {asked.problems:,} held-out problems | |\n{body}"
 
 
-def _speaking(source: Checkpoint, conventions: Conventions) -> str:
+def _speaking(corpus: Corpus, source: Checkpoint, conventions: Conventions) -> str:
     """What stands in front of a prompt, what ends an answer, and what was brought along."""
     begin, end = frame_texts(source.path(TOKENIZER))
     ids = ", ".join(map(str, conventions.end_tokens))
     lines = [
         f"- Every text begins with `{begin}`, which the tokenizer puts in front by itself; "
-        f"documents were trained to end with `{end}`. Answers end with the token ids {ids}.",
+        f"documents were trained to end with `{end}`. Tokens that end an answer: {ids}.",
         "- Text that spells a special token becomes that token in most clients; to have it stay "
         "text, as in training, call the tokenizer with `split_special_tokens=True`.",
     ]
+    if corpus.held_out_problems:
+        one = read_problems(corpus.path("problems", "held_out.parquet"))[0]
+        lines.append(
+            f"- Its corpus asks problems in one form alone, such as `{one.prompt}`, whose right "
+            f"answer is `{one.answer}`. Other forms get answers that mean nothing."
+        )
     brought = conventions.brought
     if brought is None:
         lines.append(

@@ -364,9 +364,9 @@ def test_the_report_says_what_its_intervals_cover_and_what_they_do_not(lab: Lab)
 def test_the_report_says_how_much_held_out_data_stood_in_training_text(lab: Lab) -> None:
     lab.run()
     text = lab.work.path("report.md").read_text()
-    assert "Of the held-out text 7.64% stood in training text too" in text
+    assert "Of the held-out text 7.64% stood in documents to train on too" in text
     assert "and 0.00% after it was cut there" in text
-    assert "of 10 held-out problems 3 were stated" in text
+    assert "Of 10 held-out problems 3 stood there with an answer" in text
     assert lab.report()["held_out_in_training"] == OVERLAP
 
 
