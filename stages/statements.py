@@ -5,7 +5,7 @@ verifier names; it is given the held-out problems once and then every training t
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -131,15 +131,24 @@ def find_arithmetic(problems: Sequence[Posed]) -> Finder:
                 sums.setdefault((right, left), []).append(other)
 
     def find(text: str) -> Iterator[Statement]:
-        found = set()
+        found: set[Statement] = set()
         for numbers in _readings(text):
             values = [number.value for number in numbers]
             for at, operands in enumerate(pairwise(values)):
                 for one in sums.get(operands, ()):
                     found |= set(_statements(text, numbers, at, one))
-        return iter(sorted(found, key=lambda one: (one.start, one.end, one.problem_id)))
+        return _longest(found)
 
     return find
+
+
+def _longest(found: Collection[Statement]) -> Iterator[Statement]:
+    """Those that are no part of another of the same problem, as `= 1` is of `= 1,665`; in order."""
+    end: dict[str, int] = {}
+    for one in sorted(found, key=lambda one: (one.start, -one.end, one.problem_id)):
+        if one.end > end.get(one.problem_id, 0):
+            end[one.problem_id] = one.end
+            yield one
 
 
 def _readings(text: str) -> Iterator[list[_Number]]:

@@ -1,6 +1,5 @@
 """The whole line on the smoke recipe: built once, reused afterwards, rebuilt as asked."""
 
-import json
 import time
 from pathlib import Path
 
@@ -78,11 +77,7 @@ def test_a_second_run_builds_nothing(built: Path) -> None:
     seconds = time.monotonic() - begin
     assert again.returncode == 0, again.stderr
     assert set(outcomes(again.stdout).values()) <= {"outcome", "reused"}
-    # What building took says how fast the machine is.
-    first = json.loads(min((built / ".ingot" / "runs").glob("*.json")).read_text())["seconds"]
-    assert seconds < first / 2, (
-        f"{seconds:.1f} s to find that nothing of {first:.1f} s is to be done"
-    )
+    assert seconds < 30, f"{seconds:.1f} s to find that nothing is to be done"
 
 
 def test_a_changed_setting_rebuilds_its_stage_and_those_after_it_only(built: Path) -> None:

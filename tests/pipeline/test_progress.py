@@ -42,12 +42,9 @@ def test_a_log_gets_one_line_per_interval(
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.2)
     out = io.StringIO()
     display = Display(Console(file=out, width=120))
-    begin = time.monotonic()
-    World(store_config).run(listeners=(display,), train={"seconds": 1.5})
-    # On a busy machine the run takes longer, and has more intervals.
-    intervals = (time.monotonic() - begin) / 0.2
+    World(store_config).run(listeners=(display,), train={"seconds": 0.7})
     lines = out.getvalue().splitlines()
-    assert 2 <= sum(line.startswith("train 3/3 steps") for line in lines) <= intervals
+    assert 2 <= sum(line.startswith("train 3/3 steps") for line in lines) <= 4
     assert any(line.startswith("train built in") for line in lines)
 
 
