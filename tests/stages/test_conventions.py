@@ -147,7 +147,7 @@ def test_template_sampling_and_end_tokens_reach_every_bundle(
             card = (folder / "README.md").read_text()
             assert "`tokenizer_config.json`, `generation_config.json`" in card
             assert "modeling_theirs.py" in card
-            assert "ids 1, 5" in card
+            assert "Tokens that end an answer: 1, 5." in card
     said = "\n".join(recorder.notes)
     assert "not carried through: modeling_theirs.py, preprocessor_config.json" in said
 
