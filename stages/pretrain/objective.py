@@ -84,8 +84,8 @@ class PretrainLoss:
                 continue
             assert block.routing is not None
             experts_TK, scores_TE = block.routing
-            experts_BSK, scores_BSE = experts_TK.unflatten(0, shape), scores_TE.unflatten(0, shape)
-            total = total + sequence_balance_loss(experts_BSK, scores_BSE).sum()
+            scores_BSE = scores_TE.unflatten(0, shape)
+            total = total + sequence_balance_loss(scores_BSE, experts_TK.shape[1]).sum()
         return total
 
 
