@@ -101,7 +101,8 @@ def latest(*roots: Path) -> tuple[Path, int] | None:
 def consolidate(save: Path, config: ModelConfig, folder: Path) -> None:
     """Write the whole model of a sharded save into `folder`, under Hugging Face names."""
     tensors = load_shards(save)
-    state = {name: tensor for name, tensor in tensors.items() if not name.startswith("exp_avg")}
+    # What the optimiser knows stands under `<kind>/<parameter>`.
+    state = {name: tensor for name, tensor in tensors.items() if "/" not in name}
     write_checkpoint(config, families.to_hf(config, state), folder)
 
 

@@ -54,10 +54,10 @@ class AllToAllDispatcher:
         x_TD: Float[Tensor, "T D"],
         experts_TK: Int[Tensor, "T K"],
         gates_TK: Float[Tensor, "T K"],
-        num_experts: int,
+        counts_E: Int[Tensor, " E"],
     ) -> Dispatched:
         """Send each token's copies to the ranks of its experts; gates stay at home."""
-        order_N, counts_E = sort_by_expert(experts_TK, num_experts)
+        order_N = sort_by_expert(experts_TK)
         counts_WL = counts_E.unflatten(0, (self.world, -1))
         arriving_WL = torch.empty_like(counts_WL)
         dist.all_to_all_single(arriving_WL, counts_WL.contiguous(), group=self.group)

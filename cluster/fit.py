@@ -28,7 +28,7 @@ from ray.train.v2.api.config import FailureConfig, RunConfig
 
 from cluster import checkpoint
 from cluster.session import ensure_ray, worker_env
-from cluster.trainer import Batch, LossSpec, Trainer
+from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
 from cluster.workers import await_cpus
 from configs import errors
 from configs.errors import IngotError, LeaseLost, MachineError, TrainingError
@@ -70,6 +70,7 @@ class FitJob:
     tokens_per_step: int
     checkpoint_every_steps: int
     learning_rate: Callable[[int], float]
+    indexer_learning_rate: Callable[[int], float]
     source: StepSource
     loss: Callable[[int], LossSpec]
     """What is minimised at a step."""
@@ -196,7 +197,7 @@ def _train_worker(config: dict[str, Any]) -> None:
 def _steps(job: FitJob) -> None:
     torch.set_num_threads(job.threads)
     rank, world = dist.get_rank(), dist.get_world_size()
-    trainer = Trainer(
+    trainer = build_trainer(
         job.model,
         optim=job.optim,
         balance=job.balance,
@@ -219,7 +220,11 @@ def _steps(job: FitJob) -> None:
         if counting:
             metrics |= drift.figures(trainer.fp8_tallies())
         rate = job.learning_rate(step)
-        metrics |= trainer.optim_step(rate) | {"learning_rate": rate}
+        indexer_rate = job.indexer_learning_rate(step)
+        metrics |= trainer.optim_step(rate, indexer_learning_rate=indexer_rate)
+        metrics["learning_rate"] = rate
+        if "indexer_grad_norm" in metrics:
+            metrics["indexer_learning_rate"] = indexer_rate
         if log is not None:
             metrics["tokens_per_second"] = job.tokens_per_step / (time.perf_counter() - begin)
             job.may_write()

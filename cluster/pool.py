@@ -13,7 +13,7 @@ from torch import Tensor
 from cluster import checkpoint
 from cluster.expert_parallel import join_group
 from cluster.session import ensure_ray
-from cluster.trainer import Batch, LossSpec, Trainer
+from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
 from cluster.workers import Actor, dismiss, free_address, gather, spawn
 from configs.errors import ConfigError
 from configs.parallel import ClusterConfig
@@ -194,7 +194,7 @@ class _TrainWorker:
 
 
 def _trainer(spec: TrainerSpec, start: Path) -> Trainer:
-    trainer = Trainer(
+    trainer = build_trainer(
         read_config(start),
         optim=spec.optim,
         balance=spec.balance,

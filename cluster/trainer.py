@@ -6,13 +6,13 @@ see every rank's tokens through the dispatcher, so their gradients are whole alr
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from cluster.checkpoint import load_shards, save_shard
 from cluster.expert_parallel import AllToAllDispatcher
@@ -25,7 +25,7 @@ from model.engram import set_vocabulary
 from model.fp8.recorder import Recorder, Tally
 from model.fp8.scheme import Numerics, schemes, settle
 from model.moe import RoutedExperts
-from model.optim import adamw, moments, restore_moments
+from model.optim import adamw, moments, rate_group, restore_moments, set_rates
 from model.transformer import Transformer
 from model.weights import families
 
@@ -49,46 +49,67 @@ class LossSpec(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Computing:
+    """How a model's products are computed, and what was asked for."""
+
+    numerics: Numerics
+    products: str
+    """In words, for records."""
+    asked: Precision
+
+
+def build_trainer(
+    config: ModelConfig,
+    *,
+    optim: OptimConfig,
+    balance: BalanceConfig,
+    precision: Precision | Numerics,
+    seed: int,
+    vocabulary: Sequence[int] | None = None,
+) -> "Trainer":
+    """A trainer of a new model, drawn by `seed`, with this rank's share of its experts.
+
+    The experts are divided over the current process group; without one they are all here.
+    `vocabulary` is what a new model's memories are told of its tokens (`model.engram`).
+    """
+    wanted = precision if isinstance(precision, Numerics) else Numerics(precision)
+    # Two models of one job, as a policy and its reference, are watched apart.
+    numerics, products = settle(replace(wanted, recorder=Recorder()), torch.device("cpu"))
+    dispatcher = AllToAllDispatcher() if _in_group() else LocalDispatcher()
+    model = Transformer(config, precision=numerics, dispatcher=dispatcher)
+    if numerics.precision == "fp8" and not schemes(model):
+        numerics = replace(numerics, precision="high")
+        products = "high precision: the table of parts leaves none of this model's to FP8"
+    model.initialize(seed).train()
+    if vocabulary is not None:
+        set_vocabulary(model, vocabulary)
+    computing = Computing(numerics, products, wanted.precision)
+    return Trainer(model, computing, optim=optim, balance=balance)
+
+
 class Trainer:
     """A model with its optimiser on one rank."""
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: Transformer,
+        computing: Computing,
         *,
         optim: OptimConfig,
         balance: BalanceConfig,
-        precision: Precision | Numerics,
-        seed: int,
-        vocabulary: Sequence[int] | None = None,
     ) -> None:
-        """Join the current process group's experts, or hold all of them where there is none.
-
-        `vocabulary` is what a new model's memories are told of its tokens (`model.engram`).
-        """
-        self.parallel = dist.is_initialized() and dist.get_world_size() > 1
-        self.rank = dist.get_rank() if self.parallel else 0
-        self.world = dist.get_world_size() if self.parallel else 1
+        self.model, self.computing, self.numerics = model, computing, computing.numerics
         self.optim, self.balance = optim, balance
-        dispatcher = AllToAllDispatcher() if self.parallel else LocalDispatcher()
-        wanted = precision if isinstance(precision, Numerics) else Numerics(precision)
-        # Two models of one job, as a policy and its reference, are watched apart.
-        self.asked = wanted.precision
-        wanted = replace(wanted, recorder=Recorder())
-        self.numerics, self.products = settle(wanted, torch.device("cpu"))
-        self.model = Transformer(config, precision=self.numerics, dispatcher=dispatcher)
-        if self.numerics.precision == "fp8" and not schemes(self.model):
-            self.numerics = replace(self.numerics, precision="high")
-            self.products = "high precision: the table of parts leaves none of this model's to FP8"
-        self.model.initialize(seed).train()
-        if vocabulary is not None:
-            set_vocabulary(self.model, vocabulary)
-        self.optimizer = adamw(self.model, optim)
+        self.parallel = _in_group()
+        self.rank, self.world = (
+            (dist.get_rank(), dist.get_world_size()) if self.parallel else (0, 1)
+        )
+        self.optimizer = adamw(model, optim)
         self.step = 0
-        sharded = expert_parameter_names(self.model)
-        named = dict(self.model.named_parameters())
-        self.experts = [named[name] for name in sorted(sharded)]
-        self.dense = [parameter for name, parameter in named.items() if name not in sharded]
+        self.sharded = expert_parameter_names(model)
+        self.blocks = list(model.moe_layers().values())
+        self.load_LE = torch.zeros(len(self.blocks), model.config.n_routed_experts).long()
 
     def forward_backward(
         self, batch: Batch, loss: LossSpec, *, counting: bool = False
@@ -105,7 +126,10 @@ class Trainer:
             value.backward()
         finally:
             recorder.stop()
-        for block in self.model.moe_layers().values():
+        for block, load_E in zip(self.blocks, self.load_LE, strict=True):
+            # The MTP layer is at rest where only the next token is predicted.
+            load_E += block.load_E
+            block.load_E.zero_()
             block.routing = None
         metrics = self._sum({"loss": float(value.detach()), **metrics})
         if not all(torch.isfinite(torch.tensor(list(metrics.values())))):
@@ -135,59 +159,68 @@ class Trainer:
 
     def news(self) -> dict[str, Any]:
         """What a first record says of how this process computes; a note if not as was asked."""
-        told: dict[str, Any] = {"tags": {"fp8.products": self.products}}
-        if self.asked != self.numerics.precision:
-            told["notes"] = [f"warning: {self.products}"]
+        products = self.computing.products
+        told: dict[str, Any] = {"tags": {"fp8.products": products}}
+        if self.computing.asked != self.numerics.precision:
+            told["notes"] = [f"warning: {products}"]
         return told
 
-    def optim_step(self, learning_rate: float) -> dict[str, Any]:
+    def optim_step(
+        self, learning_rate: float, *, indexer_learning_rate: float | None = None
+    ) -> dict[str, Any]:
         """Sum and clip gradients, step AdamW, move the routing bias.
 
-        TrainingError, before anything is changed, if the gradient is not finite. Returns
-        `grad_norm` before clipping, `imbalance` (the worst of the layers whose routing can be
-        balanced, 0 where none can) and `expert_load`, every layer's share of token copies by
-        expert.
+        A parameter without a gradient stays as it is; which those are, the graph says, and that is
+        the same on all ranks. Indexers are clipped by a norm of their own.
+
+        TrainingError, before anything is changed, if a gradient is not finite. Returns `grad_norm`
+        and, where indexers learnt, `indexer_grad_norm`, both before clipping; `imbalance` (the
+        worst of the layers whose routing can be balanced, 0 where none can) and `expert_load`,
+        every layer's share of token copies by expert.
         """
-        for parameter in [*self.dense, *self.experts]:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        grads = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         if self.parallel:
-            self._all_reduce([grad_of(parameter) for parameter in self.dense])
-        norm = self._grad_norm()
-        if not math.isfinite(norm):
+            self._all_reduce([grad for name, grad in grads.items() if name not in self.sharded])
+        norms = self._grad_norms(grads)
+        if not all(map(math.isfinite, norms.values())):
             raise TrainingError(
-                f"step {self.step + 1}: the gradient's norm is {norm}{self._culprit()}; lower the "
-                "learning rate, or look at the batch"
+                f"step {self.step + 1}: not finite: {norms}{self._culprit()}; lower the learning "
+                "rate, or look at the batch"
             )
-        factor = min(1.0, self.optim.max_grad_norm / (norm + 1e-6))
-        for parameter in [*self.dense, *self.experts]:
-            grad_of(parameter).mul_(factor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["lr_factor"]
+        factors = {
+            name: min(1.0, self.optim.max_grad_norm / (n + 1e-6)) for name, n in norms.items()
+        }
+        for name, grad in grads.items():
+            grad.mul_(factors[_norm_of(name)])
+        set_rates(
+            self.optimizer,
+            learning_rate,
+            indexer_learning_rate=indexer_learning_rate,
+            table_rate_factor=self.optim.table_rate_factor,
+        )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.numerics.recorder.forget()
         self.step += 1
-        return {"grad_norm": norm} | self._rebalance()
+        return norms | self._rebalance()
 
     def state(self) -> dict[str, Tensor]:
         """This rank's part of the weights: its experts and, on rank 0, everything else."""
-        mine = expert_parameter_names(self.model)
         state = self.model.state_dict()
-        return {n: t for n, t in state.items() if n in mine or self.rank == 0}
+        return {n: t for n, t in state.items() if n in self.sharded or self.rank == 0}
 
     def save(self, folder: Path) -> None:
         """Write this rank's shard of the weights and moments."""
-        mine = expert_parameter_names(self.model)
-        kept = {n: t for n, t in self.model.named_parameters() if n in mine or self.rank == 0}
-        tensors = self.state() | moments(self.optimizer, kept.items())
+        named = self.model.named_parameters()
+        mine = [(n, p) for n, p in named if n in self.sharded or self.rank == 0]
+        tensors = self.state() | moments(self.optimizer, mine)
         save_shard(folder, tensors, self.expert_ranges(), rank=self.rank, world=self.world)
 
     def load(self, folder: Path, *, step: int) -> None:
         """Read a sharded save, whatever number of ranks wrote it."""
         tensors = load_shards(folder, self.expert_ranges())
         self.load_weights(tensors)
-        restore_moments(self.optimizer, self.model.named_parameters(), tensors, step)
+        restore_moments(self.optimizer, self.model.named_parameters(), tensors)
         self.step = step
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
@@ -224,33 +257,37 @@ class Trainer:
         return "" if place is None else f", first in {recorder.role(place).replace('_', ' ')}"
 
     def _rebalance(self) -> dict[str, Any]:
-        blocks = list(self.model.moe_layers().values())
-        if not blocks:
+        if not self.blocks:
             return {}
-        load_LE = torch.stack([block.load_E for block in blocks])
         if self.parallel:
-            dist.all_reduce(load_LE)
-        load_LE = load_LE.float()
-        worst = 0.0
-        for block, load_E in zip(blocks, load_LE, strict=True):
+            dist.all_reduce(self.load_LE)
+        load_LE, worst = self.load_LE.float(), 0.0
+        for block, load_E in zip(self.blocks, load_LE, strict=True):
             if (bias := block.bias_E) is not None:
                 bias.copy_(updated_bias(bias, load_E, self.balance.bias_update_speed))
                 worst = max(worst, imbalance(load_E))
-            block.load_E.zero_()
-        # The MTP layer's experts have no load where only the next token is predicted.
+        self.load_LE.zero_()
         share_LE = load_LE / load_LE.sum(1, keepdim=True).clamp_min(1)
         load = [[round(share, 5) for share in row] for row in share_LE.tolist()]
         return {"imbalance": worst, "expert_load": load}
 
-    def _grad_norm(self) -> float:
-        dense = sum(float(grad_of(p).double().square().sum()) for p in self.dense)
-        experts = torch.tensor(
-            sum(float(grad_of(p).double().square().sum()) for p in self.experts),
-            dtype=torch.float64,
-        )
-        if self.parallel:
-            dist.all_reduce(experts)
-        return float((dense + experts) ** 0.5)
+    def _grad_norms(self, grads: Mapping[str, Tensor]) -> dict[str, float]:
+        """The Euclidean norm of each group's gradients over all ranks, in float64.
+
+        Dense gradients are summed already and equal on all ranks, so that each counts once.
+        """
+        squares = dict.fromkeys(map(_norm_of, grads), 0.0)
+        shared = 0.0
+        for name, grad in grads.items():
+            square = float(grad.double().square().sum())
+            if name in self.sharded:
+                shared += square
+            else:
+                squares[_norm_of(name)] += square
+        experts = self._sum({"experts": shared})["experts"]
+        norms = {"grad_norm": 0.0} | squares
+        norms["grad_norm"] += experts
+        return {name: square**0.5 for name, square in norms.items()}
 
     def _all_reduce(self, tensors: list[Tensor]) -> None:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -269,10 +306,13 @@ class Trainer:
         return dict(zip(keys, total.tolist(), strict=True))
 
 
-def grad_of(parameter: nn.Parameter) -> Tensor:
-    """The gradient, which must be there."""
-    assert parameter.grad is not None
-    return parameter.grad
+def _norm_of(parameter: str) -> str:
+    """The name of the norm that the parameter's gradient is clipped by."""
+    return "indexer_grad_norm" if rate_group(parameter) == "indexer" else "grad_norm"
+
+
+def _in_group() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def expert_parameter_names(model: Transformer) -> set[str]:

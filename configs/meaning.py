@@ -12,7 +12,7 @@ from configs.data import SLIP_STEPS, ArithmeticSource, DataConfig, Source
 from configs.delivery import ExportConfig, Target, Variant
 from configs.model import ModelConfig
 from configs.rl import PosttrainConfig
-from configs.train import Fp8Config, OptimConfig, PretrainConfig
+from configs.train import Fp8Config, IndexerConfig, OptimConfig, PretrainConfig
 
 ConfigT = TypeVar("ConfigT", bound=Frozen)
 OptimT = TypeVar("OptimT", bound=OptimConfig)
@@ -41,6 +41,7 @@ def meant_pretrain(pretrain: PretrainConfig, model: ModelConfig) -> PretrainConf
     update = {
         "fp8": _meant_fp8(pretrain.fp8, model, is_used=pretrain.precision == "fp8"),
         "optim": _meant_optim(pretrain.optim, model),
+        "indexer": _meant_indexer(pretrain.indexer),
     }
     return reset(pretrain.model_copy(update=update), *idle)
 
@@ -100,6 +101,11 @@ def _meant_fp8(fp8: Fp8Config, model: ModelConfig, *, is_used: bool) -> Fp8Confi
         if value in ("fp8", "high") and name not in model.parts
     }
     return reset(fp8, *products)
+
+
+def _meant_indexer(indexer: IndexerConfig) -> IndexerConfig:
+    """Without the rate of a phase that has no steps."""
+    return indexer if indexer.dense_steps else reset(indexer, "dense_learning_rate")
 
 
 def _meant_optim(optim: OptimT, model: ModelConfig) -> OptimT:

@@ -137,6 +137,16 @@ class IndexerConfig(Frozen):
     them attention keeps to what the indexer picks, and it learns the distribution over that."""
     loss_weight: float = Field(default=1.0, gt=0)
     """Of the divergences, each a mean over queries, summed over the layers that have an indexer."""
+    dense_learning_rate: float = Field(default=1e-3, gt=0)
+    """Of the indexer in the first `dense_steps`; the model's schedule does not touch it, nor does
+    the model's gradient in clipping."""
+    sparse_learning_rate: float = Field(default=7.3e-6, gt=0)
+    """Of the indexer after them: that of the whole model there, which was trained already. One that
+    is still learning moves its attention away from so slow an indexer."""
+
+    def learning_rate(self, step: int) -> float:
+        """The indexer's rate at `step`, the first of which is 1."""
+        return self.dense_learning_rate if step <= self.dense_steps else self.sparse_learning_rate
 
 
 class PretrainConfig(Frozen):

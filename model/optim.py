@@ -2,21 +2,25 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from configs.errors import ConfigError
 from configs.train import OptimConfig
 from model.engram import MemoryTable
+
+RateGroup = Literal["model", "table", "indexer"]
+"""Parameters that share a learning rate."""
 
 
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, whose moments rest in a type of their own between steps.
 
-    DeepSeek-V3 keeps them in bfloat16 (section 3.3.3). A step widens one parameter's moments at a
-    time to float32 and rounds them to nearest when it is done; so it does a parameter that is not
-    float32 itself.
+    DeepSeek-V3 keeps them in bfloat16 (section 3.3.3). A step casts one parameter's moments at a
+    time to float32 and rounds them to nearest when it is done. A parameter without a gradient is
+    left alone: neither its moments nor its weight decay move it.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
@@ -50,10 +54,9 @@ class AdamW(torch.optim.AdamW):
                 state[name] = torch.zeros_like(parameter, dtype=self.rest_dtype)
         state["step"] += 1
         first, second = (state[name].float() for name in ("exp_avg", "exp_avg_sq"))
-        wide = parameter.float()
         torch._fused_adamw_(
-            [wide],
-            [slope.float()],
+            [parameter],
+            [slope],
             [first],
             [second],
             [],
@@ -66,15 +69,13 @@ class AdamW(torch.optim.AdamW):
             amsgrad=False,
             maximize=False,
         )
-        if wide is not parameter:
-            parameter.copy_(wide)
         if first is not state["exp_avg"]:
             state["exp_avg"].copy_(first)
             state["exp_avg_sq"].copy_(second)
 
 
 def adamw(model: nn.Module, config: OptimConfig) -> AdamW:
-    """Weight decay on matrices only, AdamW's update for every parameter.
+    """Weight decay on matrices only, AdamW's update for every parameter that has a gradient.
 
     A matrix is what has at least two dimensions and begins at random, V4's generators of
     hyper-connection weights among them. What a module lists in its `initial_values` is an offset, a
@@ -83,26 +84,61 @@ def adamw(model: nn.Module, config: OptimConfig) -> AdamW:
     are vectors.
 
     Tables of n-grams do not decay either, or rows would fade from one reading to the next, and
-    they learn at `config.table_rate_factor` times the rate. Each group says its factor of the rate
-    as `lr_factor`, for whoever sets `lr`.
+    they learn at `config.table_rate_factor` times the rate. Indexers have groups of their own, for
+    they learn from another loss at another rate (`set_rates`).
+
+    ConfigError for a parameter that is not float32: a bfloat16 one has 8 bits, of which an update
+    a thousandth as large as the weight changes none, so that training would stand still.
     """
-    tables = [m.weight for m in model.modules() if isinstance(m, MemoryTable)]
-    apart = {id(table) for table in tables}
-    others = [p for p in model.parameters() if id(p) not in apart]
-    constant = {id(p) for p in _start_at_a_constant(model)}
-    decaying = [p for p in others if p.dim() > 1 and id(p) not in constant]
-    matrices = {id(p) for p in decaying}
-    staying = [p for p in others if id(p) not in matrices]
-    rate, factor = config.learning_rate, config.table_rate_factor
-    groups: list[dict[str, Any]] = [
-        {"params": decaying, "weight_decay": config.weight_decay, "lr_factor": 1.0},
-        {"params": staying, "weight_decay": 0.0, "lr_factor": 1.0},
-    ]
-    if tables:
-        groups.append(
-            {"params": tables, "weight_decay": 0.0, "lr_factor": factor, "lr": rate * factor}
-        )
-    return AdamW(groups, config)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ConfigError(
+                f"{name} is {str(parameter.dtype).removeprefix('torch.')}, and AdamW's small "
+                "updates need float32 weights to add to; cast the model with .float()"
+            )
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, MemoryTable)}
+    constants = {id(p) for p in _start_at_a_constant(model)}
+    groups: dict[tuple[RateGroup, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        matrix = parameter.dim() > 1 and id(parameter) not in constants | tables
+        group: RateGroup = "table" if id(parameter) in tables else rate_group(name)
+        decay = config.weight_decay if matrix else 0.0
+        groups.setdefault((group, decay), []).append(parameter)
+    optimizer = AdamW(
+        [
+            {"params": parameters, "weight_decay": decay, "rate_group": group}
+            for (group, decay), parameters in groups.items()
+        ],
+        config,
+    )
+    set_rates(optimizer, config.learning_rate, table_rate_factor=config.table_rate_factor)
+    return optimizer
+
+
+def rate_group(name: str) -> Literal["model", "indexer"]:
+    """Whose learning rate and clip the parameter `name` follows.
+
+    An indexer's loss reaches nothing but the indexer, and no other loss reaches it. Under one clip
+    the larger of two unrelated gradients would shrink the other.
+    """
+    return "indexer" if "indexer" in name.split(".") else "model"
+
+
+def set_rates(
+    optimizer: AdamW,
+    learning_rate: float,
+    *,
+    indexer_learning_rate: float | None = None,
+    table_rate_factor: float,
+) -> None:
+    """Set the rates of the next step; an indexer's is the model's unless given."""
+    rates: dict[RateGroup, float] = {
+        "model": learning_rate,
+        "table": learning_rate * table_rate_factor,
+        "indexer": learning_rate if indexer_learning_rate is None else indexer_learning_rate,
+    }
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["rate_group"]]
 
 
 def warmup_cosine(
@@ -120,13 +156,20 @@ def warmup_cosine(
 
 
 def moments(optimizer: AdamW, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-    """First and second moments by parameter name: `exp_avg/<name>`, `exp_avg_sq/<name>`."""
+    """What the optimiser knows of each parameter, by its name.
+
+    `exp_avg/<name>` and `exp_avg_sq/<name>` are the first and second moments, shaped as the
+    parameter is; `updates/<name>` says how many updates each of its rows has had, float32 [rows].
+    Nothing is there of a parameter that never had a gradient.
+    """
     found = {}
     for name, parameter in named:
         state = optimizer.state.get(parameter)
         if state:
             found[f"exp_avg/{name}"] = state["exp_avg"]
             found[f"exp_avg_sq/{name}"] = state["exp_avg_sq"]
+            # By rows, so that stacked experts can be saved and read one by one.
+            found[f"updates/{name}"] = state["step"].expand(len(parameter))
     return found
 
 
@@ -134,12 +177,14 @@ def restore_moments(
     optimizer: AdamW,
     named: Iterable[tuple[str, nn.Parameter]],
     tensors: Mapping[str, Tensor],
-    step: int,
 ) -> None:
-    """Put back what `moments` gave, after `step` optimiser steps."""
+    """Put back what `moments` gave."""
     for name, parameter in named:
+        if f"updates/{name}" not in tensors:
+            optimizer.state.pop(parameter, None)
+            continue
         optimizer.state[parameter] = {
-            "step": torch.tensor(float(step)),
+            "step": tensors[f"updates/{name}"][0].to(parameter.device, copy=True),
             "exp_avg": optimizer.rest(tensors[f"exp_avg/{name}"]),
             "exp_avg_sq": optimizer.rest(tensors[f"exp_avg_sq/{name}"]),
         }

@@ -21,7 +21,7 @@ from stages.telemetry import SAVES, begin_metrics, following, open_metrics, writ
 from stages.tokens import load_tokenizer, vocabulary_size
 
 
-@stage(revision=4)
+@stage(revision=5)
 def pretrain(config: PretrainSpec, work: Workspace, *, corpus: Corpus) -> Checkpoint:
     """Train a model on the corpus, over expert-parallel workers."""
     if corpus.vocab_size > config.model.vocab_size:
@@ -62,6 +62,7 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus) -> FitJob:
         tokens_per_step=train.batch_sequences * corpus.sequence_tokens,
         checkpoint_every_steps=train.checkpoint_every_steps,
         learning_rate=partial(learning_rate, train),
+        indexer_learning_rate=train.indexer.learning_rate,
         source=PackedBatches(str(corpus.path("train")), train.batch_sequences, config.seed),
         loss=partial(loss_at, train),
         saves=tuple(map(str, saves)),

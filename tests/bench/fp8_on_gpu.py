@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cluster.trainer import Trainer
+from cluster.trainer import build_trainer
 from configs.model import V3Config
 from configs.train import BalanceConfig, OptimConfig, Precision
 from model.fp8.backends import Backend, backend_for
@@ -326,9 +326,9 @@ def training_step(precision: Precision, device: torch.device) -> Step:
     name = "bf16" if precision == "high" else "fp8"
     try:
         optim, loss = OptimConfig(), PretrainLoss(0.3, 1e-4, True)
-        if "device" in inspect.signature(Trainer).parameters:
+        if "device" in inspect.signature(build_trainer).parameters:
             options: dict[str, Any] = {"device": device}
-            trainer = Trainer(
+            trainer = build_trainer(
                 MODEL,
                 optim=optim,
                 balance=BalanceConfig(),

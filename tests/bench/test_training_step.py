@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cluster.trainer import Trainer
+from cluster.trainer import Trainer, build_trainer
 from configs.model import V3Config
 from configs.recipe import load_recipe
 from configs.train import Precision
@@ -42,7 +42,9 @@ LIMITS = {"tiny": 1.4, "hidden 1024": 1.25}
 
 def trainer(model: V3Config, precision: Precision) -> Trainer:
     train = TINY.pretrain
-    return Trainer(model, optim=train.optim, balance=train.balance, precision=precision, seed=0)
+    return build_trainer(
+        model, optim=train.optim, balance=train.balance, precision=precision, seed=0
+    )
 
 
 def batch_of(sequences: int) -> dict[str, Tensor]:

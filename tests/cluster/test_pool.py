@@ -10,7 +10,7 @@ import torch
 from cluster.checkpoint import latest
 from cluster.generation import merge_shards
 from cluster.pool import TrainerPool, TrainerSpec, open_trainers
-from cluster.trainer import Trainer
+from cluster.trainer import build_trainer
 from cluster.workers import WorkerDied
 from configs.errors import ConfigError, MachineError, TrainingError
 from configs.parallel import ClusterConfig
@@ -44,7 +44,7 @@ def batch(step: int) -> dict[str, torch.Tensor]:
 
 
 def test_a_pool_trains_as_one_trainer_does(pool: TrainerPool, tmp_path: Path) -> None:
-    alone = Trainer(TINY, optim=OPTIM, balance=BALANCE, precision="high", seed=0)
+    alone = build_trainer(TINY, optim=OPTIM, balance=BALANCE, precision="high", seed=0)
     model = random_model()
     alone.load_weights(model.state_dict())
     for step in (1, 2):

@@ -23,6 +23,11 @@ def fingerprints(recipe: str, *sets: str) -> dict[str, str]:
     [
         ("tiny", (), "pretrain.indexer.dense_steps=3"),
         ("tiny", (), "pretrain.indexer.loss_weight=2.0"),
+        (
+            "tiny-v3.2",
+            ("pretrain.indexer.dense_steps=0",),
+            "pretrain.indexer.dense_learning_rate=1e-5",
+        ),
         ("tiny", (), "posttrain.fp8.head='fp8'"),
         ("tiny", (), "posttrain.fp8.scaling='tensor'"),
         ("tiny", (HIGH,), "pretrain.fp8.attention='high'"),
@@ -56,6 +61,8 @@ def test_a_setting_without_meaning_rebuilds_nothing(
     ("recipe", "base", "setting", "first"),
     [
         ("tiny-v3.2", (), "pretrain.indexer.dense_steps=3", "pretrain"),
+        ("tiny-v3.2", (), "pretrain.indexer.dense_learning_rate=1e-5", "pretrain"),
+        ("tiny-v3.2", (), "pretrain.indexer.sparse_learning_rate=1e-5", "pretrain"),
         ("tiny-engram", (), "pretrain.optim.table_rate_factor=2.0", "pretrain"),
         ("tiny", ("posttrain.precision='fp8'",), "posttrain.fp8.head='fp8'", "posttrain"),
         ("tiny", (), "pretrain.fp8.head='fp8'", "pretrain"),
