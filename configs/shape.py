@@ -8,6 +8,7 @@ from configs.base import Frozen
 from configs.engram import EngramConfig
 
 Family = Literal["v3", "v32", "v4"]
+ScoreFunction = Literal["sigmoid", "sqrt_softplus"]
 FP8_BLOCK = 128
 """Rows, and columns, that one scale of an FP8 weight is for."""
 
@@ -94,6 +95,21 @@ class ModelConfig(Frozen):
     def streams(self) -> int:
         """Residual streams; 1 unless the family has hyper-connections."""
         return 1
+
+    @property
+    def score_function(self) -> ScoreFunction:
+        """What makes an expert's score of its logit."""
+        return "sigmoid"
+
+    @property
+    def routing_groups(self) -> tuple[int, int]:
+        """(groups of experts, groups that one token's experts may come from)."""
+        return 1, 1
+
+    @property
+    def activation_limit(self) -> float | None:
+        """What gate and up are clamped to in front of an expert's activation, if anything."""
+        return None
 
     @property
     def has_indexer(self) -> bool:

@@ -67,6 +67,11 @@ class V3Config(ModelConfig):
         return self
 
     @property
+    def routing_groups(self) -> tuple[int, int]:
+        """Node-limited routing: `n_group`, of which a token reaches `topk_group`."""
+        return self.n_group, self.topk_group
+
+    @property
     def qk_head_dim(self) -> int:
         """Width of one query or key head."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from configs.shape import ModelConfig, YarnConfig
+from configs.shape import ModelConfig, ScoreFunction, YarnConfig
 
 AttentionKind = Literal["window", "csa", "hca"]
 
@@ -100,6 +100,16 @@ class V4Config(ModelConfig):
     def streams(self) -> int:
         """`hc_mult`."""
         return self.hc_mult
+
+    @property
+    def score_function(self) -> ScoreFunction:
+        """sqrt(softplus(logit))."""
+        return "sqrt_softplus"
+
+    @property
+    def activation_limit(self) -> float | None:
+        """`swiglu_limit`."""
+        return self.swiglu_limit
 
     @property
     def has_indexer(self) -> bool:

@@ -23,6 +23,7 @@ from model.fp8.scheme import Numerics
 from model.layers import RMSNorm
 from model.passes import Cache, Pass, Step
 from model.rope import rotate, rotate_tail, shared_rotary_table, softmax_factor
+from model.widening import widened
 
 LATENT_NORM_EPSILON = 1e-6
 """The two latent norms keep this value whatever `rms_norm_eps` says, as in the reference."""
@@ -198,15 +199,20 @@ def absorbed(
     """Heads' outputs and probabilities of queries with entries of their own, where `visible`.
 
     W_UK goes into the query and W_UV into the output, so that no entry is ever expanded. The
-    probabilities pass no gradient on.
+    probabilities pass no gradient on. All of it is float32 at least inside, probabilities too; the
+    outputs are rounded to the queries' type.
     """
+    dtype = q_nope_QHN.dtype
+    q_nope_QHN, q_rope_QHR, entries_QLW = map(widened, (q_nope_QHN, q_rope_QHR, entries_QLW))
+    key_HNC, value_HVC = widened(key_HNC), widened(value_HVC)
     # One product a head: what einsum would do, without what it costs to plan it.
     q_QHC = torch.bmm(q_nope_QHN.transpose(0, 1), key_HNC).transpose(0, 1)
     q_QHW = torch.cat([q_QHC, q_rope_QHR], dim=-1)
     over_entries = _OverEntries.apply if torch.is_grad_enabled() else _over_entries
     out_QHW, weight_QHL = over_entries(q_QHW * scale, entries_QLW, visible_QL)
     latent_HQC = out_QHW[..., : key_HNC.shape[-1]].transpose(0, 1)
-    return torch.bmm(latent_HQC, value_HVC.transpose(1, 2)).transpose(0, 1), weight_QHL
+    out_QHV = torch.bmm(latent_HQC, value_HVC.transpose(1, 2)).transpose(0, 1)
+    return out_QHV.to(dtype), weight_QHL
 
 
 class _OverEntries(torch.autograd.Function):

@@ -35,7 +35,7 @@ def causal_attention(
     The mask must be false for later keys, and true somewhere for each query.
     """
     in_blocks = q_BHSQ.device.type == "cpu" and q_BHSQ.dtype in (torch.float32, torch.float64)
-    if in_blocks and q_BHSQ.shape[2] <= LONGEST:
+    if in_blocks and 0 < q_BHSQ.shape[2] <= LONGEST:
         out_BSHV: Tensor = _CausalAttention.apply(q_BHSQ, k_BHSQ, v_BHSV, mask_B1SS, scale)
         return out_BSHV
     return F.scaled_dot_product_attention(

@@ -25,10 +25,11 @@ from configs.model import V4Config
 from model.fp8.linear import Linear, together
 from model.fp8.scheme import HIGH, Numerics
 from model.indexer import NONE, choose, divergence, index_scores
-from model.layers import RMSNorm, widened
+from model.layers import RMSNorm
 from model.multiquery import Sight, gathered
 from model.passes import Cache, Step, Whole
 from model.rope import rotate_tail, shared_rotary_table
+from model.widening import widened
 
 CHUNK_SCORES = 2**24
 """Scores [B, C, J, L] of an indexer that are built at a time: 64 MiB in float32."""
@@ -109,8 +110,7 @@ class Compressor(nn.Module):
 
     def _pool(self, kv: Tensor, gate: Tensor, table: Tensor, block: Tensor) -> Tensor:
         """Entries [*B, W] of candidates [*B, M, W], turned to the first position of each block."""
-        weights = gate.softmax(-2).to(kv.dtype)
-        pooled = self.kv_norm((kv * weights).sum(-2))
+        pooled = self.kv_norm((kv * gate.softmax(-2)).sum(-2).to(kv.dtype))
         return rotate_tail(pooled, table, block * self.ratio)
 
     def _finish(self, raw_NRE: Tensor, block_N: Tensor, reach: int) -> Float[Tensor, "N W"]:
@@ -226,12 +226,12 @@ class BlockIndexer(Compressor):
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-        return total / (rows * length)
+        return total / max(1, rows * length)
 
     def _chunks(self, rows: int, length: int, blocks: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of queries whose scores fit into a chunk."""
         heads = self.config.index_n_heads
-        step = max(1, CHUNK_SCORES // (rows * heads * max(blocks, 1)))
+        step = max(1, CHUNK_SCORES // max(1, rows * heads * blocks))
         return ((start, min(start + step, length)) for start in range(0, length, step))
 
 

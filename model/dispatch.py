@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from model.widening import widened
+
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
@@ -33,7 +35,8 @@ class Dispatched:
         """Each row's sum of its visits' results, by gate; 0 for a row without visits."""
         if self.gates_N is not None:
             y_ND = y_ND * self.gates_N.unsqueeze(1)
-        return torch.zeros_like(self.x_RD).index_add(0, self.rows_N, y_ND)
+        sums_RD = torch.zeros_like(widened(self.x_RD)).index_add(0, self.rows_N, widened(y_ND))
+        return sums_RD.to(self.x_RD.dtype)
 
 
 @runtime_checkable
@@ -48,9 +51,9 @@ class TokenDispatcher(Protocol):
         x_TD: Float[Tensor, "T D"],
         experts_TK: Int[Tensor, "T K"],
         gates_TK: Float[Tensor, "T K"],
-        num_experts: int,
+        counts_E: Int[Tensor, " E"],
     ) -> Dispatched:
-        """Send each token to each of its experts."""
+        """Send each token to each of its experts; `counts` says how often each was chosen here."""
 
     def combine(
         self, y_RD: Float[Tensor, "R D"], gates_TK: Float[Tensor, "T K"], sent: Dispatched
@@ -70,10 +73,10 @@ class LocalDispatcher:
         x_TD: Float[Tensor, "T D"],
         experts_TK: Int[Tensor, "T K"],
         gates_TK: Float[Tensor, "T K"],
-        num_experts: int,
+        counts_E: Int[Tensor, " E"],
     ) -> Dispatched:
         """Visits sorted by expert; equal experts keep the order of tokens."""
-        order_N, counts_E = sort_by_expert(experts_TK, num_experts)
+        order_N = sort_by_expert(experts_TK)
         gates_N = gates_TK.flatten().index_select(0, order_N).to(x_TD.dtype)
         return Dispatched(x_TD, order_N // experts_TK.shape[1], counts_E, gates_N, None)
 
@@ -84,7 +87,6 @@ class LocalDispatcher:
         return y_RD
 
 
-def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """(order_N, counts_E): order lists flat choices t * K + k by expert, stably."""
-    flat_N = experts_TK.reshape(-1)
-    return flat_N.argsort(stable=True), torch.bincount(flat_N, minlength=num_experts)
+def sort_by_expert(experts_TK: Int[Tensor, "T K"]) -> Int[Tensor, " N"]:
+    """The flat choices t * K + k by expert, those of one expert in their own order."""
+    return experts_TK.reshape(-1).argsort(stable=True)

@@ -42,8 +42,8 @@ from configs.errors import ConfigError
 from configs.model import ModelConfig
 from model.fp8.linear import Linear
 from model.fp8.scheme import HIGH, Numerics
-from model.layers import widened
 from model.passes import Cache, Pass, Step, Whole
+from model.widening import widened
 
 _LAYER_STRIDE = 10007
 """Sets the seeds of two layers' multipliers apart."""

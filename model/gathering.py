@@ -16,6 +16,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.widening import widened
+
 Core = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor, Sequence[Tensor]], tuple[Tensor, ...]]
 """(per query, gathered_QKX of each of the entries, valid_QK, shared) -> tensors [Q, ...].
 
@@ -37,8 +39,9 @@ def over_chosen(
     """What `core` returns for all queries.
 
     `entries` are tensors [L, X] of any widths, `queries` have Q as their first axis, `shared`
-    belong to all; each receives its gradient, once: there is no second derivative. An index below
-    0 in `chosen` stands for no entry; `valid` is false there, and what is gathered is entry 0.
+    belong to all; each receives its gradient, summed in float32 at least, once: there is no second
+    derivative. An index below 0 in `chosen` stands for no entry; `valid` is false there, and what
+    is gathered is entry 0.
     """
     width = sum(tensor.shape[1] for tensor in entries)
     rows = max(1, CHUNK_VALUES // max(1, chosen_QK.shape[1] * width))
@@ -77,7 +80,7 @@ class _OverChosen(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         chosen_QK, *tensors = ctx.saved_tensors
         entries, queries, shared = _parts(tensors, ctx.counts)
-        sums = [torch.zeros_like(tensor) for tensor in tensors]
+        sums = [torch.zeros_like(widened(tensor)) for tensor in tensors]
         d_entries, d_queries, d_shared = _parts(sums, ctx.counts)
         for part, index_QK, valid_QK in _chunks(chosen_QK, ctx.rows):
             gathered = [_leaf(_rows(e_LX, index_QK)) for e_LX in entries]
@@ -90,12 +93,13 @@ class _OverChosen(torch.autograd.Function):
             )
             d_gathered, d_mine, d_common = _parts(slopes, ctx.counts)
             for whole, d_QKX in zip(d_entries, d_gathered, strict=True):
-                whole.index_add_(0, index_QK.flatten(), d_QKX.flatten(0, 1))
+                whole.index_add_(0, index_QK.flatten(), d_QKX.flatten(0, 1).to(whole.dtype))
             for whole, d in zip(d_queries, d_mine, strict=True):
                 whole[part] = d
             for whole, d in zip(d_shared, d_common, strict=True):
                 whole += d
-        return None, None, None, None, *sums
+        slopes_of_all = (s.to(tensor.dtype) for s, tensor in zip(sums, tensors, strict=True))
+        return None, None, None, None, *slopes_of_all
 
 
 def _parts(

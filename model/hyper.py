@@ -22,9 +22,10 @@ from model.dispatch import TokenDispatcher
 from model.engram import Engram, engram_before
 from model.fp8.linear import Linear
 from model.fp8.scheme import Numerics
-from model.layers import RMSNorm, widened
+from model.layers import RMSNorm
 from model.moe import MoE
 from model.passes import Pass, Whole
+from model.widening import widened
 
 
 class HyperConnection(nn.Module):
@@ -53,10 +54,7 @@ class HyperConnection(nn.Module):
         x_TND = x_BSND.flatten(0, 1)
         pre_TN, post_TN, mix_TNN = self.weights(x_TND)
         out_BSD = sublayer(_read(x_TND, pre_TN).view(*x_BSND.shape[:2], -1))
-        dtype = x_BSND.dtype
-        written: Tensor = _Write.apply(
-            x_TND, out_BSD.flatten(0, 1), post_TN.to(dtype), mix_TNN.to(dtype)
-        )
+        written: Tensor = _Write.apply(x_TND, out_BSD.flatten(0, 1), post_TN, mix_TNN)
         return written.view_as(x_BSND)
 
     def weights(
@@ -226,24 +224,30 @@ class _Sinkhorn(torch.autograd.Function):
 
 
 class _Write(torch.autograd.Function):
-    """Mixed streams plus each one's share of the sublayer's output, without a copy per term."""
+    """Mixed streams plus each one's share of the sublayer's output, without a copy per term.
+
+    The sums are in the type of the weights, float32 at least, and rounded to the streams' once:
+    the mix in bfloat16 would not be doubly stochastic any more, and every layer would amplify a
+    stream or let it fade by its error.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x_TND: Tensor, out_TD: Tensor, post_TN: Tensor, mix_TNN: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x_TND, out_TD, post_TN, mix_TNN)
-        mixed_TND = mix_TNN.transpose(1, 2) @ x_TND
-        return mixed_TND.addcmul_(post_TN.unsqueeze(2), out_TD.unsqueeze(1))
+        x, out = (y.to(mix_TNN.dtype) for y in (x_TND, out_TD))
+        mixed_TND = mix_TNN.transpose(1, 2) @ x
+        return mixed_TND.addcmul_(post_TN.unsqueeze(2), out.unsqueeze(1)).to(x_TND.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TND, out_TD, post_TN, mix_TNN = ctx.saved_tensors
-        dy_TND = grads[0]
+        x, out, dy_TND = (y.to(mix_TNN.dtype) for y in (x_TND, out_TD, grads[0]))
         return (
-            mix_TNN @ dy_TND,
-            (post_TN.unsqueeze(1) @ dy_TND).squeeze(1),
-            (dy_TND @ out_TD.unsqueeze(2)).squeeze(2),
-            x_TND @ dy_TND.transpose(1, 2),
+            (mix_TNN @ dy_TND).to(x_TND.dtype),
+            (post_TN.unsqueeze(1) @ dy_TND).squeeze(1).to(out_TD.dtype),
+            (dy_TND @ out.unsqueeze(2)).squeeze(2),
+            x @ dy_TND.transpose(1, 2),
         )

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.layers import widened
+from model.widening import widened
 
 NONE = -1
 """The index that stands for no entry, where fewer than K are visible."""

@@ -13,6 +13,7 @@ from model.fp8.experts import fp8_swiglu
 from model.fp8.linear import Linear
 from model.fp8.scheme import Fp8
 from model.swiglu import swiglu
+from model.widening import widened
 
 
 class RMSNorm(nn.Module):
@@ -88,8 +89,3 @@ def seeded_normal(shape: tuple[int, ...], std: float, seed: int, *names: str | i
     """Float32 draws of N(0, std^2) that depend on the seed and names alone, not on draw order."""
     generator = torch.Generator().manual_seed(derive(seed, "init", *names))
     return torch.randn(shape, generator=generator) * std
-
-
-def widened(x: Tensor) -> Tensor:
-    """`x` in float32 at least: narrower types are cast, float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from model.fp8.linear import Linear
-from model.layers import widened
+from model.widening import widened
 
 CHUNK_ROWS = 512
 """Rows whose logits are there at a time: a few MiB that stay in a core's reach between passes, and

@@ -13,14 +13,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.model import ModelConfig, V3Config, V4Config
+from configs.model import ModelConfig
 from configs.seed import derive
 from model.dispatch import Dispatched, TokenDispatcher
 from model.fp8.experts import fp8_grouped_swiglu
 from model.fp8.linear import fp8_linears
 from model.fp8.scheme import HIGH, Fp8, Numerics
-from model.layers import SwiGLU, widened
+from model.layers import SwiGLU
 from model.swiglu import grouped_swiglu
+from model.widening import widened
 
 
 class Gate(nn.Module):
@@ -46,11 +47,12 @@ class Gate(nn.Module):
             logits_TE = F.linear(widened(x_TD), widened(self.weight))
         else:
             logits_TE = widened(fp8_linears(x_TD, self.scheme, self.weight)[0])
-        if isinstance(self.config, V4Config):
-            # Further down the softplus underflows to 0, where a root has no slope.
-            scores_TE = F.softplus(logits_TE.clamp_min(-80)).sqrt()
-        else:
-            scores_TE = torch.sigmoid(logits_TE)
+        match self.config.score_function:
+            case "sigmoid":
+                scores_TE = torch.sigmoid(logits_TE)
+            case "sqrt_softplus":
+                # Further down the softplus underflows to 0, where a root has no slope.
+                scores_TE = F.softplus(logits_TE.clamp_min(-80)).sqrt()
         experts_TK = self.choose(scores_TE.detach(), tokens_T)
         gates_TK = scores_TE.gather(1, experts_TK)
         if self.config.norm_topk_prob:
@@ -61,17 +63,15 @@ class Gate(nn.Module):
         self, scores_TE: Float[Tensor, "T E"], tokens_T: Int[Tensor, " T"] | None
     ) -> Int[Tensor, "T K"]:
         """Top-k of score + bias; with groups, within those whose two best experts sum highest."""
-        config = self.config
         choice_TE = scores_TE + self.e_score_correction_bias
-        if isinstance(config, V3Config) and config.n_group > 1:
-            choice_TGM = choice_TE.unflatten(1, (config.n_group, -1))
+        groups, reached = self.config.routing_groups
+        if groups > 1:
+            choice_TGM = choice_TE.unflatten(1, (groups, -1))
             group_TG = choice_TGM.topk(2, dim=-1).values.sum(-1)
-            kept_TG = torch.zeros_like(group_TG, dtype=torch.bool)
-            kept_TG.scatter_(
-                1, group_TG.topk(config.topk_group, dim=-1, sorted=False).indices, True
-            )
-            choice_TE = choice_TGM.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(1)
-        return choice_TE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+            best_TG = group_TG.topk(reached, dim=-1, sorted=False).indices
+            out_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, best_TG, False)
+            choice_TE = choice_TGM.masked_fill(out_TG.unsqueeze(-1), float("-inf")).flatten(1)
+        return choice_TE.topk(self.config.num_experts_per_tok, dim=-1, sorted=False).indices
 
 
 class HashGate(Gate):
@@ -110,7 +110,7 @@ class RoutedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(len(local), width, inner))
         self.local = local
         self.scheme = scheme
-        self.limit = config.swiglu_limit if isinstance(config, V4Config) else None
+        self.limit = config.activation_limit
 
     def forward(self, sent: Dispatched) -> Float[Tensor, "R D"]:
         """Each row's sum of what its visits give: an expert's SwiGLU times the visit's gate."""
@@ -123,9 +123,10 @@ class RoutedExperts(nn.Module):
 class MoE(nn.Module):
     """Shared experts for every token plus K routed ones.
 
-    After a forward in training mode `load_E` counts the copies sent to each expert, those of
-    padding included, and `routing` holds (experts_TK, scores_TE) for the balance loss; with
-    `keep_routing`, `routing` is there in evaluation mode too.
+    After a forward in training mode `load_E` counts the copies that it sent to each expert, those
+    of padding included, and `routing` holds (experts_TK, scores_TE) for the balance loss; with
+    `keep_routing`, `routing` is there in evaluation mode too. Both are of the last forward alone:
+    one that is computed again for its backward pass says the same a second time.
     """
 
     load_E: Tensor
@@ -168,12 +169,12 @@ class MoE(nn.Module):
         experts_TK, gates_TK, scores_TE = self.gate(
             x_TD, None if tokens_BS is None else tokens_BS.flatten()
         )
-        num_experts = self.config.n_routed_experts
+        counts_E = torch.bincount(experts_TK.flatten(), minlength=self.config.n_routed_experts)
         if self.training:
-            self.load_E += torch.bincount(experts_TK.flatten(), minlength=num_experts)
+            self.load_E.copy_(counts_E)
         if self.training or self.keep_routing:
             self.routing = (experts_TK, scores_TE)
-        sent = self.dispatcher.dispatch(x_TD, experts_TK, gates_TK, num_experts)
+        sent = self.dispatcher.dispatch(x_TD, experts_TK, gates_TK, counts_E)
         routed_TD = self.dispatcher.combine(self.experts(sent), gates_TK, sent)
         shared_BSD: Tensor = self.shared_experts(x_BSD)
         return routed_TD.view_as(x_BSD) + shared_BSD

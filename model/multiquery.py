@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.layers import widened
+from model.widening import widened
 
 CHUNK_QUERIES = 128
 """Queries worked on at a time, unless the window is longer: chunks below it would mostly read."""
@@ -82,7 +82,10 @@ class Sight:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Entries that queries look at, and which of them each query sees."""
+    """Entries that queries look at, and which of them each query sees.
+
+    What it is asked is answered in float32 at least, whatever type the entries are stored in.
+    """
 
     entries: Tensor
     """[B, E, W], or [B, C, E, W] where each query has entries of its own."""
@@ -91,17 +94,18 @@ class Part:
 
     def dot(self, q_BCHW: Tensor) -> Tensor:
         """q . e, [B, C, H, E]. All heads share the entries: one matrix product a row."""
-        keys = self.entries.transpose(-1, -2)
+        keys, q_BCHW = widened(self.entries).transpose(-1, -2), widened(q_BCHW)
         if keys.dim() == 4:
             return torch.matmul(q_BCHW, keys)
-        return torch.bmm(q_BCHW.flatten(1, 2), keys).view(*q_BCHW.shape[:3], -1)
+        return torch.bmm(q_BCHW.flatten(1, 2), keys).view(*q_BCHW.shape[:3], keys.shape[-1])
 
     def sum(self, weights_BCHE: Tensor) -> Tensor:
         """Sum of the entries by weight, [B, C, H, W]."""
-        if self.entries.dim() == 4:
-            return torch.matmul(weights_BCHE, self.entries)
-        flat = torch.bmm(weights_BCHE.flatten(1, 2), self.entries)
-        return flat.view(*weights_BCHE.shape[:3], -1)
+        entries = widened(self.entries)
+        if entries.dim() == 4:
+            return torch.matmul(weights_BCHE, entries)
+        flat = torch.bmm(weights_BCHE.flatten(1, 2), entries)
+        return flat.view(*weights_BCHE.shape[:3], entries.shape[-1])
 
     def outer(self, weights_BCHE: Tensor, y_BCHW: Tensor) -> Tensor:
         """What gradients `y` of weighted sums say of the entries; shaped as those are."""
@@ -110,8 +114,8 @@ class Part:
         return torch.bmm(weights_BCHE.flatten(1, 2).transpose(-1, -2), y_BCHW.flatten(1, 2))
 
     def scores(self, q_BCHW: Tensor) -> Tensor:
-        """`dot`, with -inf where a query does not see; float32 at least."""
-        return widened(self.dot(q_BCHW)).masked_fill_(~self.seen_BCE.unsqueeze(2), float("-inf"))
+        """`dot`, with -inf where a query does not see."""
+        return self.dot(q_BCHW).masked_fill_(~self.seen_BCE.unsqueeze(2), float("-inf"))
 
 
 def weigh(
@@ -119,7 +123,8 @@ def weigh(
 ) -> tuple[Float[Tensor, "B C H W"], list[Tensor], Tensor]:
     """Weighted sums of all parts' entries under one softmax; `q` holds the softmax's scale.
 
-    Also the weights in each part, [B, C, H, E], and the logarithm of what they were divided by.
+    Also the weights in each part, [B, C, H, E], and the logarithm of what they were divided by. All
+    are float32 at least.
     """
     scores = [part.scores(q_BCHW) for part in parts]
     sinks_H = widened(sinks_H)
@@ -128,9 +133,9 @@ def weigh(
     total_BCH = (sinks_H - top_BCH).exp()
     for w in weights:
         total_BCH = total_BCH + w.sum(-1)
-    out_BCHW = sum(part.sum(w.to(q_BCHW.dtype)) for part, w in zip(parts, weights, strict=True))
+    out_BCHW = sum(part.sum(w) for part, w in zip(parts, weights, strict=True))
     assert isinstance(out_BCHW, Tensor)
-    out_BCHW = out_BCHW / total_BCH.unsqueeze(-1).to(q_BCHW.dtype)
+    out_BCHW = out_BCHW / total_BCH.unsqueeze(-1)
     weights = [w.div_(total_BCH.unsqueeze(-1)) for w in weights]
     return out_BCHW, weights, top_BCH + total_BCH.log()
 
@@ -167,11 +172,11 @@ class _Attend(torch.autograd.Function):
         for start, stop in sight.chunks(q.shape[1]):
             rows = slice(start, stop)
             parts = _parts(kv, blocks, sight, start, stop)
-            found = weigh(q[:, rows] * q.shape[-1] ** -0.5, parts, sinks)
+            found = weigh(widened(q[:, rows]) * q.shape[-1] ** -0.5, parts, sinks)
             out_BSHW[:, rows], weights, log_total_BSH[:, rows] = found
             if mass and blocks.shape[1]:
                 _note_mass(mass_BSK[:, rows], weights[1].sum(2), parts[1], sight, start, stop)
-        ctx.save_for_backward(q, kv, blocks, sinks, out_BSHW, log_total_BSH)
+        ctx.save_for_backward(q, kv, blocks, sinks, log_total_BSH)
         ctx.sight = sight
         ctx.mark_non_differentiable(mass_BSK)
         return out_BSHW, mass_BSK
@@ -179,29 +184,33 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, kv, blocks, sinks, out_BSHW, log_total_BSH = ctx.saved_tensors
+        q, kv, blocks, sinks, log_total_BSH = ctx.saved_tensors
         sight, scale = ctx.sight, q.shape[-1] ** -0.5
-        dq, dkv, dblocks = torch.empty_like(q), torch.zeros_like(kv), torch.zeros_like(blocks)
-        dsinks = torch.zeros_like(widened(sinks))
+        # Windows of neighbouring chunks overlap, and many chunks see a block: sums are float32.
+        dkv, dblocks = torch.zeros_like(widened(kv)), torch.zeros_like(widened(blocks))
+        dq, dsinks = torch.empty_like(q), torch.zeros_like(widened(sinks))
         for start, stop in sight.chunks(q.shape[1]):
             rows = slice(start, stop)
-            q_BCHW, dy_BCHW = q[:, rows] * scale, grads[0][:, rows]
+            q_BCHW, dy_BCHW = widened(q[:, rows]) * scale, widened(grads[0][:, rows])
             log_total_BCH = log_total_BSH[:, rows]
-            # The part of every weight's gradient that comes through the common divisor.
-            common_BCH = widened(dy_BCHW * out_BSHW[:, rows]).sum(-1)
-            dsinks -= ((widened(sinks) - log_total_BCH).exp() * common_BCH).sum((0, 1))
             parts, gradients = _parts(kv, blocks, sight, start, stop), []
+            each = [part.scores(q_BCHW).sub_(log_total_BCH.unsqueeze(-1)).exp_() for part in parts]
+            dots = [part.dot(dy_BCHW) for part in parts]
+            # The part of every weight's gradient that comes through the common divisor: <dy, y>,
+            # of a y that was not rounded.
+            common_BCH = sum((w * d).sum(-1) for w, d in zip(each, dots, strict=True))
+            assert isinstance(common_BCH, Tensor)
+            dsinks -= ((widened(sinks) - log_total_BCH).exp() * common_BCH).sum((0, 1))
             dq_BCHW = torch.zeros_like(q_BCHW)
-            for part in parts:
-                weights = part.scores(q_BCHW).sub_(log_total_BCH.unsqueeze(-1)).exp_()
-                dscores = widened(part.dot(dy_BCHW)).sub_(common_BCH.unsqueeze(-1)).mul_(weights)
-                weights, dscores = weights.to(q.dtype), dscores.to(q.dtype)
+            for part, weights, dots_BCHE in zip(parts, each, dots, strict=True):
+                dscores = dots_BCHE.sub_(common_BCH.unsqueeze(-1)).mul_(weights)
                 dq_BCHW += part.sum(dscores)
                 gradients.append(part.outer(weights, dy_BCHW) + part.outer(dscores, q_BCHW))
             dq[:, rows] = dq_BCHW * scale
             dkv[:, stop - gradients[0].shape[1] : stop] += gradients[0]
             if blocks.shape[1]:
                 _add_blocks(dblocks, gradients[1], sight, start, stop)
+        dkv, dblocks = dkv.to(kv.dtype), dblocks.to(blocks.dtype)
         return dq, dkv, dblocks, dsinks.to(sinks.dtype), None, None
 
 

@@ -80,8 +80,12 @@ def rotate_tail(
     *,
     inverse: bool = False,
 ) -> Float[Tensor, "*B W"]:
-    """As `rotate`, for the last R dims of `x`; the others stay."""
-    cos, sin = table_SR[positions].to(x.dtype).chunk(2, dim=-1)
+    """As `rotate`, for the last R dims of `x`; the others stay.
+
+    Angles and products are float32 at least, and rounded to the type of `x` once: a cosine in
+    bfloat16 would be off by 2^-9, the same for every token at its position.
+    """
+    cos, sin = _angles(table_SR[positions], x).chunk(2, dim=-1)
     sin = -sin if inverse else sin
     if not torch.is_grad_enabled():
         return _tail_rotated(x, cos, sin)
@@ -107,13 +111,13 @@ class _RotateTail(torch.autograd.Function):
 def _tail_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotated = x.clone(memory_format=torch.contiguous_format)
     tail = rotated[..., -2 * cos.shape[-1] :].unflatten(-1, (-1, 2))
-    if x.dtype in (torch.float32, torch.float64) and x.shape[-1] % 2 == 0:
+    if x.dtype == cos.dtype and x.shape[-1] % 2 == 0:
         # One pass over pairs that lie where complex numbers may.
         torch.view_as_complex(tail).mul_(torch.complex(cos, sin))
         return rotated
-    even, odd = x[..., -2 * cos.shape[-1] :].unflatten(-1, (-1, 2)).unbind(-1)
-    torch.sub(even * cos, odd * sin, out=tail[..., 0])
-    torch.add(even * sin, odd * cos, out=tail[..., 1])
+    even, odd = x[..., -2 * cos.shape[-1] :].to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    tail[..., 0] = even * cos - odd * sin
+    tail[..., 1] = even * sin + odd * cos
     return rotated
 
 
@@ -121,9 +125,14 @@ def rotate_halves(
     x: Float[Tensor, "*B R"], table_SR: Float[Tensor, "S R"], positions: Int[Tensor, "*P"]
 ) -> Float[Tensor, "*B R"]:
     """As `rotate`, for half-split pairs."""
-    cos, sin = table_SR[positions].to(x.dtype).chunk(2, dim=-1)
+    cos, sin = _angles(table_SR[positions], x).chunk(2, dim=-1)
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    turned = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return turned.to(x.dtype)
+
+
+def _angles(table: Tensor, x: Tensor) -> Tensor:
+    return table.to(torch.promote_types(table.dtype, x.dtype))
 
 
 def _stretched(frequency: Tensor, width: int, theta: float, yarn: YarnConfig) -> Tensor:

@@ -39,6 +39,7 @@ from model.gathering import over_chosen
 from model.indexer import NONE, choose, divergence, index_scores
 from model.passes import Cache, Pass, Step, Whole
 from model.rope import rotate_halves
+from model.widening import widened
 
 CHUNK_SCORES = 2**21
 """Scores [B, heads, Q, L] that are built at a time: 8 MiB in float32, which caches still hold."""
@@ -169,7 +170,7 @@ class SparseLatentAttention(LatentAttention):
     ) -> Float[Tensor, ""]:
         """The indexer's mean divergence from expanded attention under `mask`, or causal."""
         rows, length = batch.tokens_BS.shape
-        total = index.weights_BSJ.new_zeros(())
+        total = widened(index.weights_BSJ.new_zeros(()))
         num_heads = max(heads.q_BHSQ.shape[1], index.q_BSJI.shape[2])
         for part in _chunks(batch, num_heads):
             mask_BQL = (
@@ -177,7 +178,8 @@ class SparseLatentAttention(LatentAttention):
             )
             total = total + checkpoint(
                 _missed,
-                heads.q_BHSQ[:, :, part].detach() * self.scale,
+                self.scale,
+                heads.q_BHSQ[:, :, part].detach(),
                 heads.k_BHSQ[:, :, : part.stop].detach(),
                 index.q_BSJI[:, part],
                 index.key_BSI[:, : part.stop],
@@ -186,7 +188,7 @@ class SparseLatentAttention(LatentAttention):
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-        return total / (rows * length)
+        return total / max(1, rows * length)
 
     def _attend_gathered(
         self, seen: Projected, index: Index, batch: Whole
@@ -215,7 +217,7 @@ class SparseLatentAttention(LatentAttention):
             queries=[query.flatten(0, 1) for query in queries],
             shared=self.absorption(),
         )
-        batch.indexer_losses += [missed_T.mean() for missed_T in missed]
+        batch.indexer_losses += [missed_T.sum() / max(1, rows * length) for missed_T in missed]
         out: Tensor = self.o_proj(out_THV.flatten(1).unflatten(0, (rows, length)))
         return out
 
@@ -243,7 +245,7 @@ class SparseLatentAttention(LatentAttention):
 def _chunks(batch: Whole, heads: int) -> Iterator[slice]:
     """Queries whose scores by so many heads fit into a chunk."""
     rows, length = batch.tokens_BS.shape
-    step = max(1, CHUNK_SCORES // (rows * heads * length))
+    step = max(1, CHUNK_SCORES // max(1, rows * heads * length))
     for begin in range(0, length, step):
         yield slice(begin, min(begin + step, length))
 
@@ -260,7 +262,8 @@ def _visible(batch: Whole, part: slice) -> Bool[Tensor, "B Q L"]:
 
 
 def _missed(
-    scaled_q_BHQX: Tensor,
+    scale: float,
+    q_BHQX: Tensor,
     k_BHLX: Tensor,
     q_BQJI: Tensor,
     key_BLI: Tensor,
@@ -269,7 +272,7 @@ def _missed(
 ) -> Tensor:
     """Sum over a chunk's queries of the indexer's divergence from attention under `mask`."""
     with torch.no_grad():
-        score_BHQL = scaled_q_BHQX @ k_BHLX.transpose(2, 3)
+        score_BHQL = (widened(q_BHQX) * scale) @ widened(k_BHLX).transpose(2, 3)
         score_BHQL.masked_fill_(~mask_BQL.unsqueeze(1), float("-inf"))
         attention_BQL = score_BHQL.softmax(-1).sum(1)
     return divergence(index_scores(q_BQJI, key_BLI, weights_BQJ), attention_BQL, mask_BQL).sum()

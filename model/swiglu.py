@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from model.dispatch import Dispatched
+from model.widening import widened
 
 GROUP_ROWS = 2**11
 """Visits worked on at a time: what passes between their products stays in a core's cache."""
@@ -101,35 +102,49 @@ def activation(
     return F.silu(gate).mul_(up)
 
 
-def slopes(
-    gate: Tensor,
-    up: Tensor,
-    dy: Tensor,
-    limit: float | None,
-    d_gate: Tensor,
-    d_up: Tensor,
-    weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Fill `d_gate` and `d_up` from `dy`, which is used up.
+@dataclass(frozen=True, slots=True)
+class ActivationGrads:
+    """What the backward pass of the activation finds."""
 
-    Returns the activation, times each row's weight if there is one, and the weights' gradient.
+    d_inner_NJ: Tensor
+    """Gradients of gate and up, side by side."""
+    y_NI: Tensor
+    """The activation itself, made again, times each row's weight if there is one."""
+    d_weight_N: Tensor | None
+    """Gradient of each row's weight."""
+
+
+def activation_backward(
+    inner_NJ: Float[Tensor, "N J"],
+    dy_NI: Float[Tensor, "N I"],
+    limit: float | None,
+    weight_N: Float[Tensor, " N"] | None = None,
+) -> ActivationGrads:
+    """The gradients of `activation` of the halves of `inner`, times `weight` row by row if given.
+
+    With s = silu(gate): d_up = dy w s, d_gate = dy w up silu'(gate), d_w = <dy, s up>; beyond a
+    limit, gate and up have no slope.
     """
-    kept_gate, kept_up = gate, up
+    gate_NI, up_NI = halves(inner_NJ)
+    clamped, up = gate_NI, up_NI
     if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    silu = F.silu(gate)
-    y = silu * up
-    d_weight = None
-    if weight is not None:
-        d_weight = (dy * y).sum(1)
-        dy.mul_(weight.unsqueeze(1))
-        y.mul_(weight.unsqueeze(1))
-    torch.mul(dy, silu, out=d_up)
-    torch.ops.aten.silu_backward.grad_input(dy.mul_(up), gate, grad_input=d_gate)
+        clamped, up = gate_NI.clamp(max=limit), up_NI.clamp(-limit, limit)
+    silu_NI = F.silu(clamped)
+    y_NI = silu_NI * up
+    d_weight_N = None
+    if weight_N is not None:
+        d_weight_N = (dy_NI * y_NI).sum(1)
+        dy_NI = dy_NI * weight_N.unsqueeze(1)
+        y_NI.mul_(weight_N.unsqueeze(1))
+    d_inner_NJ = torch.empty_like(inner_NJ)
+    d_gate_NI, d_up_NI = halves(d_inner_NJ)
+    torch.mul(dy_NI, silu_NI, out=d_up_NI)
+    torch.mul(dy_NI, up, out=d_gate_NI)
+    torch.ops.aten.silu_backward.grad_input(d_gate_NI, clamped, grad_input=d_gate_NI)
     if limit is not None:
-        d_gate.masked_fill_(kept_gate > limit, 0)
-        d_up.masked_fill_(kept_up.abs() > limit, 0)
-    return y, d_weight
+        d_gate_NI.masked_fill_(gate_NI > limit, 0)
+        d_up_NI.masked_fill_(up_NI.abs() > limit, 0)
+    return ActivationGrads(d_inner_NJ, y_NI, d_weight_N)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -150,11 +165,10 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, inner_NJ, gate_ID, up_ID, down_DI = ctx.saved_tensors
         (dy,) = grads
-        d_inner_NJ = torch.empty_like(inner_NJ)
-        inner_NI, _ = slopes(*halves(inner_NJ), dy @ down_DI, ctx.limit, *halves(d_inner_NJ))
-        d_gate_up_JD = d_inner_NJ.T @ x
-        d_gate_ID, d_up_ID = d_gate_up_JD.split([len(gate_ID), len(up_ID)])
-        return d_inner_NJ @ torch.cat([gate_ID, up_ID]), d_gate_ID, d_up_ID, dy.T @ inner_NI, None
+        found = activation_backward(inner_NJ, dy @ down_DI, ctx.limit)
+        d_gate_ID, d_up_ID = (found.d_inner_NJ.T @ x).split([len(gate_ID), len(up_ID)])
+        dx = found.d_inner_NJ @ torch.cat([gate_ID, up_ID])
+        return dx, d_gate_ID, d_up_ID, dy.T @ found.y_NI, None
 
 
 class _Grouped(torch.autograd.Function):
@@ -172,7 +186,7 @@ class _Grouped(torch.autograd.Function):
         limit: float | None,
         learning: bool,
     ) -> Tensor:
-        y_RD = torch.zeros_like(x_RD)
+        y_RD = torch.zeros_like(widened(x_RD))
         inner_NJ = x_RD.new_empty(len(rows_N) if learning else 0, gate_up.shape[1])
         for group in _groups(counts):
             rows_C = rows_N[group.visits]
@@ -186,16 +200,16 @@ class _Grouped(torch.autograd.Function):
             if gates_N is not None:
                 inner_CI.mul_(gates_N[group.visits, None])
             y_CD = group.each_mm(inner_CI, down[group.experts].mT, x_CD)
-            y_RD.index_add_(0, rows_C, y_CD)
+            y_RD.index_add_(0, rows_C, widened(y_CD))
         ctx.save_for_backward(x_RD, gates_N, gate_up, down, rows_N, inner_NJ)
         ctx.counts, ctx.limit = counts, limit
-        return y_RD
+        return y_RD.to(x_RD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, gates_N, gate_up, down, rows_N, inner_NJ = ctx.saved_tensors
-        dx_RD = torch.zeros_like(x_RD)
+        dx_RD = torch.zeros_like(widened(x_RD))
         d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
         d_gates: list[Tensor] = []
         for group in _groups(ctx.counts):
@@ -203,22 +217,16 @@ class _Grouped(torch.autograd.Function):
             dy_CD, x_CD = grads[0].index_select(0, rows_C), x_RD.index_select(0, rows_C)
             d_inner_CI = dy_CD.new_empty(len(dy_CD), down.shape[2])
             group.each_mm(dy_CD, down[group.experts], d_inner_CI)
-            d_inner_CJ = torch.empty_like(inner_CJ)
-            inner_CI, d_gates_C = slopes(
-                *halves(inner_CJ),
-                d_inner_CI,
-                ctx.limit,
-                *halves(d_inner_CJ),
-                None if gates_N is None else gates_N[group.visits],
-            )
-            if d_gates_C is not None:
-                d_gates.append(d_gates_C)
-            group.each_outer(dy_CD, inner_CI, d_down[group.experts])
-            group.each_outer(d_inner_CJ, x_CD, d_gate_up[group.experts])
-            dx_CD = group.each_mm(d_inner_CJ, gate_up[group.experts], dy_CD)
-            dx_RD.index_add_(0, rows_C, dx_CD)
+            gates_C = None if gates_N is None else gates_N[group.visits]
+            found = activation_backward(inner_CJ, d_inner_CI, ctx.limit, gates_C)
+            if found.d_weight_N is not None:
+                d_gates.append(found.d_weight_N)
+            group.each_outer(dy_CD, found.y_NI, d_down[group.experts])
+            group.each_outer(found.d_inner_NJ, x_CD, d_gate_up[group.experts])
+            dx_CD = group.each_mm(found.d_inner_NJ, gate_up[group.experts], dy_CD)
+            dx_RD.index_add_(0, rows_C, widened(dx_CD))
         d_gates_N = torch.cat(d_gates) if d_gates else None
-        return dx_RD, d_gates_N, d_gate_up, d_down, None, None, None, None
+        return dx_RD.to(x_RD.dtype), d_gates_N, d_gate_up, d_down, None, None, None, None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ Initial values (all from one seed, by parameter name, so that no layout of machi
 Axes: B sequences, S positions, D width, V vocabulary.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,16 +23,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from configs.errors import DataError
-from configs.model import ModelConfig, V3Config, V4Config
+from configs.model import Family, ModelConfig, V4Config
 from configs.train import Precision
 from model.decoder import DecoderLayer, MtpLayer
 from model.dispatch import LocalDispatcher, TokenDispatcher
 from model.fp8.linear import Linear
 from model.fp8.scheme import Numerics
 from model.hyper import HyperHead, HyperLayer, HyperMtpLayer
-from model.layers import RMSNorm, seeded_normal, widened
+from model.layers import RMSNorm, seeded_normal
 from model.moe import HashGate, MoE, RoutedExperts
 from model.passes import Caches, IndexerPhase, Pass, Remembering, Whole
+from model.widening import widened
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,14 @@ class Predictions:
         return None if self.after_next_BSD is None else _logits(self.after_next_BSD, self.head)
 
 
+_LAYERS: Mapping[Family, tuple[type[nn.Module], type[nn.Module]]] = {
+    "v3": (DecoderLayer, MtpLayer),
+    "v32": (DecoderLayer, MtpLayer),
+    "v4": (HyperLayer, HyperMtpLayer),
+}
+"""A decoder layer and the multi-token-prediction layer of each family."""
+
+
 class Decoder(nn.Module):
     """Embedding, layers (the MTP layer last, if any) and final norm."""
 
@@ -69,24 +79,18 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        layers: list[nn.Module]
-        if isinstance(config, V4Config):
-            layers = [HyperLayer(config, i, numerics, dispatcher) for i in range(config.depth)]
-            if config.num_nextn_predict_layers:
-                layers.append(HyperMtpLayer(config, numerics, dispatcher))
-            self.hc_head = HyperHead(config)
-        else:
-            assert isinstance(config, V3Config)
-            layers = [DecoderLayer(config, i, numerics, dispatcher) for i in range(config.depth)]
-            if config.num_nextn_predict_layers:
-                layers.append(MtpLayer(config, numerics, dispatcher))
+        layer, mtp_layer = _LAYERS[config.family]
+        layers = [layer(config, i, numerics, dispatcher) for i in range(config.depth)]
+        if config.num_nextn_predict_layers:
+            layers.append(mtp_layer(config, numerics, dispatcher))
         self.layers = nn.ModuleList(layers)
+        self.hc_head = HyperHead(config) if isinstance(config, V4Config) else None
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, batch: Pass) -> Tensor:
         """The state after the last layer of the main model: [B, S, D], or [B, S, streams, D]."""
         hidden: Tensor = self.embed_tokens(batch.tokens_BS)
-        if isinstance(self.config, V4Config):
+        if self.hc_head is not None:
             hidden = hidden.unsqueeze(2).repeat(1, 1, self.config.streams, 1)
         for layer in self.layers[: self.config.depth]:
             hidden = layer(hidden, batch)
@@ -94,7 +98,7 @@ class Decoder(nn.Module):
 
     def collapse(self, hidden: Tensor) -> Float[Tensor, "B S D"]:
         """The normed state that the output head reads."""
-        if isinstance(self.config, V4Config):
+        if self.hc_head is not None:
             hidden = self.hc_head(hidden)
         out: Tensor = self.norm(hidden)
         return out

@@ -20,7 +20,7 @@ from model.dispatch import Dispatched
 from model.fp8.format import TILE
 from model.fp8.quantized import Quantized
 from model.fp8.scheme import Fp8
-from model.swiglu import activation, halves, slopes
+from model.swiglu import activation, activation_backward, halves
 
 
 def fp8_grouped_swiglu(
@@ -128,16 +128,13 @@ class _Fp8Experts(torch.autograd.Function):
         d_inner_NI = backend.grouped_matmul(dy8_ND, down8_EDI, counts)
         inner_NJ = backend.dequantize(waiting).view(len(d_inner_NI), 2 * d_inner_NI.shape[1])
         inner_NJ = inner_NJ.to(d_inner_NI.dtype)
-        d_inner_NJ = torch.empty_like(inner_NJ)
-        inner_NI, d_gates_N = slopes(
-            *halves(inner_NJ), d_inner_NI, ctx.limit, *halves(d_inner_NJ), gates_N
-        )
-        inner_tokens_NI = scheme.activations_along_tokens(inner_NI, counts)
+        found = activation_backward(inner_NJ, d_inner_NI, ctx.limit, gates_N)
+        inner_tokens_NI = scheme.activations_along_tokens(found.y_NI, counts)
         dy_tokens_ND = scheme.gradients_along_tokens(dy_ND, counts)
         d_down_EDI = backend.grouped_outer(dy_tokens_ND, inner_tokens_NI, counts)
         x_tokens_ND = scheme.activations_along_tokens(x8_ND, counts)
         dx_ND, d_gate_up = None, []
-        for w8, part in zip(gate_up8, d_inner_NJ.chunk(len(gate_up8), 1), strict=True):
+        for w8, part in zip(gate_up8, found.d_inner_NJ.chunk(len(gate_up8), 1), strict=True):
             slope = part.contiguous()
             partial = backend.grouped_matmul(scheme.gradients(slope, counts), w8, counts)
             dx_ND = partial if dx_ND is None else dx_ND.add_(partial)
@@ -148,7 +145,7 @@ class _Fp8Experts(torch.autograd.Function):
         if rows_N is not None:
             dx_RD = torch.zeros_like(grads[0]).index_add_(0, rows_N, dx_ND)
         d_gate_up_EJD = _joined(d_gate_up)
-        return dx_RD, d_gates_N, d_gate_up_EJD, d_down_EDI, *[None] * 5
+        return dx_RD, found.d_weight_N, d_gate_up_EJD, d_down_EDI, *[None] * 5
 
 
 def _halves(scheme: Fp8, gate_up_EJD: Tensor) -> list[Quantized]:

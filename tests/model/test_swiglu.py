@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from model import swiglu as module
 from model.dispatch import Dispatched
-from model.swiglu import activation, grouped_swiglu, slopes, swiglu
+from model.swiglu import activation, activation_backward, grouped_swiglu, swiglu
 
 LIMITS = [None, 0.7]
 """The second one holds about half of the values drawn here."""
@@ -56,17 +56,16 @@ def test_the_activation_and_its_slopes_are_the_formulas(
     if weighted:
         y = weights[:, None] * y
     d_gate, d_up, d_weights = torch.autograd.grad(y, (gate, up, weights), dy, allow_unused=True)
-    found_gate, found_up = torch.empty(6, 5).double(), torch.empty(6, 5).double()
-    with torch.no_grad():
-        found, found_weights = slopes(
-            gate, up, dy.clone(), limit, found_gate, found_up, weights if weighted else None
-        )
-    torch.testing.assert_close(found, y.detach())
-    torch.testing.assert_close(found_gate, d_gate)
-    torch.testing.assert_close(found_up, d_up)
-    assert (found_weights is None) == (d_weights is None) == (not weighted)
+    given = torch.cat([gate, up], 1).detach(), dy.clone()
+    found = activation_backward(*given, limit, weights.detach() if weighted else None)
+    torch.testing.assert_close(found.y_NI, y.detach())
+    torch.testing.assert_close(found.d_inner_NJ, torch.cat([d_gate, d_up], 1))
+    assert (found.d_weight_N is None) == (d_weights is None) == (not weighted)
     if weighted:
-        torch.testing.assert_close(found_weights, d_weights)
+        torch.testing.assert_close(found.d_weight_N, d_weights)
+    # What was given is as it was.
+    assert torch.equal(given[0], torch.cat([gate, up], 1))
+    assert torch.equal(given[1], dy)
 
 
 @pytest.mark.parametrize("limit", LIMITS)
