@@ -39,7 +39,9 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x_BSHW: Float[Tensor, "B S H W"]) -> Float[Tensor, "B S Y"]:
         """Each group's heads, side by side, through that group's matrix."""
-        x_GNI = x_BSHW.flatten(0, 1).unflatten(1, (self.groups, -1)).flatten(2).transpose(0, 1)
+        rows, length, heads, width = x_BSHW.shape
+        inputs = heads // self.groups * width
+        x_GNI = x_BSHW.reshape(rows * length, self.groups, inputs).transpose(0, 1)
         weight_GOI = self.weight.unflatten(0, (self.groups, -1))
         if self.scheme is None:
             y_GNO = x_GNI @ weight_GOI.transpose(1, 2)
@@ -47,7 +49,7 @@ class GroupedLinear(nn.Module):
             counts = [x_GNI.shape[1]] * self.groups
             y_NO = fp8_grouped_linear(x_GNI.flatten(0, 1), weight_GOI, counts, self.scheme)
             y_GNO = y_NO.unflatten(0, (self.groups, -1))
-        y_BSY: Tensor = y_GNO.transpose(0, 1).reshape(*x_BSHW.shape[:2], -1)
+        y_BSY: Tensor = y_GNO.transpose(0, 1).reshape(rows, length, len(self.weight))
         return y_BSY
 
 

@@ -239,7 +239,7 @@ def gathered(blocks_BLW: Tensor, chosen_BCK: Tensor) -> Part:
     """The chosen blocks of each query, side by side."""
     flat = _flat_index(chosen_BCK, blocks_BLW.shape[1])
     entries = blocks_BLW.flatten(0, 1).index_select(0, flat)
-    return Part(entries.view(*chosen_BCK.shape, -1), chosen_BCK >= 0)
+    return Part(entries.view(*chosen_BCK.shape, blocks_BLW.shape[-1]), chosen_BCK >= 0)
 
 
 def _flat_index(chosen_BCK: Tensor, blocks: int) -> Tensor:
