@@ -5,12 +5,10 @@ The small model that they run on stands here too.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.model import ModelConfig, V3Config, V4Config, V32Config
 from configs.train import Precision
@@ -223,6 +221,7 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def route(gate: Gate, x_D: Tensor) -> dict[int, Tensor]:
     """One token's experts and their weights, by DeepSeek-V3 eq. 12-16 with Python's own sort."""
     config = gate.config
+    assert isinstance(config, V3Config)
     scores = [torch.sigmoid(x_D @ row) for row in gate.weight]
     biases = gate.e_score_correction_bias.tolist()
     choice = [float(s.detach()) + b for s, b in zip(scores, biases, strict=True)]
@@ -293,22 +292,6 @@ def latent_attention(
 def _latent_norm(x: Tensor, weight: Tensor) -> Tensor:
     """RMS norm with the latent norms' own epsilon, which is not the model's."""
     return x / (x.square().mean(-1, keepdim=True) + LATENT_NORM_EPSILON).sqrt() * weight
-
-
-class LargestTensor(TorchDispatchMode):
-    """Within it, `values` is the size of the largest tensor that any operation made."""
-
-    values = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Run the operation and look at what it returns."""
-        made = function(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(tensor, Tensor):
-                self.values = max(self.values, tensor.numel())
-        return made
 
 
 def attend_by_query(

@@ -242,6 +242,7 @@ def test_projections_run_in_fp8_but_compressors_gates_and_head_weights_do_not(ki
         rounded.add("compressor.indexer.q_b_proj")
     assert {name for name, linear in linears if linear.scheme is not None} == rounded
     rough = random_model(config, precision="fp8").model.layers[KINDS[kind]].self_attn
+    assert isinstance(rough, CompressedAttention)
     x_BSD = normal(2, 20, 32).float().requires_grad_()
     found, exact = rough(x_BSD, whole(x_BSD)), attention(kind)(x_BSD, whole(x_BSD))
     # Five roundings of 2^-4 at most each, most of which cancel; but rounded they must be.
@@ -256,7 +257,8 @@ def test_window_layers_turn_by_their_own_frequencies_without_yarn() -> None:
     x_BSD = normal(1, 30, 32).float()
 
     def out(kind: str, **changes: object) -> Tensor:
-        return attention(kind, **changes)(x_BSD, whole(x_BSD))
+        read: Tensor = attention(kind, **changes)(x_BSD, whole(x_BSD))
+        return read
 
     for kind in KINDS:
         moved = {

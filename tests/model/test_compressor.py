@@ -6,6 +6,7 @@ from torch import Tensor
 
 from model.compressed import PickingCompressor
 from model.compressor import Compressor, fill_ring
+from model.hyper import HyperLayer
 from model.passes import Whole
 from model.rope import rotary_table, rotate
 from tests.references import random_model, tiny_v4
@@ -50,6 +51,7 @@ def pooled_by_channel(block: Compressor, x_SD: Tensor, segment: list[int]) -> Te
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_block_is_a_mean_weighted_by_channel_of_its_own_document(kind: str, packed: bool) -> None:
     block = random_model(tiny_v4()).model.layers[LAYERS[kind]].double()
+    assert isinstance(block, HyperLayer)
     compressor = block.self_attn.compressor
     if kind == "indexer":
         assert isinstance(compressor, PickingCompressor)

@@ -4,8 +4,7 @@ from collections.abc import Collection, Sequence
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import GenerationMixin
+from torch import Tensor, nn
 
 from configs.engram import EngramConfig
 from configs.errors import ConfigError
@@ -15,7 +14,7 @@ from model.drawing import Drawing
 from model.moe import MoE
 from model.transformer import Transformer
 from tests.model.test_v4 import twin as v4_twin
-from tests.model.transformers_twin import transformers_twin
+from tests.model.transformers_twin import continued_greedily, transformers_twin
 from tests.references import random_model, random_tokens, tiny, tiny_v4, tiny_v32
 
 YARN = YarnConfig(factor=4.0, original_max_position_embeddings=24)
@@ -76,7 +75,8 @@ def draw(
 def whole_logits(model: Transformer, tokens: Sequence[int]) -> Tensor:
     """[tokens, V] from one pass over one row."""
     with torch.inference_mode():
-        return model(torch.tensor([tokens]))[0]
+        logits: Tensor = model(torch.tensor([tokens]))[0]
+    return logits
 
 
 def test_every_step_gives_the_logits_of_a_whole_pass(model: Transformer) -> None:
@@ -189,23 +189,16 @@ def test_experts_on_request_are_those_of_a_whole_pass(model: Transformer) -> Non
 def test_greedy_tokens_are_those_of_transformers(family: str) -> None:
     """64 of them, of prompts below and over window and top-k."""
     config = CONFIGS[family]
+    theirs: nn.Module
     if isinstance(config, V4Config):
         ours = random_model(config)
         theirs = v4_twin(ours)
     else:
         assert isinstance(config, V3Config)
         ours, theirs = transformers_twin(config.model_copy(update={"num_nextn_predict_layers": 0}))
-    assert isinstance(theirs, GenerationMixin)
     for length in (3, 21):
         tokens_BS = random_tokens(3, length, seed=length)
-        expected = theirs.generate(
-            tokens_BS,
-            attention_mask=torch.ones_like(tokens_BS),
-            max_new_tokens=64,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+        expected = continued_greedily(theirs, tokens_BS, 64)
         assert expected.shape == (3, length + 64)
         assert torch.equal(generate(ours, tokens_BS, max_new_tokens=64), expected)
 

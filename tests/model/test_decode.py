@@ -48,7 +48,7 @@ def logprobs_by_forward(
 ) -> torch.Tensor:
     """Log-probabilities [answer, V] before each answer token, from one full forward pass."""
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + answer]))[0]
+        logits: torch.Tensor = model(torch.tensor([prompt + answer]))[0]
     return (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
 
 

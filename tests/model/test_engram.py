@@ -27,7 +27,7 @@ from model.engram import (
     set_vocabulary,
 )
 from model.fp8.scheme import HIGH
-from model.passes import Caches, Step, Whole
+from model.passes import Caches, Remembering, Step, Whole
 from model.transformer import Transformer
 from tests.references import random_model, random_tokens, tiny, tiny_v4
 
@@ -399,7 +399,7 @@ def test_rows_at_different_positions_read_on_as_if_from_the_start(config: ModelC
     caches: Caches = {
         module: module.new_cache(3, 24)
         for module in engram.modules()
-        if isinstance(module, Engram) or hasattr(module, "new_cache")
+        if isinstance(module, Remembering)
     }
     # Shorter than an n-gram, between that and the convolution's reach, and beyond both.
     lengths_B = torch.tensor([1, 6, 11])

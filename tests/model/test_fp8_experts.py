@@ -16,6 +16,7 @@ from model.fp8.experts import fp8_grouped_swiglu, fp8_swiglu
 from model.fp8.fp4 import from_fp4, to_fp4
 from model.fp8.scheme import Fp8
 from model.swiglu import grouped_swiglu, swiglu
+from tests.memory import saved_tensors
 from tests.references import exact_by_tiles, quantize_by_tiles, relative_gap
 
 SLOW = Fp8("routed_experts", backend_name="reference")
@@ -212,10 +213,8 @@ def test_a_gate_that_is_much_smaller_than_up_keeps_scales_of_its_own() -> None:
 @pytest.mark.parametrize("inner", [256, 96])
 def test_a_byte_a_value_waits_for_the_backward_pass(inner: int) -> None:
     case = Case(COUNTS[0], inner, None, True)
-    kept: list[Tensor] = []
     x, gate_up, down, gates = case.leaves()
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-    with hooks:
+    with saved_tensors() as kept:
         with torch.no_grad():
             silent = fp8_grouped_swiglu(case.sent(x, gates), gate_up, down, None, FAST)
         assert kept == []

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model import gathering
 from model.gathering import over_chosen
-from tests.references import LargestTensor
+from tests.memory import LargestTensor
 
 QUERIES, ENTRIES, KEPT, WIDTH = 23, 11, 5, 6
 
@@ -64,6 +64,6 @@ def test_what_is_gathered_at_a_time_is_bounded_either_way(monkeypatch: pytest.Mo
     chosen, entries, queries, shared = case()
     with LargestTensor() as made:
         outputs = over_chosen(core, chosen, entries=entries, queries=queries, shared=shared)
-        sum(y.sum() for y in outputs).backward()
+        torch.stack([y.sum() for y in outputs]).sum().backward()
     allowed = max(2 * KEPT * WIDTH, QUERIES * WIDTH, ENTRIES * WIDTH)
     assert made.values <= allowed < QUERIES * KEPT * WIDTH

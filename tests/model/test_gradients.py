@@ -4,7 +4,7 @@ Each loss is smooth where it is probed: choices among experts are discrete, so p
 than the gap between the last expert taken and the first one left.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ STEP = 1e-6
 
 
 def assert_gradient(
-    loss: Callable[[], Tensor], leaves: dict[str, Tensor], *, directions: int
+    loss: Callable[[], Tensor], leaves: Mapping[str, Tensor], *, directions: int
 ) -> None:
     """Slopes of `loss` along random directions of each leaf."""
     grads = torch.autograd.grad(loss(), list(leaves.values()))
@@ -62,7 +62,8 @@ def test_the_gates_gradient_is_its_slope(config: ModelConfig) -> None:
         experts_TK, gates_TK, scores_TE = gate(x_TD)
         # Sorted by expert: the order of the chosen is free.
         order_TK = experts_TK.argsort(1)
-        return (gates_TK.gather(1, order_TK) * taste_TK).sum() + scores_TE.square().sum()
+        total: Tensor = (gates_TK.gather(1, order_TK) * taste_TK).sum() + scores_TE.square().sum()
+        return total
 
     assert_gradient(loss, {"weight": gate.weight, "x": x_TD}, directions=8)
 

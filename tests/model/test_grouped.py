@@ -8,6 +8,7 @@ from configs.train import Fp8Config
 from model.fp8.grouped import fp8_grouped_linear
 from model.fp8.linear import Linear
 from model.fp8.scheme import Fp8
+from tests.memory import saved_tensors
 
 COUNTS = [[4], [0, 5, 130, 0, 257, 1], [128, 128], [0, 0, 3], [0, 0]]
 SCHEMES = {
@@ -74,9 +75,8 @@ def test_experts_that_differ_in_size_keep_their_own_scales() -> None:
 
 
 def test_without_gradients_nothing_is_kept() -> None:
-    kept: list[Tensor] = []
     x, weight = random(7, 16), random(2, 8, 16).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with saved_tensors() as kept:
         with torch.no_grad():
             fp8_grouped_linear(x, weight, [3, 4], Fp8("attention"))
         assert kept == []

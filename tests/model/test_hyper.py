@@ -139,7 +139,8 @@ def test_gradients_of_a_connection_are_those_of_finite_differences() -> None:
 
     def run(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> Tensor:
         values = {"fn": fn, "base": base, "scale": scale}
-        return torch.func.functional_call(block, values, (x, torch.tanh))
+        out: Tensor = torch.func.functional_call(block, values, (x, torch.tanh))
+        return out
 
     inputs = (x_BSND, parameters["fn"], parameters["base"], parameters["scale"])
     assert torch.autograd.gradcheck(run, inputs, eps=1e-6, atol=1e-6)
@@ -149,10 +150,9 @@ def test_gradients_through_the_sinkhorn_alone_are_those_of_finite_differences() 
     block, x_TND = connection(), streams(1, 2)[0]
 
     def mix(base: Tensor) -> Tensor:
-        values = {"fn": block.fn.detach(), "base": base, "scale": block.scale.detach()}
-        return torch.func.functional_call(
-            _Weights(block), {f"of.{k}": v for k, v in values.items()}, x_TND
-        )
+        values = {"of.fn": block.fn.detach(), "of.base": base, "of.scale": block.scale.detach()}
+        mixed: Tensor = torch.func.functional_call(_Weights(block), values, x_TND)
+        return mixed
 
     assert torch.autograd.gradcheck(mix, (block.base,), eps=1e-6, atol=1e-7)
 
@@ -200,6 +200,7 @@ def test_a_fresh_connection_shares_evenly_but_for_what_it_reads_of_the_streams()
     model = random_model(config)
     model.initialize(0)
     layer = model.model.layers[0]
+    assert isinstance(layer, HyperLayer)
     pre, post, mix = layer.attn_hc.weights(torch.randn(3, 4, 32))
     torch.testing.assert_close(pre, torch.full((3, 4), 0.5), rtol=0, atol=1e-5)
     torch.testing.assert_close(post, torch.ones(3, 4), rtol=0, atol=1e-5)
@@ -221,8 +222,9 @@ def test_memory_is_read_in_front_of_attention() -> None:
     config = tiny_v4(engram=engram.model_dump())
     model = random_model(config)
     tokens_BS = random_tokens(2, 12, config=config)
-    with_memory = model.model.layers[1]
-    assert model.model.layers[0].engram is None
+    first, with_memory = model.model.layers[:2]
+    assert isinstance(first, HyperLayer) and isinstance(with_memory, HyperLayer)
+    assert first.engram is None
     assert with_memory.engram is not None
     x_BSND = hidden_of(config, tokens_BS)
     weights = {k: v for k, v in with_memory.state_dict().items() if not k.startswith("engram.")}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.model import V32Config
+from model.decoder import DecoderLayer
 from model.indexer import choose, index_scores
 from model.passes import IndexerPhase
 from model.sparse import SparseLatentAttention
@@ -137,6 +138,7 @@ def shares_kept(model: Transformer) -> tuple[float, float]:
     """
     tokens_BS = texts(64, torch.Generator().manual_seed(4))
     (layer,) = model.model.layers
+    assert isinstance(layer, DecoderLayer)
     block = layer.self_attn
     assert isinstance(block, SparseLatentAttention)
     x_BSD = layer.input_layernorm(model.model.embed_tokens(tokens_BS))

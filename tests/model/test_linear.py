@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from configs.train import Precision
 from model.fp8.backends import quantize
 from model.fp8.linear import Linear, together
+from model.fp8.quantized import Quantized
 from model.fp8.scheme import Fp8, Numerics
+from tests.memory import saved_tensors
 from tests.references import fp8_products
 
 SHAPES = [(1, 16, 16), (40, 128, 256), (200, 130, 48), (129, 300, 129)]
@@ -109,8 +111,7 @@ def test_an_output_that_nobody_uses_costs_its_linear_no_gradient() -> None:
 
 def kept_by(action: Callable[[], object]) -> list[Tensor]:
     """What waits for a backward pass after `action`."""
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with saved_tensors() as kept:
         action()
     return kept
 
@@ -143,7 +144,12 @@ def test_where_nothing_learns_nothing_waits(
 ) -> None:
     layer, x = linear(304, 40, "fp8", keeps_e5m6=keeps_e5m6), random(50, 304)
     hold, written = Fp8.hold, list[int]()
-    monkeypatch.setattr(Fp8, "hold", lambda self, *args: written.append(1) or hold(self, *args))
+
+    def counted(self: Fp8, x: Tensor, x8: Quantized) -> tuple[Tensor, Tensor]:
+        written.append(1)
+        return hold(self, x, x8)
+
+    monkeypatch.setattr(Fp8, "hold", counted)
 
     def silently() -> Tensor:
         with torch.no_grad():

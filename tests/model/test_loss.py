@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from model import loss as module
 from model.loss import UNSCORED, linear_cross_entropy
+from tests.memory import largest_allocation, saved_tensors
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -80,21 +80,16 @@ def test_hopeless_targets_have_a_finite_loss() -> None:
 
 def test_no_logits_are_kept() -> None:
     x, head = normal(50, 6, seed=0), normal(40, 6, seed=1)
-    kept: list[tuple[int, ...]] = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.append(tuple(t.shape)) or t, lambda t: t
-    ):
+    with saved_tensors() as kept:
         linear_cross_entropy(x, head, draw_targets(50, 40))
-    assert sorted(kept) == [(40, 6), (50, 6)]
+    assert sorted(tuple(tensor.shape) for tensor in kept) == [(40, 6), (50, 6)]
 
 
 def test_where_nothing_learns_no_gradient_is_taken() -> None:
     x, head, targets = normal(9, 60, seed=0), normal(400, 60, seed=1), draw_targets(9, 400)
 
     def largest() -> int:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            linear_cross_entropy(x, head, targets)
-        return max(event.cpu_memory_usage for event in seen.events())
+        return largest_allocation(lambda: linear_cross_entropy(x, head, targets))
 
     assert largest() >= head.nbytes
     with torch.no_grad():

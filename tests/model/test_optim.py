@@ -152,8 +152,8 @@ def test_weights_too_narrow_for_a_step_are_refused(dtype: torch.dtype) -> None:
 
 def test_moments_rest_in_bfloat16_and_are_rounded_to_nearest_after_each_step() -> None:
     narrow = CONFIG.model_copy(update={"moments": "bfloat16"})
-    model = nn.ModuleDict({"matrix": nn.Linear(3, 4, bias=False)})
-    weight = model["matrix"].weight
+    matrix = nn.Linear(3, 4, bias=False)
+    model, weight = nn.ModuleDict({"matrix": matrix}), matrix.weight
     optimizer = adamw(model, narrow)
     expected, first, second = weight.detach().double(), torch.zeros(4, 3), torch.zeros(4, 3)
     for step in range(1, 4):

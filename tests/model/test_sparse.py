@@ -1,5 +1,6 @@
 """Sparse attention against loops over queries, transformers' model, and itself by other ways."""
 
+import math
 from typing import Literal
 
 import pytest
@@ -13,9 +14,14 @@ from model.fp8.scheme import HIGH
 from model.passes import IndexerPhase, Whole
 from model.sparse import SparseLatentAttention
 from model.transformer import Transformer
-from tests.model.transformers_twin import TOLERANCE, disagreement, transformers_twin
+from tests.memory import LargestTensor
+from tests.model.transformers_twin import (
+    TOLERANCE,
+    continued_greedily,
+    disagreement,
+    transformers_twin,
+)
 from tests.references import (
-    LargestTensor,
     latent_attention,
     random_model,
     random_tokens,
@@ -63,7 +69,7 @@ def by_query(
     for t in range(len(x_SD)):
         seen = [s for s in range(t + 1) if segments_S[s] == segments_S[t]]
         best = sorted(seen, key=lambda s: (-float(scores_SS[t, s]), s))
-        kept = seen if phase == "dense" else best[: block.config.index_topk]
+        kept = seen if phase == "dense" else best[: block.indexer.config.index_topk]
         allowed_SS[t, kept] = True
     out_SD, mass_SS = latent_attention(block, x_SD, allowed_SS)
     missed_S = torch.zeros(len(x_SD), dtype=torch.float64)
@@ -76,7 +82,7 @@ def by_query(
 
 def index_by_head(block: SparseLatentAttention, x_SD: Tensor) -> Tensor:
     """Eq. 1 for all pairs of tokens, in float64."""
-    config, index = block.config, block.indexer
+    index, config = block.indexer, block.indexer.config
     width, rope = config.index_head_dim, config.qk_rope_head_dim
 
     def turned(y_SI: Tensor) -> Tensor:
@@ -97,7 +103,7 @@ def index_by_head(block: SparseLatentAttention, x_SD: Tensor) -> Tensor:
     for j in range(config.index_n_heads):
         dots = turned(queries[:, j * width : (j + 1) * width]) @ keys.T
         total += weights[:, j, None] * dots.clamp_min(0)
-    return total / (width * config.index_n_heads) ** 0.5
+    return total / math.sqrt(width * config.index_n_heads)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -168,9 +174,9 @@ def test_the_indexers_gradient_is_the_slope_of_its_loss(
             values = []
             for sign in (1, -1):
                 with torch.no_grad():
-                    leaf += sign * 1e-6 * direction
+                    leaf.add_(sign * 1e-6 * direction)
                     values.append(float(loss()))
-                    leaf -= sign * 1e-6 * direction
+                    leaf.sub_(sign * 1e-6 * direction)
             measured = (values[0] - values[1]) / 2e-6
             expected = float((slope * direction).sum())
             assert measured == pytest.approx(expected, rel=1e-5, abs=1e-8), name
@@ -287,14 +293,7 @@ def test_greedy_answers_are_transformers_for_64_tokens() -> None:
     config = tiny_v32(num_nextn_predict_layers=0, max_position_embeddings=80)
     ours, theirs = transformers_twin(config)
     prompts_BS = random_tokens(2, 7)
-    expected_BS = theirs.generate(
-        prompts_BS,
-        attention_mask=torch.ones_like(prompts_BS),
-        max_new_tokens=64,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    expected_BS = continued_greedily(theirs, prompts_BS, 64)
     found = sample(
         ours,
         prompts_BS.tolist(),

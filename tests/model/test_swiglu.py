@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from model import swiglu as module
 from model.dispatch import Dispatched
 from model.swiglu import activation, activation_backward, grouped_swiglu, swiglu
+from tests.memory import largest_allocation, saved_tensors
 
 LIMITS = [None, 0.7]
 """The second one holds about half of the values drawn here."""
@@ -159,9 +159,7 @@ def test_reading_needs_room_for_one_group_of_visits_alone(monkeypatch: pytest.Mo
     sent = Dispatched(x, torch.arange(2000) % 1000, torch.tensor([100] * 20), None, None)
 
     def largest() -> int:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            grouped_swiglu(sent, gate_up, down, None)
-        return max(event.cpu_memory_usage for event in seen.events())
+        return largest_allocation(lambda: grouped_swiglu(sent, gate_up, down, None))
 
     visits = 2000 * 2 * 50 * 4
     assert largest() >= visits
@@ -173,14 +171,12 @@ def test_training_keeps_the_input_and_one_product_for_each_visit() -> None:
     """Rows sorted by expert, activations and results are made again, not kept."""
     x, down = normal(40, 6, seed=0), normal(2, 6, 5, seed=2)
     gate_up = normal(2, 10, 6, seed=1)
-    kept: list[tuple[int, ...]] = []
     rows_N = torch.arange(80) % 40
     sent = Dispatched(x, rows_N, torch.tensor([30, 50]), None, None)
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.append(tuple(t.shape)) or t, lambda t: t
-    ):
+    with saved_tensors() as kept:
         grouped_swiglu(sent, gate_up, down, None)
-    assert sorted(kept) == sorted([(40, 6), (2, 10, 6), (2, 6, 5), (80,), (80, 10)])
+    shapes = sorted(tuple(tensor.shape) for tensor in kept)
+    assert shapes == sorted([(40, 6), (2, 10, 6), (2, 6, 5), (80,), (80, 10)])
 
 
 @pytest.fixture

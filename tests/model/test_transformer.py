@@ -13,8 +13,10 @@ from transformers.modeling_layers import MtpModel
 from configs.errors import DataError
 from configs.model import V3Config
 from configs.train import Precision
-from model.transformer import MtpLayer, Transformer
+from model.decoder import MtpLayer
+from model.transformer import Transformer
 from model.weights.files import load_pretrained, save_pretrained
+from tests.model.transformers_twin import loaded
 from tests.references import random_model, random_tokens, tiny
 
 CONFIGS = [
@@ -29,14 +31,14 @@ CONFIGS = [
 
 def theirs(folder: Path) -> DeepseekV3ForCausalLM:
     """The folder as `transformers` loads it; nothing may be missing, only MTP left over."""
-    model, told = DeepseekV3ForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
+    model, told = loaded(DeepseekV3ForCausalLM.from_pretrained, folder, dtype=torch.float32)
+    assert isinstance(model, DeepseekV3ForCausalLM)
     layers = model.config.num_hidden_layers
     assert not told["missing_keys"]
     assert not told["mismatched_keys"]
     assert all(key.startswith(f"model.layers.{layers}.") for key in told["unexpected_keys"])
-    return model.eval()
+    model.eval()
+    return model
 
 
 def assert_same_logits(found: Tensor, expected: Tensor) -> None:

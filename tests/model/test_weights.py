@@ -88,7 +88,7 @@ def test_many_files_hold_what_one_does(config: ModelConfig, tmp_path: Path) -> N
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 3
     assert not (tmp_path / WEIGHTS).exists()
-    stored = {}
+    stored: dict[str, Tensor] = {}
     for file in files:
         tensors = load_file(tmp_path / file)
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 20_000

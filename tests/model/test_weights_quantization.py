@@ -160,6 +160,10 @@ def test_a_tuple_is_a_list() -> None:
 
 WIDEN = "let transformers widen the weights first"
 METHODS = ["gptq", "awq", "compressed-tensors", "bitsandbytes", "mxfp4", "nvfp4", "fbgemm_fp8", 8]
+NO_BLOCK_SIZES: list[object] = [
+    *([128], [], [128, 128, 1], [128, 0], ["a", "b"]),
+    *("128", 0, -1, 1.5, True, {}),
+]
 
 
 @pytest.mark.parametrize(
@@ -191,19 +195,7 @@ METHODS = ["gptq", "awq", "compressed-tensors", "bitsandbytes", "mxfp4", "nvfp4"
                 FP8 | {"weight_block_size": size},
                 r"weight_block_size = .*, expected two numbers, one, or null; give the block",
             )
-            for size in (
-                [128],
-                [],
-                [128, 128, 1],
-                "128",
-                0,
-                -1,
-                1.5,
-                True,
-                [128, 0],
-                ["a", "b"],
-                {},
-            )
+            for size in NO_BLOCK_SIZES
         ],
     ],
 )

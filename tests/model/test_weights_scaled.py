@@ -18,6 +18,7 @@ from model.weights.families import from_hf, narrowest, to_hf
 from model.weights.files import read_tensors
 from model.weights.scaled import unpack, widen
 from model.weights.stored import WEIGHTS
+from tests.model.transformers_twin import loaded
 from tests.model.weights_folders import (
     E2M1,
     assert_loads_as,
@@ -139,7 +140,7 @@ def test_fp4_experts_and_fp8_of_v4_are_read_code_by_code(
         if narrowest(RAGGED_V4, name) != "float8":
             continue
         if ".experts." in name:
-            stored[name], exponents, meant[name] = random_codes(*tensor.shape, seed=number)
+            stored[name], exponents, meant[name] = random_codes(tensor.shape, number)
         else:
             q = quantize_by_tiles(tensor, (128, 128), power_of_two=True)
             exponents = (q.scales.log2().round() + 127).to(torch.uint8)
@@ -253,7 +254,7 @@ def test_transformers_reads_the_fp8_of_v4(tmp_path: Path) -> None:
     )
     save_pretrained(random_model(config), tmp_path, dtype="float8")
     ours = load_pretrained(tmp_path)
-    theirs, told = DeepseekV4ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, told = loaded(DeepseekV4ForCausalLM.from_pretrained, tmp_path)
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
     tokens = random_tokens(2, 30)

@@ -1,12 +1,17 @@
 """A transformers model of the shape of ours, both with the same random weights."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
+    PreTrainedModel,
 )
 
 from configs.model import V3Config, V32Config
@@ -27,15 +32,12 @@ def transformers_twin(config: V3Config, *, seed: int = 0) -> tuple[Transformer, 
         rope |= {"rope_type": "yarn"}
         # In config.json a magnitude of none is an absent field.
         rope |= {name: x for name, x in config.rope_scaling.model_dump().items() if x}
-    sparse = isinstance(config, V32Config)
-    make_config = DeepseekV32Config if sparse else DeepseekV3Config
-    theirs_config = make_config(
-        **fields,
-        num_key_value_heads=config.num_attention_heads,
-        rope_parameters=rope,
-        attn_implementation="eager",
-    )
-    theirs = (DeepseekV32ForCausalLM if sparse else DeepseekV3ForCausalLM)(theirs_config).eval()
+    fields |= {
+        "num_key_value_heads": config.num_attention_heads,
+        "rope_parameters": rope,
+        "attn_implementation": "eager",
+    }
+    theirs = _made(config, fields).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in theirs.state_dict().items():
@@ -49,6 +51,55 @@ def transformers_twin(config: V3Config, *, seed: int = 0) -> tuple[Transformer, 
     return ours, theirs
 
 
-def disagreement(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def _made(config: V3Config, fields: dict[str, Any]) -> nn.Module:
+    if isinstance(config, V32Config):
+        return DeepseekV32ForCausalLM(DeepseekV32Config(**fields))
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**fields))
+
+
+def loaded(
+    load: Callable[..., object], folder: Path, **settings: object
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """(model, report) by a class's `from_pretrained`: what was missing, what nobody asked for.
+
+    Its signature knows of no report.
+    """
+    found = load(folder, output_loading_info=True, **settings)
+    assert isinstance(found, tuple)
+    model, report = found
+    assert isinstance(model, PreTrainedModel)
+    return model, report
+
+
+@runtime_checkable
+class Generating(Protocol):
+    """A model with transformers' loop of decoding, whose own signature admits none of its models.
+
+    Without settings that ask for more, it returns the tokens alone.
+    """
+
+    def generate(self, tokens_BS: Tensor, **settings: object) -> Tensor:
+        """[B, S + new tokens]."""
+
+
+def continued(theirs: nn.Module, tokens_BS: Tensor, new_tokens: int, **settings: object) -> Tensor:
+    """[B, S + new tokens]: the rows, and what transformers' own loop adds to them, to the end."""
+    assert isinstance(theirs, Generating)
+    return theirs.generate(
+        tokens_BS,
+        attention_mask=torch.ones_like(tokens_BS),
+        max_new_tokens=new_tokens,
+        eos_token_id=None,
+        pad_token_id=0,
+        **settings,
+    )
+
+
+def continued_greedily(theirs: nn.Module, tokens_BS: Tensor, new_tokens: int) -> Tensor:
+    """`continued` by the likeliest tokens."""
+    return continued(theirs, tokens_BS, new_tokens, do_sample=False)
+
+
+def disagreement(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference of logits, in standard deviations of theirs."""
     return float((ours - theirs).abs().max() / theirs.std())

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from tests.references import random_tokens
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
-def random_codes(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def random_codes(shape: Sequence[int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """(packed, exponents, what they mean): E2M1 by groups of 32 columns, read half by half."""
+    rows, columns = shape
     generator = torch.Generator().manual_seed(seed)
     groups = math.ceil(columns / 32)
     packed = torch.randint(256, (rows, columns // 2), generator=generator, dtype=torch.uint8)
