@@ -1,11 +1,13 @@
 """Sharded saves: any number of ranks reads what any number wrote; half a save is none."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from cluster import checkpoint
@@ -155,7 +157,7 @@ def test_saves_that_vanish_while_they_are_looked_at_are_none(
         save(step_folder(root, step), 1)
         mark_complete(step_folder(root, step), {"step": step})
     assert latest(mine, other) == (step_folder(other, 4), 4)
-    real_open, real_glob = checkpoint.safe_open, Path.glob
+    real_open, real_glob = safe_open, Path.glob
 
     def vanish(path: Path, **settings: str) -> object:
         shutil.rmtree(other, ignore_errors=True)
@@ -185,7 +187,7 @@ def test_a_whole_model_is_written_from_a_sharded_save(tmp_path: Path) -> None:
 def test_a_marker_cut_short_never_stands_under_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("cut")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("cut")))
     step_folder(tmp_path, 1).mkdir()
     with pytest.raises(OSError, match="cut"):
         mark_complete(step_folder(tmp_path, 1), {"step": 1})

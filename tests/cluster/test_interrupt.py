@@ -6,6 +6,7 @@ import time
 from typing import Any, cast
 
 import pytest
+import ray
 
 from cluster import fit
 
@@ -45,7 +46,7 @@ def test_whatever_ends_a_fit_ends_the_wait_for_it(ending: BaseException) -> None
 
 def test_an_interrupt_closes_ray_and_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[bool] = []
-    monkeypatch.setattr(fit.ray, "shutdown", lambda: closed.append(True))
+    monkeypatch.setattr(ray, "shutdown", lambda: closed.append(True))
     with pytest.raises(KeyboardInterrupt):
         run(Fitting(None, interrupts=True))
     assert closed == [True]

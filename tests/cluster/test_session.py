@@ -1,10 +1,11 @@
 """Opening Ray: once, from a folder without Python files, and only if it is large enough."""
 
+import os
 from pathlib import Path
 
 import pytest
+import ray
 
-from cluster import session
 from cluster.session import ensure_ray, worker_env
 from configs.errors import MachineError
 from configs.parallel import ClusterConfig
@@ -29,8 +30,8 @@ def test_a_ray_that_cannot_be_opened_names_its_address(
         raise fault("nobody home")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(session.ray, "init", refuse)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
     home = tmp_path / "home"
     home.mkdir()
     machines = ClusterConfig(address="ray.example:6379")
@@ -45,10 +46,10 @@ def test_a_local_ray_has_two_cpus_at_least_and_listens_on_loopback(
     asked: dict[str, object] = {}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_worker_niceness", "0")
-    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(session.ray, "init", lambda **settings: asked.update(settings))
-    monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr(session.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: asked.update(settings))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     ensure_ray(ClusterConfig(), str(tmp_path), cpus_needed=2)
     assert asked["num_cpus"] == 2
     assert asked["dashboard_host"] == "127.0.0.1"

@@ -422,8 +422,14 @@ def test_counting_changes_no_gradient() -> None:
 
 def test_a_model_that_has_no_part_in_fp8_is_said_to_have_none() -> None:
     # V3 has no indexer.
-    parts = ("attention", "dense_ffn", "shared_experts", "routed_experts")
-    one = trainer(Numerics("fp8", Fp8Config(**dict.fromkeys(parts, "high"), indexer="fp8")))
+    parts = Fp8Config(
+        attention="high",
+        dense_ffn="high",
+        shared_experts="high",
+        routed_experts="high",
+        indexer="fp8",
+    )
+    one = trainer(Numerics("fp8", parts))
     assert one.numerics.precision == "high"
     assert one.news()["notes"] == [f"warning: {one.computing.products}"]
     assert "none of this model's" in one.computing.products

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_a_killed_trainer_or_sampler_of_post_training_is_replaced(tmp_path: Path
 
     running = start(folder, "run", *words, "--force", "posttrain")
     for worker, step in (("_TrainWorker", 3), ("_Sampler", 6)):
-        wait_for(lambda step=step: slot_has(slots, step), f"step {step}")
+        wait_for(partial(slot_has, slots, step), f"step {step}")
         os.kill(descendants(running.pid, worker)[0].pid, signal.SIGKILL)
     assert running.wait(timeout=240) == 0, (folder / "output.txt").read_text()
     keys = ("step", "loss", "reward", "grad_norm", "policy_version")

@@ -15,6 +15,7 @@ from model.indexer import choose
 from model.weights.files import load_pretrained
 from stages.shards import Rows
 from tests.line.runs import artifact, bundles, ingot, metrics
+from tests.model.transformers_twin import loaded
 from tests.references import relative_gap
 
 SHORT = Path(__file__).with_name("short.toml")
@@ -107,7 +108,7 @@ def test_transformers_gives_the_logits_of_the_bundle(
     if built.recipe == "tiny-engram":
         pytest.skip("transformers has no memory of n-grams")
     folder = built.bundles()["cuda"][0] / "bf16"
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs, _ = loaded(AutoModelForCausalLM.from_pretrained, folder, dtype=torch.float32)
     rows = Rows(artifact(built.folder, "data")[0] / "held_out" / "stdlib")
     tokens_BS = torch.from_numpy(rows.take(torch.arange(8).numpy()))
     ties = Ties()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config, PreTrainedModel
 
 from configs.model import V3Config
 from model.decode import sample
@@ -30,6 +30,7 @@ from stages.shards import BOS_ID, EOS_ID, Rows
 from stages.tokens import load_tokenizer
 from stages.verifiers import read_problems, verify
 from tests.line.runs import artifact, bundles, ingot, metrics
+from tests.model.transformers_twin import Generating, loaded
 
 VARIANTS = (("cuda", "bf16"), ("cuda", "fp8"), ("ascend", "bf16"), ("ascend", "w8a8"))
 
@@ -127,7 +128,7 @@ def test_each_step_is_recorded_once(tiny: Tiny) -> None:
 class Both:
     """One CUDA variant as transformers reads it and as Ingot does."""
 
-    theirs: Any
+    theirs: PreTrainedModel
     info: dict[str, Any]
     ours: Transformer
 
@@ -140,15 +141,15 @@ def both(tiny: Tiny, request: pytest.FixtureRequest) -> Iterator[Both]:
         widened = {"quantization_config": FineGrainedFP8Config(dequantize=True)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        theirs: Any
-        theirs, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, **widened
+        theirs, info = loaded(
+            AutoModelForCausalLM.from_pretrained, folder, dtype=torch.float32, **widened
         )
     source, manifest = artifact(tiny.folder, "posttrain")
     config = V3Config.model_validate(manifest["facts"]["model"])
     form = next(form for form in formats("cuda", config) if form.variant == request.param)
     ours = parity.reload(TensorFolder(folder), form, TensorFolder(source).names)
-    yield Both(theirs.float().eval(), info, ours)
+    theirs.float()
+    yield Both(theirs, info, ours)
 
 
 @torch.no_grad()
@@ -164,6 +165,7 @@ def test_transformers_loads_both_cuda_bundles_and_agrees(tiny: Tiny, both: Both)
     print(f"\nlargest difference of logits: {error:.1e}")
     assert error <= 1e-4
     prompt = tokens[:1, :16]
+    assert isinstance(both.theirs, Generating)
     theirs = both.theirs.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False
     )
@@ -259,7 +261,7 @@ def test_held_out_text_does_not_stand_in_training_text(tiny: Tiny) -> None:
         rows = Rows(corpus.joinpath(*names))
         ids = rows.take(torch.arange(len(rows)).numpy()).flatten().tolist()
         text = tokenizer.decode(ids, skip_special_tokens=False)
-        begin, end = (tokenizer.id_to_token(one) for one in (BOS_ID, EOS_ID))
+        begin, end = (str(tokenizer.id_to_token(one)) for one in (BOS_ID, EOS_ID))
         return str(text).replace(end, begin).split(begin)
 
     def windows(texts: list[str]) -> list[str]:
