@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from configs.base import Frozen
+from configs.delivery import Target
 from configs.errors import TrainingError
 from configs.model import V3Config
 from configs.parallel import ClusterConfig, StoreConfig
 from pipeline.decide import Examiner
 from pipeline.graph import Graph, Selection, make_graph
 from pipeline.lease import this_process
-from pipeline.records import Built, Invocation, Reused, Run, new_run_id
+from pipeline.records import Built, Failed, Invocation, Reused, Run, new_run_id
 from pipeline.runner import Listener, Setting, realise
 from pipeline.store import Slot, Store
 from stages.artifacts import Bundle, Checkpoint, Corpus, Parity, Report, read_manifest
@@ -116,7 +117,7 @@ def pack(config: FakeConfig, work: Workspace, *, checkpoint: Checkpoint) -> Bund
     """A bundle for one target."""
     _begin(config, work, f"pack.{config.target}")
     parity = Parity(positions=10, max_abs_logit_error=0.0, top1_agreement=1.0, mean_kl_nats=0.0)
-    target = "cuda" if config.target == "cuda" else "ascend"
+    target: Target = "cuda" if config.target == "cuda" else "ascend"
     return Bundle(uri=work.out, target=target, parity={"bf16": parity})
 
 
@@ -183,9 +184,7 @@ class World:
 
     def generation(self, run: Run, node: str) -> Path:
         """The folder of the generation that a run built or reused."""
-        outcome = run.outcomes[node]
-        assert isinstance(outcome, Built | Reused)
-        return self.store.root / outcome.address
+        return self.store.root / made(run, node).address
 
     def files(self, run: Run, node: str) -> Path:
         """The folder of the files of the artifact that a run built or reused."""
@@ -205,6 +204,20 @@ def fill(slot: Slot, text: str = "text") -> Corpus:
         train_problems=0,
         held_out_problems=0,
     )
+
+
+def made(run: Run, node: str) -> Built | Reused:
+    """What became of a node that the run built or reused."""
+    outcome = run.outcomes[node]
+    assert isinstance(outcome, Built | Reused)
+    return outcome
+
+
+def failed(run: Run, node: str) -> Failed:
+    """What became of a node that failed."""
+    outcome = run.outcomes[node]
+    assert isinstance(outcome, Failed)
+    return outcome
 
 
 def outcomes(run: Run) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -39,7 +40,7 @@ def fail() -> None:
 def test_jobs_are_done_in_order(worker: Background) -> None:
     done: list[int] = []
     for number in range(100):
-        worker.submit(lambda number=number: done.append(number))  # type: ignore[misc]
+        worker.submit(partial(done.append, number))
     worker.stop(patience_seconds=10, limit_seconds=10)
     assert done == list(range(100))
 
@@ -82,7 +83,7 @@ def test_a_job_that_cannot_succeed_does_not_keep_the_others_that_are_owed(
     done: list[int] = []
     for number in range(3):
         worker.submit(fail, owed=True)
-        worker.submit(lambda number=number: done.append(number), owed=True)  # type: ignore[misc]
+        worker.submit(partial(done.append, number), owed=True)
     worker.stop(patience_seconds=10, limit_seconds=10)
     assert done == [0, 1, 2]
 

@@ -1,6 +1,8 @@
 """What `clean` offers, and that it takes nothing from a run or a build that goes on."""
 
+import argparse
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,7 +19,7 @@ from pipeline.graph import make_graph
 from pipeline.lease import give_up, newest, take, this_process
 from pipeline.records import Run
 from pipeline.removal import remove
-from pipeline.store import Committed, Slot
+from pipeline.store import Committed, Slot, Store
 from pipeline.verbs import clean as clean_module
 from pipeline.verbs import run as run_module
 from pipeline.verbs.clean import Entry, clean, inventory
@@ -52,13 +54,9 @@ def run_clean(
         def store(self, say: object) -> object:
             return world.store
 
-    class Args:
-        unfinished = False
-
-    args = Args()
-    args.dry_run = dry_run  # type: ignore[attr-defined]
+    args = argparse.Namespace(unfinished=False, dry_run=dry_run)
     monkeypatch.setattr(clean_module, "load_asked", lambda args: Asked())
-    assert clean(args) == code  # type: ignore[arg-type]
+    assert clean(args) == code
 
 
 def found(world: World, node: str, **changes: object) -> Committed:
@@ -121,7 +119,7 @@ def test_a_run_says_in_its_record_what_it_may_reuse_and_when_it_is_finished(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    monkeypatch.setattr(run_module.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
     (tmp_path / "over.toml").write_text('[tracking]\nuri = "http://127.0.0.1:9"\n')
     world = World(StoreConfig(url=str(tmp_path / ".ingot"), min_free_bytes=0))
     seen: list[Run] = []
@@ -131,7 +129,7 @@ def test_a_run_says_in_its_record_what_it_may_reuse_and_when_it_is_finished(
         seen.append(next(world.store.records.newest_first()))
         return Report(uri=work.out, headline={})
 
-    def line(recipe: object) -> dict[str, Planned[object]]:
+    def line(recipe: object) -> dict[str, Planned[Corpus] | Planned[Report]]:
         corpus = gather(FakeConfig())
         return {"data": corpus, "look": looking(FakeConfig(steps=len(seen)), corpus=corpus)}
 
@@ -166,18 +164,19 @@ def test_a_running_build_finishes_though_its_input_was_superseded_and_cleaned_aw
     world: World, old: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The build reads an old checkpoint; `clean` runs meanwhile, and deletes what else is old."""
-    begun, ended = threading.Event(), []
+    begun, ended = threading.Event(), list[Run]()
     read = Path(found(world, "train", train={"steps": 2}).artifact.uri) / "weights.bin"
-    changes = {"train": {"steps": 2}, "judge": {"steps": 77, "seconds": 1.5}}
+    trained, judging = {"steps": 2}, {"steps": 77, "seconds": 1.5}
 
     def work() -> None:
         begun.set()
-        ended.append(World(world.store.config).run(**changes))
+        ended.append(World(world.store.config).run(train=trained, judge=judging))
 
     thread = threading.Thread(target=work)
     thread.start()
     begun.wait(10)
-    judged = world.store.folder(world.graph(**changes)["judge"]) / "g1"
+    graph = world.graph(train=trained, judge=judging)
+    judged = world.store.folder(graph["judge"]) / "g1"
     while not judged.is_dir():
         pass
     run_clean(world, monkeypatch)
@@ -212,10 +211,10 @@ def test_a_run_between_the_look_and_the_removal_loses_nothing(
     world: World, old: Run, monkeypatch: pytest.MonkeyPatch, ends: bool
 ) -> None:
     """It has begun, or has even ended; then the latest is what it took."""
-    real, looks = clean_module.inventory, []
+    looks: list[list[Entry]] = []
 
-    def look(*args: object, **options: object) -> object:
-        entries = list(real(*args, **options))  # type: ignore[arg-type]
+    def look(store: Store, *, unfinished: bool) -> list[Entry]:
+        entries = list(inventory(store, unfinished=unfinished))
         if not looks:
             if ends:
                 assert outcomes(world.run(train={"steps": 2}))["train"] == "reused"
@@ -240,14 +239,14 @@ def test_a_run_that_begins_while_others_are_deleted_loses_nothing(
     ends: bool,
 ) -> None:
     """It begins after both looks, as minutes of deleting have passed; it may even have ended."""
-    real, runs = clean_module.remove, []
+    runs: list[Run] = []
 
     def begin(path: Path, used_by: Callable[[], str | None]) -> None:
         if not runs:
             states = survey(world.graph(train={"steps": 2}), Examiner(world.store, RECIPE))
             runs.append(replace(world.begin(), in_use=in_use(states), finished=ends))
             world.store.records.save(runs[0])
-        real(path, used_by)
+        remove(path, used_by)
 
     monkeypatch.setattr(clean_module, "remove", begin)
     run_clean(world, monkeypatch, code=1)
@@ -264,13 +263,12 @@ def test_an_input_that_a_build_begins_to_read_while_others_are_deleted_stays(
 ) -> None:
     checkpoint = found(world, "train", train={"steps": 2})
     node = world.graph(train={"steps": 2}, pack={"target": "cuda", "steps": 99})["pack.cuda"]
-    real = clean_module.remove
     with ExitStack() as stack:
 
         def begin(path: Path, used_by: Callable[[], str | None]) -> None:
             if path == checkpoint.path:
                 stack.enter_context(world.store.slot(node, {"checkpoint": checkpoint}))
-            real(path, used_by)
+            remove(path, used_by)
 
         monkeypatch.setattr(clean_module, "remove", begin)
         run_clean(world, monkeypatch, code=1)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,13 +36,13 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     `pretrain.steps` of the recipe is the steps of the fake `train`; 13 of them fail.
     """
 
-    def fake(recipe: Recipe) -> dict[str, Planned[object]]:
+    def fake(recipe: Recipe) -> dict[str, Planned[Any]]:
         steps = recipe.pretrain.steps
         return make_line(train={"steps": steps, "fails": steps == 13})
 
     for module in (run, inspect):
         monkeypatch.setattr(module, "production", fake)
-    monkeypatch.setattr(run.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     # Tracking has its own tests; here nothing listens, which a run must survive.

@@ -28,7 +28,7 @@ from pipeline.decide import (
 from pipeline.graph import Selection
 from pipeline.records import Blocked
 from pipeline.removal import remove
-from tests.pipeline.fakes import RECIPE, World, outcomes
+from tests.pipeline.fakes import RECIPE, World, failed, outcomes
 
 ALL = ["data", "train", "judge", "pack.cuda", "pack.ascend"]
 
@@ -125,14 +125,14 @@ def test_force_rebuilds_one_and_equal_content_leaves_the_rest_fresh(world: World
 
 
 def test_force_leaves_what_came_out_different_to_a_plain_run(world: World) -> None:
-    differs = {"train": {"differs": True}}
-    world.run(**differs)
-    forced = world.run(selection=Selection(force=("train",)), **differs)
+    differs = {"differs": True}
+    world.run(train=differs)
+    forced = world.run(selection=Selection(force=("train",)), train=differs)
     assert outcomes(forced) == {"data": "reused", "train": "built"}
-    assert plan(world, **differs)["judge"] == Build(("input checkpoint rebuilt",))
-    after = outcomes(world.run(**differs))
+    assert plan(world, train=differs)["judge"] == Build(("input checkpoint rebuilt",))
+    after = outcomes(world.run(train=differs))
     assert after == {**dict.fromkeys(ALL, "built"), "data": "reused", "train": "reused"}
-    assert outcomes(world.run(**differs)) == dict.fromkeys(ALL, "reused")
+    assert outcomes(world.run(train=differs)) == dict.fromkeys(ALL, "reused")
 
 
 def test_a_lost_artifact_is_rebuilt_and_what_follows_decided_then(world: World) -> None:
@@ -173,34 +173,36 @@ def test_damage_that_only_a_hash_sees_is_refused_before_a_run_relies_on_it(world
     # Should it come about only after the plan was made, the run says so and does not succeed.
     run = world.run(selection=only, judge={"steps": 9})
     assert outcomes(run) == {"judge": "blocked"}
-    assert "weights.bin has sha256" in run.outcomes["judge"].reason  # type: ignore[union-attr]
+    blocked = run.outcomes["judge"]
+    assert isinstance(blocked, Blocked)
+    assert "weights.bin has sha256" in blocked.reason
     assert not run.succeeded
 
 
 def test_a_middle_node_that_the_run_makes_stale_blocks_what_is_asked_for(world: World) -> None:
-    differs = {"data": {"differs": True}}
-    world.run(**differs)
+    differs = {"differs": True}
+    world.run(data=differs)
     for chosen in (
         Selection(force=("data",), start=("judge",)),
         Selection(force=("data",), only=("data", "judge")),
     ):
-        assert isinstance(plan(world, chosen, **differs)["judge"], Build | Reuse | Recheck)
-        run = world.run(selection=chosen, **differs)
+        assert isinstance(plan(world, chosen, data=differs)["judge"], Build | Reuse | Recheck)
+        run = world.run(selection=chosen, data=differs)
         blocked = run.outcomes["judge"]
         assert isinstance(blocked, Blocked)
         assert blocked.by == "train"
         assert "input corpus rebuilt" in blocked.reason
         assert not run.succeeded
-        world.run(**differs)
+        world.run(data=differs)
 
 
 def test_a_middle_node_that_is_stale_already_is_refused_by_name(world: World) -> None:
     world.run()
-    stale = {"train": {"steps": 4}}
+    stale = {"steps": 4}
     with pytest.raises(PlanError, match=r"train, which is stale .*; add --force train"):
-        plan(world, Selection(force=("data",), start=("judge",)), **stale)
+        plan(world, Selection(force=("data",), start=("judge",)), train=stale)
     both = Selection(force=("data", "train"), start=("judge",))
-    assert outcomes(world.run(selection=both, **stale))["judge"] == "built"
+    assert outcomes(world.run(selection=both, train=stale))["judge"] == "built"
 
 
 def test_a_run_that_leaves_a_selected_node_aside_does_not_succeed(world: World) -> None:
@@ -224,7 +226,7 @@ def test_an_artifact_that_may_not_be_read_fails_its_node_alone(
     monkeypatch.setattr(LocalFileSystem, "open", refuse)
     run = world.run()
     assert outcomes(run) == {**dict.fromkeys(ALL, "reused"), "judge": "failed"}
-    assert run.outcomes["judge"].error == (  # type: ignore[union-attr]
+    assert failed(run, "judge").error == (
         f"{locked}/manifest.json: cannot be read (Permission denied); make it readable, or "
         "rebuild the node with --force"
     )
@@ -237,10 +239,12 @@ def test_a_folder_that_nobody_may_enter_stops_no_command(
     locked = str(world.generation(world.run(), "judge"))
     real = os.stat
 
-    def refuse(path: object, *args: object, **settings: object) -> object:
+    def refuse(
+        path: str | Path, *, dir_fd: int | None = None, follow_symlinks: bool = True
+    ) -> os.stat_result:
         if str(path).startswith(locked):
             raise PermissionError(13, "Permission denied", str(path))
-        return real(path, *args, **settings)  # type: ignore[call-overload]
+        return real(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
 
     monkeypatch.setattr(os, "stat", refuse)
     decisions = plan(world)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from configs.base import Frozen
-from configs.data import DataConfig, DataSpec, FilesSource, StdlibSource
+from configs.data import DataConfig, DataSpec, FilesSource, Source, StdlibSource
 from configs.errors import PlanError
 from configs.train import Fp8Config, OptimConfig, PretrainConfig
 from pipeline.fingerprint import Identity, differences, identify
@@ -82,7 +82,10 @@ def test_inputs_revision_and_reads_enter() -> None:
 
 def test_the_glob_of_a_files_source_is_provenance_and_its_type_is_not() -> None:
     def spec(path: str) -> DataSpec:
-        sources = {"mine": FilesSource(share=0.5, glob=path), "std": StdlibSource(share=0.5)}
+        sources: dict[str, Source] = {
+            "mine": FilesSource(share=0.5, glob=path),
+            "std": StdlibSource(share=0.5),
+        }
         return DataSpec(seed=0, data=DataConfig(sources=sources, train_tokens=10))
 
     @stage(revision=1)

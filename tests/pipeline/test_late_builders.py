@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Barrier
-from typing import Any
 
 import psutil
 import pytest
@@ -21,10 +20,11 @@ from configs.errors import LeaseLost
 from configs.parallel import StoreConfig
 from pipeline import lease as lease_module
 from pipeline import store as store_module
+from pipeline.files import create_exclusively
 from pipeline.graph import Node
 from pipeline.lease import newest, take
 from pipeline.store import Committed, Slot, builders
-from stages.artifacts import MANIFEST, verify
+from stages.artifacts import MANIFEST, Lease, verify
 from tests.pipeline.fakes import World, fill
 
 ROOT = Path(__file__).parents[2]
@@ -195,12 +195,12 @@ def test_of_many_builders_that_commit_one_generation_exactly_one_does(
     world: World, node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All are past their last check when the first of them commits."""
-    barrier, real = Barrier(RACERS), store_module.create_exclusively
+    barrier = Barrier(RACERS)
 
-    def create(path: Path, text: str, **settings: Any) -> bool:
+    def create(path: Path, text: str, *, draft: Path | None = None) -> bool:
         if path.name == MANIFEST:
             barrier.wait(10)
-        return real(path, text, **settings)
+        return create_exclusively(path, text, draft=draft)
 
     monkeypatch.setattr(store_module, "create_exclusively", create)
     with world.store.slot(node, {}) as first:
@@ -233,7 +233,7 @@ def test_of_many_builders_that_take_one_lease_exactly_one_has_it(tmp_path: Path)
     for number in range(1, 20):
         barrier = Barrier(RACERS)
 
-        def race(owner: str, number: int = number, barrier: Barrier = barrier) -> object:
+        def race(owner: str, number: int = number, barrier: Barrier = barrier) -> Lease | None:
             barrier.wait(10)
             return take(tmp_path, number, owner)
 
@@ -241,7 +241,7 @@ def test_of_many_builders_that_take_one_lease_exactly_one_has_it(tmp_path: Path)
             leases = list(pool.map(race, map(str, range(RACERS))))
         (won,) = (lease for lease in leases if lease is not None)
         assert newest(tmp_path)[0] == number
-        assert newest(tmp_path)[1]["owner"] == won.owner  # type: ignore[attr-defined]
+        assert newest(tmp_path)[1]["owner"] == won.owner
 
 
 def test_many_builders_that_find_one_dead_take_over_one_after_the_other(

@@ -4,10 +4,12 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -165,12 +167,12 @@ def test_nothing_in_a_store_but_what_is_told_of_the_machine_names_its_place(
 def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's folder with a recipe of their own, and the fake line in place of the real one."""
 
-    def fake(recipe: Recipe) -> dict[str, Planned[object]]:
+    def fake(recipe: Recipe) -> dict[str, Planned[Any]]:
         return make_line(train={"steps": recipe.pretrain.steps})
 
     for module in (run, inspect):
         monkeypatch.setattr(module, "production", fake)
-    monkeypatch.setattr(run.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)

@@ -10,6 +10,7 @@ from model.weights import save_pretrained
 from pipeline.graph import Graph, make_graph
 from pipeline.production import production
 from stages.hashing import Hashes
+from tests.pipeline.fakes import FakeConfig
 from tests.references import random_model, tiny
 from tests.stages.bundles import MODEL, make_tokenizer
 
@@ -92,7 +93,9 @@ def test_a_recipes_own_nodes_join_in_any_order() -> None:
         )
     )
     assert line["second"].inputs["checkpoint"] is line["first"]
-    assert line["first"].config.steps == 7  # type: ignore[attr-defined]
+    config = line["first"].config
+    assert isinstance(config, FakeConfig)
+    assert config.steps == 7
 
 
 @pytest.mark.parametrize(

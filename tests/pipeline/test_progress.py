@@ -57,7 +57,7 @@ def test_a_terminal_gets_a_live_line(store_config: StoreConfig) -> None:
 
 def test_the_table_has_a_row_for_every_outcome() -> None:
     out = io.StringIO()
-    outcomes = {
+    outcomes: dict[str, Built | Failed | Blocked] = {
         "data": Built("artifacts/a/b/g1", "f", "c", 2.5, {"train_tokens": 12000.0}, "a" * 32),
         "train": Failed("it broke", 1.0),
         "judge": Blocked("train"),

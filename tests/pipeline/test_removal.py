@@ -2,9 +2,10 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +14,10 @@ from configs.parallel import StoreConfig
 from pipeline import lease as lease_module
 from pipeline import removal
 from pipeline.graph import Node
-from pipeline.lease import is_held, newest
+from pipeline.lease import is_held, newest, take
 from pipeline.removal import delete, remove, removed
 from pipeline.store import Committed, Slot
-from stages.artifacts import MANIFEST, verify
+from stages.artifacts import MANIFEST, Lease, verify
 from tests.pipeline.fakes import World, fill
 
 
@@ -86,15 +87,16 @@ def test_a_builder_that_begins_while_a_slot_is_looked_at_keeps_it(
 
 def after_the_lease(monkeypatch: pytest.MonkeyPatch, then: Callable[[], object]) -> None:
     """The one that deletes is paused once it has its lease, and others find it silent."""
-    real = removal.take
 
-    def take(*args: object) -> object:
-        lease = real(*args)  # type: ignore[arg-type]
+    def taken(
+        generation: Path, number: int, owner: str, inputs: Sequence[str] = ()
+    ) -> Lease | None:
+        lease = take(generation, number, owner, inputs)
         then()
         return lease
 
     monkeypatch.setattr(lease_module, "DEAD_SECONDS", 0.5)
-    monkeypatch.setattr(removal, "take", take)
+    monkeypatch.setattr(removal, "take", taken)
 
 
 def test_what_was_committed_while_it_was_to_be_deleted_stays(
@@ -128,11 +130,10 @@ def test_a_builder_whose_generation_is_deleted_as_it_begins_begins_anew(
     world: World, node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generation = interrupted(world, node)
-    real = removal.newest
     calls: list[Path] = []
 
-    def look(path: Path) -> object:
-        found = real(path)
+    def look(path: Path) -> tuple[int, Mapping[str, Any]]:
+        found = newest(path)
         if not calls:
             calls.append(path)
             remove(generation)
@@ -219,8 +220,8 @@ def test_what_others_deleted_first_is_as_good_as_deleted(
     assert newest(generation) == (0, {})
     real = os.rmdir
 
-    def rmdir(path: object, **settings: object) -> None:
-        real(path, **settings)  # type: ignore[call-overload]
+    def rmdir(path: str | Path, *, dir_fd: int | None = None) -> None:
+        real(path, dir_fd=dir_fd)
         raise FileNotFoundError
 
     folder = interrupted(world, node)

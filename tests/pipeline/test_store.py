@@ -17,6 +17,7 @@ from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.parallel import StoreConfig
 from pipeline import lease as lease_module
 from pipeline import store as store_module
+from pipeline.files import replace
 from pipeline.graph import Node
 from pipeline.lease import newest, take
 from pipeline.removal import remove
@@ -199,14 +200,14 @@ def test_a_heartbeat_that_comes_after_the_commit_costs_no_committed_byte(
         with opened(world, node) as slot:
             world.store.commit(slot, node, fill(slot), {}, {})
             # Past its check when the leases were tidied away.
-            lease_module.replace(Path(slot.lease.uri), lease_module._body(slot.lease))
+            replace(Path(slot.lease.uri), lease_module._body(slot.lease))
         assert json.loads(Path(slot.lease.uri).read_text())["ended"]
 
     verify(str(built_while_the_first_sleeps(monkeypatch, world, node, build_and_beat)))
 
 
 def test_of_several_interrupted_builds_the_newest_comes_first(world: World, node: Node) -> None:
-    left = []
+    left: list[str] = []
     for _ in range(3):
         with opened(world, node) as slot:
             (slot.path / "resume").mkdir()

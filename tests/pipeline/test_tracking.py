@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,10 +22,10 @@ from pipeline.graph import Selection
 from pipeline.lease import this_process
 from pipeline.places import tracking_uri
 from pipeline.plain import metric_name
-from pipeline.records import Run
+from pipeline.records import Blocked, Run
 from pipeline.runner import Setting, realise
 from pipeline.tracking import Child, Tracking
-from tests.pipeline.fakes import RECIPE, World, outcomes
+from tests.pipeline.fakes import RECIPE, World, made, outcomes
 
 # MLflow's own use of SQLAlchemy and of protobuf is behind their deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -76,7 +76,9 @@ def client(embedded: tuple[World, Run, Run]) -> MlflowClient:
 
 
 def child(client: MlflowClient, run: Run, node: str) -> MlflowRun:
-    return client.get_run(run.outcomes[node].tracking_id)  # type: ignore[union-attr]
+    outcome = run.outcomes[node]
+    assert not isinstance(outcome, Blocked) and outcome.tracking_id is not None
+    return client.get_run(outcome.tracking_id)
 
 
 def test_one_parent_holds_one_child_for_each_node(
@@ -119,8 +121,10 @@ def test_the_machine_is_watched(client: MlflowClient, embedded: tuple[World, Run
 def test_the_corpus_is_a_dataset_input(
     client: MlflowClient, embedded: tuple[World, Run, Run]
 ) -> None:
-    (used,) = child(client, embedded[1], "train").inputs.dataset_inputs
-    content = embedded[1].outcomes["data"].content  # type: ignore[union-attr]
+    inputs = child(client, embedded[1], "train").inputs
+    assert inputs is not None
+    (used,) = inputs.dataset_inputs
+    content = made(embedded[1], "data").content
     assert (used.dataset.name, used.dataset.digest) == ("corpus", content[:36])
 
 
@@ -150,8 +154,9 @@ def test_checkpoints_are_external_models_that_point_to_the_store(
         for one in client.search_logged_models([run.info.experiment_id])
         if one.source_run_id == run.info.run_id
     )
-    address = embedded[1].outcomes["train"].address  # type: ignore[union-attr]
+    address = made(embedded[1], "train").address
     assert (model.name, model.tags["ingot.artifact"]) == ("train", address)
+    assert model.metrics is not None
     assert {one.key: one.value for one in model.metrics} == {"final_loss": pytest.approx(1 / 3)}
 
 
@@ -160,6 +165,7 @@ def test_the_final_model_is_registered_with_an_alias_for_each_target(
 ) -> None:
     for target in ("cuda", "ascend"):
         version = client.get_model_version_by_alias("ingot", target)
+        assert version.source is not None
         assert version.source.startswith("models:/m-")
         run = child(client, embedded[1], f"pack.{target}")
         assert version.run_id == run.info.run_id
@@ -172,7 +178,8 @@ def test_a_reused_node_links_to_the_run_that_built_it(
     _, first, second = embedded
     assert set(outcomes(second).values()) == {"reused"}
     tags = child(client, second, "train").data.tags
-    built = first.outcomes["train"].tracking_id  # type: ignore[union-attr]
+    built = made(first, "train").tracking_id
+    assert built is not None
     assert tags["ingot.built_by"] == built
     assert built in tags["mlflow.note.content"]
 
@@ -268,10 +275,10 @@ def silent() -> Iterator[str]:
 
 @pytest.mark.parametrize("server", [refusing, silent])
 def test_a_server_that_is_down_warns_once_and_neither_fails_nor_stalls_the_run(
-    store_config: StoreConfig, server: object
+    store_config: StoreConfig, server: Callable[[], Iterator[str]]
 ) -> None:
     world = World(store_config)
-    for uri in server():  # type: ignore[operator]
+    for uri in server():
         started = time.monotonic()
         run, _ = tracked(world, TrackingConfig(uri=uri, timeout_seconds=1))
         assert time.monotonic() - started < 10
@@ -301,7 +308,7 @@ def test_no_metric_name_is_the_folder_of_another() -> None:
 
 
 def test_the_schema_is_made_by_one_process_at_a_time(tmp_path: Path) -> None:
-    uri, order = f"sqlite:///{tmp_path}/m.db", []
+    uri, order = f"sqlite:///{tmp_path}/m.db", list[str]()
     with schema_lock(uri):
         thread = threading.Thread(target=lambda: _enter(uri, order))
         thread.start()

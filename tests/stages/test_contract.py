@@ -94,8 +94,8 @@ def test_an_input_more_or_less_is_told_as_that() -> None:
     assert told == ("input a changed", "input b gone", "input c added")
 
 
-def test_further_inputs_are_built_handed_over_and_recorded(store_config: object) -> None:
-    world = World(store_config)  # type: ignore[arg-type]
+def test_further_inputs_are_built_handed_over_and_recorded(store_config: StoreConfig) -> None:
+    world = World(store_config)
 
     def run(**steps: int) -> Run:
         return world.run(graph=graph(**{name: run_of(count) for name, count in steps.items()}))
@@ -103,7 +103,8 @@ def test_further_inputs_are_built_handed_over_and_recorded(store_config: object)
     assert set(outcomes(run(a=1, b=2)).values()) == {"built"}
     made = world.store.find(graph(a=run_of(1), b=run_of(2))["all"])
     assert made is not None
-    assert made.artifact.headline == {"a": 1.0, "b": 2.0}  # type: ignore[attr-defined]
+    assert isinstance(made.artifact, Report)
+    assert made.artifact.headline == {"a": 1.0, "b": 2.0}
     assert set(made.manifest.inputs) == {"corpus", "a", "b"}
     assert set(outcomes(run(a=1, b=2)).values()) == {"reused"}
     again = outcomes(run(a=1, b=3))
