@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from configs.delivery import ExportConfig, ExportSpec, Target
 from configs.engram import EngramConfig
@@ -142,6 +143,14 @@ def make_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
+def chat_ids(theirs: PreTrainedTokenizerBase, chat: list[dict[str, str]], **how: Any) -> list[int]:
+    """The tokens that transformers makes of a conversation, by the template of the tokenizer."""
+    encoded = theirs.apply_chat_template(chat, **how)
+    assert isinstance(encoded, BatchEncoding)
+    ids: list[int] = encoded["input_ids"]
+    return ids
+
+
 def files_of(generation: Path) -> Path:
     """The files of an artifact that a test made at `generation`."""
     (found,) = generation.glob(f"*/{FILES}")
@@ -150,6 +159,7 @@ def files_of(generation: Path) -> Path:
 
 def make_checkpoint(generation: Path, model: ModelConfig = MODEL) -> Checkpoint:
     """A random model of which nothing is constant, with a manifest."""
+    assert isinstance(model, V3Config | V4Config)
     folder = generation / "000001-test" / FILES
     built = Transformer(model).initialize(seed=5)
     generator = torch.Generator().manual_seed(6)

@@ -25,7 +25,7 @@ from stages.imported import imported
 from stages.tokens import load_tokenizer, vocabulary_size
 from tests.conftest import Recorder, workspace_at
 from tests.references import random_model
-from tests.stages.bundles import BRIEF, MODEL, lines, make_corpus, make_tokenizer
+from tests.stages.bundles import BRIEF, MODEL, chat_ids, lines, make_corpus, make_tokenizer
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<｜{{ m.role }}｜>{{ m.content }}{% endfor %}"
@@ -164,7 +164,7 @@ def test_whatever_its_config_says_a_bundle_encodes_as_training_did(
     assert tokenizer(text)["input_ids"] == expected
     assert len(tokenizer) == vocabulary_size(ours)
     chat = [{"role": "user", "content": "1+1="}]
-    found = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    found = chat_ids(tokenizer, chat, add_generation_prompt=True)
     assert found == Client(folder).encode_chat(chat)
     assert found[0] == 0
 
@@ -346,5 +346,5 @@ def test_where_no_template_is_the_default_the_plain_one_is(
     several = {"default": PLAIN_TEMPLATE, "tool": "tools"}
     assert tokenizer.chat_template == (PLAIN_TEMPLATE if where == "nowhere" else several)
     chat = [{"role": "user", "content": "1+1="}]
-    assert Client(folder).encode_chat(chat) == tokenizer.apply_chat_template(chat)["input_ids"]
+    assert Client(folder).encode_chat(chat) == chat_ids(tokenizer, chat)
     assert ("the plain one is" in "\n".join(recorder.notes)) == (where != "nowhere")

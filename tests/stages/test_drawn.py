@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import GenerationConfig
-from transformers.generation import TopPLogitsWarper
+from transformers.generation.logits_process import TopPLogitsWarper
 
 from configs.errors import ArtifactError
 from model.drawing import Drawing, draw

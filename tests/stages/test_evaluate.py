@@ -239,9 +239,9 @@ class Lab:
         yield Pool(self, path.name)
 
     def run(self, seen: int = 5, context_tokens: int = 64, **settings: Any) -> Any:
-        chosen = {"problems": 6, "samples_per_problem": 4, "pass_at": (1, 4), "max_new_tokens": 4}
+        asked = {"problems": 6, "samples_per_problem": 4, "pass_at": (1, 4), "max_new_tokens": 4}
         return loop.evaluate.run(
-            EvaluateSpec(seed=SEED, evaluate=EvaluateConfig(**(chosen | settings))),
+            EvaluateSpec(seed=SEED, evaluate=EvaluateConfig.model_validate(asked | settings)),
             self.work,
             corpus=self.corpus,
             before=self.checkpoint("before", context_tokens=context_tokens, seen=seen),

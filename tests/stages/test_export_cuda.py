@@ -20,7 +20,7 @@ from stages.export.cuda import Fp8Blocks
 from stages.export.tensors import TensorFolder
 from stages.shards import BOS_ID, EOS_TOKEN
 from stages.tokens import load_tokenizer
-from tests.stages.bundles import MODELS, files_of, lines, make_bundle, unquantised_dtype
+from tests.stages.bundles import MODELS, chat_ids, files_of, lines, make_bundle, unquantised_dtype
 
 MAX_SHARD_BYTES = 90_000
 _V3_LINEARS = {
@@ -190,8 +190,7 @@ def test_a_chat_begins_as_training_texts_do_and_ends_each_answer(made: Made) -> 
     def chat(*contents: str, **settings: Any) -> list[int]:
         roles = ("user", "assistant") * len(contents)
         turns = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
-        found: list[int] = theirs.apply_chat_template(turns, **settings)["input_ids"]
-        return found
+        return chat_ids(theirs, turns, **settings)
 
     assert chat("12+34=", add_generation_prompt=True) == [0, *ids("12+34=")]
     assert chat("12+34=", "640", "5+5=", add_generation_prompt=True) == [

@@ -148,7 +148,7 @@ def test_a_tick_may_last_two_seconds(
     file, hashes = tmp_path / "text.txt", Hashes()
     file.write_bytes(b"text")
     later_ns = file.stat().st_ctime_ns + int(age_seconds * 1e9)
-    monkeypatch.setattr(hashing.time, "time_ns", lambda: later_ns)
+    monkeypatch.setattr(time, "time_ns", lambda: later_ns)
     for _ in range(2):
         hashes.of(str(file))
     assert reads["text.txt"] == reads_needed

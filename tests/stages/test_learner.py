@@ -70,7 +70,7 @@ def test_a_step_makes_good_answers_likelier_and_bad_ones_rarer() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
-                parameter -= 3e-2 * parameter.grad
+                parameter.sub_(3e-2 * parameter.grad)
     gain = answer_logprobs(model, batch) - before
     advantages = batch["advantages"]
     assert float(gain[advantages > 0].mean()) > 1e-3

@@ -204,8 +204,7 @@ def test_the_losses_that_are_compared_are_those_that_manifests_cover(
     """An edit of a step log changes no report; one of a history is damage, and found as that."""
     world = World(store_config)
     line = {name: curve(CurveConfig(losses=tuple(one))) for name, one in curves().items()}
-    line["parity"] = loss_parity(SPEC, **line)
-    graph = make_graph(line, world.store.hashes)
+    graph = make_graph(line | {"parity": loss_parity(SPEC, **line)}, world.store.hashes)
 
     def compared() -> bytes:
         run = world.run(graph=graph, selection=Selection(force=("parity",)))

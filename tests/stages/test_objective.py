@@ -205,10 +205,11 @@ def test_padding_and_filler_rows_are_never_read() -> None:
         torch.cat([torch.where(mask, tensor, wrong), torch.full((1, 7), wrong)])
         for tensor, wrong in ((policy, math.nan), (behaviour, -math.inf), (reference, 1e9))
     ]
-    leaf = rubbish[0].requires_grad_()
+    leaf, behaviour, reference = rubbish
+    leaf.requires_grad_()
     longer = torch.cat([mask, torch.zeros(1, 7, dtype=torch.bool)])
     more = torch.cat([gains, torch.tensor([-1.0])])
-    loss, _ = grpo_loss(leaf, *rubbish[1:], more, longer, config=CONFIG, num_sequences=6)
+    loss, _ = grpo_loss(leaf, behaviour, reference, more, longer, config=CONFIG, num_sequences=6)
     loss.backward()
     assert leaf.grad is not None
     torch.testing.assert_close(loss, clean)

@@ -27,9 +27,9 @@ def twin(one: str, known: list[str]) -> list[tuple[int, int]]:
 
     seen = set()
     for other in known:
-        chars = "".join(c for c, _ in folded(other))
-        seen |= {chars[i : i + WINDOW_CHARS] for i in range(len(chars) - WINDOW_CHARS + 1)}
-    chars, covered = folded(one), set()
+        whole = "".join(c for c, _ in folded(other))
+        seen |= {whole[i : i + WINDOW_CHARS] for i in range(len(whole) - WINDOW_CHARS + 1)}
+    chars, covered = folded(one), set[int]()
     for start in range(len(chars) - WINDOW_CHARS + 1):
         if "".join(c for c, _ in chars[start : start + WINDOW_CHARS]) in seen:
             covered |= set(range(start, start + WINDOW_CHARS))

@@ -74,6 +74,10 @@ def _edit(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
         index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
 
 
+def _put(folder: Path, changed: dict[str, Tensor]) -> None:
+    _edit(folder, lambda tensors: tensors.update(changed))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rounding_comes_close_to_its_bound_and_never_beyond(
     copied: Callable[[str], tuple[TensorFolder, Path, Format]], variant: str
@@ -95,7 +99,7 @@ def test_every_tensor_of_every_family_is_proved(tmp_path: Path, family: str, var
     write_weights(source, form, folder, max_shard_bytes=10**9, before_write=lambda: None)
     assert 0.98 < parity.prove_weights(source, TensorFolder(folder), form) <= 1
     # What is not rounded must be right to the last bit: the first such tensor of each type.
-    exact = {}
+    exact: dict[torch.dtype, str] = {}
     for name in source.names:
         x = source.read(name)
         if not x.is_floating_point() or not bool(form.error_bound(name, x).any()):
@@ -104,11 +108,10 @@ def test_every_tensor_of_every_family_is_proved(tmp_path: Path, family: str, var
     for name in exact.values():
         x = source.read(name)
         bits = x.view({4: torch.int32, 8: torch.int64}[x.element_size()]) ^ 1
-        flipped = {name: bits.view(x.dtype)}
-        _edit(folder, lambda tensors, flipped=flipped: tensors.update(flipped))
+        _put(folder, {name: bits.view(x.dtype)})
         with pytest.raises(ExportError, match=rf"tensor {name}, element 0"):
             parity.prove_weights(source, TensorFolder(folder), form)
-        _edit(folder, lambda tensors, old={name: x}: tensors.update(old))
+        _put(folder, {name: x})
 
 
 @pytest.mark.parametrize(

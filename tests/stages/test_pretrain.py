@@ -70,12 +70,10 @@ def test_the_table_of_parts_is_held_against_the_model_that_comes_in(
     corpus: Corpus, workspace: Workspace
 ) -> None:
     """An imported model is not the recipe's."""
-    parts = ("attention", "dense_ffn", "shared_experts", "routed_experts")
-    rl = PosttrainConfig(
-        steps=1,
-        precision="fp8",
-        fp8=Fp8Config(**dict.fromkeys(parts, "high")),  # type: ignore[arg-type]
+    parts = Fp8Config(
+        attention="high", dense_ffn="high", shared_experts="high", routed_experts="high"
     )
+    rl = PosttrainConfig(steps=1, precision="fp8", fp8=parts)
     base = Checkpoint(uri=corpus.uri, step=1, sequences_seen=0, model=TINY, final_loss=None)
     with pytest.raises(ConfigError, match="sets every part of this model"):
         posttrain.run(

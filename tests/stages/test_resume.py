@@ -16,6 +16,7 @@ from cluster import fit as fit_module
 from cluster.checkpoint import mark_complete
 from cluster.expert_parallel import join_group
 from cluster.fit import FitJob
+from cluster.trainer import Trainer
 from configs.parallel import ClusterConfig, StoreConfig
 from configs.train import PretrainConfig, PretrainSpec
 from pipeline.graph import Graph, make_graph
@@ -184,7 +185,7 @@ def test_a_training_that_ended_before_its_commit_is_not_done_again(tmp_path: Pat
         run = world.run(graph=graph(world))
     assert isinstance(run.outcomes["pretrain"], Failed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit_module.Trainer, "optim_step", lambda *_: pytest.fail("trained again"))
+        patch.setattr(Trainer, "optim_step", lambda *_: pytest.fail("trained again"))
         made = finished(world, Notes())
     assert [line["step"] for line in steps_of(made)] == list(range(1, STEPS + 1))
 

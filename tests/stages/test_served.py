@@ -21,9 +21,9 @@ from stages.conventions import PLAIN_TEMPLATE, read_conventions
 from stages.export import served
 from stages.export.client import Client
 from stages.tokens import load_tokenizer, vocabulary_size
-from tests.stages.bundles import BRIEF, files_of, make_bundle, make_corpus
+from tests.stages.bundles import BRIEF, chat_ids, files_of, make_bundle, make_corpus
 
-OPEN = {"min_top1_agreement": 0.5, "max_kl_nats": 0.1}
+OPEN: dict[str, Any] = {"min_top1_agreement": 0.5, "max_kl_nats": 0.1}
 CHATS: dict[str, list[dict[str, str]]] = {
     "question": [{"role": "user", "content": "12+34="}],
     "turns": [
@@ -77,7 +77,7 @@ def test_conversations_become_the_ids_that_transformers_makes_of_them(
     else:
         change(folder, "tokenizer_config.json", chat_template=TEMPLATES[template])
     theirs = AutoTokenizer.from_pretrained(folder)
-    expected = theirs.apply_chat_template(CHATS[chat], add_generation_prompt=True)["input_ids"]
+    expected = chat_ids(theirs, CHATS[chat], add_generation_prompt=True)
     assert Client(folder).encode_chat(CHATS[chat]) == expected
 
 

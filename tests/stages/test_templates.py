@@ -98,7 +98,8 @@ def test_templates_have_names_and_a_single_one_is_the_default() -> None:
     assert named_templates(listed, "mine") == {"tool": "a", DEFAULT: "b"}
     assert named_templates({"tool": "a"}, "mine") == {"tool": "a"}
     assert named_templates("b", "mine") == {DEFAULT: "b"}
-    for nothing in (None, "", [], {}, [{"name": DEFAULT, "template": ""}]):
+    nothings: list[object] = [None, "", [], {}, [{"name": DEFAULT, "template": ""}]]
+    for nothing in nothings:
         assert named_templates(nothing, "mine") == {}
 
 

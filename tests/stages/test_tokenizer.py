@@ -25,7 +25,7 @@ TOKENIZER = train_tokenizer(TEXTS, TokenizerConfig(vocab_size=280))
 
 
 def ids(text: str) -> list[int]:
-    return encode(TOKENIZER, [text])[0].tolist()
+    return [int(token) for token in encode(TOKENIZER, [text])[0]]
 
 
 @given(st.text(max_size=50))
