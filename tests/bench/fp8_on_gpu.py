@@ -20,6 +20,7 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def on_device(device: torch.device) -> Callable[[Callable[[], object]], float]:
         run()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return float(begin.elapsed_time(end)) / 1e3
 
     return clock
 
@@ -200,10 +201,17 @@ def measure_product(
         if isinstance(errors[name], str) or not float(errors[name]) <= 1:
             variants |= dict.fromkeys(keys, f"{FAILED}wrong, {cell(errors[name])} times its bound")
             continue
-        variants[keys[0]] = lambda run=run, operands=operands: run(*operands)
-        variants[keys[1]] = lambda run=run, casts=casts: run(*casts())
+        variants[keys[0]] = partial(run, *operands)
+        variants[keys[1]] = partial(_cast_and_run, casts, run)
     seconds = interleaved(variants, clock)
     return Product(shape, which, seconds, errors, seconds["copy"])
+
+
+def _cast_and_run(
+    casts: Callable[[], tuple[Quantized, Quantized]],
+    run: Callable[[Quantized, Quantized], Tensor],
+) -> Tensor:
+    return run(*casts())
 
 
 def in_bf16(shape: Shape, which: Pass, x: Tensor, w: Tensor, dy: Tensor) -> Callable[[], Tensor]:

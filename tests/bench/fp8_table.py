@@ -3,7 +3,7 @@
 Axes of a product: T tokens, I inputs, O outputs.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -158,10 +158,11 @@ def step_rows(steps: Sequence[Step], step_flops: float) -> list[str]:
                 cell(share(baseline, step.seconds)),
             ]
         rows.append(row("1B MoE", "training step", step.precision, *figures, "", ""))
-    for name, of in (
-        ("forward's peak, GiB", lambda step: step.peak_bytes),
-        ("kept for backward, GiB", lambda step: step.held_bytes),
-    ):
+    memory: dict[str, Callable[[Step], Figure]] = {
+        "forward's peak, GiB": lambda step: step.peak_bytes,
+        "kept for backward, GiB": lambda step: step.held_bytes,
+    }
+    for name, of in memory.items():
         bf16 = next(of(step) for step in steps if step.precision == "bf16")
         for step in steps:
             figure, times = cell(of(step), 2, 1 / GIBIBYTE), cell(share(bf16, of(step)))

@@ -93,16 +93,16 @@ class Result:
 def theirs(config: V3Config, experts: str, attention: str) -> DeepseekV3ForCausalLM:
     """transformers' model with weights drawn from a fixed seed."""
     torch.manual_seed(0)
-    fields = config.model_dump(exclude={"family", "rope_scaling", "engram", "rope_theta"})
-    made = DeepseekV3Config(
-        **fields,
-        num_key_value_heads=config.num_attention_heads,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        use_cache=False,
-        attn_implementation=attention,
-        experts_implementation=experts,
-    )
-    return DeepseekV3ForCausalLM(made).train()
+    fields = config.model_dump(exclude={"family", "rope_scaling", "engram", "rope_theta"}) | {
+        "num_key_value_heads": config.num_attention_heads,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "use_cache": False,
+        "attn_implementation": attention,
+        "experts_implementation": experts,
+    }
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**fields))
+    model.train()
+    return model
 
 
 def stepping(loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer) -> Step:

@@ -1,6 +1,6 @@
 """The arithmetic and the table of the FP8 benchmark, with made-up timings and without a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from configs.train import Precision
 from model.fp8 import cublas, scheme
 from model.fp8.backends import Backend
 from model.fp8.cublas import Cublas, Operand
+from model.fp8.quantized import Quantized
 from model.fp8.reference import Reference
 from model.transformer import Transformer
 from tests.bench import fp8_on_gpu as bench
@@ -80,7 +81,8 @@ def test_the_floor_is_the_longer_of_copy_and_arithmetic() -> None:
 
 
 def test_ratios_of_made_up_timings_are_right() -> None:
-    seconds = dict.fromkeys(tables.VARIANTS, 2e-3) | {
+    seconds: dict[str, tables.Figure] = {
+        **dict.fromkeys(tables.VARIANTS, 2e-3),
         "bf16": 4e-3,
         "torch alone": 1e-3,
         "triton, product": "no compiler | here\nor there",
@@ -156,14 +158,14 @@ def test_all_variants_of_a_product_run_and_a_wrong_one_is_told(
     monkeypatch: pytest.MonkeyPatch, shape: Shape, which: tables.Pass
 ) -> None:
     class Wrong(Reference):
-        def matmul(self, *args: object) -> Tensor:
-            return 1.1 * super().matmul(*args)
+        def matmul(self, a: Quantized, b: Quantized) -> Tensor:
+            return 1.1 * super().matmul(a, b)
 
-        def grouped_matmul(self, *args: object) -> Tensor:
-            return 1.1 * super().grouped_matmul(*args)
+        def grouped_matmul(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
+            return 1.1 * super().grouped_matmul(a, b, counts)
 
-        def grouped_outer(self, *args: object) -> Tensor:
-            return 1.1 * super().grouped_outer(*args)
+        def grouped_outer(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
+            return 1.1 * super().grouped_outer(a, b, counts)
 
     backends: dict[str, Backend] = {"cublas": Cublas(Reference()), "triton": Wrong()}
     monkeypatch.setattr(bench, "backend_for", lambda _, name: backends[name])

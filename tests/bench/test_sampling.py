@@ -14,17 +14,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import DeepseekV3ForCausalLM
+from torch import Tensor, nn
 
 from configs.model import V3Config
 from model.decode import generate
 from model.transformer import Transformer
 from tests.bench import machine
 from tests.bench.test_against_transformers import SHAPES, THREADS, run_apart, theirs
+from tests.model.transformers_twin import continued
 
 pytestmark = pytest.mark.slow
 
@@ -37,20 +38,8 @@ Continue = Callable[[Tensor, int], Tensor]
 """(prompts [B, S], new tokens) -> [B, S + new tokens], drawn at temperature 1."""
 
 
-def their_sampling(model: DeepseekV3ForCausalLM) -> Continue:
-    def sampled(tokens_BS: Tensor, new: int) -> Tensor:
-        return model.generate(
-            tokens_BS,
-            attention_mask=torch.ones_like(tokens_BS),
-            max_new_tokens=new,
-            do_sample=True,
-            top_k=0,
-            use_cache=True,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-
-    return sampled
+def their_sampling(model: nn.Module) -> Continue:
+    return partial(continued, model, do_sample=True, top_k=0, use_cache=True)
 
 
 def our_sampling(model: Transformer) -> Continue:
@@ -69,7 +58,10 @@ def quickest(config: V3Config, tokens_BS: Tensor) -> tuple[str, str]:
     """(experts, attention) with which transformers takes least time here."""
     choices = list(itertools.product(("grouped_mm", "batched_mm", "eager"), ("sdpa", "eager")))
     taken: dict[tuple[str, str], list[float]] = {choice: [] for choice in choices}
-    samplings = {choice: their_sampling(theirs(config, *choice).eval()) for choice in choices}
+    models: dict[tuple[str, str], nn.Module] = {
+        choice: theirs(config, *choice) for choice in choices
+    }
+    samplings = {choice: their_sampling(model.eval()) for choice, model in models.items()}
     for _ in range(2):
         for choice, sampling in samplings.items():
             taken[choice].append(seconds(sampling, tokens_BS, 6))
@@ -83,7 +75,8 @@ def compare(config: V3Config) -> tuple[float, float, float]:
     """
     generator = torch.Generator().manual_seed(0)
     tokens_BS = torch.randint(config.vocab_size, (ROWS, PROMPT), generator=generator)
-    reference = theirs(config, *quickest(config, tokens_BS)).eval()
+    reference = theirs(config, *quickest(config, tokens_BS))
+    reference.eval()
     model = Transformer(config).eval()
     model.load_state_dict(reference.state_dict())
     with torch.inference_mode():

@@ -6,6 +6,7 @@ They are run in full by `make bench`. One stopped working after a rename, and no
 import pytest
 
 from configs.v3 import V3Config
+from pipeline.provenance import processor
 from tests.bench import attention_cost, machine, test_sampling, test_training_step
 from tests.bench import test_against_transformers as training
 
@@ -34,8 +35,10 @@ def test_sampling_beside_transformers(small: V3Config) -> None:
 
 
 def test_a_step_in_each_precision() -> None:
+    model = test_training_step.TINY.model
+    assert isinstance(model, V3Config)
     for precision in test_training_step.PRECISIONS:
-        one = test_training_step.trainer(test_training_step.TINY.model, precision)
+        one = test_training_step.trainer(model, precision)
         assert test_training_step.seconds(one, test_training_step.batch_of(1)) > 0
         assert test_training_step.kept_by(one, "MoE block", 1) > 0
 
@@ -50,6 +53,6 @@ def test_every_ratio_comes_with_processor_threads_and_allocator(
 ) -> None:
     monkeypatch.setenv("MALLOC_TOP_PAD_", "67108864")
     told = machine.describe()
-    assert machine.processor() in told
+    assert processor() in told
     assert "MALLOC_TOP_PAD_=67108864" in told
     assert "threads" in told
