@@ -61,6 +61,7 @@ class AllToAllDispatcher:
         counts_WL = counts_E.unflatten(0, (self.world, -1))
         arriving_WL = torch.empty_like(counts_WL)
         dist.all_to_all_single(arriving_WL, counts_WL.contiguous(), group=self.group)
+        # The host needs both counts to size what comes, and waits for the device and its peers.
         sent = counts_WL.sum(1).tolist()
         received = arriving_WL.sum(1).tolist()
         outgoing_ND = gather_copies(x_TD, order_N, experts_TK.shape[1])
@@ -77,7 +78,8 @@ class AllToAllDispatcher:
         self, y_RD: Float[Tensor, "R D"], gates_TK: Float[Tensor, "T K"], sent: Dispatched
     ) -> Float[Tensor, "T D"]:
         """Send results back to the tokens' ranks and sum them with their gates."""
-        ticket: _Ticket = sent.ticket
+        ticket = sent.ticket
+        assert isinstance(ticket, _Ticket)
         home_ND = _exchange(y_RD, ticket.received, ticket.sent, self.group)
         return weigh(home_ND, gates_TK, ticket.order_N)
 

@@ -252,7 +252,7 @@ def _over_entries(q_QHW: Tensor, entries_QLW: Tensor, visible_QL: Tensor) -> tup
 
 
 def remember(
-    cache_BLW: Float[Tensor, "B T W"], new_B1W: Float[Tensor, "B 1 W"], batch: Step
+    cache_BLW: Float[Tensor, "B M W"], new_B1W: Float[Tensor, "B 1 W"], batch: Step
 ) -> Float[Tensor, "B L W"]:
     """Write each row's new entry at its position; the slots up to the longest row's.
 

@@ -4,8 +4,8 @@ Three kinds, by layer: `window` sees the last tokens alone; `csa` sees beside th
 an indexer picks, and `hca` all of its coarser blocks. Queries and values turn with position in
 their last dims, and outputs turn back, so that what an entry contributes depends on its distance.
 
-Axes: B rows, S positions, D width, H heads, W head width, A query latent width, T window slots,
-G groups of heads, O output latent width of a group, Y = G * O, L blocks, K blocks kept.
+Axes: B rows, S positions, D width, H heads, W head width, A query latent width, R slots of the
+window, G groups of heads, O output latent width of a group, Y = G * O, L blocks, K blocks kept.
 """
 
 from dataclasses import replace
@@ -105,7 +105,7 @@ class CompressedAttention(nn.Module):
         q_latent_BSA, q_BSHW, kv_BSW = self.project(x_BSD, table, positions_S)
         if batch.caches is not None:
             assert batch.lengths_B is not None
-            fill_ring(batch.caches[self]["window_BTW"], kv_BSW, batch.lengths_B)
+            fill_ring(batch.caches[self]["window_BRW"], kv_BSW, batch.lengths_B)
         sight = replace(self.sight, segments_BS=batch.segments_BS)
         blocks_BLW = kv_BSW[:, :0] if self.compressor is None else self.compressor(x_BSD, batch)
         if isinstance(self.compressor, PickingCompressor):
@@ -134,7 +134,7 @@ class CompressedAttention(nn.Module):
     def new_cache(self, rows: int, tokens: int) -> Cache:
         """The shared entries of the window, each in slot position modulo window."""
         slots = min(self.config.sliding_window, tokens)
-        return {"window_BTW": self.kv_norm.weight.new_zeros(rows, slots, self.config.head_dim)}
+        return {"window_BRW": self.kv_norm.weight.new_zeros(rows, slots, self.config.head_dim)}
 
     def _attend_picked(
         self,
@@ -168,13 +168,13 @@ class CompressedAttention(nn.Module):
 
     def _step(self, x_B1D: Float[Tensor, "B 1 D"], batch: Step) -> Float[Tensor, "B 1 D"]:
         """Write each row's new entries into its caches, and attend over what is there."""
-        positions_B, ring_BTW = batch.positions_B, batch.caches[self]["window_BTW"]
+        positions_B, ring_BRW = batch.positions_B, batch.caches[self]["window_BRW"]
         table = self._rotary(batch.reach, x_B1D.device)
         q_latent, q_B1HW, kv_B1W = self.project(x_B1D, table, positions_B[:, None])
-        rows_B, slots = torch.arange(len(x_B1D), device=x_B1D.device), ring_BTW.shape[1]
-        ring_BTW[rows_B, positions_B % slots] = kv_B1W[:, 0]
-        slots_T = torch.arange(min(slots, batch.reach), device=x_B1D.device)
-        parts = [Part(ring_BTW[:, : len(slots_T)], (slots_T <= positions_B[:, None]).unsqueeze(1))]
+        rows_B, slots = torch.arange(len(x_B1D), device=x_B1D.device), ring_BRW.shape[1]
+        ring_BRW[rows_B, positions_B % slots] = kv_B1W[:, 0]
+        slots_R = torch.arange(min(slots, batch.reach), device=x_B1D.device)
+        parts = [Part(ring_BRW[:, : len(slots_R)], (slots_R <= positions_B[:, None]).unsqueeze(1))]
         if self.compressor is not None:
             parts.append(self._step_blocks(self.compressor, x_B1D, q_latent, table, batch))
         scaled_B1HW = q_B1HW * self.config.head_dim**-0.5

@@ -8,8 +8,8 @@ Of a text made of several documents, a block belongs to that of its last token, 
 document's tokens alone.
 
 Axes: B rows, S positions, D width, L blocks, M tokens of a block, N blocks being finished,
-E projected width (all series side by side), W entry width, R slots of a ring, T slots of a cache,
-J indexer heads, A query latent width, C queries of a chunk, K blocks kept.
+E projected width (all series side by side), W entry width, R slots of a ring,
+J indexer heads, A query latent width, Q queries of a chunk, K blocks kept.
 """
 
 from collections.abc import Iterator
@@ -78,33 +78,33 @@ class Compressor(nn.Module):
         entries_BLW = self._pool(kv_BLME, gate_BLME, table, blocks_L)
         if batch.caches is not None:
             cache = batch.caches[self]
-            cache["entries_BTW"][:, :blocks] = entries_BLW
+            cache["entries_BLW"][:, :blocks] = entries_BLW
             assert batch.lengths_B is not None
             fill_ring(cache["raw_BRE"], torch.cat([kv_BSE, gate_BSE], -1), batch.lengths_B)
         return entries_BLW
 
-    def step(self, x_B1D: Float[Tensor, "B 1 D"], batch: Step) -> Float[Tensor, "B T W"]:
+    def step(self, x_B1D: Float[Tensor, "B 1 D"], batch: Step) -> Float[Tensor, "B L W"]:
         """Take one more token a row; the cache's entries, of which rows have different numbers.
 
         Only blocks that this token completes are computed.
         """
         cache, positions_B = batch.caches[self], batch.positions_B
-        raw_BRE, entries_BTW = cache["raw_BRE"], cache["entries_BTW"]
+        raw_BRE, entries_BLW = cache["raw_BRE"], cache["entries_BLW"]
         rows_B = torch.arange(len(positions_B), device=positions_B.device)
         new_B1E = torch.cat(together(x_B1D, self.kv_proj, self.gate_proj), dim=-1)
         raw_BRE[rows_B, positions_B % raw_BRE.shape[1]] = new_B1E[:, 0]
         done_N = ((positions_B + 1) % self.ratio == 0).nonzero().squeeze(1)
         if len(done_N):
             block_N = positions_B[done_N] // self.ratio
-            entries_BTW[done_N, block_N] = self._finish(raw_BRE[done_N], block_N, batch.reach)
-        return entries_BTW
+            entries_BLW[done_N, block_N] = self._finish(raw_BRE[done_N], block_N, batch.reach)
+        return entries_BLW
 
     def new_cache(self, rows: int, tokens: int) -> Cache:
         """Entries, and the projections of tokens that a block still to come needs."""
         weight, width = self.kv_norm.weight, self.kv_norm.weight.shape[0]
         slots = self.series * self.ratio
         return {
-            "entries_BTW": weight.new_zeros(rows, tokens // self.ratio, width),
+            "entries_BLW": weight.new_zeros(rows, tokens // self.ratio, width),
             "raw_BRE": weight.new_zeros(rows, slots, 2 * self.series * width),
         }
 
@@ -183,10 +183,10 @@ class BlockIndexer(Compressor):
         for start, stop in self._chunks(rows, length, key_BLW.shape[1]):
             part = slice(start, stop)
             done = stop // self.ratio
-            seen_BCL = sight.blocks(start, stop, q_BSJW.device).expand(rows, -1, -1)
-            scores_BCL = index_scores(q_BSJW[:, part], key_BLW[:, :done], weights_BSJ[:, part])
-            found_BCK = choose(scores_BCL, seen_BCL, keep)
-            chosen_BSK[:, part, : found_BCK.shape[2]] = found_BCK
+            seen_BQL = sight.blocks(start, stop, q_BSJW.device).expand(rows, -1, -1)
+            scores_BQL = index_scores(q_BSJW[:, part], key_BLW[:, :done], weights_BSJ[:, part])
+            found_BQK = choose(scores_BQL, seen_BQL, keep)
+            chosen_BSK[:, part, : found_BQK.shape[2]] = found_BQK
         return chosen_BSK
 
     def loss(
@@ -208,21 +208,21 @@ class BlockIndexer(Compressor):
         for start, stop in self._chunks(rows, length, mass_BSK.shape[2]):
             part = slice(start, stop)
             if sight.chosen_BSK is None:
-                key, chosen_BCK = key_BLW[:, : stop // self.ratio], None
-                seen_BCK = sight.blocks(start, stop, key.device).expand(rows, -1, -1)
+                key, chosen_BQK = key_BLW[:, : stop // self.ratio], None
+                seen_BQK = sight.blocks(start, stop, key.device).expand(rows, -1, -1)
             else:
-                key, chosen_BCK = key_BLW, sight.choices(start, stop)
-                seen_BCK = chosen_BCK >= 0
-            if not seen_BCK.shape[2]:
+                key, chosen_BQK = key_BLW, sight.choices(start, stop)
+                seen_BQK = chosen_BQK >= 0
+            if not seen_BQK.shape[2]:
                 continue
             total = total + checkpoint(
                 _missed,
                 q_BSJW[:, part],
                 key,
                 weights_BSJ[:, part],
-                chosen_BCK,
-                mass_BSK[:, part, : seen_BCK.shape[2]],
-                seen_BCK,
+                chosen_BQK,
+                mass_BSK[:, part, : seen_BQK.shape[2]],
+                seen_BQK,
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
@@ -236,22 +236,22 @@ class BlockIndexer(Compressor):
 
 
 def _missed(
-    q_BCJW: Tensor,
+    q_BQJW: Tensor,
     key_BLW: Tensor,
-    weights_BCJ: Tensor,
-    chosen_BCK: Tensor | None,
-    mass_BCK: Tensor,
-    seen_BCK: Tensor,
+    weights_BQJ: Tensor,
+    chosen_BQK: Tensor | None,
+    mass_BQK: Tensor,
+    seen_BQK: Tensor,
 ) -> Tensor:
     """Sum over a chunk's queries of the indexer's divergence from attention."""
-    if chosen_BCK is None:
-        scores = index_scores(q_BCJW, key_BLW, weights_BCJ)
+    if chosen_BQK is None:
+        scores = index_scores(q_BQJW, key_BLW, weights_BQJ)
     else:
         # Each query has keys of its own, so each is a row of one query.
-        key_XKW = gathered(key_BLW, chosen_BCK).entries.flatten(0, 1)
-        q_X1JW, weights_X1J = (y.flatten(0, 1).unsqueeze(1) for y in (q_BCJW, weights_BCJ))
-        scores = index_scores(q_X1JW, key_XKW, weights_X1J).view_as(mass_BCK)
-    return divergence(scores, mass_BCK, seen_BCK).sum()
+        key_XKW = gathered(key_BLW, chosen_BQK).entries.flatten(0, 1)
+        q_X1JW, weights_X1J = (y.flatten(0, 1).unsqueeze(1) for y in (q_BQJW, weights_BQJ))
+        scores = index_scores(q_X1JW, key_XKW, weights_X1J).view_as(mass_BQK)
+    return divergence(scores, mass_BQK, seen_BQK).sum()
 
 
 def compressed_rotary(config: V4Config, positions: int, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ of this device, D width, E experts.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -28,8 +28,8 @@ class Dispatched:
     """int64: visits to each expert that lives here."""
     gates_N: Tensor | None
     """The weight of each visit in its row's sum; none where every weight is 1."""
-    ticket: Any
-    """Read only by the dispatcher that made it."""
+    ticket: object
+    """Read only by the dispatcher that made it, which knows its type."""
 
     def collect(self, y_ND: Float[Tensor, "N D"]) -> Float[Tensor, "R D"]:
         """Each row's sum of its visits' results, by gate; 0 for a row without visits."""

@@ -111,8 +111,8 @@ def _parts(
 
 
 def _chunks(chosen_QK: Tensor, rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(queries, indices that exist, validity) of each chunk."""
-    for begin in range(0, len(chosen_QK), rows):
+    """(queries, indices that exist, validity) of each chunk; one of none where there are none."""
+    for begin in range(0, max(1, len(chosen_QK)), rows):
         part = slice(begin, begin + rows)
         yield part, chosen_QK[part].clamp_min(0), chosen_QK[part] >= 0
 

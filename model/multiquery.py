@@ -7,8 +7,8 @@ the backward pass but their logarithmic sum, so that time grows with S (window +
 memory with S alone. Where a query sees few of many blocks, those are gathered instead of masking
 the rest.
 
-Axes: B rows, S positions, C queries of a chunk, H heads, W head width, T window tokens that a
-chunk sees, L blocks, K blocks kept for a query, E entries of either kind.
+Axes: B rows, S positions, Q queries of a chunk, H heads, W head width, U tokens of the window that
+a chunk sees, L blocks, K blocks kept for a query, E entries of either kind.
 """
 
 from collections.abc import Iterator
@@ -51,29 +51,29 @@ class Sight:
         step = max(self.chunk, self.window)
         return ((start, min(start + step, length)) for start in range(0, length, step))
 
-    def choices(self, start: int, stop: int) -> Int[Tensor, "B C K"]:
+    def choices(self, start: int, stop: int) -> Int[Tensor, "B Q K"]:
         """What was chosen for these queries, fit to index with."""
         assert self.chosen_BSK is not None
         return self.chosen_BSK[:, start:stop].long()
 
     def tokens(
         self, start: int, stop: int, device: torch.device
-    ) -> tuple[int, Bool[Tensor, "#B C T"]]:
+    ) -> tuple[int, Bool[Tensor, "#B Q U"]]:
         """The first token that these queries see, and which of it and later ones each sees."""
         first = max(0, start - self.window + 1)
-        queries_C1 = torch.arange(start, stop, device=device)[:, None]
-        tokens_T = torch.arange(first, stop, device=device)
-        seen = ((tokens_T <= queries_C1) & (tokens_T > queries_C1 - self.window))[None]
+        queries_Q1 = torch.arange(start, stop, device=device)[:, None]
+        tokens_U = torch.arange(first, stop, device=device)
+        seen = ((tokens_U <= queries_Q1) & (tokens_U > queries_Q1 - self.window))[None]
         if self.segments_BS is not None:
-            own_BC1 = self.segments_BS[:, start:stop, None]
-            seen = seen & (own_BC1 == self.segments_BS[:, None, first:stop])
+            own_BQ1 = self.segments_BS[:, start:stop, None]
+            seen = seen & (own_BQ1 == self.segments_BS[:, None, first:stop])
         return first, seen
 
-    def blocks(self, start: int, stop: int, device: torch.device) -> Bool[Tensor, "#B C L"]:
+    def blocks(self, start: int, stop: int, device: torch.device) -> Bool[Tensor, "#B Q L"]:
         """Which of the blocks complete by `stop` each query may see, whatever was chosen."""
-        done_C1 = torch.arange(start + 1, stop + 1, device=device)[:, None] // self.ratio
+        done_Q1 = torch.arange(start + 1, stop + 1, device=device)[:, None] // self.ratio
         blocks_L = torch.arange(stop // self.ratio, device=device)
-        seen = (blocks_L < done_C1)[None]
+        seen = (blocks_L < done_Q1)[None]
         if self.segments_BS is not None:
             last_BL = self.segments_BS[:, self.ratio - 1 : stop : self.ratio]
             seen = seen & (self.segments_BS[:, start:stop, None] == last_BL[:, None])
@@ -88,56 +88,56 @@ class Part:
     """
 
     entries: Tensor
-    """[B, E, W], or [B, C, E, W] where each query has entries of its own."""
-    seen_BCE: Tensor
+    """[B, E, W], or [B, Q, E, W] where each query has entries of its own."""
+    seen_BQE: Tensor
     """Its first axis may be 1."""
 
-    def dot(self, q_BCHW: Tensor) -> Tensor:
-        """q . e, [B, C, H, E]. All heads share the entries: one matrix product a row."""
-        keys, q_BCHW = widened(self.entries).transpose(-1, -2), widened(q_BCHW)
+    def dot(self, q_BQHW: Tensor) -> Tensor:
+        """q . e, [B, Q, H, E]. All heads share the entries: one matrix product a row."""
+        keys, q_BQHW = widened(self.entries).transpose(-1, -2), widened(q_BQHW)
         if keys.dim() == 4:
-            return torch.matmul(q_BCHW, keys)
-        return torch.bmm(q_BCHW.flatten(1, 2), keys).view(*q_BCHW.shape[:3], keys.shape[-1])
+            return torch.matmul(q_BQHW, keys)
+        return torch.bmm(q_BQHW.flatten(1, 2), keys).view(*q_BQHW.shape[:3], keys.shape[-1])
 
-    def sum(self, weights_BCHE: Tensor) -> Tensor:
-        """Sum of the entries by weight, [B, C, H, W]."""
+    def sum(self, weights_BQHE: Tensor) -> Tensor:
+        """Sum of the entries by weight, [B, Q, H, W]."""
         entries = widened(self.entries)
         if entries.dim() == 4:
-            return torch.matmul(weights_BCHE, entries)
-        flat = torch.bmm(weights_BCHE.flatten(1, 2), entries)
-        return flat.view(*weights_BCHE.shape[:3], entries.shape[-1])
+            return torch.matmul(weights_BQHE, entries)
+        flat = torch.bmm(weights_BQHE.flatten(1, 2), entries)
+        return flat.view(*weights_BQHE.shape[:3], entries.shape[-1])
 
-    def outer(self, weights_BCHE: Tensor, y_BCHW: Tensor) -> Tensor:
+    def outer(self, weights_BQHE: Tensor, y_BQHW: Tensor) -> Tensor:
         """What gradients `y` of weighted sums say of the entries; shaped as those are."""
         if self.entries.dim() == 4:
-            return torch.matmul(weights_BCHE.transpose(-1, -2), y_BCHW)
-        return torch.bmm(weights_BCHE.flatten(1, 2).transpose(-1, -2), y_BCHW.flatten(1, 2))
+            return torch.matmul(weights_BQHE.transpose(-1, -2), y_BQHW)
+        return torch.bmm(weights_BQHE.flatten(1, 2).transpose(-1, -2), y_BQHW.flatten(1, 2))
 
-    def scores(self, q_BCHW: Tensor) -> Tensor:
+    def scores(self, q_BQHW: Tensor) -> Tensor:
         """`dot`, with -inf where a query does not see."""
-        return self.dot(q_BCHW).masked_fill_(~self.seen_BCE.unsqueeze(2), float("-inf"))
+        return self.dot(q_BQHW).masked_fill_(~self.seen_BQE.unsqueeze(2), float("-inf"))
 
 
 def weigh(
-    q_BCHW: Float[Tensor, "B C H W"], parts: list[Part], sinks_H: Float[Tensor, " H"]
-) -> tuple[Float[Tensor, "B C H W"], list[Tensor], Tensor]:
+    q_BQHW: Float[Tensor, "B Q H W"], parts: list[Part], sinks_H: Float[Tensor, " H"]
+) -> tuple[Float[Tensor, "B Q H W"], list[Tensor], Tensor]:
     """Weighted sums of all parts' entries under one softmax; `q` holds the softmax's scale.
 
-    Also the weights in each part, [B, C, H, E], and the logarithm of what they were divided by. All
+    Also the weights in each part, [B, Q, H, E], and the logarithm of what they were divided by. All
     are float32 at least.
     """
-    scores = [part.scores(q_BCHW) for part in parts]
+    scores = [part.scores(q_BQHW) for part in parts]
     sinks_H = widened(sinks_H)
-    top_BCH = torch.stack([s.amax(-1) for s in scores if s.shape[-1]]).amax(0).maximum(sinks_H)
-    weights = [s.sub_(top_BCH.unsqueeze(-1)).exp_() for s in scores]
-    total_BCH = (sinks_H - top_BCH).exp()
+    top_BQH = torch.stack([s.amax(-1) for s in scores if s.shape[-1]]).amax(0).maximum(sinks_H)
+    weights = [s.sub_(top_BQH.unsqueeze(-1)).exp_() for s in scores]
+    total_BQH = (sinks_H - top_BQH).exp()
     for w in weights:
-        total_BCH = total_BCH + w.sum(-1)
-    out_BCHW = sum(part.sum(w) for part, w in zip(parts, weights, strict=True))
-    assert isinstance(out_BCHW, Tensor)
-    out_BCHW = out_BCHW / total_BCH.unsqueeze(-1)
-    weights = [w.div_(total_BCH.unsqueeze(-1)) for w in weights]
-    return out_BCHW, weights, top_BCH + total_BCH.log()
+        total_BQH = total_BQH + w.sum(-1)
+    out_BQHW = sum(part.sum(w) for part, w in zip(parts, weights, strict=True))
+    assert isinstance(out_BQHW, Tensor)
+    out_BQHW = out_BQHW / total_BQH.unsqueeze(-1)
+    weights = [w.div_(total_BQH.unsqueeze(-1)) for w in weights]
+    return out_BQHW, weights, top_BQH + total_BQH.log()
 
 
 def attend(
@@ -191,22 +191,22 @@ class _Attend(torch.autograd.Function):
         dq, dsinks = torch.empty_like(q), torch.zeros_like(widened(sinks))
         for start, stop in sight.chunks(q.shape[1]):
             rows = slice(start, stop)
-            q_BCHW, dy_BCHW = widened(q[:, rows]) * scale, widened(grads[0][:, rows])
-            log_total_BCH = log_total_BSH[:, rows]
+            q_BQHW, dy_BQHW = widened(q[:, rows]) * scale, widened(grads[0][:, rows])
+            log_total_BQH = log_total_BSH[:, rows]
             parts, gradients = _parts(kv, blocks, sight, start, stop), []
-            each = [part.scores(q_BCHW).sub_(log_total_BCH.unsqueeze(-1)).exp_() for part in parts]
-            dots = [part.dot(dy_BCHW) for part in parts]
+            each = [part.scores(q_BQHW).sub_(log_total_BQH.unsqueeze(-1)).exp_() for part in parts]
+            dots = [part.dot(dy_BQHW) for part in parts]
             # The part of every weight's gradient that comes through the common divisor: <dy, y>,
             # of a y that was not rounded.
-            common_BCH = sum((w * d).sum(-1) for w, d in zip(each, dots, strict=True))
-            assert isinstance(common_BCH, Tensor)
-            dsinks -= ((widened(sinks) - log_total_BCH).exp() * common_BCH).sum((0, 1))
-            dq_BCHW = torch.zeros_like(q_BCHW)
-            for part, weights, dots_BCHE in zip(parts, each, dots, strict=True):
-                dscores = dots_BCHE.sub_(common_BCH.unsqueeze(-1)).mul_(weights)
-                dq_BCHW += part.sum(dscores)
-                gradients.append(part.outer(weights, dy_BCHW) + part.outer(dscores, q_BCHW))
-            dq[:, rows] = dq_BCHW * scale
+            common_BQH = sum((w * d).sum(-1) for w, d in zip(each, dots, strict=True))
+            assert isinstance(common_BQH, Tensor)
+            dsinks -= ((widened(sinks) - log_total_BQH).exp() * common_BQH).sum((0, 1))
+            dq_BQHW = torch.zeros_like(q_BQHW)
+            for part, weights, dots_BQHE in zip(parts, each, dots, strict=True):
+                dscores = dots_BQHE.sub_(common_BQH.unsqueeze(-1)).mul_(weights)
+                dq_BQHW += part.sum(dscores)
+                gradients.append(part.outer(weights, dy_BQHW) + part.outer(dscores, q_BQHW))
+            dq[:, rows] = dq_BQHW * scale
             dkv[:, stop - gradients[0].shape[1] : stop] += gradients[0]
             if blocks.shape[1]:
                 _add_blocks(dblocks, gradients[1], sight, start, stop)
@@ -216,35 +216,35 @@ class _Attend(torch.autograd.Function):
 
 def _parts(kv: Tensor, blocks: Tensor, sight: Sight, start: int, stop: int) -> list[Part]:
     """What the queries of one chunk look at: window tokens, and blocks if there are any."""
-    first, seen_BCT = sight.tokens(start, stop, kv.device)
-    parts = [Part(kv[:, first:stop], seen_BCT)]
+    first, seen_BQU = sight.tokens(start, stop, kv.device)
+    parts = [Part(kv[:, first:stop], seen_BQU)]
     if not blocks.shape[1]:
         return parts
     done = stop // sight.ratio
     if sight.chosen_BSK is None:
         parts.append(Part(blocks[:, :done], sight.blocks(start, stop, kv.device)))
         return parts
-    chosen_BCK = sight.choices(start, stop)
-    if done > sight.gather_factor * chosen_BCK.shape[2]:
-        parts.append(gathered(blocks, chosen_BCK))
+    chosen_BQK = sight.choices(start, stop)
+    if done > sight.gather_factor * chosen_BQK.shape[2]:
+        parts.append(gathered(blocks, chosen_BQK))
     else:
-        seen_BCL = torch.zeros(*chosen_BCK.shape[:2], done + 1, dtype=torch.bool, device=kv.device)
+        seen_BQL = torch.zeros(*chosen_BQK.shape[:2], done + 1, dtype=torch.bool, device=kv.device)
         # What is none goes to one column more than there are blocks, which is then cut off.
-        seen_BCL.scatter_(2, chosen_BCK.where(chosen_BCK >= 0, done), True)
-        parts.append(Part(blocks[:, :done], seen_BCL[..., :done]))
+        seen_BQL.scatter_(2, chosen_BQK.where(chosen_BQK >= 0, done), True)
+        parts.append(Part(blocks[:, :done], seen_BQL[..., :done]))
     return parts
 
 
-def gathered(blocks_BLW: Tensor, chosen_BCK: Tensor) -> Part:
+def gathered(blocks_BLW: Tensor, chosen_BQK: Tensor) -> Part:
     """The chosen blocks of each query, side by side."""
-    flat = _flat_index(chosen_BCK, blocks_BLW.shape[1])
+    flat = _flat_index(chosen_BQK, blocks_BLW.shape[1])
     entries = blocks_BLW.flatten(0, 1).index_select(0, flat)
-    return Part(entries.view(*chosen_BCK.shape, blocks_BLW.shape[-1]), chosen_BCK >= 0)
+    return Part(entries.view(*chosen_BQK.shape, blocks_BLW.shape[-1]), chosen_BQK >= 0)
 
 
-def _flat_index(chosen_BCK: Tensor, blocks: int) -> Tensor:
-    rows_B = torch.arange(chosen_BCK.shape[0], device=chosen_BCK.device)
-    return (chosen_BCK.clamp_min(0) + rows_B[:, None, None] * blocks).flatten()
+def _flat_index(chosen_BQK: Tensor, blocks: int) -> Tensor:
+    rows_B = torch.arange(chosen_BQK.shape[0], device=chosen_BQK.device)
+    return (chosen_BQK.clamp_min(0) + rows_B[:, None, None] * blocks).flatten()
 
 
 def _add_blocks(dblocks: Tensor, found: Tensor, sight: Sight, start: int, stop: int) -> None:
@@ -257,14 +257,14 @@ def _add_blocks(dblocks: Tensor, found: Tensor, sight: Sight, start: int, stop: 
 
 
 def _note_mass(
-    mass_BCK: Tensor, weights_BCE: Tensor, part: Part, sight: Sight, start: int, stop: int
+    mass_BQK: Tensor, weights_BQE: Tensor, part: Part, sight: Sight, start: int, stop: int
 ) -> None:
     """Put one chunk's weights of blocks in the order of what was chosen."""
     if part.entries.dim() == 4:
-        mass_BCK.copy_(weights_BCE)
+        mass_BQK.copy_(weights_BQE)
     elif sight.chosen_BSK is None:
-        mass_BCK[..., : weights_BCE.shape[-1]] = weights_BCE
-    elif weights_BCE.shape[-1]:
-        chosen_BCK = sight.choices(start, stop)
-        found = weights_BCE.gather(2, chosen_BCK.clamp_min(0))
-        mass_BCK.copy_(found.masked_fill(chosen_BCK < 0, 0.0))
+        mass_BQK[..., : weights_BQE.shape[-1]] = weights_BQE
+    elif weights_BQE.shape[-1]:
+        chosen_BQK = sight.choices(start, stop)
+        found = weights_BQE.gather(2, chosen_BQK.clamp_min(0))
+        mass_BQK.copy_(found.masked_fill(chosen_BQK < 0, 0.0))

@@ -52,6 +52,7 @@ def grouped_swiglu(
     limit: float | None,
 ) -> Float[Tensor, "R D"]:
     """Each row's sum of its visits' `swiglu`, by gate."""
+    # The host cuts rows by expert, and waits for the device to have counted them.
     counts, learning = sent.counts_E.tolist(), torch.is_grad_enabled()
     if not learning and _are_few(counts):
         return _padded(sent, gate_up_EJD, down_EDI, max(counts), limit)

@@ -88,7 +88,8 @@ def test_streams_are_mixed_by_weights_that_were_not_rounded() -> None:
     y.backward(dy)
     expected.backward(dy.double())
     assert x.grad is not None and wide.grad is not None
-    assert gap(x.grad, wide.grad) < ROUNDED
+    # It comes from what was read, from the weights and from what was mixed, each rounded for itself.
+    assert gap(x.grad, wide.grad) < 3 * ROUNDED
     for (name, parameter), twin in zip(rough.named_parameters(), exact.parameters(), strict=True):
         assert parameter.grad is not None and twin.grad is not None
         assert gap(parameter.grad, twin.grad) < ROUNDED, name

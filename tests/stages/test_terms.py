@@ -246,17 +246,18 @@ def kind(name: str, config: ModelConfig) -> str:
     parts = name.split(".")
     if "indexer" in parts:
         return "indexer"
-    last = "mtp " if name.startswith(f"model.layers.{config.num_hidden_layers}.") else ""
-    for one in ("experts", "shared_experts", "gate", "self_attn", "engram", "attn_hc", "ffn_hc"):
-        if one in parts:
-            return last + one
-    return "norms and ends"
+    if name.startswith(f"model.layers.{config.num_hidden_layers}."):
+        return "the MTP layer"
+    kinds = {"shared_experts": "experts", "attn_hc": "streams", "ffn_hc": "streams"}
+    kinds |= {one: one for one in ("experts", "gate", "self_attn", "engram")}
+    return next((kinds[part] for part in parts if part in kinds), "norms and ends")
 
 
 CASES = [
     pytest.param(family, phase, id=f"{family} {phase}")
     for family, config in FAMILIES.items()
     for phase in (("dense", "sparse") if config.has_indexer else ("off",))
+    if not (config.engram and phase == "dense")
 ]
 
 
