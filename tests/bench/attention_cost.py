@@ -31,6 +31,8 @@ from tests.bench import machine
 
 LENGTHS = [4096, 8192, 16384, 32768, 65536]
 THREADS = 1
+RUNS, ENOUGH_SECONDS = 3, 10
+"""Of a point: so many, unless fewer have taken so long already."""
 HIDDEN = 256
 SHARED = {
     "hidden_size": HIDDEN,
@@ -131,9 +133,9 @@ def measure(kind: str, length: int) -> dict[str, float]:
 
 
 def apart(kind: str, length: int) -> dict[str, float]:
-    """`measure` in a process of its own; medians of three, or one where it is slow."""
+    """`measure` in a process of its own; medians of `RUNS`, or one where it is slow."""
     runs: list[dict[str, float]] = []
-    while len(runs) < 3 and sum(run["training seconds"] for run in runs) < 10:
+    while len(runs) < RUNS and sum(run["training seconds"] for run in runs) < ENOUGH_SECONDS:
         command = [sys.executable, "-m", "tests.bench.attention_cost", "--point", kind, str(length)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=1800)
         runs.append(json.loads(done.stdout))

@@ -33,6 +33,8 @@ TARGET = 5.0
 FLOOR = 1.8
 """A ratio that no noise explains: below it something has become slow."""
 ROWS, PROMPT, NEW, ROUNDS = 64, 32, 96, 5
+CHOICES = list(itertools.product(("grouped_mm", "batched_mm", "eager"), ("sdpa", "eager")))
+"""transformers' experts and attention."""
 
 Continue = Callable[[Tensor, int], Tensor]
 """(prompts [B, S], new tokens) -> [B, S + new tokens], drawn at temperature 1."""
@@ -56,16 +58,15 @@ def seconds(sampling: Continue, tokens_BS: Tensor, new: int) -> float:
 
 def quickest(config: V3Config, tokens_BS: Tensor) -> tuple[str, str]:
     """(experts, attention) with which transformers takes least time here."""
-    choices = list(itertools.product(("grouped_mm", "batched_mm", "eager"), ("sdpa", "eager")))
-    taken: dict[tuple[str, str], list[float]] = {choice: [] for choice in choices}
+    taken: dict[tuple[str, str], list[float]] = {choice: [] for choice in CHOICES}
     models: dict[tuple[str, str], nn.Module] = {
-        choice: theirs(config, *choice) for choice in choices
+        choice: theirs(config, *choice) for choice in CHOICES
     }
     samplings = {choice: their_sampling(model.eval()) for choice, model in models.items()}
     for _ in range(2):
         for choice, sampling in samplings.items():
             taken[choice].append(seconds(sampling, tokens_BS, 6))
-    return min(choices, key=lambda choice: min(taken[choice]))
+    return min(CHOICES, key=lambda choice: min(taken[choice]))
 
 
 def compare(config: V3Config) -> tuple[float, float, float]:

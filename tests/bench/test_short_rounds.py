@@ -3,49 +3,124 @@
 They are run in full by `make bench`. One stopped working after a rename, and nobody saw.
 """
 
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
+import torch
 
 from configs.v3 import V3Config
 from pipeline.provenance import processor
-from tests.bench import attention_cost, machine, test_sampling, test_training_step
+from tests.bench import (
+    attention_cost,
+    fp8_on_gpu,
+    fp8_table,
+    machine,
+    test_sampling,
+    test_training_step,
+)
 from tests.bench import test_against_transformers as training
 
+HERE = Path(__file__).parent
+NO_BENCHMARKS = {"fp8_table", "machine", "test_fp8_on_gpu", "test_short_rounds"}
+"""Parts of benchmarks, and tests of those, which `make test` runs whole."""
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> V3Config:
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Benchmarks set the number for their whole process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def small() -> V3Config:
     """The shape of the benchmarks beside transformers, with little in it."""
-    for name, value in (("ROWS", 2), ("LENGTH", 16), ("ROUNDS", 1)):
-        monkeypatch.setattr(training, name, value)
-    for name, value in (("ROWS", 2), ("PROMPT", 4), ("NEW", 6), ("ROUNDS", 1)):
-        monkeypatch.setattr(test_sampling, name, value)
-    monkeypatch.setattr(training, "VARIANTS", training.VARIANTS[-1:])
     return training.shape(4, 16, 2).model_copy(
         update={"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
     )
 
 
-def test_training_beside_transformers(small: V3Config) -> None:
-    result = training.compare(small)
-    assert result.ours > 0 and result.theirs > 0 and result.ratio > 0
+def train_beside_transformers(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    for name, value in (("ROWS", 2), ("LENGTH", 16), ("ROUNDS", 1)):
+        patch.setattr(training, name, value)
+    patch.setattr(training, "SHAPES", {"small": small()})
+    assert training.main() > 0
 
 
-def test_sampling_beside_transformers(small: V3Config) -> None:
-    ours, theirs, ratio = test_sampling.compare(small)
-    assert ours > 0 and theirs > 0 and ratio > 0
+def sample_beside_transformers(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    for name, value in (("ROWS", 2), ("PROMPT", 4), ("NEW", 6), ("ROUNDS", 1)):
+        patch.setattr(test_sampling, name, value)
+    patch.setattr(test_sampling, "SHAPES", {"small": small()})
+    patch.setattr(test_sampling, "CHOICES", test_sampling.CHOICES[:2])
+    assert test_sampling.main() > 0
 
 
-def test_a_step_in_each_precision() -> None:
-    model = test_training_step.TINY.model
-    assert isinstance(model, V3Config)
-    for precision in test_training_step.PRECISIONS:
-        one = test_training_step.trainer(model, precision)
-        assert test_training_step.seconds(one, test_training_step.batch_of(1)) > 0
-        assert test_training_step.kept_by(one, "MoE block", 1) > 0
+def train_in_each_precision(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    for name, value in (("ROUNDS", 2), ("FEW", 1), ("MANY", 3)):
+        patch.setattr(test_training_step, name, value)
+    assert test_training_step.times_of_a_float32_step("tiny", 1) > 0
+    for part in ("model", "MoE block"):
+        test_training_step.test_what_waits_for_the_backward_pass("tiny", part)
 
 
-@pytest.mark.parametrize("kind", attention_cost.KINDS)
-def test_a_point_of_the_attention_curves(kind: str) -> None:
-    assert attention_cost.measure(kind, 256)
+def draw_the_attention_curves(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Each kind's points in this process, and one as all are taken in full: in its own."""
+    patch.setattr(attention_cost, "RUNS", 1)
+    (kind, *_) = attention_cost.KINDS
+    assert attention_cost.apart(kind, 256).keys() == attention_cost.measure(kind, 256).keys()
+    patch.setattr(attention_cost, "LENGTHS", [256, 1024])
+    patch.setattr(attention_cost, "apart", attention_cost.measure)
+    attention_cost.main(folder)
+    table = (folder / "attention-cost.md").read_text()
+    assert all(table.count(f"| {kind} |") == 4 for kind in attention_cost.KINDS)
+    assert (folder / "attention-cost.svg").stat().st_size > 0
+
+
+def compare_fp8_on_a_cpu(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Without a GPU only the copy and BF16 have figures; the other cells say why they have none.
+
+    `test_fp8_on_gpu` runs those too, with stand-ins for what needs the GPU.
+    """
+    patch.setattr(fp8_on_gpu, "no_device", lambda: "a short round")
+    assert fp8_on_gpu.main([]) == 0
+
+    def clock(run: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+
+    for shape in (fp8_table.Shape("one", 128, 256, 128), fp8_table.Shape("two", 256, 128, 128, 2)):
+        for which in fp8_table.PASSES:
+            found = fp8_on_gpu.survived(shape, which, torch.device("cpu"), clock)
+            assert isinstance(found.copy_seconds, float) and found.copy_seconds > 0
+            assert isinstance(found.seconds["bf16"], float), found.seconds["bf16"]
+            assert len(fp8_table.product_rows(found, 1e12)) == len(fp8_table.VARIANTS)
+
+
+ROUNDS = {
+    "attention_cost": draw_the_attention_curves,
+    "fp8_on_gpu": compare_fp8_on_a_cpu,
+    "test_against_transformers": train_beside_transformers,
+    "test_sampling": sample_beside_transformers,
+    "test_training_step": train_in_each_precision,
+}
+"""By file: what runs all of it, briefly."""
+
+
+@pytest.mark.parametrize("name", sorted({path.stem for path in HERE.glob("*.py")} - NO_BENCHMARKS))
+def test_every_benchmark_runs_for_a_short_round(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert name in ROUNDS, f"tests/bench/{name}.py has no short round; write one, and enter it"
+    ROUNDS[name](monkeypatch, tmp_path)
+
+
+def test_what_is_called_no_benchmark_is_neither_slow_nor_run_by_itself() -> None:
+    for name in NO_BENCHMARKS - {Path(__file__).stem}:
+        text = (HERE / f"{name}.py").read_text()
+        assert "__main__" not in text and "mark.slow" not in text, name
 
 
 def test_every_ratio_comes_with_processor_threads_and_allocator(
