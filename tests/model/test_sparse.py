@@ -321,6 +321,7 @@ def test_training_reaches_every_indexer_the_mtp_layers_too() -> None:
 
 def test_the_norm_of_index_keys_starts_without_bias() -> None:
     model = Transformer(tiny_v32()).initialize(0)
-    for name, parameter in model.named_parameters():
-        if "k_norm" in name:
-            assert torch.equal(parameter, torch.full((6,), float(name.endswith("weight"))))
+    norms = {name: p for name, p in model.named_parameters() if "indexer.k_norm" in name}
+    assert len(norms) == 2 * 3
+    for name, parameter in norms.items():
+        assert torch.equal(parameter, torch.full((6,), float(name.endswith("weight"))))

@@ -125,10 +125,17 @@ def test_the_end_waits_no_longer_than_asked(
 
 
 def test_the_end_waits_longer_while_jobs_get_done(worker: Background, said: list[str]) -> None:
-    for _ in range(6):
-        worker.submit(lambda: time.sleep(0.2))
+    done: list[int] = []
+
+    def job(number: int) -> None:
+        time.sleep(0.2)
+        done.append(number)
+
+    for number in range(6):
+        worker.submit(partial(job, number))
     worker.stop(patience_seconds=0.7, limit_seconds=10)
     assert said == []
+    assert done == list(range(6))
 
 
 def test_what_is_watched_is_sampled_and_sent_until_it_no_longer_is(

@@ -156,7 +156,9 @@ def test_nothing_in_a_store_but_what_is_told_of_the_machine_names_its_place(
     original: Path, tmp_path: Path
 ) -> None:
     """Records and manifests find each other wherever the store lies."""
-    for path in (*original.rglob(MANIFEST), *(original / "runs").glob("*.json")):
+    manifests, runs = list(original.rglob(MANIFEST)), list((original / "runs").glob("*.json"))
+    assert len(manifests) >= 5 and len(runs) == 1
+    for path in (*manifests, *runs):
         record = json.loads(path.read_text())
         for known in ("provenance", "store_root", "process"):
             record.pop(known, None)

@@ -255,13 +255,29 @@ def test_ctrl_c_stops_the_run_keeps_what_is_committed_and_the_next_goes_on(
     assert not (folder / "g2").exists()
 
 
-def test_planning_and_running_load_neither_torch_nor_ray_nor_mlflow() -> None:
-    code = (
-        "import sys; import pipeline.runner, pipeline.graph, pipeline.decide, pipeline.records;"
-        "print(sorted({'torch', 'ray', 'mlflow'} & sys.modules.keys()))"
-    )
+LOADED = """
+import sys
+from configs.parallel import StoreConfig
+from pipeline.decide import Examiner, decide, survey
+from pipeline.graph import Selection
+from tests.pipeline.fakes import RECIPE, World, outcomes
+world = World(StoreConfig(url=sys.argv[1], min_free_bytes=0))
+for told in ("built", "reused"):
+    graph, everything = world.graph(), Selection()
+    decide(graph, everything, survey(graph, Examiner(world.store, RECIPE)))
+    assert set(outcomes(world.run()).values()) == {told}
+print(sorted({"torch", "ray", "mlflow"} & sys.modules.keys()))
+"""
+
+
+def test_planning_and_running_load_neither_torch_nor_ray_nor_mlflow(tmp_path: Path) -> None:
+    """Of stages that need none of them, built and reused."""
     told = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True, text=True
+        [sys.executable, "-c", LOADED, str(tmp_path / "store")],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        text=True,
     )
     assert told.stdout == "[]\n"
 

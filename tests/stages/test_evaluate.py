@@ -448,6 +448,7 @@ def test_a_problem_that_spells_a_special_token_is_asked_as_text(lab: Lab) -> Non
     write_problems(lab.corpus.path("problems", "held_out.parquet"), lab.problems)
     lab.corpus = lab.corpus.model_copy(update={"held_out_problems": 1})
     lab.run(problems=1)
+    assert len(lab.asked["before"]) == 4
     for prompt, _ in lab.asked["before"]:
         assert prompt[0] == BOS_ID
         assert not {BOS_ID, EOS_ID} & set(prompt[1:])
