@@ -87,8 +87,9 @@ def test_streams_are_mixed_by_weights_that_were_not_rounded() -> None:
     dy = narrow(2, 40, 4, 64, seed=9)
     y.backward(dy)
     expected.backward(dy.double())
-    assert x.grad is not None and wide.grad is not None
-    # It comes from what was read, from the weights and from what was mixed, each rounded for itself.
+    assert x.grad is not None
+    assert wide.grad is not None
+    # It comes by three ways, from what is read, weighed and mixed, each rounded for itself.
     assert gap(x.grad, wide.grad) < 3 * ROUNDED
     for (name, parameter), twin in zip(rough.named_parameters(), exact.parameters(), strict=True):
         assert parameter.grad is not None and twin.grad is not None
