@@ -95,7 +95,8 @@ class HyperHead(nn.Module):
             norm_epsilon=self.config.rms_norm_eps,
             epsilon=self.config.hc_eps,
         )
-        return read(x_TND, pre_TN).unflatten(0, x_BSND.shape[:2])
+        out_BSD: Tensor = read(x_TND, pre_TN).unflatten(0, x_BSND.shape[:2])
+        return out_BSD
 
 
 class HyperLayer(nn.Module):

@@ -274,7 +274,7 @@ def test_what_has_no_gradient_does_not_decay(config: ModelConfig) -> None:
 
 def test_what_never_had_a_gradient_is_saved_and_continued(tmp_path: Path) -> None:
     whole = decaying(tiny_v32())
-    losses = {1: "off", 2: "off", 3: "dense", 4: "dense"}
+    losses: dict[int, IndexerPhase] = {1: "off", 2: "off", 3: "dense", 4: "dense"}
 
     def walk(one: Trainer, steps: range) -> None:
         for step in steps:

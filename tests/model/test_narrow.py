@@ -175,8 +175,8 @@ def test_shared_entries_get_the_sum_of_all_chunks() -> None:
     sight = Sight(8, 4, chunk=8)
     rough = [t.clone().requires_grad_() for t in (q, kv, blocks, sinks)]
     exact = [t.double().requires_grad_() for t in (q, kv, blocks, sinks)]
-    y, mass = attend(*rough, sight, mass=True)
-    expected, expected_mass = attend_by_query(*exact, sight)
+    y, mass = attend(rough[0], rough[1], rough[2], rough[3], sight, mass=True)
+    expected, expected_mass = attend_by_query(exact[0], exact[1], exact[2], exact[3], sight)
     assert gap(y, expected) < ROUNDED
     assert mass is not None
     assert gap(mass, expected_mass) < EXACT

@@ -144,7 +144,7 @@ def test_weights_too_narrow_for_a_step_are_refused(dtype: torch.dtype) -> None:
     """A step of a thousandth is below half of bfloat16's last bit: two hundred would move none."""
     assert torch.equal(torch.ones((), dtype=torch.bfloat16) - 1e-3, torch.tensor(1.0).bfloat16())
     model = toy()
-    model["norm"].to(dtype)
+    model.get_submodule("norm").to(dtype)
     kind = str(dtype).removeprefix("torch.")
     with pytest.raises(ConfigError, match=rf"^norm.weight is {kind}, .*\.float\(\)"):
         adamw(model, CONFIG)

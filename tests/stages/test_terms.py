@@ -7,6 +7,7 @@ them. A term of an indexer is a function of the indexer alone: the report detach
 (DeepSeek-V3.2-Exp, section 2.1), so that no other parameter may have a gradient from it.
 """
 
+import heapq
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,7 +130,7 @@ def balance(gate: Gate, x_BSD: Tensor) -> float:
             scores = [[math.sqrt(math.log1p(math.exp(v))) for v in row] for row in rows]
         else:
             scores = [[1 / (1 + math.exp(-v)) for v in row] for row in rows]
-        tops = [sorted(range(experts), key=lambda e, s=s: -s[e])[:choices] for s in scores]
+        tops = [heapq.nlargest(choices, range(experts), key=s.__getitem__) for s in scores]
         for i in range(experts):
             chosen = sum(i in top for top in tops)
             f = experts / (choices * len(scores)) * chosen
@@ -148,7 +149,8 @@ def divergence(attention: list[float], index: list[float]) -> float:
 def scored(q_JI: Tensor, w_J: Tensor, k_I: Tensor) -> float:
     """Eq. 1: sum over heads of w ReLU(q . k), with the released scales."""
     dots = [max(0.0, dot) for dot in (q_JI @ k_I).tolist()]
-    return math.fsum(w * d for w, d in zip(w_J.tolist(), dots, strict=True)) / q_JI.numel() ** 0.5
+    weighted = math.fsum(w * d for w, d in zip(w_J.tolist(), dots, strict=True))
+    return weighted / math.sqrt(q_JI.numel())
 
 
 def best(index: dict[int, float], keep: int, phase: IndexerPhase) -> list[int]:
@@ -293,11 +295,11 @@ def test_every_term_and_its_gradient_are_the_papers(family: str, phase: IndexerP
         for sign in (1, -1):
             with torch.no_grad():
                 for name, parameter in moved.items():
-                    parameter += sign * STEP * ways[name]
+                    parameter.add_(sign * STEP * ways[name])
                 of = "indexer" if one == "indexer" else "model"
                 ends.append(by_the_papers(model, batch["tokens"], phase, of=of))
                 for name, parameter in moved.items():
-                    parameter -= sign * STEP * ways[name]
+                    parameter.sub_(sign * STEP * ways[name])
         for term in names:
             slope = (ends[0][term] - ends[1][term]) / (2 * STEP)
             # The next token's loss is in every one of the sums.
