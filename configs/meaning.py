@@ -47,12 +47,19 @@ def meant_pretrain(pretrain: PretrainConfig, model: ModelConfig) -> PretrainConf
 
 
 def meant_posttrain(posttrain: PosttrainConfig, model: ModelConfig) -> PosttrainConfig:
-    """As `meant_pretrain`."""
-    update = {
+    """As `meant_pretrain`, and without how held-out problems are asked if none are."""
+    update: dict[str, Any] = {
         "fp8": _meant_fp8(posttrain.fp8, model, is_used=posttrain.precision == "fp8"),
         "optim": _meant_optim(posttrain.optim, model),
     }
-    return posttrain.model_copy(update=update)
+    if posttrain.evaluate_every_steps >= posttrain.steps:
+        # Before the first step and after the last, whatever the number.
+        default = type(posttrain).model_fields["evaluate_every_steps"].default
+        update["evaluate_every_steps"] = max(default, posttrain.steps)
+    posttrain = posttrain.model_copy(update=update)
+    if not posttrain.evaluate_problems:
+        posttrain = reset(posttrain, "evaluate_every_steps", "evaluate_samples_per_problem")
+    return posttrain
 
 
 def meant_export(export: ExportConfig, target: Target) -> ExportConfig:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from configs.base import Frozen
 from configs.train import Fp8Config, OptimConfig, Precision
@@ -47,6 +47,13 @@ class PosttrainConfig(Frozen):
     """Samplers and trainers both run in it, so that their log-probabilities agree."""
     fp8: Fp8Config = Fp8Config()
     checkpoint_every_steps: PositiveInt = 20
+    evaluate_every_steps: PositiveInt = 20
+    """How often held-out problems are asked; they are before the first step and after the last.
+    Nothing that is trained depends on it, but the artifact's `history.json` does."""
+    evaluate_problems: NonNegativeInt = 100
+    """Held-out problems to ask each time, the same ones; 0 asks none."""
+    evaluate_samples_per_problem: PositiveInt = 2
+    """Sampled answers; one more is given greedily."""
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> Self:
@@ -56,6 +63,18 @@ class PosttrainConfig(Frozen):
                 f"minibatches = {self.minibatches}; change either"
             )
         return self
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate at `step`, the first of which is 1: linear warm-up, then constant."""
+        return self.optim.learning_rate * min(1.0, step / max(1, self.warmup_steps))
+
+    def saves_at(self, step: int) -> bool:
+        """Whether the state after `step` is saved to resume from."""
+        return step % self.checkpoint_every_steps == 0 or step == self.steps
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether held-out problems, if any, are asked after `step`; 0 is before the first."""
+        return step % self.evaluate_every_steps == 0 or step == self.steps
 
 
 class PosttrainSpec(Frozen):

@@ -2,8 +2,10 @@
 
 A build that resumes at step k rewrites the file without the lines from k on, so that each step
 stands in it once, however often it was computed. Rates and times in it differ from build to build,
-so the log lies beside the artifact; what later stages may read of it, losses and rewards, goes into
-the artifact as `history.json`.
+so the log lies beside the artifact; what later stages may read of it, losses, rewards and what was
+measured on held-out problems, goes into the artifact as `history.json`.
+
+Step 0 is what was measured before the first step.
 """
 
 import json
@@ -21,8 +23,12 @@ METRICS = "metrics.jsonl"
 SAVES = "saves"
 """The folder of a training's sharded saves, below its resume state."""
 HISTORY = "history.json"
-"""A checkpoint's own losses and rewards: `step` and each figure's name to a list, one entry a step,
-null where that step has none."""
+"""A checkpoint's own losses, rewards and held-out figures: `step` and each figure's name to a list,
+one entry a step, null where that step has none."""
+HELD_OUT = "held_out_"
+"""What the names of figures begin with that were measured on held-out problems."""
+BEST_STEP = "best_step"
+"""At a measurement: the step with the best one so far."""
 _POLL_SECONDS = 0.25
 
 
@@ -49,6 +55,10 @@ class MetricsFile:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
+    def records(self) -> list[dict[str, Any]]:
+        """All lines so far, each with its `step`."""
+        return read_metrics(self.path)
+
 
 def begin_metrics(work: Workspace, saved: tuple[Path, int] | None) -> MetricsFile:
     """The step log of a build that continues from the save `saved`, its own or an earlier one's."""
@@ -73,14 +83,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_history(work: Workspace) -> list[dict[str, Any]]:
-    """Write what the step log says of losses and rewards into the artifact; the log's records."""
+    """Write what the step log says of losses, rewards and held-out problems into the artifact.
+
+    Returns the log's records.
+    """
     records = read_metrics(work.beside(METRICS))
-    names = dict.fromkeys(
-        name for record in records for name in record if name.endswith("loss") or name == "reward"
-    )
+    names = dict.fromkeys(name for record in records for name in record if _lasts(name))
     columns = {name: [record.get(name) for record in records] for name in ("step", *names)}
     work.path(HISTORY).write_text(json.dumps(columns) + "\n")
     return records
+
+
+def _lasts(name: str) -> bool:
+    """Whether a figure is a fact of what was made, equal in every build of it."""
+    return name.endswith("loss") or name.startswith(HELD_OUT) or name in ("reward", BEST_STEP)
 
 
 @contextmanager
@@ -103,7 +119,7 @@ def following(folder: str | Path, tracker: Tracker) -> Iterator[None]:
 
 
 def _follow(path: Path, tracker: Tracker, done: threading.Event) -> None:
-    last_step, offset, inode = 0, 0, -1
+    last_step, offset, inode = -1, 0, -1
     while True:
         finishing = done.is_set()
         if path.exists():

@@ -1,6 +1,6 @@
-"""GRPO as a loss that trainer ranks compute on their part of a batch.
+"""GRPO as the loop sees it, and as a loss that trainer ranks compute on their part of a batch.
 
-Axes: N sequences, T positions.
+Axes: N sequences, T positions, G answers of a group.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cluster.pool import Score
+from cluster.trainer import LossSpec
 from configs.rl import GrpoConfig, PosttrainConfig
 from model.transformer import Transformer
-from stages.posttrain.objective import grpo_loss, token_logprobs
+from stages.posttrain.objective import advantages, grpo_loss, token_logprobs
 from stages.posttrain.rollout import ScoredRollout, collate
 from stages.shards import EOS_ID
 
@@ -57,6 +59,32 @@ class GrpoLoss:
         # A maximum does not add up over ranks, and a KL to a stand-in says nothing.
         hidden = {"ratio_max"} | ({"kl"} if "reference_logprobs" not in batch else set())
         return loss, {name: value for name, value in metrics.items() if name not in hidden}
+
+
+@dataclass(frozen=True, slots=True)
+class Grpo:
+    """All that the loop knows of the algorithm: another one needs these three members."""
+
+    config: GrpoConfig
+    temperature: float
+    """The samplers'."""
+
+    @property
+    def reference(self) -> Score | None:
+        """What of each batch the starting weights are asked; none if the loss has no use for it.
+
+        The answer joins the batch as `reference_logprobs`.
+        """
+        return NextTokenLogprobs(self.temperature) if self.config.kl_weight > 0 else None
+
+    @property
+    def loss(self) -> LossSpec:
+        """What the trainers minimise."""
+        return GrpoLoss(self.config, self.temperature)
+
+    def advantages(self, rewards_G: Sequence[float]) -> list[float]:
+        """How much better each answer of a group is than expected."""
+        return advantages(rewards_G)
 
 
 def minibatches(

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from cluster.generation import Sample
 from configs.errors import TrainingError
-from stages.posttrain.objective import advantages
 from stages.prompts import Prompt
 from stages.verifiers import Verdict, verify
 
@@ -99,12 +98,16 @@ def check_staleness(
 
 
 def score(
-    groups: Iterable[Sequence[Rollout]], *, answer_text: Callable[[Sequence[int]], str]
+    groups: Iterable[Sequence[Rollout]],
+    *,
+    answer_text: Callable[[Sequence[int]], str],
+    advantages: Callable[[Sequence[float]], Sequence[float]],
 ) -> list[ScoredRollout]:
     """Verify every answer and compare it with its group, in the order given.
 
-    `answer_text` turns answer tokens into the text that the verifier reads. VerifierError passes
-    through: a reward that cannot be computed is never a 0.
+    `answer_text` turns answer tokens into the text that the verifier reads, `advantages` a group's
+    rewards into its advantages. VerifierError passes through: a reward that cannot be computed is
+    never a 0.
     """
     scored = []
     for group in groups:
