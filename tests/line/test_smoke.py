@@ -1,5 +1,6 @@
 """The whole line on the smoke recipe: built once, reused afterwards, rebuilt as asked."""
 
+import json
 import time
 from pathlib import Path
 
@@ -34,8 +35,35 @@ def outcomes(output: str) -> dict[str, str]:
 def test_the_line_makes_every_artifact_and_records_each_step_once(built: Path) -> None:
     for stage in STAGES[:-1]:
         artifact(built, stage)
-    for stage, steps in (("pretrain", 24), ("posttrain", 3)):
-        assert [line["step"] for line in metrics(built, stage)] == list(range(1, steps + 1))
+    # Post-training is measured before its first step, which is what step 0 says.
+    for stage, first, last in (("pretrain", 1, 24), ("posttrain", 0, 3)):
+        assert [line["step"] for line in metrics(built, stage)] == list(range(first, last + 1))
+
+
+def test_post_training_has_rewards_to_learn_from(built: Path) -> None:
+    steps = [line for line in metrics(built, "posttrain") if line["step"]]
+    assert any(0 < line["reward"] < 1 for line in steps)
+    assert len({line["reward"] for line in steps}) > 1
+    # Only where rewards differ within a group are there advantages, and a gradient.
+    useful = [line for line in steps if line["useful_share"] > 0]
+    assert useful
+    assert all(line["grad_norm"] > 1e-3 for line in useful)
+
+
+def test_post_training_asks_held_out_problems_before_and_after(built: Path) -> None:
+    by_step = {line["step"]: line for line in metrics(built, "posttrain")}
+    measured = [step for step, line in by_step.items() if "held_out_pass_at_1" in line]
+    assert measured == [0, 3]
+    for step in measured:
+        line = by_step[step]
+        for name in ("held_out_pass_at_1", "held_out_greedy_accuracy"):
+            assert 0 <= line[f"{name}_low"] <= line[name] <= line[f"{name}_high"] <= 1
+    assert by_step[3]["best_step"] in measured
+    history = json.loads((artifact(built, "posttrain")[0] / "history.json").read_text())
+    assert history["step"] == [0, 1, 2, 3]
+    assert history["held_out_pass_at_1"] == [
+        by_step[step].get("held_out_pass_at_1") for step in range(4)
+    ]
 
 
 def test_pretraining_lowers_the_loss_over_two_expert_parallel_workers(built: Path) -> None:
@@ -48,8 +76,8 @@ def test_pretraining_lowers_the_loss_over_two_expert_parallel_workers(built: Pat
 
 @pytest.mark.parametrize("stage", ["pretrain", "posttrain"])
 def test_what_fp8_does_is_counted_at_the_first_step(built: Path, stage: str) -> None:
-    first, *others = metrics(built, stage)
-    assert first["tags"]["fp8.products"].startswith("cpu: ")
+    first, *others = [line for line in metrics(built, stage) if line["step"]]
+    assert metrics(built, stage)[0]["tags"]["fp8.products"].startswith("cpu: ")
     assert 0 < first["fp8_flushed/routed_experts_gradients"] < 0.5
     assert first["fp8_clipped/attention_weights"] == 0
     assert not any(name.startswith("fp8_flushed") for line in others[:1] for name in line)
@@ -85,7 +113,7 @@ def test_a_changed_setting_rebuilds_its_stage_and_those_after_it_only(built: Pat
     assert plan.returncode == 0, plan.stderr
     lines = {line.split()[0]: line for line in plan.stdout.splitlines() if line.split()}
     assert "build" in lines["evaluate"]
-    assert "evaluate.problems: 20 -> 5" in lines["evaluate"]
+    assert "evaluate.problems: 15 -> 5" in lines["evaluate"]
     for node in ("data", "pretrain", "posttrain", "export.cuda", "export.ascend"):
         assert "reuse" in lines[node]
 

@@ -119,9 +119,21 @@ def test_a_plan_says_beforehand_what_a_run_rebuilds(tiny: Tiny) -> None:
 
 
 def test_each_step_is_recorded_once(tiny: Tiny) -> None:
-    for stage in ("pretrain", "posttrain"):
+    for stage, first in (("pretrain", 1), ("posttrain", 0)):
         steps = [line["step"] for line in metrics(tiny.folder, stage)]
-        assert steps == list(range(1, len(steps) + 1))
+        assert steps == list(range(first, first + len(steps)))
+
+
+def test_asking_held_out_problems_takes_little_of_post_training(tiny: Tiny) -> None:
+    lines = metrics(tiny.folder, "posttrain")
+    parts = ("sampling_seconds", "learning_seconds", "measuring_seconds")
+    seconds = {part: sum(line.get(part, 0) for line in lines) for part in parts}
+    share = seconds["measuring_seconds"] / sum(seconds.values())
+    measured = [line for line in lines if "held_out_pass_at_1" in line]
+    figures = {line["step"]: line["held_out_pass_at_1"] for line in measured}
+    print(f"\nmeasuring took {share:.1%} of post-training's steps: {figures}")
+    assert share <= 0.05
+    assert figures[max(figures)] - figures[0] > 0.1
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ class Call:
 
     verb: str
     arguments: Mapping[str, Any]
-    """Tensors are copies, made when the call came."""
+    """Tensors are copies, made when the call came; forward_backward also keeps the `state` that
+    the model was in."""
     weights: str
     """Digest of the pool's own weights when the call returned."""
     result: Any = None
@@ -48,10 +49,10 @@ class Book:
 
     calls: list[Call] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
-    failures: dict[tuple[str, int], Exception] = field(default_factory=dict)
+    failures: dict[tuple[str, int], BaseException] = field(default_factory=dict)
     actions: dict[tuple[str, int], Any] = field(default_factory=dict)
 
-    def fail(self, verb: str, number: int, error: Exception) -> None:
+    def fail(self, verb: str, number: int, error: BaseException) -> None:
         self.failures[verb, number] = error
 
     def act(self, verb: str, number: int, action: Any) -> None:
@@ -111,8 +112,9 @@ class LocalTrainers:
         self, batch: Batch, loss: LossSpec, *, counting: bool = False
     ) -> dict[str, float]:
         self.book.begin("forward_backward")
+        state = _copy(self.trainer.state())
         found = self.trainer.forward_backward(batch, loss, counting=counting)
-        arguments = {"batch": _copy(batch), "loss": loss, "counting": counting}
+        arguments = {"batch": _copy(batch), "loss": loss, "counting": counting, "state": state}
         self._note("forward_backward", arguments, found)
         return found
 

@@ -33,7 +33,9 @@ SPACE_ID = VOCABULARY["Ġ"]
 END_TOKENS = (EOS_ID, SPACE_ID)
 """What ends an answer: the base model's generation config names a second token."""
 PROBLEMS = [
-    Problem(id=f"sums/{a}{sign}{b}=", prompt=f"{a}{sign}{b}=", answer=str(right), source="arithmetic")
+    Problem(
+        id=f"sums/{a}{sign}{b}=", prompt=f"{a}{sign}{b}=", answer=str(right), source="arithmetic"
+    )
     for a in range(4)
     for b in range(4)
     for sign, right in (("+", a + b), ("-", a - b))
@@ -77,14 +79,15 @@ class Lab:
         self.pools = LocalPools(samplers=self.pools.samplers)
         return self.book
 
-    def config(self, **settings: Any) -> PosttrainConfig:
-        return PosttrainConfig(**{**SETTINGS, **settings})
+    def spec(self, **settings: Any) -> PosttrainSpec:
+        """`SETTINGS` with some changed."""
+        return PosttrainSpec(seed=SEED, posttrain=PosttrainConfig(**{**SETTINGS, **settings}))
 
     def run(self, work: Workspace, **settings: Any) -> Checkpoint:
         """The stage on local pools."""
         self.patch.setattr(loop, "open_trainers", self.pools.open_trainers)
         self.patch.setattr(loop, "open_generation", self.pools.open_generation)
-        spec = PosttrainSpec(seed=SEED, posttrain=self.config(**settings))
+        spec = self.spec(**settings)
         return loop.posttrain.run(spec, work, corpus=self.corpus, base=self.base)
 
     def log(self, work: Workspace) -> list[dict[str, Any]]:
@@ -145,6 +148,4 @@ def half_taught() -> Transformer:
 def text_of(token_ids: Any) -> str:
     """Token ids as characters; those that end an answer and padding are left out."""
     letters = {number: token for token, number in VOCABULARY.items()}
-    return "".join(
-        letters[int(one)] for one in token_ids if int(one) not in (BOS_ID, *END_TOKENS)
-    )
+    return "".join(letters[int(one)] for one in token_ids if int(one) not in (BOS_ID, *END_TOKENS))
