@@ -26,12 +26,14 @@ class Answered:
     answer: tuple[int, ...]
     old: tuple[float, ...]
     """log pi_old of each token of the answer, as the sampler said."""
+    ref: tuple[float, ...]
+    """log pi_ref of the same; see `logprobs_of`."""
     reward: float
 
 
-def answer_logprobs(
+def logprobs_of(
     model: Transformer, question: Sequence[int], answer: Sequence[int], temperature: float
-) -> list[float]:
+) -> tuple[float, ...]:
     """log pi of each token of the answer, one text without padding, as the model predicts it."""
     text = torch.tensor([[*question, *answer]])
     with torch.no_grad():
@@ -40,13 +42,12 @@ def answer_logprobs(
     for place, token in enumerate(answer):
         row_V = logits_TV[len(question) - 1 + place]
         found.append(float(row_V[token] - row_V.logsumexp(0)))
-    return found
+    return tuple(found)
 
 
 def objective(
     groups: Sequence[Sequence[Answered]],
     policy: Transformer,
-    reference: Transformer,
     *,
     temperature: float,
     epsilon: float,
@@ -60,12 +61,11 @@ def objective(
         inner = 0.0
         for one in group:
             advantage = one.reward - mean_reward
-            theta = answer_logprobs(policy, one.question, one.answer, temperature)
-            ref = answer_logprobs(reference, one.question, one.answer, temperature)
+            theta = logprobs_of(policy, one.question, one.answer, temperature)
             behind = sum(o - p for o, p in zip(one.old, theta, strict=True)) / len(one.answer)
             kept = 0.0 if advantage < 0 and behind > delta else 1.0
             tokens = 0.0
-            for log_theta, log_old, log_ref in zip(theta, one.old, ref, strict=True):
+            for log_theta, log_old, log_ref in zip(theta, one.old, one.ref, strict=True):
                 ratio = math.exp(log_theta - log_old)
                 clipped = min(max(ratio, 1 - epsilon), 1 + epsilon)
                 gain = kept * min(ratio * advantage, clipped * advantage)

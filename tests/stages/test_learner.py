@@ -1,4 +1,9 @@
-"""GRPO as trainers compute it: what a step does to the policy, and what a rank contributes."""
+"""GRPO as trainers compute it: what a step does to the policy, and what a rank contributes.
+
+The loss and its gradient are compared with the paper's equation in float64 (`rl_paper.py`).
+"""
+
+from collections.abc import Collection
 
 import pytest
 import torch
@@ -8,18 +13,20 @@ from configs.rl import GrpoConfig, PosttrainConfig
 from model.decode import sample
 from model.drawing import Drawing
 from model.transformer import Transformer
-from stages.posttrain.learner import GrpoLoss, minibatches
+from stages.posttrain.learner import Grpo, GrpoLoss, NextTokenLogprobs, minibatches
 from stages.posttrain.objective import token_logprobs
 from stages.posttrain.rollout import Rollout, ScoredRollout
 from stages.prompts import Prompt
+from stages.shards import EOS_ID
 from stages.verifiers import Problem, Verdict
 from tests.references import random_model
+from tests.stages.rl_paper import Answered, logprobs_of, objective
 
 GROUPS, SIZE, TEMPERATURE = 4, 3, 0.8
 LOSS = GrpoLoss(config=GrpoConfig(kl_weight=0.0), temperature=TEMPERATURE)
 
 
-def rollouts(model: Transformer) -> list[ScoredRollout]:
+def rollouts(model: Transformer, stop_tokens: Collection[int] = (EOS_ID,)) -> list[ScoredRollout]:
     """Answers that the model itself drew; the first of each group was right."""
     found = []
     for group in range(GROUPS):
@@ -30,7 +37,7 @@ def rollouts(model: Transformer) -> list[ScoredRollout]:
             [prompt.token_ids] * SIZE,
             max_new_tokens=5,
             drawing=Drawing(TEMPERATURE),
-            stop_tokens={1},
+            stop_tokens=stop_tokens,
             seeds=[100 * group + index for index in range(SIZE)],
         )
         for index, answer in enumerate(answers):
@@ -134,3 +141,124 @@ def test_minibatches_keep_groups_whole_and_drop_nothing(parts: int) -> None:
         torch.testing.assert_close(groups.sum(1), torch.zeros(len(groups)))
     prompts = [int(row[1]) for batch in batches for row in batch["tokens"]]
     assert prompts == [10 + group for group in range(GROUPS) for _ in range(SIZE)]
+
+
+CONFIG = GrpoConfig(clip_epsilon=0.1, kl_weight=0.3, off_policy_delta=0.2)
+PAPER = {"temperature": TEMPERATURE, "epsilon": 0.1, "beta": 0.3, "delta": 0.2}
+
+
+def moved(model: Transformer, *, seed: int) -> Transformer:
+    """The model after some learning that nobody did."""
+    other = random_model()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for (_, mine), (_, theirs) in zip(
+            other.named_parameters(), model.named_parameters(), strict=True
+        ):
+            mine.copy_(theirs + 0.02 * torch.randn(mine.shape, generator=generator))
+    return other
+
+
+def off_policy_case() -> tuple[Transformer, dict[str, Tensor], list[list[Answered]]]:
+    """A policy apart from sampler and reference, a batch, and the batch as the paper has it."""
+    sampler = random_model()
+    # One token in three ends an answer, so that they differ in length.
+    scored = rollouts(sampler, range(EOS_ID, 64, 3))
+    batch = batch_of(scored)
+    policy, reference = moved(sampler, seed=1), moved(sampler, seed=2)
+    with torch.no_grad():
+        batch["reference_logprobs"] = NextTokenLogprobs(TEMPERATURE)(reference, batch)
+    answered = [
+        Answered(
+            item.rollout.prompt.token_ids,
+            item.rollout.token_ids,
+            item.rollout.logprobs,
+            logprobs_of(
+                reference, item.rollout.prompt.token_ids, item.rollout.token_ids, TEMPERATURE
+            ),
+            item.verdict.reward,
+        )
+        for item in scored
+    ]
+    groups = [answered[at : at + SIZE] for at in range(0, len(answered), SIZE)]
+    assert len({len(one.answer) for one in answered}) > 1, "nothing is padded"
+    return policy, batch, groups
+
+
+def test_the_loss_and_its_gradient_are_those_of_the_papers_objective() -> None:
+    policy, batch, groups = off_policy_case()
+    loss = GrpoLoss(CONFIG, TEMPERATURE)
+    value, metrics = loss(policy, batch, loss.counts(batch))
+    value.backward()
+    assert 0 < metrics["clip_share"] < 1
+    assert 0 < metrics["masked_share"] < 0.5
+    exact = moved(random_model(), seed=1).double()
+    assert value.item() == pytest.approx(-objective(groups, exact, **PAPER), rel=1e-5)
+
+    # Slopes of the equation along random directions of each parameter, in float64.
+    generator, step = torch.Generator().manual_seed(3), 1e-6
+    grads = {name: parameter.grad for name, parameter in policy.named_parameters()}
+    learned = [one for one in exact.named_parameters() if grads[one[0]] is not None]
+    assert len(learned) > 20
+    for name, leaf in learned[::3]:
+        grad = grads[name]
+        direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+        start, values = leaf.detach().clone(), []
+        for sign in (1, -1):
+            with torch.no_grad():
+                leaf.copy_(start + sign * step * direction)
+            values.append(-objective(groups, exact, **PAPER))
+        with torch.no_grad():
+            leaf.copy_(start)
+        slope = (values[0] - values[1]) / (2 * step)
+        found = float((grad.double() * direction).sum())
+        scale = float(grad.double().norm() * direction.norm()) / leaf.numel() ** 0.5
+        assert found == pytest.approx(slope, rel=1e-3, abs=1e-3 * scale), name
+
+
+def test_what_stands_in_padding_changes_neither_loss_nor_gradient() -> None:
+    policy, batch, _ = off_policy_case()
+    loss = GrpoLoss(CONFIG, TEMPERATURE)
+
+    def gradient(batch: dict[str, Tensor]) -> tuple[float, Tensor]:
+        policy.zero_grad()
+        value, _ = loss(policy, batch, loss.counts(batch))
+        value.backward()
+        grads = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
+        return value.item(), torch.cat(grads)
+
+    clean, expected = gradient(batch)
+    mask = batch["mask"]
+    shown = mask.clone()
+    shown[:, 1:] |= mask[:, :-1]  # the token that is predicted at a position stands after it
+    shown[:, :3] = True
+    padding = ~shown
+    assert padding.any()
+    generator = torch.Generator().manual_seed(4)
+    rubbish = torch.randint(2, 64, batch["tokens"].shape, generator=generator)
+    wrong = dict(batch)
+    wrong["tokens"] = torch.where(padding, rubbish, batch["tokens"])
+    for name in ("behaviour_logprobs", "reference_logprobs"):
+        wrong[name] = torch.where(mask, batch[name], -7.0)
+    longer = {
+        "tokens": torch.cat([wrong["tokens"], rubbish[:, :3]], 1),
+        "mask": torch.nn.functional.pad(mask, (0, 3)),
+        "advantages": wrong["advantages"],
+        **{
+            name: torch.nn.functional.pad(wrong[name], (0, 3), value=9.0)
+            for name in ("behaviour_logprobs", "reference_logprobs")
+        },
+    }
+    for other in (wrong, longer):
+        found, grads = gradient(other)
+        assert found == pytest.approx(clean, rel=1e-5)
+        torch.testing.assert_close(grads, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.05])
+def test_the_algorithm_has_a_reference_where_its_loss_uses_one(weight: float) -> None:
+    config = GrpoConfig(kl_weight=weight)
+    algorithm = Grpo(config, TEMPERATURE)
+    assert algorithm.loss == GrpoLoss(config, TEMPERATURE)
+    assert algorithm.reference == (NextTokenLogprobs(TEMPERATURE) if weight else None)
+    assert algorithm.advantages([1.0, 0.0, 0.0]) == pytest.approx([2 / 3, -1 / 3, -1 / 3])

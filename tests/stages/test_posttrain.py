@@ -25,7 +25,7 @@ from stages.telemetry import SAVES, MetricsFile
 from tests.conftest import Recorder, steal, workspace_at
 from tests.stages.pools import Book, Call, DeafSamplers, LocalPools, digest
 from tests.stages.rl_lab import END_TOKENS, HELD_OUT, MODEL, SEED, TRAIN, Lab, make_lab, text_of
-from tests.stages.rl_paper import Answered, objective
+from tests.stages.rl_paper import Answered, logprobs_of, objective
 
 STEPS, GROUPS, SIZE, PARTS, TEMPERATURE, RATE = 5, 4, 4, 2, 0.7, 3e-3
 MEASURED = (0, 2, 4, 5)
@@ -226,7 +226,13 @@ def test_the_loss_of_every_minibatch_is_the_papers(calm: Calm) -> None:
     reference = load_pretrained(calm.lab.base.path()).eval()
     for drawn, parts in zip(calm.drawn(), calm.learned(), strict=True):
         answered = [
-            Answered(prompt, tuple(found.token_ids), tuple(found.logprobs), reward)
+            Answered(
+                prompt,
+                tuple(found.token_ids),
+                tuple(found.logprobs),
+                logprobs_of(reference, prompt, found.token_ids, TEMPERATURE),
+                reward,
+            )
             for prompt, found, reward in zip(
                 drawn.arguments["prompts"], drawn.result, rewards_of(drawn), strict=True
             )
@@ -237,7 +243,6 @@ def test_the_loss_of_every_minibatch_is_the_papers(calm: Calm) -> None:
             found = objective(
                 groups[number * each : (number + 1) * each],
                 model_of(part.arguments["state"]),
-                reference,
                 temperature=TEMPERATURE,
                 epsilon=0.2,
                 beta=0.05,

@@ -7,7 +7,7 @@ import torch
 
 from cluster.generation import Sample
 from configs.errors import TrainingError, VerifierError
-from stages.posttrain.objective import token_logprobs
+from stages.posttrain.objective import advantages, token_logprobs
 from stages.posttrain.rollout import Rollout, check_staleness, collate, group_rollouts, score
 from stages.prompts import Prompt
 from stages.verifiers import Problem
@@ -57,7 +57,7 @@ def test_an_answer_without_a_logprob_for_each_token_is_an_error(broken: Sample) 
 
 def test_scores_compare_an_answer_with_its_own_group_only() -> None:
     groups = group_rollouts(PROMPTS, SAMPLES, group_size=2)
-    scored = score(groups, answer_text=spell)
+    scored = score(groups, answer_text=spell, advantages=advantages)
     assert [item.rollout for item in scored] == [item for group in groups for item in group]
     assert [item.verdict.reward for item in scored] == [1.0, 0.0, 1.0, 1.0]
     assert [item.advantage for item in scored] == [0.5, -0.5, 0.0, 0.0]
@@ -66,7 +66,7 @@ def test_scores_compare_an_answer_with_its_own_group_only() -> None:
 def test_a_reward_that_cannot_be_computed_is_an_error_not_a_zero() -> None:
     groups = group_rollouts([prompt("1", 0, source="chess")], [sample(1)], group_size=1)
     with pytest.raises(VerifierError):
-        score(groups, answer_text=spell)
+        score(groups, answer_text=spell, advantages=advantages)
 
 
 @pytest.mark.parametrize(("version", "refused"), [(0, True), (1, False), (3, False), (4, True)])
@@ -83,7 +83,9 @@ def test_a_rollout_past_the_staleness_bound_is_refused(version: int, refused: bo
 
 
 def test_a_batch_holds_each_answers_numbers_where_they_are_predicted() -> None:
-    scored = score(group_rollouts(PROMPTS, SAMPLES, group_size=2), answer_text=spell)[:3]
+    scored = score(
+        group_rollouts(PROMPTS, SAMPLES, group_size=2), answer_text=spell, advantages=advantages
+    )[:3]
     batch = collate(scored, pad_id=99)
     assert batch.tokens_NT.tolist() == [[0, 5, 6, 7, 8], [0, 5, 6, 7, 99], [0, 4, 9, 99, 99]]
     assert batch.tokens_NT.dtype == torch.int64
@@ -112,7 +114,9 @@ def test_an_unchanged_policy_agrees_with_its_own_sampler_on_every_answer_token()
             for last, token in zip(before, drawn, strict=True)
         ]
         samples.append(Sample(token_ids=drawn, logprobs=logprobs, version=0, stopped=True))
-    scored = score(group_rollouts(PROMPTS, samples, group_size=1), answer_text=spell)
+    scored = score(
+        group_rollouts(PROMPTS, samples, group_size=1), answer_text=spell, advantages=advantages
+    )
     batch = collate(scored, pad_id=1)
     logits_NTV = table_VV[batch.tokens_NT]
     found_NT = token_logprobs(logits_NTV, batch.tokens_NT, temperature=0.7)
