@@ -48,6 +48,13 @@ def fingerprints(recipe: str, *sets: str) -> dict[str, str]:
         ("tiny", (), "export.variants=['w8a8', 'bf16', 'fp8']"),
         ("tiny", ("export.problems=0",), "export.samples_per_problem=9"),
         ("tiny", (), "export.targets=['ascend', 'cuda']"),
+        ("tiny", ("posttrain.evaluate_problems=0",), "posttrain.evaluate_every_steps=7"),
+        ("tiny", ("posttrain.evaluate_problems=0",), "posttrain.evaluate_samples_per_problem=7"),
+        (
+            "tiny",
+            ("posttrain.evaluate_every_steps=90",),  # of 90 steps: before and after
+            "posttrain.evaluate_every_steps=1000",
+        ),
         ("parity", (), "parity.seeds=[2, 0, 1]"),
     ],
 )
@@ -74,6 +81,10 @@ def test_a_setting_without_meaning_rebuilds_nothing(
         ("tiny", (), "data.held_out_share=0.1", "data"),
         ("tiny", (), "export.variants=['bf16', 'w8a8']", "export.cuda"),
         ("tiny", (), "export.samples_per_problem=9", "export.cuda"),
+        # Not the weights, but the artifact's history.
+        ("tiny", (), "posttrain.evaluate_every_steps=7", "posttrain"),
+        ("tiny", (), "posttrain.evaluate_every_steps=90", "posttrain"),
+        ("tiny", (), "posttrain.evaluate_problems=7", "posttrain"),
     ],
 )
 def test_a_setting_with_meaning_rebuilds_its_node(

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,6 @@ from model.transformer import Transformer
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace
 from stages.data.tokenizer import train_tokenizer
-from stages.posttrain import loop as posttrain_loop
 from stages.posttrain.loop import posttrain
 from stages.pretrain import loop
 from stages.pretrain.batches import PackedBatches
@@ -82,54 +80,6 @@ def test_the_table_of_parts_is_held_against_the_model_that_comes_in(
             corpus=corpus.model_copy(update={"train_problems": 1}),
             base=base,
         )
-
-
-class Opened(Exception):
-    """The pools of post-training were to be opened."""
-
-
-def test_a_save_that_comes_after_the_choice_is_no_beginning_of_post_training(
-    corpus: Corpus,
-    make_workspace: Callable[..., Workspace],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A late builder finishes its training just as this one has looked what there is."""
-    saves = tmp_path / "000000-late" / "resume" / "saves"
-    work = replace(make_workspace(), earlier=(str(tmp_path / "000000-late"),))
-    shown: list[object] = []
-
-    def save(step: int) -> Path:
-        folder = checkpoint.step_folder(saves, step)
-        checkpoint.save_shard(folder, {"any": torch.ones(1)}, {}, rank=0, world=1)
-        checkpoint.mark_complete(folder, {"step": step})
-        return folder
-
-    def begin(work: Workspace, start: object) -> None:
-        shown.append(start)
-        save(4)
-
-    def pools(run: object) -> None:
-        raise Opened
-
-    for name, stand_in in {
-        "read_end_tokens": lambda path: (0,),
-        "load_tokenizer": lambda path: None,
-        "read_problems": lambda path: [],
-        "encode_prompts": lambda *_, **__: [],
-        "begin_metrics": begin,
-        "_pools": pools,
-    }.items():
-        monkeypatch.setattr(posttrain_loop, name, stand_in)
-    first = save(2)
-    with pytest.raises(Opened):
-        posttrain.run(
-            PosttrainSpec(seed=0, posttrain=PosttrainConfig(steps=4, precision="high")),
-            work,
-            corpus=corpus.model_copy(update={"train_problems": 1}),
-            base=Checkpoint(uri=corpus.uri, step=1, sequences_seen=0, model=TINY, final_loss=None),
-        )
-    assert shown == [(first, 2)]
 
 
 def test_steps_that_no_save_holds_are_not_shown_as_done(

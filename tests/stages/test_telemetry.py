@@ -90,6 +90,39 @@ def test_a_history_holds_losses_and_rewards_and_nothing_that_differs_between_bui
     }
 
 
+def test_a_history_holds_what_was_measured_before_the_first_step_and_at_some(
+    tmp_path: Path, recorder: Recorder
+) -> None:
+    work = workspace_at(tmp_path, recorder)
+    log = MetricsFile(work.beside())
+    log.append({"held_out_pass_at_1": 0.25, "best_step": 0, "measuring_seconds": 1.0}, step=0)
+    log.append({"loss": 2.0}, step=1)
+    log.append({"loss": 1.0, "held_out_pass_at_1": 0.5, "best_step": 2}, step=2)
+    assert log.records() == read_metrics(log.path)
+    write_history(work)
+    assert json.loads(work.path(HISTORY).read_text()) == {
+        "step": [0, 1, 2],
+        "held_out_pass_at_1": [0.25, None, 0.5],
+        "best_step": [0, None, 2],
+        "loss": [None, 2.0, 1.0],
+    }
+
+
+def test_a_follower_reports_what_was_measured_before_the_first_step_once(
+    tmp_path: Path, recorder: Recorder
+) -> None:
+    with following(tmp_path, recorder):
+        for _ in range(2):  # the second process finds the line, and writes step 1 again
+            log = MetricsFile(tmp_path)
+            if not log.records():
+                log.append({"held_out_pass_at_1": 0.5}, step=0)
+            log.append({"loss": 1.0}, step=1)
+            deadline = time.monotonic() + 10
+            while len(recorder.logged) < 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
+    assert recorder.logged == [(0, {"held_out_pass_at_1": 0.5}), (1, {"loss": 1.0})]
+
+
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / METRICS
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
