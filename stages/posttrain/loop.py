@@ -96,7 +96,7 @@ def _train(run: Run) -> Path:
             learned = learn(run, trainers, rollouts, step, drift)
             samplers.update_weights(step, trainers.weights())
             watch.lap("learning_seconds")
-            figures = learned.figures | describe(rollouts)
+            figures = {**learned.figures, **describe(rollouts)}
             if run.exam is not None and rl.evaluates_at(step):
                 figures |= measure(samplers, run.exam, step).figures(journal.records())
                 watch.lap("measuring_seconds")

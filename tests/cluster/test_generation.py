@@ -16,8 +16,9 @@ from configs.errors import DataError, MachineError
 from configs.parallel import ClusterConfig
 from model import decode
 from model.drawing import Drawing
+from model.fp8.scheme import Numerics, settle
 from model.transformer import Transformer
-from model.weights.files import save_pretrained
+from model.weights.files import load_pretrained, save_pretrained
 from tests.references import TINY, random_model
 
 PROMPTS = [[5, 6], [7], [8, 9, 10, 11], [12], [13, 14]]
@@ -38,6 +39,20 @@ def pool(machines: ClusterConfig, checkpoint: Path) -> Iterator[GenerationPool]:
     """Two samplers."""
     with open_generation(machines, checkpoint) as opened:
         yield opened
+
+
+class Answering:
+    """An actor that says to every update that it holds the version it was made with."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+
+    @property
+    def update_weights(self) -> "Answering":
+        return self
+
+    def remote(self, version: int, *shards: object) -> object:
+        return ray.put(self.version)
 
 
 def assert_drawn_from(model: Transformer, found: list[Sample], count: int, version: int) -> None:
@@ -119,6 +134,39 @@ def test_new_weights_come_under_their_version(pool: GenerationPool) -> None:
     updated = random_model(seed=4)
     pool.update_weights(17, [ray.put(shard) for shard in shards(updated)])
     assert_drawn_from(updated, pool.sample(PROMPTS, SAMPLING, SEEDS), 5, version=17)
+
+
+def test_a_sampler_that_holds_another_version_after_an_update_is_an_error(
+    machines: ClusterConfig,
+) -> None:
+    deaf = GenerationPool([Answering(16), Answering(17)], machines)
+    with pytest.raises(MachineError, match=r"hold versions \[16, 17\] after an update to 17"):
+        deaf.update_weights(17, [])
+    GenerationPool([Answering(17), Answering(17)], machines).update_weights(17, [])
+
+
+def test_samplers_compute_in_the_precision_that_trainers_learn_in(
+    machines: ClusterConfig, checkpoint: Path
+) -> None:
+    one = machines.model_copy(update={"samplers": 1})
+    with open_generation(one, checkpoint, precision="fp8") as rough:
+        found = rough.sample(PROMPTS, SAMPLING, SEEDS)
+    exact, expected = (
+        decode.sample(
+            load_pretrained(checkpoint, precision=precision),
+            PROMPTS,
+            max_new_tokens=SAMPLING.max_new_tokens,
+            drawing=Drawing(SAMPLING.temperature),
+            stop_tokens=SAMPLING.stop_tokens,
+            seeds=SEEDS,
+        )
+        for precision in ("high", settle(Numerics("fp8"), torch.device("cpu"))[0])
+    )
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+    apart = [abs(a.logprobs[0] - b.logprobs[0]) for a, b in zip(found, exact, strict=True)]
+    assert max(apart) > 1e-3
 
 
 def test_a_pool_that_finds_no_room_beside_another_says_what_is_short(

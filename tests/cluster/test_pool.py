@@ -47,6 +47,7 @@ def test_a_pool_trains_as_one_trainer_does(pool: TrainerPool, tmp_path: Path) ->
     alone = build_trainer(TINY, optim=OPTIM, balance=BALANCE, precision="high", seed=0)
     model = random_model()
     alone.load_weights(model.state_dict())
+    assert pool.news() == alone.news()
     for step in (1, 2):
         found = pool.forward_backward(batch(step), NextToken())
         expected = alone.forward_backward(batch(step), NextToken())
