@@ -82,7 +82,7 @@ def test_streams_are_mixed_by_weights_that_were_not_rounded() -> None:
     y, expected = rough(x, lambda h: 0 * h), exact(wide, lambda h: 0 * h)
     assert gap(y, expected) < ROUNDED
     # What all streams held together, they still hold: columns of the mix sum to 1.
-    kept = y.double().sum(2), x_BSND.double().sum(2)
+    kept = y.detach().double().sum(2), x_BSND.double().sum(2)
     assert float((kept[0] - kept[1]).abs().mean() / kept[1].abs().mean()) < 2**-9
     dy = narrow(2, 40, 4, 64, seed=9)
     y.backward(dy)
@@ -117,7 +117,7 @@ def test_absorbed_attention_scores_weighs_and_differentiates_in_float32() -> Non
     scores = (scores + torch.einsum("qhr,qlr->qhl", rope, shared)) * 48**-0.5
     weights = scores.masked_fill(~visible_QL[:, None], float("-inf")).softmax(-1)
     expected = torch.einsum("qhl,qlc,hvc->qhv", weights, latent, value)
-    assert float(weights.max()) > 0.9  # scores are large, where a rounded one would matter
+    assert float(weights.detach().max()) > 0.9  # scores are large, where a rounded one would matter
     assert found[1].dtype == torch.float32
     assert gap(found[1], weights) < EXACT
     assert found[0].dtype == torch.bfloat16
@@ -161,7 +161,7 @@ def test_an_indexer_learns_from_probabilities_that_were_not_rounded() -> None:
     index_SS = torch.einsum("bsj,bsjl->bsl", w.double() * scale, dots)[0]
     log_q_SS = index_SS.masked_fill(~causal, float("-inf")).log_softmax(-1)
     terms = torch.where(causal, p_SS * (p_SS.clamp_min(1e-300).log() - log_q_SS), 0)
-    assert float(loss.detach()) == pytest.approx(float(terms.sum(-1).mean()), rel=2**-16)
+    assert float(loss.detach()) == pytest.approx(float(terms.detach().sum(-1).mean()), rel=2**-16)
 
 
 def test_shared_entries_get_the_sum_of_all_chunks() -> None:
