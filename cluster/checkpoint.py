@@ -83,6 +83,8 @@ def mark_complete(folder: Path, facts: Mapping[str, object]) -> None:
     draft = folder / f"{COMPLETE}.draft"
     draft.write_text(json.dumps(dict(facts)))
     _settle(draft, folder / COMPLETE)
+    # The folder may be new, and older saves are deleted once this one counts.
+    _sync(folder.parent)
 
 
 def latest(*roots: Path) -> tuple[Path, int] | None:
@@ -126,14 +128,19 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def _settle(draft: Path, path: Path) -> None:
-    """Give a written file its name once its bytes are on the disk."""
-    for place in (draft, draft.parent):
-        handle = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Give a written file its name once its bytes are on the disk; return once the name is too."""
+    _sync(draft)
     os.replace(draft, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Return once a file's bytes, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _step_folders(root: Path) -> list[Path]:

@@ -2,9 +2,10 @@
 
 Ray Train places the ranks, restarts them when one dies, and does nothing else here: ranks write
 their own sharded saves into the slot, and a restarted group continues from the newest complete
-one. What an earlier build left is chosen from once, by the driver: a builder that is late may still
-write there, and ranks that looked for themselves could see different things. Losses are reproduced
-to the last bit, because a batch is a pure function of its step.
+one. Ranks that looked for themselves could see different things, so one chooses for all: of this
+build's saves rank 0, since a shared disk may show them to some ranks later; of an earlier build's
+the driver, once, since a builder that is late may still write there. Losses are reproduced to the
+last bit, because a batch is a pure function of its step.
 """
 
 import json
@@ -25,13 +26,14 @@ import torch.distributed as dist
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig
+from safetensors import SafetensorError
 
 from cluster import checkpoint
 from cluster.session import ensure_ray, worker_env
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
 from cluster.workers import await_cpus
 from configs import errors
-from configs.errors import IngotError, LeaseLost, MachineError, TrainingError
+from configs.errors import ArtifactError, IngotError, LeaseLost, MachineError, TrainingError
 from configs.model import ModelConfig
 from configs.parallel import ClusterConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
@@ -205,10 +207,8 @@ def _steps(job: FitJob) -> None:
         seed=job.seed,
         vocabulary=job.vocabulary,
     )
-    if resume := job.resume():
-        folder, step = resume
-        trainer.load(folder, step=step)
-    dist.barrier()  # All ranks have chosen the same save before any of them writes another.
+    if chosen := agreed_save(job):
+        _load(trainer, *chosen)
     log = job.open_log(trainer.step) if rank == 0 else None
     drift, first = Drift(), trainer.news()
     for step in range(trainer.step + 1, job.steps + 1):
@@ -235,6 +235,30 @@ def _steps(job: FitJob) -> None:
             first = {}
         if step % job.checkpoint_every_steps == 0 or step == job.steps:
             _save(trainer, job)
+
+
+def agreed_save(job: FitJob) -> tuple[Path, int] | None:
+    """What rank 0 finds to continue from, and its step, on every rank of the process group."""
+    found = job.resume() if dist.get_rank() == 0 else None
+    # Two numbers say it: the step, and whether it is what the driver chose.
+    said = torch.tensor([-1, 0] if found is None else [found[1], found == job.start])
+    dist.broadcast(said, src=0)
+    step, by_driver = said.tolist()
+    if step < 0:
+        return None
+    return job.start if by_driver else (checkpoint.step_folder(Path(job.saves[0]), step), step)
+
+
+def _load(trainer: Trainer, folder: Path, step: int) -> None:
+    try:
+        trainer.load(folder, step=step)
+    except (ArtifactError, SafetensorError, OSError) as error:
+        cause = str(error).partition(";")[0]
+        raise MachineError(
+            f"rank {trainer.rank} of {trainer.world} cannot read {folder}, which rank 0 found "
+            f"complete and continues from ({cause}); see that all machines are shown the same "
+            "files there, and run again"
+        ) from error
 
 
 def _save(trainer: Trainer, job: FitJob) -> None:

@@ -1,17 +1,23 @@
-"""A loss, batches and checkpoints that tests of the cluster share, importable by its workers."""
+"""A loss, batches and jobs that tests of the cluster share, importable by its workers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.train import OptimConfig
+from cluster.fit import FitJob
+from cluster.trainer import LossSpec
+from configs.train import BalanceConfig, OptimConfig
 from model.transformer import Transformer
+from stages.telemetry import open_metrics
 from tests.references import TINY
 
-SEQUENCES, LENGTH = 8, 12
+STEPS, SEQUENCES, LENGTH = 7, 8, 12
 OPTIM = OptimConfig(learning_rate=1e-2, epsilon=1e-3, max_grad_norm=0.5)
 """A large epsilon: Adam then amplifies a gradient's rounding error at most lr / epsilon = 10 times,
 however small the gradient is."""
@@ -63,3 +69,46 @@ def next_logprobs(model: Transformer, batch: Mapping[str, Tensor]) -> Tensor:
     tokens = batch["tokens"]
     logprobs = (model(tokens)[:, :-1] / 0.7).log_softmax(-1)
     return F.pad(logprobs.gather(-1, tokens[:, 1:, None]).squeeze(-1), (0, 1))
+
+
+def allowed() -> None:
+    """This build may write."""
+
+
+def rate(step: int) -> float:
+    """The learning rate of every step."""
+    return 0.01
+
+
+def at_every_step(loss: LossSpec, step: int) -> LossSpec:
+    """The same at each."""
+    return loss
+
+
+def saves(builder: Path) -> str:
+    """Where a builder's saves lie."""
+    return str(builder / "resume" / "saves")
+
+
+def job(builder: Path, loss: LossSpec, **changes: Any) -> FitJob:
+    """Seven steps in the folder of a builder, with a save at every second and at the last."""
+    settings: dict[str, Any] = {
+        "model": TINY,
+        "optim": OPTIM,
+        "balance": BalanceConfig(bias_update_speed=0.01),
+        "precision": "fp8",
+        "seed": 0,
+        "steps": STEPS,
+        "tokens_per_step": SEQUENCES * LENGTH,
+        "checkpoint_every_steps": 2,
+        "learning_rate": rate,
+        "source": RandomBatches(),
+        "loss": partial(at_every_step, loss),
+        "saves": (saves(builder),),
+        "start": None,
+        "open_log": partial(open_metrics, str(builder)),
+        "may_write": allowed,
+        "threads": 1,
+    }
+    builder.mkdir(parents=True, exist_ok=True)
+    return FitJob(**settings | changes)

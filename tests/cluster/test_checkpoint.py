@@ -194,6 +194,40 @@ def test_a_marker_cut_short_never_stands_under_its_name(
     assert latest(tmp_path) is None
 
 
+def test_bytes_are_on_the_disk_before_a_name_says_so_and_then_the_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, int]] = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(handle: int) -> None:
+        done.append(("sync", os.fstat(handle).st_ino))
+        real_fsync(handle)
+
+    def replace(draft: Path, path: Path) -> None:
+        real_replace(draft, path)
+        done.append(("rename", path.stat().st_ino))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    folder = step_folder(tmp_path, 1)
+    save(folder, 1)
+    mark_complete(folder, {"step": 1})
+    shard, marker, inside, outside = (
+        path.stat().st_ino
+        for path in (
+            folder / "rank-0-of-1.safetensors",
+            folder / "complete.json",
+            folder,
+            tmp_path,
+        )
+    )
+    expected = []
+    for file in (shard, marker):
+        expected += [("sync", file), ("rename", file), ("sync", inside)]
+    assert done == [*expected, ("sync", outside)]
+
+
 def test_pruning_keeps_the_newest_complete_saves_and_what_is_being_written(tmp_path: Path) -> None:
     for step in range(1, 8):
         save(step_folder(tmp_path, step), 1)

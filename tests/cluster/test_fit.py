@@ -15,20 +15,16 @@ from torch import Tensor
 
 from cluster.checkpoint import latest, load_shards
 from cluster.fit import FitJob, fit
-from cluster.trainer import LossSpec
 from configs.errors import LeaseLost, MachineError, TrainingError
 from configs.parallel import ClusterConfig
-from configs.train import BalanceConfig
-from stages.telemetry import MetricsFile, open_metrics, read_metrics
-from tests.cluster.jobs import LENGTH, OPTIM, SEQUENCES, NextToken, RandomBatches
-from tests.references import TINY
+from stages.telemetry import MetricsFile, read_metrics
+from tests.cluster.jobs import STEPS, NextToken, job, saves
 
 pytestmark = [
     pytest.mark.slow,
     # Ray sets a setting of its own that it deprecates.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]
-STEPS = 7
 
 
 @dataclass(frozen=True)
@@ -79,48 +75,9 @@ def open_killed(folder: str, resume_step: int) -> KilledBeforeLogging:
     return KilledBeforeLogging(log, Path(folder) / "killed")
 
 
-def allowed() -> None:
-    """This build may write."""
-
-
 def refused() -> None:
-    """It may not."""
+    """This build may not write."""
     raise LeaseLost("another builder holds the slot")
-
-
-def rate(step: int) -> float:
-    return 0.01
-
-
-def at_every_step(loss: LossSpec, step: int) -> LossSpec:
-    return loss
-
-
-def saves(builder: Path) -> str:
-    return str(builder / "resume" / "saves")
-
-
-def job(folder: Path, loss: LossSpec, **changes: Any) -> FitJob:
-    settings: dict[str, Any] = {
-        "model": TINY,
-        "optim": OPTIM,
-        "balance": BalanceConfig(bias_update_speed=0.01),
-        "precision": "fp8",
-        "seed": 0,
-        "steps": STEPS,
-        "tokens_per_step": SEQUENCES * LENGTH,
-        "checkpoint_every_steps": 2,
-        "learning_rate": rate,
-        "source": RandomBatches(),
-        "loss": partial(at_every_step, loss),
-        "saves": (saves(folder),),
-        "start": None,
-        "open_log": partial(open_metrics, str(folder)),
-        "may_write": allowed,
-        "threads": 1,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    return FitJob(**settings | changes)
 
 
 def run(one: FitJob, machines: ClusterConfig, folder: Path) -> Path:

@@ -1,0 +1,111 @@
+"""What the ranks of the long loop agree on, without Ray."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from cluster import checkpoint, fit
+from cluster.checkpoint import load_shards, step_folder
+from cluster.trainer import Trainer
+from configs.errors import MachineError
+from stages.telemetry import read_metrics
+from tests.cluster.jobs import STEPS, NextToken, job, saves
+from tests.ranks import on_ranks
+
+
+def train(builder: str, steps: int) -> None:
+    """All steps up to this one, in the folder of a builder."""
+    fit._steps(job(Path(builder), NextToken(), steps=steps, precision="high"))
+
+
+def train_behind(calm: str, rough: str, hidden_step: int) -> list[int]:
+    """Train once without and once with a restart, at which rank 1's disk does not show the newest
+    save yet; the steps that this rank loaded."""
+    train(calm, STEPS)
+    train(rough, hidden_step)
+    real_latest, real_load = checkpoint.latest, Trainer.load
+    loaded: list[int] = []
+
+    def late(root: Path) -> tuple[Path, int] | None:
+        found = real_latest(root)
+        if dist.get_rank() == 1 and found is not None and found[1] == hidden_step:
+            return step_folder(root, hidden_step - 2), hidden_step - 2
+        return found
+
+    def load(trainer: Trainer, folder: Path, *, step: int) -> None:
+        loaded.append(step)
+        real_load(trainer, folder, step=step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "latest", late)
+        patch.setattr(Trainer, "load", load)
+        train(rough, STEPS)
+    return loaded
+
+
+def test_a_rank_that_sees_an_older_save_continues_from_the_one_that_rank_0_chose(
+    tmp_path: Path,
+) -> None:
+    calm, rough = tmp_path / "calm", tmp_path / "rough"
+    folders = str(calm), str(rough)
+    loaded = on_ranks(2, tmp_path / "ranks", train_behind, *folders, 4, collective_seconds=20)
+    assert loaded == [[4], [4]]
+    final = [step_folder(Path(saves(builder)), STEPS) for builder in (calm, rough)]
+    expected, found = map(load_shards, final)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    steps = [line["step"] for line in read_metrics(rough / "metrics.jsonl")]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def choose_on_rank(builder: str, start: str) -> list[Any]:
+    """What a rank is told to begin with, of nothing, of an earlier build's save, of its own."""
+    chosen = []
+    for begin, own in ((None, False), ((Path(start), 3), False), ((Path(start), 3), True)):
+        if own and dist.get_rank() == 0:
+            folder = step_folder(Path(saves(Path(builder))), 2)
+            checkpoint.save_shard(folder, {"any": torch.ones(1)}, {}, rank=0, world=1)
+            checkpoint.mark_complete(folder, {"step": 2})
+        found = fit.agreed_save(job(Path(builder), NextToken(), start=begin))
+        chosen.append(None if found is None else [str(found[0]), found[1]])
+    return chosen
+
+
+def test_all_ranks_are_told_of_the_save_of_an_earlier_build_or_of_none(tmp_path: Path) -> None:
+    builder, start = tmp_path / "builder", tmp_path / "earlier" / "step-00000003"
+    told = on_ranks(2, tmp_path / "ranks", choose_on_rank, str(builder), str(start))
+    own = step_folder(Path(saves(builder)), 2)
+    assert told == [[None, [str(start), 3], [str(own), 2]]] * 2
+
+
+def train_without_a_file(builder: str) -> str:
+    """Rank 1's disk does not show its own file at a restart; what each rank ends with."""
+    train(builder, 4)
+    real = safe_open
+
+    def absent(path: Path, **settings: str) -> object:
+        if dist.get_rank() == 1 and path.name.startswith("rank-1"):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return real(path, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "safe_open", absent)
+        try:
+            train(builder, STEPS)
+        except (MachineError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+    return "trained"
+
+
+def test_a_rank_that_cannot_read_what_rank_0_chose_says_which_and_what(tmp_path: Path) -> None:
+    ended = on_ranks(2, tmp_path / "ranks", train_without_a_file, str(tmp_path / "builder"))
+    folder = step_folder(Path(saves(tmp_path / "builder")), 4)
+    told = f"MachineError: rank 1 of 2 cannot read {folder}, which rank 0 found complete"
+    assert re.match(re.escape(told), ended[1])
+    assert "No such file or directory" in ended[1]
+    assert ended[0] != "trained"
