@@ -14,8 +14,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,6 +40,7 @@ from configs.parallel import ClusterConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
 from model.fp8.drift import Drift
 from model.fp8.scheme import Numerics
+from model.transformer import Transformer
 
 _FAILURE = "failure.json"
 
@@ -52,11 +54,28 @@ class StepSource(Protocol):
 
 
 @runtime_checkable
+class HeldOut(Protocol):
+    """What is measured now and then and never learnt from. Travels to the workers by value."""
+
+    def due(self, step: int) -> bool:
+        """Whether to measure after `step`; 0 is before the first."""
+
+    def batches(self, *, rank: int, world: int) -> Iterator[Batch]:
+        """This rank's part; every rank has equally many batches, and at least one."""
+
+    def sums(self, model: Transformer, batch: Batch, *, step: int) -> Mapping[str, float]:
+        """What is found in a batch after `step`, as numbers that add up over batches and ranks."""
+
+    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """What the totals say, by the names of metrics."""
+
+
+@runtime_checkable
 class StepLog(Protocol):
     """Where rank 0 records each step."""
 
     def append(self, metrics: dict[str, Any], *, step: int) -> None:
-        """Record one step."""
+        """Record one step; number 0 is what was measured before the first."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +105,7 @@ class FitJob:
     may_write: Callable[[], None]
     """Raises LeaseLost when this build must not write any more."""
     threads: int
+    held_out: HeldOut | None = None
     vocabulary: tuple[int, ...] | None = None
     """What each token counts as to a memory of n-grams; none where the model has no memory."""
 
@@ -198,7 +218,6 @@ def _train_worker(config: dict[str, Any]) -> None:
 
 def _steps(job: FitJob) -> None:
     torch.set_num_threads(job.threads)
-    rank, world = dist.get_rank(), dist.get_world_size()
     trainer = build_trainer(
         job.model,
         optim=job.optim,
@@ -209,32 +228,62 @@ def _steps(job: FitJob) -> None:
     )
     if chosen := agreed_save(job):
         _load(trainer, *chosen)
-    log = job.open_log(trainer.step) if rank == 0 else None
-    drift, first = Drift(), trainer.news()
-    for step in range(trainer.step + 1, job.steps + 1):
-        begin = time.perf_counter()
-        batch = job.source.batch(step, rank=rank, world=world)
-        counting = trainer.numerics.counts_at(step)
-        loss = job.loss(step)
-        metrics: dict[str, Any] = dict(trainer.forward_backward(batch, loss, counting=counting))
-        if counting:
-            metrics |= drift.figures(trainer.fp8_tallies())
-        rate = job.learning_rate(step)
-        indexer_rate = job.indexer_learning_rate(step)
-        metrics |= trainer.optim_step(rate, indexer_learning_rate=indexer_rate)
-        metrics["learning_rate"] = rate
-        if "indexer_grad_norm" in metrics:
-            metrics["indexer_learning_rate"] = indexer_rate
-        if log is not None:
-            metrics["tokens_per_second"] = job.tokens_per_step / (time.perf_counter() - begin)
-            job.may_write()
-            # Before the save: a run that continues from it must find this line.
-            if notes := first.pop("notes", []) + metrics.pop("notes", []):
-                metrics["notes"] = notes
-            log.append(metrics | first, step=step)
-            first = {}
+    log = job.open_log(trainer.step) if trainer.rank == 0 else None
+    drift, begun = Drift(), trainer.step
+    if begun == 0 and (held_out := _evaluate(trainer, job)):
+        _record(log, job, held_out, step=0)
+    for step in range(begun + 1, job.steps + 1):
+        learned = _learn(trainer, job, drift, step)
+        held_out = _evaluate(trainer, job)
+        news = trainer.news() if step == begun + 1 else {}
+        # Before the save: a run that continues from it must find this line.
+        _record(log, job, news, learned, held_out, step=step)
         if step % job.checkpoint_every_steps == 0 or step == job.steps:
             _save(trainer, job)
+
+
+def _learn(trainer: Trainer, job: FitJob, drift: Drift, step: int) -> dict[str, Any]:
+    """One optimiser step on one batch; what there is to say of it."""
+    begin = time.perf_counter()
+    batch = job.source.batch(step, rank=dist.get_rank(), world=dist.get_world_size())
+    counting = trainer.numerics.counts_at(step)
+    metrics: dict[str, Any] = dict(
+        trainer.forward_backward(batch, job.loss(step), counting=counting)
+    )
+    if counting:
+        metrics |= drift.figures(trainer.fp8_tallies())
+    rate = job.learning_rate(step)
+    indexer_rate = job.indexer_learning_rate(step)
+    metrics |= trainer.optim_step(rate, indexer_learning_rate=indexer_rate)
+    metrics["learning_rate"] = rate
+    if "indexer_grad_norm" in metrics:
+        metrics["indexer_learning_rate"] = indexer_rate
+    metrics["tokens_per_second"] = job.tokens_per_step / (time.perf_counter() - begin)
+    return metrics
+
+
+def _evaluate(trainer: Trainer, job: FitJob) -> dict[str, float]:
+    """The held-out figures of the weights as they are, if it is time for them."""
+    held_out, step = job.held_out, trainer.step
+    if held_out is None or not held_out.due(step):
+        return {}
+    batches = held_out.batches(rank=dist.get_rank(), world=dist.get_world_size())
+    figures = held_out.figures(trainer.measure(batches, partial(held_out.sums, step=step)))
+    if not all(map(math.isfinite, figures.values())):
+        raise TrainingError(
+            f"after step {step}, not finite on held-out text: {figures}; lower the learning rate"
+        )
+    return figures
+
+
+def _record(log: StepLog | None, job: FitJob, *told: Mapping[str, Any], step: int) -> None:
+    """Write the line of a step, on the rank that has a log: all that is told of it in one."""
+    if log is None:
+        return
+    notes = [note for part in told for note in part.get("notes", ())]
+    line = {name: value for part in told for name, value in part.items() if name != "notes"}
+    job.may_write()
+    log.append(line | ({"notes": notes} if notes else {}), step=step)
 
 
 def agreed_save(job: FitJob) -> tuple[Path, int] | None:

@@ -5,7 +5,7 @@ see every rank's tokens through the dispatcher, so their gradients are whole alr
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -47,6 +47,10 @@ class LossSpec(Protocol):
 
         `totals` holds the sums of `counts` over all ranks.
         """
+
+
+Measure = Callable[[Transformer, Batch], Mapping[str, float]]
+"""Figures of one rank's part of a batch that add up over batches and ranks, the same each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +142,20 @@ class Trainer:
                 "rate, or look at the batch"
             )
         return metrics
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Batch], sums: Measure) -> dict[str, float]:
+        """Totals over batches and ranks of what `sums` finds, with the model in evaluation mode.
+
+        Changes nothing of the training: no load, tally, gradient or random state. Experts are asked
+        by all ranks together, so each rank must give equally many batches, and at least one.
+        """
+        self.model.eval()
+        try:
+            found = [sums(self.model, batch) for batch in batches]
+        finally:
+            self.model.train()
+        return self._sum({name: math.fsum(part[name] for part in found) for name in found[0]})
 
     def fp8_tallies(self) -> dict[str, Tally]:
         """What FP8 did to each role's tensors in the last forward_backward, over all ranks."""

@@ -38,6 +38,8 @@ def meant_pretrain(pretrain: PretrainConfig, model: ModelConfig) -> PretrainConf
         idle.append("mtp_loss_weight")
     if not pretrain.decay_share:
         idle.append("final_learning_rate_share")
+    if not pretrain.evaluate_every_steps:
+        idle.append("evaluate_rows")
     update = {
         "fp8": _meant_fp8(pretrain.fp8, model, is_used=pretrain.precision == "fp8"),
         "optim": _meant_optim(pretrain.optim, model),

@@ -152,6 +152,8 @@ class IndexerConfig(Frozen):
 class PretrainConfig(Frozen):
     """Steps, batch, schedule and numerics of pretraining."""
 
+    # How often held-out text is measured, and how much, bears on no weight. It is part of identity
+    # all the same, because the figures are part of the artifact, in its `history.json`.
     provenance_fields: ClassVar[frozenset[str]] = frozenset({"checkpoint_every_steps"})
 
     steps: PositiveInt
@@ -171,6 +173,12 @@ class PretrainConfig(Frozen):
     precision: Precision = "fp8"
     fp8: Fp8Config = Fp8Config()
     checkpoint_every_steps: PositiveInt = 100
+    evaluate_every_steps: int = Field(default=100, ge=0)
+    """How often the loss on held-out text is measured, besides before the first step and after the
+    last; 0 is never."""
+    evaluate_rows: PositiveInt = 32
+    """Held-out rows of each source that a measurement reads, always the same; all if it has
+    fewer."""
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:

@@ -160,6 +160,10 @@ class Checkpoint(Artifact):
     model: AnyModelConfig
     final_loss: float | None
     """That of the last step; none if the weights were imported."""
+    best_step: int | None = None
+    """The step after which what was measured on held-out data was best, the first of equals: the
+    loss on text in pretraining, pass@1 in post-training; none if nothing was. The weights are those
+    of the last step all the same."""
 
 
 class Report(Artifact):

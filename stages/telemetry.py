@@ -1,18 +1,17 @@
 """One voice: the builder appends one JSON line a step; the driver follows and alone reports.
 
-A build that resumes at step k rewrites the file without the lines from k on, so that each step
-stands in it once, however often it was computed. Rates and times in it differ from build to build,
-so the log lies beside the artifact; what later stages may read of it, losses, rewards and what was
-measured on held-out problems, goes into the artifact as `history.json`.
-
-Step 0 is what was measured before the first step.
+Steps are numbered from 1; a line of step 0 holds what was measured before the first. A build that
+continues after step k rewrites the file without the lines after k, so that each step stands in it
+once, however often it was computed. Rates and times in it differ from build to build, so the log
+lies beside the artifact; what later stages may read of it, losses, rewards and what was measured on
+held-out data, goes into the artifact as `history.json`.
 """
 
 import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,11 @@ METRICS = "metrics.jsonl"
 SAVES = "saves"
 """The folder of a training's sharded saves, below its resume state."""
 HISTORY = "history.json"
-"""A checkpoint's own losses, rewards and held-out figures: `step` and each figure's name to a list,
-one entry a step, null where that step has none."""
+"""A checkpoint's own losses and rewards: `step` and each figure's name to a list, one entry a step,
+null where that step has none. What was measured on held-out data stands under `held_out` in a table
+of the same form, of the steps at which it was."""
 HELD_OUT = "held_out_"
-"""What the names of figures begin with that were measured on held-out problems."""
+"""Begins the names of figures that were measured on held-out data."""
 BEST_STEP = "best_step"
 """At a measurement: the step with the best one so far."""
 _POLL_SECONDS = 0.25
@@ -38,16 +38,22 @@ class MetricsFile:
     def __init__(
         self, folder: str | Path, *, resume_step: int = 0, earlier: str | Path | None = None
     ) -> None:
-        """Open the log of a build that continues after `resume_step`.
+        """Open the log of a build that continues after `resume_step`, 0 if it begins anew.
 
-        Lines after it are dropped. A log that does not exist yet begins with the lines of the
+        Lines after it are dropped, and all of a build that begins anew, which measures again what
+        there was before its first step. A log that does not exist yet begins with the lines of the
         `earlier` build's folder, up to the same step.
         """
         self.path = Path(folder) / METRICS
         source = self.path if earlier is None or self.path.exists() else Path(earlier) / METRICS
-        kept = [line for line in read_metrics(source) if line["step"] <= resume_step]
+        lines = read_metrics(source) if resume_step else []
+        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= resume_step]
         draft = self.path.with_suffix(".draft")
-        draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with draft.open("w") as file:
+            file.writelines(kept)
+            file.flush()
+            # The lines would be lost if the name were on the disk before them.
+            os.fsync(file.fileno())
         os.replace(draft, self.path)
 
     def append(self, metrics: Mapping[str, Any], *, step: int) -> None:
@@ -88,15 +94,28 @@ def write_history(work: Workspace) -> list[dict[str, Any]]:
     Returns the log's records.
     """
     records = read_metrics(work.beside(METRICS))
-    names = dict.fromkeys(name for record in records for name in record if _lasts(name))
-    columns = {name: [record.get(name) for record in records] for name in ("step", *names)}
-    work.path(HISTORY).write_text(json.dumps(columns) + "\n")
+    history: dict[str, Any] = _columns(
+        [record for record in records if record["step"] > 0],
+        lambda name: not is_held_out(name) and (name.endswith("loss") or name == "reward"),
+    )
+    measured = [record for record in records if any(map(is_held_out, record))]
+    if measured:
+        history["held_out"] = _columns(measured, is_held_out)
+    work.path(HISTORY).write_text(json.dumps(history) + "\n")
     return records
 
 
-def _lasts(name: str) -> bool:
-    """Whether a figure is a fact of what was made, equal in every build of it."""
-    return name.endswith("loss") or name.startswith(HELD_OUT) or name in ("reward", BEST_STEP)
+def is_held_out(name: str) -> bool:
+    """Whether a figure was measured on held-out data, or says of one such which is best."""
+    return name.startswith(HELD_OUT) or name == BEST_STEP
+
+
+def _columns(
+    records: Sequence[Mapping[str, Any]], chosen: Callable[[str], bool]
+) -> dict[str, list[Any]]:
+    """The steps of some records, and each chosen figure that any of them has."""
+    names = dict.fromkeys(name for record in records for name in record if chosen(name))
+    return {name: [record.get(name) for record in records] for name in ("step", *names)}
 
 
 @contextmanager

@@ -100,6 +100,12 @@ def tell(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     )
 
 
+def best_step(records: Sequence[Mapping[str, Any]]) -> int | None:
+    """The step after which held-out pass@1 was highest; none if it was not measured."""
+    found = [record[BEST_STEP] for record in records if BEST_STEP in record]
+    return found[-1] if found else None
+
+
 def _spread(name: str, found: Estimate) -> dict[str, float]:
     return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
 

@@ -31,8 +31,7 @@ class Journal:
     """
 
     def __init__(self, work: Workspace, *, resume_step: int) -> None:
-        """The log of a process that continues after `resume_step`; 0 keeps what was measured
-        before the first step."""
+        """The log of a process that continues after `resume_step`."""
         self._lease = work.lease
         self._log = MetricsFile(work.beside(), resume_step=resume_step)
         self._news = News()

@@ -22,7 +22,7 @@ from model.fp8.scheme import settle
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace, stage
 from stages.conventions import carry
-from stages.posttrain.exam import measure, tell
+from stages.posttrain.exam import best_step, measure, tell
 from stages.posttrain.journal import Journal, Stopwatch
 from stages.posttrain.run import Run, prepare
 from stages.posttrain.step import describe, learn, sample
@@ -54,6 +54,7 @@ def posttrain(
         sequences_seen=base.sequences_seen,
         model=base.model,
         final_loss=records[-1]["loss"],
+        best_step=best_step(records),
     )
 
 
@@ -87,7 +88,7 @@ def _train(run: Run) -> Path:
             trainers.load(saved[0], step=done * rl.minibatches)
             samplers.update_weights(done, trainers.weights())
         journal.announce(trainers.news())
-        if not done and not journal.records():
+        if not done:
             _measure_before(run, samplers, journal)
         for step in range(done + 1, rl.steps + 1):
             watch = Stopwatch()

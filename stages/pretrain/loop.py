@@ -1,8 +1,11 @@
 """The pretrain stage: packed rows in, a checkpoint out."""
 
 import shutil
+from collections.abc import Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +19,7 @@ from model.optim import warmup_cosine
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace, stage
 from stages.pretrain.batches import PackedBatches
+from stages.pretrain.held_out_text import LOSS, held_out_text
 from stages.pretrain.objective import PretrainLoss
 from stages.telemetry import SAVES, begin_metrics, following, open_metrics, write_history
 from stages.tokens import load_tokenizer, vocabulary_size
@@ -40,13 +44,29 @@ def pretrain(config: PretrainSpec, work: Workspace, *, corpus: Corpus) -> Checkp
     consolidate(final, config.model, work.path())
     shutil.copy(corpus.path("tokenizer.json"), work.path("tokenizer.json"))
     records = write_history(work)
+    best = best_measured(records)
+    if best is not None:
+        work.tracker.note(_tell(best, records[-1]))
     return Checkpoint(
         uri=work.out,
         step=config.pretrain.steps,
         sequences_seen=config.pretrain.steps * config.pretrain.batch_sequences,
         model=config.model,
         final_loss=records[-1]["loss"],
+        best_step=None if best is None else best["step"],
     )
+
+
+def best_measured(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The first record of a step log with the lowest loss on held-out text; none without one."""
+    return min((one for one in records if LOSS in one), key=itemgetter(LOSS), default=None)
+
+
+def _tell(best: Mapping[str, Any], last: Mapping[str, Any]) -> str:
+    told = f"loss on held-out text {last[LOSS]:.4f} nats a token after the last step"
+    if best["step"] == last["step"]:
+        return f"{told}, the lowest that was measured"
+    return f"{told}; it was lowest after step {best['step']}: {best[LOSS]:.4f}"
 
 
 def _job(config: PretrainSpec, work: Workspace, corpus: Corpus) -> FitJob:
@@ -70,6 +90,7 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus) -> FitJob:
         open_log=partial(open_metrics, str(work.beside())),
         may_write=work.lease.check,
         threads=work.machines.threads_per_worker,
+        held_out=held_out_text(config, corpus, partial(loss_at, train)),
         vocabulary=vocabulary(corpus.path("tokenizer.json")) if config.model.engram else None,
     )
 

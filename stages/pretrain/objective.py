@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from model.balance import sequence_balance_loss
 from model.fp8.linear import Linear
 from model.loss import UNSCORED, cross_entropy
-from model.passes import IndexerPhase
+from model.passes import IndexerPhase, Whole
 from model.transformer import Transformer
 from stages.shards import BOS_ID, segments_of
 
@@ -76,6 +76,21 @@ class PretrainLoss:
         balance = self._balance(model, tokens_BS.shape) / totals["sequences"]
         metrics["balance_loss"] = float(balance.detach())
         return loss + self.balance_weight * balance, metrics
+
+    def next_token_nats(
+        self, model: Transformer, tokens_BS: Int[Tensor, "B S"]
+    ) -> Float[Tensor, " B"]:
+        """Sum over each row's scored next tokens of -log p, in nats; a row does not see others.
+
+        `next_token_loss` is the mean of the same terms. Attention is that of the phase, but no
+        indexer's divergence is computed, nor the MTP layer.
+        """
+        segments_BS = None if self.attend_across_documents else segments_of(tokens_BS)
+        attention: IndexerPhase = "dense" if self.indexer == "dense" else "off"
+        normed_BSD = model.read(Whole(tokens_BS, segments_BS, indexer=attention))
+        next_BS, _ = scored_targets(tokens_BS)
+        rows = zip(normed_BSD.split(1), tokens_BS.split(1), next_BS.split(1), strict=True)
+        return torch.stack([_cross_entropy(n, model.lm_head, t, s) for n, t, s in rows])
 
     def _balance(self, model: Transformer, shape: torch.Size) -> Tensor:
         total = torch.zeros(())

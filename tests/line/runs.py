@@ -53,6 +53,13 @@ def artifact(folder: Path, stage: str) -> tuple[Path, dict[str, Any]]:
     return manifest.parent / record["address"], record
 
 
+def history(folder: Path, stage: str) -> dict[str, Any]:
+    """The losses and rewards that the only committed artifact of `stage` keeps."""
+    files, _ = artifact(folder, stage)
+    found: dict[str, Any] = json.loads((files / "history.json").read_text())
+    return found
+
+
 def bundles(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     """The files and the facts of each bundle, by target; of several the newest generation's."""
     found = (folder / ".ingot" / "artifacts" / "export").glob("*/*/manifest.json")
@@ -64,11 +71,12 @@ def bundles(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
 
 
 def metrics(folder: Path, stage: str) -> list[dict[str, Any]]:
-    """The step log of the newest builder of `stage`, finished or not."""
+    """The step log of the newest builder of `stage`, finished or not, from the first step on."""
     found = sorted((folder / ".ingot" / "artifacts" / stage).glob("*/*/*/metrics.jsonl"))
     if not found:
         return []
-    return [json.loads(line) for line in found[-1].read_text().split("\n")[:-1]]
+    lines = [json.loads(line) for line in found[-1].read_text().split("\n")[:-1]]
+    return [line for line in lines if line["step"] > 0]
 
 
 def wait_for(condition: Callable[[], bool], what: str, *, timeout_seconds: float = 240) -> None:

@@ -5,10 +5,11 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.line.runs import artifact, descendants, ingot, metrics, start, wait_for
+from tests.line.runs import artifact, descendants, history, ingot, metrics, start, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -25,23 +26,25 @@ def prepare(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses of a run that nothing disturbed."""
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Losses of a run that nothing disturbed, those on held-out text among them."""
     folder = prepare(tmp_path_factory.mktemp("crash") / "calm")
     done = ingot(folder, "run", *WORDS, "--only", "pretrain")
     assert done.returncode == 0, done.stdout + done.stderr
-    return [line["loss"] for line in metrics(folder, "pretrain")]
+    found = history(folder, "pretrain")
+    assert found["held_out"]["step"] == [*range(0, STEPS, 8), STEPS]
+    return found
 
 
-def assert_equal_to(calm: list[float], folder: Path) -> None:
+def assert_equal_to(calm: dict[str, Any], folder: Path) -> None:
     lines = metrics(folder, "pretrain")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert [line["loss"] for line in lines] == calm
-    assert artifact(folder, "pretrain")[1]["facts"]["final_loss"] == calm[-1]
+    assert history(folder, "pretrain") == calm
+    assert artifact(folder, "pretrain")[1]["facts"]["final_loss"] == calm["loss"][-1]
 
 
 def test_a_killed_rank_is_replaced_and_the_same_run_goes_on(
-    uninterrupted: list[float], tmp_path: Path
+    uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = prepare(tmp_path / "rank")
     running = start(folder, "run", *WORDS, "--only", "pretrain")
@@ -54,7 +57,7 @@ def test_a_killed_rank_is_replaced_and_the_same_run_goes_on(
 
 
 def test_a_killed_driver_leaves_a_run_that_the_next_command_continues(
-    uninterrupted: list[float], tmp_path: Path
+    uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = prepare(tmp_path / "driver")
     running = start(folder, "run", *WORDS, "--only", "pretrain")
@@ -68,7 +71,7 @@ def test_a_killed_driver_leaves_a_run_that_the_next_command_continues(
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(
-    uninterrupted: list[float], tmp_path: Path
+    uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = prepare(tmp_path / "interrupt")
     running = start(folder, "run", *WORDS, "--only", "pretrain")

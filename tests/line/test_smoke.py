@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.line.runs import artifact, bundles, ingot, metrics
+from tests.line.runs import artifact, bundles, history, ingot, metrics
 
 STAGES = ("data", "pretrain", "posttrain", "evaluate", "export")
 NODES = ("data", "pretrain", "posttrain", "evaluate", "export.cuda", "export.ascend")
@@ -72,6 +72,15 @@ def test_pretraining_lowers_the_loss_over_two_expert_parallel_workers(built: Pat
     for load in lines[0]["expert_load"]:
         assert len(load) == 8
         assert abs(sum(load) - 1) < 1e-3
+
+
+def test_pretraining_lowers_the_loss_on_held_out_text_of_each_source(built: Path) -> None:
+    measured = history(built, "pretrain")["held_out"]
+    assert measured.pop("step") == [0, 8, 16, 24]
+    names = {"held_out_loss", "held_out_loss/arithmetic", "held_out_loss/stdlib"}
+    assert measured.keys() == names
+    assert all(losses[-1] < 0.9 * losses[0] for losses in measured.values())
+    assert artifact(built, "pretrain")[1]["facts"]["best_step"] == 24
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "posttrain"])

@@ -33,13 +33,14 @@ def test_the_first_line_of_a_process_bears_its_news_and_later_lines_their_own(
     assert again.records() == read_metrics(workspace.beside(METRICS))
 
 
-def test_what_was_measured_before_the_first_step_is_kept_by_a_process_that_begins_there(
+def test_a_process_that_begins_anew_measures_again_what_was_before_the_first_step(
     workspace: Workspace,
 ) -> None:
     first = Journal(workspace, resume_step=0)
     first.write({"held_out_pass_at_1": 0.5}, step=0)
     first.write({"loss": 1.0}, step=1)
-    assert Journal(workspace, resume_step=0).records() == [{"step": 0, "held_out_pass_at_1": 0.5}]
+    assert Journal(workspace, resume_step=1).records() == first.records()
+    assert Journal(workspace, resume_step=0).records() == []
 
 
 def test_no_line_is_written_once_the_lease_is_lost(workspace: Workspace) -> None:

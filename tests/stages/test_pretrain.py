@@ -51,7 +51,9 @@ def corpus(tmp_path: Path) -> Corpus:
     )
 
 
-SPEC = PretrainSpec(seed=0, model=TINY, pretrain=PretrainConfig(steps=9, warmup_steps=1))
+SPEC = PretrainSpec(
+    seed=0, model=TINY, pretrain=PretrainConfig(steps=9, warmup_steps=1, evaluate_every_steps=0)
+)
 
 
 def test_a_backend_that_cannot_run_here_is_refused_before_any_worker_starts(
@@ -267,6 +269,30 @@ def test_an_indexers_loss_is_added_as_a_mean_over_all_ranks_queries(
     assert added == pytest.approx(metrics["indexer_loss"], rel=1e-5)
     assert "indexer_loss" not in plain(one, batch, totals)[1]
     assert "indexer_loss" not in loss(model(), batch, totals)[1]
+
+
+@pytest.mark.parametrize("phase", ["off", "dense", "sparse"])
+@pytest.mark.parametrize(
+    "config", [TINY, tiny_v32(), tiny_v4(index_topk=2)], ids=["v3", "v32", "v4"]
+)
+@torch.no_grad()
+def test_next_token_nats_are_the_terms_of_the_loss_row_by_row(
+    config: ModelConfig, phase: IndexerPhase
+) -> None:
+    one, batch = random_model(config), {"tokens": rows()}
+    loss = PretrainLoss(0.3, 0.0, False, indexer=phase)
+    counts = loss.counts(batch)
+    predicted = one.predict(rows(), segments_of(rows()), indexer=phase).next_BSV
+    next_BS, _ = scored_targets(rows())
+    expected = []
+    for row, tokens, scored in zip(predicted.double(), rows(), next_BS, strict=True):
+        terms = row[:-1].log_softmax(-1)[range(len(tokens) - 1), tokens[1:]]
+        expected.append(-terms[scored].sum())
+    found = loss.next_token_nats(one, rows())
+    torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=1e-5)
+    _, metrics = loss(one.train(), batch, counts)
+    mean = float(found.sum()) / counts["next"]
+    assert mean == pytest.approx(metrics["next_token_loss"], rel=1e-5)
 
 
 def test_attention_is_dense_for_as_many_steps_as_configured() -> None:

@@ -1,23 +1,17 @@
 """A training that several builders began, one after the other, is the one that nobody disturbed."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch.distributed as dist
 
-from cluster import fit as fit_module
 from cluster.checkpoint import mark_complete
-from cluster.expert_parallel import join_group
-from cluster.fit import FitJob
 from cluster.trainer import Trainer
-from configs.parallel import ClusterConfig, StoreConfig
+from configs.parallel import StoreConfig
 from configs.train import PretrainConfig, PretrainSpec
 from pipeline.graph import Graph, make_graph
 from pipeline.records import Failed
@@ -25,11 +19,11 @@ from pipeline.store import Committed
 from stages.artifacts import MANIFEST, Corpus
 from stages.contract import Workspace, stage
 from stages.pretrain import loop
-from stages.shards import write_rows
 from stages.telemetry import METRICS, MetricsFile, begin_metrics, read_metrics
 from tests.conftest import Recorder
 from tests.pipeline.fakes import FakeConfig, World, outcomes
 from tests.references import TINY
+from tests.stages.training import one_rank, packed_rows, write_corpus
 
 STEPS = 8
 SPEC = PretrainSpec(
@@ -40,6 +34,7 @@ SPEC = PretrainSpec(
         batch_sequences=4,
         warmup_steps=1,
         checkpoint_every_steps=2,
+        evaluate_every_steps=3,
         precision="high",
     ),
 )
@@ -48,39 +43,14 @@ SPEC = PretrainSpec(
 @stage(revision=1)
 def rows(config: FakeConfig, work: Workspace) -> Corpus:
     """A corpus of random rows."""
-    tokens = np.random.default_rng(0).integers(2, TINY.vocab_size, size=(16, 12))
-    write_rows(work.path("train"), tokens)
-    work.path("tokenizer.json").write_text("{}")
-    return Corpus(
-        uri=work.out,
-        train_rows=16,
-        held_out_rows={},
-        sequence_tokens=12,
-        vocab_size=TINY.vocab_size,
-        train_problems=0,
-        held_out_problems=0,
-    )
-
-
-def fit_here(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
-    """What Ray's one worker would do, in this process."""
-    Path(job.saves[0]).mkdir(parents=True)
-    Path(notes).mkdir()
-    Path(notes, "state.json").touch()
-    fit_module._steps(job)
-    saved = job.resume()
-    assert saved is not None
-    return saved[0]
+    held_out = {"prose": packed_rows(5, seed=1), "sums": packed_rows(2, seed=2)}
+    return write_corpus(work.path(), held_out)
 
 
 @pytest.fixture(autouse=True)
-def _one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process as the only rank of a group."""
-    monkeypatch.setitem(os.environ, "GLOO_SOCKET_IFNAME", "lo")
-    monkeypatch.setattr(loop, "fit", fit_here)
-    join_group(f"file://{tmp_path}/rendezvous", 0, 1, 60)
-    yield
-    dist.destroy_process_group()
+def _one_rank(tmp_path: Path) -> Iterator[None]:
+    with one_rank(tmp_path):
+        yield
 
 
 class Notes(Recorder):
@@ -156,7 +126,7 @@ def test_what_four_builders_made_in_turn_is_what_one_makes(tmp_path: Path) -> No
     second = begun(world, 5)
     assert saved_steps(first) == [2, 4]
     assert saved_steps(second) == []
-    assert [line["step"] for line in read_metrics(second / METRICS)] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in read_metrics(second / METRICS)] == [0, 1, 2, 3, 4, 5]
     # The third has one, and with it the first's are of no use.
     third = begun(world, 7)
     assert saved_steps(first) == []
@@ -166,8 +136,10 @@ def test_what_four_builders_made_in_turn_is_what_one_makes(tmp_path: Path) -> No
     heard = Notes()
     made = finished(world, heard)
     assert f"pretrain: continues the interrupted build in {third}" in heard.notes
-    assert [step for step, _ in heard.logged] == list(range(1, STEPS + 1))
+    assert [step for step, _ in heard.logged] == list(range(STEPS + 1))
     assert steps_of(made) == steps_of(calm)
+    measured = [line["step"] for line in steps_of(made) if "held_out_loss" in line]
+    assert measured == [0, 3, 6, 8]
     assert made.manifest.content == calm.manifest.content
     assert made.artifact.path("history.json").read_bytes() == (
         calm.artifact.path("history.json").read_bytes()
@@ -187,7 +159,7 @@ def test_a_training_that_ended_before_its_commit_is_not_done_again(tmp_path: Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "optim_step", lambda *_: pytest.fail("trained again"))
         made = finished(world, Notes())
-    assert [line["step"] for line in steps_of(made)] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in steps_of(made)] == list(range(STEPS + 1))
 
 
 def test_a_late_builder_that_saves_once_more_leaves_no_hole_in_what_is_told(
@@ -206,6 +178,6 @@ def test_a_late_builder_that_saves_once_more_leaves_no_hole_in_what_is_told(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "begin_metrics", save_late)
         made = finished(world, Notes())
-    assert [line["step"] for line in steps_of(made)] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in steps_of(made)] == list(range(STEPS + 1))
     history = json.loads(made.artifact.path("history.json").read_text())
     assert history["step"] == list(range(1, STEPS + 1))

@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+from stages.contract import Workspace
 from stages.telemetry import (
     HISTORY,
     METRICS,
@@ -90,37 +91,50 @@ def test_a_history_holds_losses_and_rewards_and_nothing_that_differs_between_bui
     }
 
 
-def test_a_history_holds_what_was_measured_before_the_first_step_and_at_some(
-    tmp_path: Path, recorder: Recorder
+def test_what_is_measured_on_held_out_data_has_a_table_of_its_own_steps(
+    workspace: Workspace,
 ) -> None:
-    work = workspace_at(tmp_path, recorder)
-    log = MetricsFile(work.beside())
-    log.append({"held_out_pass_at_1": 0.25, "best_step": 0, "measuring_seconds": 1.0}, step=0)
+    log = MetricsFile(workspace.beside())
+    log.append({"held_out_loss/a": 5.0, "held_out_loss": 4.0}, step=0)
     log.append({"loss": 2.0}, step=1)
-    log.append({"loss": 1.0, "held_out_pass_at_1": 0.5, "best_step": 2}, step=2)
+    log.append({"loss": 1.5, "held_out_loss/a": 4.5, "held_out_loss": 3.0, "best_step": 2}, step=2)
     assert log.records() == read_metrics(log.path)
-    write_history(work)
-    assert json.loads(work.path(HISTORY).read_text()) == {
-        "step": [0, 1, 2],
-        "held_out_pass_at_1": [0.25, None, 0.5],
-        "best_step": [0, None, 2],
-        "loss": [None, 2.0, 1.0],
+    write_history(workspace)
+    assert json.loads(workspace.path(HISTORY).read_text()) == {
+        "step": [1, 2],
+        "loss": [2.0, 1.5],
+        "held_out": {
+            "step": [0, 2],
+            "held_out_loss/a": [5.0, 4.5],
+            "held_out_loss": [4.0, 3.0],
+            "best_step": [None, 2],
+        },
     }
 
 
-def test_a_follower_reports_what_was_measured_before_the_first_step_once(
+def test_a_build_that_begins_anew_measures_again_what_was_before_its_first_step(
+    tmp_path: Path,
+) -> None:
+    MetricsFile(tmp_path).append({"held_out_loss": 4.0}, step=0)
+    log = MetricsFile(tmp_path)
+    log.append({"held_out_loss": 4.0}, step=0)
+    log.append({"loss": 2.0}, step=1)
+    MetricsFile(tmp_path, resume_step=1)
+    assert [line["step"] for line in read_metrics(tmp_path / METRICS)] == [0, 1]
+
+
+def test_what_was_before_the_first_step_is_reported_once(
     tmp_path: Path, recorder: Recorder
 ) -> None:
     with following(tmp_path, recorder):
-        for _ in range(2):  # the second process finds the line, and writes step 1 again
+        for _ in range(2):
             log = MetricsFile(tmp_path)
-            if not log.records():
-                log.append({"held_out_pass_at_1": 0.5}, step=0)
-            log.append({"loss": 1.0}, step=1)
+            log.append({"held_out_loss": 4.0}, step=0)
             deadline = time.monotonic() + 10
-            while len(recorder.logged) < 2 and time.monotonic() < deadline:
+            while not recorder.logged and time.monotonic() < deadline:
                 time.sleep(0.01)
-    assert recorder.logged == [(0, {"held_out_pass_at_1": 0.5}), (1, {"loss": 1.0})]
+        log.append({"loss": 2.0}, step=1)
+    assert recorder.logged == [(0, {"held_out_loss": 4.0}), (1, {"loss": 2.0})]
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
