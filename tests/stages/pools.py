@@ -17,7 +17,7 @@ from torch import Tensor
 from cluster import checkpoint
 from cluster.generation import Sample, Sampling, merge_shards
 from cluster.pool import Score, TrainerSpec
-from cluster.trainer import Batch, LossSpec, Trainer
+from cluster.trainer import Batch, LossSpec, build_trainer
 from configs.parallel import ClusterConfig
 from model import decode
 from model.drawing import Drawing
@@ -85,7 +85,7 @@ class LocalTrainers:
 
     def __init__(self, book: Book, start: Path, spec: TrainerSpec) -> None:
         self.book, self.spec = book, spec
-        self.trainer = Trainer(
+        self.trainer = build_trainer(
             read_config(start),
             optim=spec.optim,
             balance=spec.balance,
