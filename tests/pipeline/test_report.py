@@ -62,6 +62,7 @@ def test_a_heat_map_shows_where_the_load_is(tmp_path: Path) -> None:
         return imread(path)[:, :, :3]
 
     pictures = [picture([float(number == loaded) for number in range(4)]) for loaded in range(4)]
+    assert all(np.any(a != b) for a, b in itertools.pairwise(pictures))
     rows = [np.nonzero(a != b)[0].mean() for a, b in itertools.pairwise(pictures)]
     assert rows == sorted(rows, reverse=True)
     assert rows[0] - rows[-1] > len(pictures[0]) / 4
