@@ -130,7 +130,7 @@ class LocalTrainers:
 
     def weights(self) -> list[Mapping[str, Tensor]]:
         self.book.begin("weights")
-        shards = [_copy(self.trainer.state())]
+        shards: list[Mapping[str, Tensor]] = [_copy(self.trainer.state())]
         self._note("weights", {}, shards)
         return shards
 

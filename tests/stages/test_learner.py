@@ -211,6 +211,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_papers_objective() -> None:
         with torch.no_grad():
             leaf.copy_(start)
         slope = (values[0] - values[1]) / (2 * step)
+        assert grad is not None
         found = float((grad.double() * direction).sum())
         scale = float(grad.double().norm() * direction.norm()) / leaf.numel() ** 0.5
         assert found == pytest.approx(slope, rel=1e-3, abs=1e-3 * scale), name

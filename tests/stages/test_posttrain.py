@@ -21,7 +21,7 @@ from stages.contract import Workspace
 from stages.posttrain import loop
 from stages.posttrain.run import prepare
 from stages.posttrain.step import _choose
-from stages.telemetry import SAVES, MetricsFile
+from stages.telemetry import SAVES, MetricsFile, begin_metrics
 from tests.conftest import Recorder, steal, workspace_at
 from tests.stages.pools import Book, Call, DeafSamplers, LocalPools, digest
 from tests.stages.rl_lab import END_TOKENS, HELD_OUT, MODEL, SEED, TRAIN, Lab, make_lab, text_of
@@ -448,7 +448,7 @@ def test_a_save_that_comes_after_the_choice_is_no_beginning_of_post_training(
         lab.run(late)
     saves = late.resumable(SAVES)[0]
     (first,) = saves.iterdir()
-    begin = loop.begin_metrics
+    begin = begin_metrics
 
     def save_late(work: Workspace, start: Any) -> Any:
         first.with_name("step-00000004").symlink_to(first)
