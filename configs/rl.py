@@ -47,7 +47,7 @@ class PosttrainConfig(Frozen):
     """Samplers and trainers both run in it, so that their log-probabilities agree."""
     fp8: Fp8Config = Fp8Config()
     checkpoint_every_steps: PositiveInt = 20
-    evaluate_every_steps: PositiveInt = 20
+    evaluate_every_steps: PositiveInt = 10
     """How often held-out problems are asked; they are before the first step and after the last.
     Nothing that is trained depends on it, but the artifact's `history.json` does."""
     evaluate_problems: NonNegativeInt = 100

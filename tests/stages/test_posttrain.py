@@ -14,6 +14,7 @@ from torch import Tensor
 from cluster import checkpoint
 from cluster.generation import Sampling
 from configs.errors import DataError, LeaseLost, TrainingError
+from model.fp8.drift import Drift
 from model.transformer import Transformer
 from model.weights.files import load_pretrained
 from stages.artifacts import Checkpoint
@@ -389,12 +390,15 @@ def test_a_corpus_without_problems_is_refused(lab: Lab, workspace: Workspace) ->
 
 
 def test_fp8_is_counted_in_the_first_minibatch_of_the_steps_that_count(
-    lab: Lab, workspace: Workspace
+    lab: Lab, workspace: Workspace, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Drift, "alarms", lambda drift, tallies: ["gradients: it drifts"])
     lab.run(workspace, steps=2, precision="fp8", fp8={"telemetry_every_steps": 2})
     flags = [call.arguments["counting"] for call in lab.book.of("forward_backward")]
     assert flags == [True, False, True, False]
-    assert all("fp8_alarms" in line for line in lab.log(workspace)[1:])
+    assert [line.get("fp8_alarms") for line in lab.log(workspace)] == [None, 1, 1]
+    told = [f"step {step}: warning: FP8: gradients: it drifts" for step in (1, 2)]
+    assert recorder.notes[:2] == told
 
 
 @pytest.mark.parametrize(
