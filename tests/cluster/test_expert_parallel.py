@@ -151,6 +151,17 @@ def test_gathered_copies_and_their_gradient_are_those_of_indexing() -> None:
     torch.testing.assert_close(grads_of(found, x), grads_of(expected, x))
 
 
+def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    gates = torch.rand(3, 2, requires_grad=True)
+    order_N = torch.arange(6)
+    for y in (gather_copies(x, order_N, 2), weigh(x.repeat(2, 1), gates, order_N)):
+        leaf = x if y.shape[0] == 6 else gates
+        (slope,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            slope.sum().backward()
+
+
 def test_results_are_summed_with_their_gates_wherever_they_lie() -> None:
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(6, 4, generator=generator, requires_grad=True)

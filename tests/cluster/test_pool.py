@@ -94,6 +94,33 @@ def test_a_batch_that_leaves_a_trainer_without_rows_is_refused(pool: TrainerPool
     one = {name: tensor[:1] for name, tensor in batch(1).items()}
     with pytest.raises(ConfigError, match="a batch of 1 rows for 2 trainers"):
         pool.forward_backward(one, NextToken())
+    two = {name: tensor[:2] for name, tensor in batch(1).items()}
+    assert pool.forward_backward(two, NextToken())["next"] > 0
+
+
+def test_ranks_of_a_local_cluster_meet_on_loopback(pool: TrainerPool) -> None:
+    found: str = ray.get(pool.actors[0].address.remote())
+    assert found.startswith("tcp://127.0.0.1:")
+
+
+def test_a_pool_of_one_counts_and_says_what_its_trainer_does(
+    machines: ClusterConfig, start: Path
+) -> None:
+    spec = TrainerSpec(optim=OPTIM, balance=BALANCE, precision="fp8", seed=0, reference=False)
+    alone = Trainer(TINY, optim=OPTIM, balance=BALANCE, precision="fp8", seed=0)
+    alone.load_weights(random_model().state_dict())
+    with open_trainers(machines.model_copy(update={"trainers": 1}), start, spec) as one:
+        assert one.news() == alone.news()
+        found = one.forward_backward(batch(1), NextToken(), counting=True)
+        assert found == pytest.approx(alone.forward_backward(batch(1), NextToken(), counting=True))
+        tallies, expected = one.fp8_tallies(), alone.fp8_tallies()
+        assert tallies.keys() == expected.keys() != set()
+        for role, tally in expected.items():
+            assert tallies[role].nonzero == pytest.approx(tally.nonzero, rel=1e-3)
+        assert len(one.weights()) == 1
+        assert one.optim_step(RATE)["grad_norm"] == pytest.approx(
+            alone.optim_step(RATE)["grad_norm"], rel=1e-4
+        )
 
 
 def test_a_killed_trainer_is_named(pool: TrainerPool) -> None:

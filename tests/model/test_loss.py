@@ -78,6 +78,14 @@ def test_hopeless_targets_have_a_finite_loss() -> None:
     torch.testing.assert_close(d_head, torch.tensor([[2.0], [-2.0]]))
 
 
+def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+    x, head, targets = normal(5, 6, seed=0), normal(11, 6, seed=1), draw_targets(5, 11)
+    loss = linear_cross_entropy(x, head, targets)
+    (slope,) = torch.autograd.grad(loss.square(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
 def test_no_logits_are_kept() -> None:
     x, head = normal(50, 6, seed=0), normal(40, 6, seed=1)
     with saved_tensors() as kept:

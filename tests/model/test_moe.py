@@ -133,6 +133,10 @@ def test_the_routing_bias_is_state_and_not_a_parameter() -> None:
     assert "gate.e_score_correction_bias" not in dict(block.named_parameters())
 
 
+def test_what_was_counted_is_no_part_of_a_saved_model() -> None:
+    assert "load_E" not in moe(tiny()).state_dict()
+
+
 def test_a_model_of_a_narrow_type_counts_as_exactly() -> None:
     """bfloat16 holds whole numbers up to 256."""
     block = moe(tiny(n_group=1, topk_group=1)).bfloat16()

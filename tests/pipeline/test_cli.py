@@ -17,7 +17,7 @@ import pytest
 from configs.recipe import Recipe, load_recipe
 from pipeline import cli
 from pipeline.graph import Selection
-from pipeline.records import Invocation
+from pipeline.records import Invocation, Records
 from pipeline.verbs import asked, clean, inspect, run
 from stages.artifacts import Corpus, Report
 from stages.contract import Planned, Workspace, stage
@@ -393,6 +393,42 @@ def test_a_server_ends_with_the_command_that_started_it(
     assert command.wait(20) == 0
     with pytest.raises(ProcessLookupError):
         os.kill(number, 0)
+
+
+RUN = """
+import sys
+from pipeline import cli
+from pipeline.verbs import run
+from tests.pipeline.fakes import make_line
+run.production = lambda recipe: make_line(train={"seconds": 60})
+sys.exit(cli.main(["run", "smoke", "@over.toml"]))
+"""
+
+
+def test_a_run_that_a_scheduler_ends_is_one_that_the_user_stopped(line: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN],
+        cwd=line,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with process:
+        deadline = time.monotonic() + 60
+        while not list(line.rglob("resume/step.json")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        told = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert "goes on from it" in told
+    (record,) = Records(line / ".ingot", say=pytest.fail).newest_first()
+    assert record.interrupted
+    assert {name: one.outcome for name, one in record.outcomes.items()} == {
+        "data": "built",
+        "train": "failed",
+    }
 
 
 def test_a_run_is_repeated_by_the_command_it_prints() -> None:

@@ -180,6 +180,29 @@ def test_a_replaced_file_is_the_new_one_and_no_draft_stays(tmp_path: Path) -> No
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_replaced_file_is_on_the_disk_before_it_has_its_name_and_its_name_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, order = tmp_path / "file", []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(handle: int) -> None:
+        order.append(os.fstat(handle).st_ino)
+        real_fsync(handle)
+
+    def rename(source: Path, target: Path) -> None:
+        real_replace(source, target)
+        order.append("renamed")
+
+    replace(path, "old")
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    replace(path, "new")
+    renamed = order.index("renamed")
+    assert path.stat().st_ino in order[:renamed]
+    assert tmp_path.stat().st_ino in order[renamed:]
+
+
 @pytest.mark.usefixtures("_links")
 def test_a_file_and_its_name_are_on_the_disk_once_it_is_created(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,6 +103,39 @@ def test_all_that_a_manifest_names_is_on_the_disk_before_it(
         (slot.files / "train" / "deep" / "rows.bin").write_text("rows")
         made = world.store.commit(slot, node, fill(slot), {}, {})
     assert made.path.stat().st_ino in synced
+
+
+def test_a_commit_opens_no_folder_outside_the_store(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those above it may be somebody else's, and closed."""
+    real = os.open
+
+    def closed(path: object, flags: int, *args: Any, **settings: Any) -> int:
+        if not Path(str(path)).is_relative_to(world.store.root):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, flags, *args, **settings)  # type: ignore[arg-type]
+
+    with opened(world, node) as slot:
+        artifact = fill(slot)
+        monkeypatch.setattr(os, "open", closed)
+        made = world.store.commit(slot, node, artifact, {}, {})
+        monkeypatch.undo()
+    verify(str(made.path))
+
+
+def test_a_disk_that_is_full_at_the_commit_is_named_and_nothing_is_committed(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **settings: object) -> bool:
+        raise OSError(28, "No space left on device")
+
+    with opened(world, node) as slot:
+        monkeypatch.setattr(store_module, "create_exclusively", full)
+        with pytest.raises(StoreError, match=r"cannot be written \(No space left on device\)"):
+            world.store.commit(slot, node, fill(slot), {}, {})
+        monkeypatch.undo()
+    assert world.store.find(node) is None
 
 
 def test_an_unfinished_artifact_is_not_an_artifact(world: World, node: Node) -> None:

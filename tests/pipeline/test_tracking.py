@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from mlflow.entities import Run as MlflowRun
@@ -18,14 +19,16 @@ from configs.recipe import load_recipe
 from pipeline import tracking as tracking_module
 from pipeline.decide import Examiner
 from pipeline.embedded import schema_lock
-from pipeline.graph import Selection
+from pipeline.graph import Selection, make_graph
 from pipeline.lease import this_process
 from pipeline.places import tracking_uri
-from pipeline.plain import metric_name
+from pipeline.plain import SMALL_BYTES, metric_name
 from pipeline.records import Blocked, Run
 from pipeline.runner import Setting, realise
 from pipeline.tracking import Child, Tracking
-from tests.pipeline.fakes import RECIPE, World, made, outcomes
+from stages.artifacts import Corpus
+from stages.contract import Workspace, stage
+from tests.pipeline.fakes import RECIPE, FakeConfig, World, gather, made, outcomes
 
 # MLflow's own use of SQLAlchemy and of protobuf is behind their deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -97,6 +100,25 @@ def test_one_parent_holds_one_child_for_each_node(
         assert {one.info.status for one in found} == {"FINISHED"}
 
 
+def leaves(value: object, path: str = "") -> Iterator[str]:
+    """Dotted paths of all that is no table, or an empty one."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from leaves(inner, f"{path}.{key}".removeprefix("."))
+    else:
+        yield path
+
+
+def test_every_field_of_a_recipe_is_a_parameter_however_many_there_are(
+    client: MlflowClient, embedded: tuple[World, Run, Run]
+) -> None:
+    params = client.get_run(str(embedded[1].tracking_id)).data.params
+    wanted = {metric_name(path) for path in leaves(load_recipe("smoke").model_dump(mode="json"))}
+    assert params.keys() == wanted
+    # MLflow takes no more at a time.
+    assert len(params) > 100
+
+
 def test_each_step_is_there_once_under_a_name_without_slashes(
     client: MlflowClient, embedded: tuple[World, Run, Run]
 ) -> None:
@@ -143,6 +165,25 @@ def test_plots_manifests_and_reports_are_artifacts_and_weights_are_not(
     assert files("judge", "plots") == {"plots/before_after.png"}
     uploaded = world.store.root / "mlflow-artifacts"
     assert not list(uploaded.rglob("*.bin"))
+
+
+def test_a_record_of_many_megabytes_stays_in_the_store(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @stage(revision=1)
+    def wordy(config: FakeConfig, work: Workspace) -> Corpus:
+        for name, size in (("small.json", SMALL_BYTES - 1), ("large.json", SMALL_BYTES + 1)):
+            work.path(name).write_bytes(b" " * size)
+        return cast(Corpus, gather.run(config, work))
+
+    graph = make_graph({"data": wordy(FakeConfig())}, world.store.hashes)
+    monkeypatch.setattr(world, "graph", lambda: graph)
+    config = TrackingConfig(timeout_seconds=30)
+    run, _ = tracked(world, config)
+    client = MlflowClient(tracking_uri(config, world.store.root))
+    listed = client.list_artifacts(child(client, run, "data").info.run_id)
+    assert {one.path for one in listed} == {"manifest.json", "small.json"}
+    assert (world.files(run, "data") / "large.json").exists()
 
 
 def test_checkpoints_are_external_models_that_point_to_the_store(

@@ -199,6 +199,17 @@ def test_a_model_that_brought_no_template_gets_the_plain_one(
     assert found.end_tokens == (1,)
 
 
+def test_servers_draw_from_a_model_made_here_as_it_was_trained(tmp_path: Path) -> None:
+    """What was trained is the distribution itself, not its likeliest token, nor a sharper one."""
+    checkpoint = tmp_path / "made"
+    save_pretrained(random_model(MODEL), checkpoint)
+    make_tokenizer(checkpoint / "tokenizer.json")
+    folder = served_by(conventions_of(checkpoint), checkpoint, tmp_path / "served")
+    generation = GenerationConfig.from_pretrained(folder)
+    assert generation.do_sample is True
+    assert generation.temperature == 1.0
+
+
 @pytest.mark.parametrize(
     ("config", "generation", "expected"),
     [
