@@ -26,6 +26,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pytest
+
 from tests.mutants_known import EQUIVALENTS, NAMED, TESTS
 from tests.mutations import Mutant, draw, mutants
 
@@ -103,7 +105,9 @@ class Scratch:
         """
         report = self.folder / ".report.xml"
         report.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", *tests, "-x", "-q", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", *tests, "-x", "-q"]
+        # What the tests need none of, and is slow to import.
+        command += [f"-pno:{plugin}" for plugin in ("cacheprovider", "hypothesispytest", "anyio")]
         command += [f"--junitxml={report}", f"--timeout={_TEST_SECONDS}", "--tb=line"]
         environment = {**os.environ, "PYTHONPATH": str(self.folder)}
         with (self.folder / ".output.txt").open("w") as output:
@@ -121,6 +125,8 @@ class Scratch:
                 return "deadline"
             finally:
                 _end(process)
+        if code == pytest.ExitCode.USAGE_ERROR and "ERROR: not found" in self.output:
+            raise LookupError(self.output)
         failed = next(_failures(report), "") if report.is_file() else ""
         return failed or (f"exit code {code}" if code else "")
 

@@ -20,7 +20,6 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "pipeline/store.py": (
         "tests/pipeline/test_store.py",
-        "tests/pipeline/test_durable.py",
         "tests/pipeline/test_removal.py",
         "tests/pipeline/test_runner.py",
         "tests/pipeline/test_late_builders.py",
@@ -42,7 +41,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/pipeline/test_clean.py",
         "tests/pipeline/test_cli.py",
     ),
-    "pipeline/files.py": ("tests/pipeline/test_files.py", "tests/pipeline/test_durable.py"),
+    "pipeline/files.py": ("tests/pipeline/test_files.py",),
     "pipeline/tracking.py": ("tests/pipeline/test_tracking.py",),
     "pipeline/plain.py": ("tests/pipeline/test_tracking.py",),
     "pipeline/embedded.py": ("tests/pipeline/test_cli.py",),
@@ -113,7 +112,7 @@ class Named:
     function: str = ""
     """Only within the function of this name."""
     tests: tuple[str, ...] = ()
-    """Tried instead of the file's own."""
+    """Tried instead of the file's own; may name a single test, where a file takes long."""
 
     def mutant(self, root: Path) -> Mutant:
         """The file with every such place replaced; LookupError if there is none."""
@@ -159,6 +158,7 @@ def matches(pattern: object, node: object) -> bool:
 
 
 _POSTTRAIN = "stages/posttrain/loop.py"
+_CLI = "tests/pipeline/test_cli.py"
 NAMED = (
     Named("samplers never updated", _POSTTRAIN, "samplers.update_weights(step, *_)", "None"),
     Named("no staleness check", _POSTTRAIN, "check_staleness(*_)", "None"),
@@ -205,12 +205,14 @@ NAMED = (
         "pipeline/verbs/run.py",
         "signal.signal(signal.SIGTERM, _)",
         "None",
+        tests=(f"{_CLI}::test_a_run_that_a_scheduler_ends_is_one_that_the_user_stopped",),
     ),
     Named(
         "signal handlers of the server removed",
         "pipeline/embedded.py",
         "signal.signal(ending, _)",
         "None",
+        tests=(f"{_CLI}::test_a_server_ends_with_the_command_that_started_it",),
     ),
     Named(
         "MLflow params cut at 100",

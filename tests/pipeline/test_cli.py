@@ -415,12 +415,12 @@ def test_a_run_that_a_scheduler_ends_is_one_that_the_user_stopped(line: Path) ->
         text=True,
     )
     with process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not list(line.rglob("resume/step.json")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        told = process.communicate(timeout=60)[0]
+        told = process.communicate(timeout=120)[0]
     assert process.returncode == 130
     assert "goes on from it" in told
     (record,) = Records(line / ".ingot", say=pytest.fail).newest_first()

@@ -28,6 +28,7 @@ from pipeline.decide import (
 from pipeline.graph import Selection
 from pipeline.records import Blocked
 from pipeline.removal import remove
+from pipeline.store import Slot
 from tests.pipeline.fakes import RECIPE, World, failed, outcomes
 
 ALL = ["data", "train", "judge", "pack.cuda", "pack.ascend"]
@@ -266,6 +267,17 @@ def test_what_is_left_out_after_a_failure_says_so(world: World) -> None:
     assert isinstance(blocked, Blocked)
     assert blocked.by == "train"
     assert blocked.reason == "left out by --only, and made of data, which is failed"
+
+
+def test_an_interrupted_build_that_can_be_continued_is_told_among_others(world: World) -> None:
+    node = world.graph()["data"]
+    with world.store.slot(node, {}) as slot:
+        assert isinstance(slot, Slot)
+        (slot.path / "resume").mkdir()
+        (slot.path / "resume" / "step").write_text("7")
+    with world.store.slot(node, {}):
+        pass
+    assert plan(world)["data"] == Build(("never built", "continues an interrupted build"))
 
 
 def test_an_unreadable_manifest_is_damage(world: World) -> None:

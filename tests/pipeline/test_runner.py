@@ -5,13 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from configs.parallel import ClusterConfig, StoreConfig
 from pipeline import runner
-from pipeline.graph import make_graph
+from pipeline.graph import Selection, make_graph
 from pipeline.lease import newest
 from pipeline.records import Built, Failed, Run, new_run_id
 from pipeline.runner import Chorus
@@ -23,6 +26,17 @@ from tests.pipeline.fakes import FakeConfig, World, failed, gather, made, outcom
 
 ROOT = Path(__file__).parents[2]
 HASHES = Hashes()
+
+
+class Heard(Recorder):
+    """A listener that keeps notes."""
+
+    def begin(self, node: object, inputs: object) -> Recorder:
+        """Every node's tracker is a new one."""
+        return Recorder()
+
+    def end(self, node: object, outcome: object, made: object) -> None:
+        """Outcomes are in the record."""
 
 
 @pytest.fixture
@@ -203,17 +217,97 @@ def test_the_record_on_disk_is_the_run(world: World) -> None:
     assert latest["fake", "train"] == world.generation(run, "train")
 
 
+def test_the_record_says_from_the_beginning_what_was_made_so_far(world: World) -> None:
+    """A run that is killed has been recorded up to there."""
+    seen: list[dict[str, str]] = []
+
+    @stage(revision=1)
+    def looking(config: FakeConfig, work: Workspace) -> Corpus:
+        (record,) = world.store.records.newest_first()
+        seen.append(outcomes(record))
+        return cast(Corpus, gather.run(config, work))
+
+    line = {"one": looking(FakeConfig()), "two": looking(FakeConfig(steps=4))}
+    world.run(graph=make_graph(line, HASHES))
+    assert seen == [{}, {"one": "built"}]
+
+
+def test_the_seconds_of_a_node_are_those_it_took(world: World) -> None:
+    slow = {"train": {"seconds": 0.3}}
+    for outcome, least in (("built", 0.3), ("reused", 0.0)):
+        started = time.monotonic()
+        run = world.run(**slow)
+        took = time.monotonic() - started
+        assert run.outcomes["train"].outcome == outcome
+        seconds = [one.seconds for one in run.outcomes.values()]  # type: ignore[union-attr]
+        assert all(one >= 0 for one in seconds)
+        assert least <= run.outcomes["train"].seconds  # type: ignore[union-attr]
+        assert sum(seconds) <= took
+        manifest = read_manifest(str(world.generation(run, "train")))
+        assert manifest.provenance["seconds"] >= 0.3
+    (world.files(run, "train") / "weights.bin").unlink()
+    failed = world.run(**slow).outcomes["train"]
+    assert isinstance(failed, Failed)
+    assert 0 <= failed.seconds < took + 60
+
+
+def test_waiting_for_another_builder_is_not_part_of_what_building_took(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = world.store.slot
+
+    @contextmanager
+    def late(*args: Any, **settings: Any) -> Iterator[object]:
+        time.sleep(1)
+        with real(*args, **settings) as slot:
+            yield slot
+
+    monkeypatch.setattr(world.store, "slot", late)
+    run = world.run(graph=make_graph({"data": gather(FakeConfig())}, HASHES))
+    manifest = read_manifest(str(world.generation(run, "data")))
+    assert manifest.provenance["seconds"] < 1
+    assert run.outcomes["data"].seconds < 1  # type: ignore[union-attr]
+
+
+def test_what_a_forced_node_makes_stale_is_left_and_told(world: World) -> None:
+    heard = Heard()
+    world.run(train={"differs": True})
+    forced = Selection(force=("train",))
+    world.run(selection=forced, listeners=(heard,), train={"differs": True})
+    rest = ("judge", "pack.cuda", "pack.ascend")
+    left = [f"{name}: left as it is (input checkpoint rebuilt); a plain run" for name in rest]
+    assert [note.removesuffix(" rebuilds it") for note in heard.notes] == left
+    # What --only leaves aside was not asked for, and nothing is told of it.
+    quiet = Heard()
+    world.run(selection=Selection(only=("data",)), listeners=(quiet,), train={"steps": 9})
+    assert quiet.notes == []
+
+
+def test_an_artifact_of_another_kind_is_refused(world: World) -> None:
+    @stage(revision=1)
+    def mistaken(config: FakeConfig, work: Workspace) -> Corpus:
+        work.path("report.json").write_text("{}")
+        return cast(Corpus, Report(uri=work.out, headline={}))
+
+    run = world.run(graph=make_graph({"one": mistaken(FakeConfig())}, HASHES))
+    failed = run.outcomes["one"]
+    assert isinstance(failed, Failed)
+    assert "not a Corpus at" in failed.error
+
+
 def test_a_chorus_passes_everything_on() -> None:
     members = [Recorder(), Recorder()]
     chorus = Chorus(members)
     chorus.start(steps=2, unit="step")
     chorus.log({"loss": 1.0}, step=1)
     chorus.note("hello")
+    chorus.tag("kind", "fake")
     for one in members:
-        assert (one.started, one.logged, one.notes) == (
+        assert (one.started, one.logged, one.notes, one.tags) == (
             [(2, "step")],
             [(1, {"loss": 1.0})],
             ["hello"],
+            {"kind": "fake"},
         )
 
 

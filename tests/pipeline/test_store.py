@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -435,6 +436,133 @@ print(outcomes(run))
 """
 
 
+def test_nothing_beats_after_the_lease_was_given_up(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A beat that is under way as the build ends would make it look alive."""
+
+    def slow(lease: Lease, stop: threading.Event, inputs: list[str]) -> None:
+        stop.wait(10)
+        time.sleep(0.3)
+        lease_module.replace(Path(lease.uri), lease_module._body(lease, ended=False))
+
+    monkeypatch.setattr(store_module, "beat", slow)
+    with opened(world, node) as slot:
+        pass
+    time.sleep(0.6)
+    assert newest(slot.path.parent)[1]["ended"]
+
+
+@pytest.mark.parametrize("name", ["take", "give_up"])
+def test_a_lease_that_cannot_be_written_is_told_as_a_fault_of_the_store(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store_module, name, full)
+    with (
+        pytest.raises(StoreError, match=r"cannot be written \(No space left on device\)"),
+        opened(world, node),
+    ):
+        pass
+
+
+def test_what_is_committed_between_a_look_and_the_lease_is_taken_and_the_lease_goes(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, made = store_module.take, []
+
+    def late(*args: Any) -> Lease | None:
+        monkeypatch.setattr(store_module, "take", real)
+        made.append(build(world, node))
+        return real(*args)
+
+    monkeypatch.setattr(store_module, "take", late)
+    with world.store.slot(node, {}) as found:
+        assert found == made[0]
+    assert names(made[0].path) == {MANIFEST, slot_of(made[0]).name}
+
+
+def test_who_waits_is_told_again_while_it_lasts(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "TELL_SECONDS", 0.4)
+    with opened(world, node):
+        threading.Thread(target=lambda: world.store._take(node, [], 0), daemon=True).start()
+        deadline = time.monotonic() + 30
+        while len(world.said) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert len(set(world.said)) == 1
+
+
+def test_what_cannot_be_tidied_away_undoes_no_commit(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(world, node) as slot:
+        (slot.path / "resume").mkdir()
+        (slot.path / "resume" / "step").write_text("7")
+    with opened(world, node) as again:
+        (again.path / "resume").mkdir()
+        artifact, generation = fill(again), again.path.parent
+        real = Path.glob
+
+        def refuse(*args: object, **settings: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        def glob(path: Path, pattern: str) -> Iterator[Path]:
+            yield from real(path, pattern)
+            if pattern == ".*.draft":
+                # A heartbeat's, which has its name by now.
+                yield generation / ".lease-000002.json.0.draft"
+
+        monkeypatch.setattr(os, "rmdir", refuse)
+        monkeypatch.setattr(Path, "glob", glob)
+        made = world.store.commit(again, node, artifact, {}, {})
+        monkeypatch.undo()
+    verify(str(made.path))
+
+
+def test_what_cannot_be_cleared_keeps_nobody_from_building(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(world, node):
+        pass
+
+    def refuse(*args: object, **settings: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    with opened(world, node) as slot:
+        assert slot.earlier == ()
+
+
+def test_generations_are_counted_as_numbers(world: World, node: Node) -> None:
+    made = build(world, node)
+    for name in ("g9", "g10", "g11", "gone", "g"):
+        (made.path.parent / name).mkdir()
+    for name in ("g9", "g10"):
+        (made.path.parent / name / MANIFEST).write_text((made.path / MANIFEST).read_text())
+    assert world.store.newest(node) == 10
+    found = [path.name for path in store_module.generations(world.store.root)]
+    assert found == ["g1", "g9", "g10", "g11"]
+
+
+def test_artifacts_up_to_a_size_are_hashed_and_larger_ones_measured(
+    world: World, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = build(world, node)
+    size = sum(entry.bytes for entry in made.manifest.files.values())
+    made.artifact.path("text.txt").write_text("Text")
+    made.check(hashes=False)
+    monkeypatch.setattr(store_module, "HASHED_BYTES", size)
+    with pytest.raises(ArtifactError, match="has sha256"):
+        made.check(hashes=True)
+    monkeypatch.setattr(store_module, "HASHED_BYTES", size - 1)
+    made.check(hashes=True)
+
+
 def test_two_processes_build_each_node_once(tmp_path: Path) -> None:
     store, diary = tmp_path / "store", tmp_path / "diary"
     command = [sys.executable, "-c", BUILD, str(store), str(diary)]
@@ -465,6 +593,24 @@ def test_a_disk_with_too_little_space_is_refused_with_both_numbers(tmp_path: Pat
     store = Store(StoreConfig(url=str(tmp_path / "s"), min_free_bytes=1 << 62), say=print)
     with pytest.raises(StoreError, match=r"bytes free, store\.min_free_bytes = 4,611,"):
         store.prepare()
+
+
+def test_a_disk_with_just_the_space_that_is_asked_for_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = types.SimpleNamespace(free=1000)
+    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: free)
+    Store(StoreConfig(url=str(tmp_path / "s"), min_free_bytes=1000), say=print).prepare()
+    assert names(tmp_path / "s") == {"artifacts", "runs", "store.json"}
+    with pytest.raises(StoreError, match="1,000 bytes free"):
+        Store(StoreConfig(url=str(tmp_path / "t"), min_free_bytes=1001), say=print).prepare()
+
+
+def test_a_store_that_was_begun_and_holds_nothing_yet_is_taken(tmp_path: Path) -> None:
+    """Its maker was killed before it said which format it writes."""
+    (tmp_path / "artifacts").mkdir()
+    Store(StoreConfig(url=str(tmp_path), min_free_bytes=0), say=print).prepare()
+    assert (tmp_path / "store.json").is_file()
 
 
 def test_a_remote_store_is_refused(tmp_path: Path) -> None:
