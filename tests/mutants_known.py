@@ -226,6 +226,10 @@ NAMED = (
         "stages/conventions.py",
         '{"do_sample": True, "temperature": 1.0}',
         '{"temperature": 1.0}',
+        tests=(
+            "tests/stages/test_conventions.py"
+            "::test_servers_draw_from_a_model_made_here_as_it_was_trained",
+        ),
     ),
 )
 
