@@ -12,10 +12,10 @@ from tests.mutations import Edit, Mutant, Text, make
 TESTS: dict[str, tuple[str, ...]] = {
     "pipeline/runner.py": (
         "tests/pipeline/test_runner.py",
-        "tests/pipeline/test_provenance.py",
-        "tests/pipeline/test_late_builders.py",
         "tests/pipeline/test_overtaken.py",
         "tests/pipeline/test_decide.py",
+        "tests/pipeline/test_provenance.py",
+        "tests/pipeline/test_late_builders.py",
         "tests/pipeline/test_tracking.py",
     ),
     "pipeline/store.py": (
@@ -249,4 +249,29 @@ class Equivalent:
         return (self.file, self.removed, self.added) == (mutant.file, *lines)
 
 
-EQUIVALENTS: tuple[Equivalent, ...] = ()
+EQUIVALENTS: tuple[Equivalent, ...] = (
+    Equivalent(
+        "pipeline/lease.py",
+        "_LOOK_SECONDS = 0.25",
+        "_LOOK_SECONDS = (0.25 + 1)",
+        "how often a silent holder is looked at; what is found is the same",
+    ),
+    Equivalent(
+        "pipeline/store.py",
+        "Path(lease.uri).unlink(missing_ok=True)",
+        "Path(lease.uri).unlink()",
+        "the block around it passes over a file that is not found, and the loop goes on",
+    ),
+    Equivalent(
+        "model/loss.py",
+        "torch.log_softmax(logits_CV, dim=1, out=logits_CV)",
+        "torch.log_softmax(logits_CV, dim=(-1), out=logits_CV)",
+        "of two dimensions the last is the second",
+    ),
+    Equivalent(
+        "model/moe.py",
+        "if isinstance(config, V3Config) and config.n_group > 1:",
+        "if isinstance(config, V3Config) and config.n_group > (-1):",
+        "the one group of all experts is always kept",
+    ),
+)

@@ -64,6 +64,14 @@ class RandomBatches:
         return {"tokens": rows.chunk(world)[rank].clone()}
 
 
+class Stubborn:
+    """A sampler that keeps its first weights, whatever it is given."""
+
+    def update_weights(self, version: int, *shards: object) -> int:
+        """The version that it still holds."""
+        return 0
+
+
 def next_logprobs(model: Transformer, batch: Mapping[str, Tensor]) -> Tensor:
     """Log-probability of each next token at temperature 0.7; 0 in the last column."""
     tokens = batch["tokens"]

@@ -260,6 +260,14 @@ def test_saves_of_earlier_builds_go_once_there_is_a_complete_one(tmp_path: Path)
     assert latest(mine, *earlier) == (step_folder(mine, 6), 6)
 
 
+def test_one_complete_save_is_enough_to_prune_what_is_older(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(step_folder(tmp_path, step), 1)
+    mark_complete(step_folder(tmp_path, 2), {"step": 2})
+    prune(tmp_path, keep=2)
+    assert sorted(tmp_path.iterdir()) == [step_folder(tmp_path, step) for step in (2, 3)]
+
+
 def test_pruning_removes_nothing_before_there_is_a_complete_save(tmp_path: Path) -> None:
     save(step_folder(tmp_path, 1), 2)
     prune(tmp_path, keep=2)

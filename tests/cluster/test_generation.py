@@ -169,6 +169,12 @@ def test_samplers_compute_in_the_precision_that_trainers_learn_in(
     assert max(apart) > 1e-3
 
 
+def test_samples_are_compared_by_what_was_said() -> None:
+    routed = [Sample([5], [-1.0], 0, True, experts=np.full((2, 1, 2), n)) for n in (1, 2)]
+    assert routed[0] == routed[1] == Sample([5], [-1.0], 0, True)
+    assert routed[0] != replace(routed[0], version=1)
+
+
 def test_a_pool_that_finds_no_room_beside_another_says_what_is_short(
     pool: GenerationPool, machines: ClusterConfig, checkpoint: Path
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 import ray
 import torch
 
-from cluster.checkpoint import latest
+from cluster.checkpoint import latest, step_folder
 from cluster.generation import merge_shards
 from cluster.pool import TrainerPool, TrainerSpec, open_trainers
 from cluster.trainer import build_trainer
@@ -66,6 +66,7 @@ def test_a_pool_trains_as_one_trainer_does(pool: TrainerPool, tmp_path: Path) ->
         expected_NTV = (model(tokens)[:, :-1] / 0.7).log_softmax(-1)
     expected_NT = expected_NTV.gather(-1, tokens[:, 1:, None]).squeeze(-1)
     reference_NT = pool.reference({"tokens": tokens}, next_logprobs)
+    assert not reference_NT.requires_grad
     torch.testing.assert_close(reference_NT[:, :-1], expected_NT, rtol=1e-4, atol=1e-4)
     assert not reference_NT[:, -1].any()
 
@@ -103,8 +104,8 @@ def test_ranks_of_a_local_cluster_meet_on_loopback(pool: TrainerPool) -> None:
     assert found.startswith("tcp://127.0.0.1:")
 
 
-def test_a_pool_of_one_counts_and_says_what_its_trainer_does(
-    machines: ClusterConfig, start: Path
+def test_a_pool_of_one_does_counts_and_says_what_its_trainer_does(
+    machines: ClusterConfig, start: Path, tmp_path: Path
 ) -> None:
     spec = TrainerSpec(optim=OPTIM, balance=BALANCE, precision="fp8", seed=0, reference=False)
     alone = Trainer(TINY, optim=OPTIM, balance=BALANCE, precision="fp8", seed=0)
@@ -121,12 +122,19 @@ def test_a_pool_of_one_counts_and_says_what_its_trainer_does(
         assert one.optim_step(RATE)["grad_norm"] == pytest.approx(
             alone.optim_step(RATE)["grad_norm"], rel=1e-4
         )
+        for step in (8, 9, 10):
+            one.save(tmp_path, step=step)
+        assert sorted(tmp_path.iterdir()) == [step_folder(tmp_path, step) for step in (9, 10)]
+    # Closed with its block, whoever still holds it.
+    with pytest.raises(WorkerDied, match=r"^trainer 0 died"):
+        one.news()
 
 
 def test_a_killed_trainer_is_named(pool: TrainerPool) -> None:
     ray.kill(pool.actors[1])
-    with pytest.raises(WorkerDied, match=r"^trainer 1 died"):
-        pool.optim_step(RATE)
+    for call in (pool.news, pool.weights):
+        with pytest.raises(WorkerDied, match=r"^trainer 1 died"):
+            call()
 
 
 def test_a_pool_too_large_for_the_cluster_says_so(machines: ClusterConfig, start: Path) -> None:

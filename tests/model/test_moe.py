@@ -189,6 +189,14 @@ def test_one_histogram_serves_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == 1
 
 
+def test_a_token_that_no_expert_wants_gets_nothing_from_the_routed_ones() -> None:
+    """sigmoid(-200) is 0 in float32, and so is the sum that weights are divided by."""
+    gate = Gate(tiny())
+    nn.init.constant_(gate.weight, -200 / gate.weight.shape[1])
+    _, gates_TK, _ = gate(torch.ones(1, gate.weight.shape[1]))
+    assert not gates_TK.any()
+
+
 def test_training_counts_every_copy_and_evaluation_none() -> None:
     block = moe(tiny())
     block.eval()

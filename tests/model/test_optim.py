@@ -68,6 +68,8 @@ def test_a_table_learns_faster_and_does_not_decay() -> None:
     optimizer.step()
     moved = {name: before[name] - p.detach() for name, p in model.named_parameters()}
     # The first step of Adam is the rate, whatever the gradient; half a rate decays from 1.
+    for group in optimizer.param_groups:
+        assert group["lr"] == pytest.approx(0.1 * group["lr_factor"])
     expected = {"table.weight": 0.3, "matrix.weight": 0.1 + 0.1 * 0.5, "matrix.bias": 0.1}
     for name, step in expected.items():
         torch.testing.assert_close(moved[name], torch.full_like(moved[name], step))
@@ -108,8 +110,11 @@ def test_moments_that_are_put_back_continue_the_same_walk(kind: str) -> None:
         for name, _ in resumed.named_parameters()
     )
     second = adamw(resumed, config)
+    before = {name: tensor.clone() for name, tensor in kept.items()}
     restore_moments(second, resumed.named_parameters(), kept)
     walk(resumed, second, range(2, 5))
+    # What was put back is the optimiser's own from then on.
+    assert all(torch.equal(kept[name], tensor) for name, tensor in before.items())
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -121,6 +126,7 @@ def test_moments_that_are_put_back_continue_the_same_walk(kind: str) -> None:
         (4, 1.0),
         (5, 1.0),
         (60, 1.0),
+        (61, 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 40))),
         (80, 0.1 + 0.9 * 0.5),
         (70, 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))),
         (100, 0.1),
@@ -129,6 +135,14 @@ def test_moments_that_are_put_back_continue_the_same_walk(kind: str) -> None:
 def test_the_rate_climbs_stays_and_falls(step: int, factor: float) -> None:
     found = warmup_cosine(step, steps=100, warmup_steps=4, decay_share=0.4, final_share=0.1)
     assert found == pytest.approx(factor)
+
+
+def test_the_peak_is_reached_at_the_end_of_warm_up_also_where_all_the_rest_decays() -> None:
+    found = [
+        warmup_cosine(s, steps=10, warmup_steps=4, decay_share=1.0, final_share=0.0)
+        for s in (2, 4, 5)
+    ]
+    assert found == pytest.approx([0.5, 1.0, 0.5])
 
 
 def test_a_schedule_without_warm_up_or_decay_is_flat() -> None:
