@@ -1,5 +1,6 @@
 """Trainers behind a driver do what one trainer does in this process."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,9 +126,11 @@ def test_a_pool_of_one_does_counts_and_says_what_its_trainer_does(
         for step in (8, 9, 10):
             one.save(tmp_path, step=step)
         assert sorted(tmp_path.iterdir()) == [step_folder(tmp_path, step) for step in (9, 10)]
-    # Closed with its block, whoever still holds it.
+    # Closed with its block, whoever still holds it: Ray ends what it is told to, in its own time.
+    deadline = time.monotonic() + 60
     with pytest.raises(WorkerDied, match=r"^trainer 0 died"):
-        one.news()
+        while time.monotonic() < deadline:
+            one.news()
 
 
 def test_a_killed_trainer_is_named(pool: TrainerPool) -> None:
