@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -22,6 +22,13 @@ class Node:
     inputs: Mapping[str, str]
     """The stage's input names to the nodes that supply them."""
     identity: Identity
+    seed: int | None = None
+    """The one of several seeds whose node it is; none if there is one seed, or all share it."""
+
+    @property
+    def line_name(self) -> str:
+        """Its name where the line is planned for one seed."""
+        return self.name if self.seed is None else self.name.removesuffix(_suffix(self.seed))
 
     @property
     def fingerprint(self) -> str:
@@ -58,16 +65,21 @@ class Graph:
         return [self.nodes[one] for one in self.nodes if one in found and one != name]
 
     def resolve(self, selector: str) -> list[str]:
-        """Node names meant by a node's name or a stage's name; PlanError with the nearest one."""
+        """Node names meant by a node's name, with or without its seed, or by a stage's name.
+
+        PlanError with the nearest spelling if it is none of these.
+        """
         if selector in self.nodes:
             return [selector]
-        names = [node.name for node in self if node.planned.stage.name == selector]
-        if not names:
-            known = [*self.nodes, *(node.planned.stage.name for node in self)]
-            near = difflib.get_close_matches(selector, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"nodes: {', '.join(self.nodes)}"
-            raise PlanError(f"{selector!r} is neither a node nor a stage of this line; {hint}")
-        return names
+        of_line = [node.name for node in self if node.line_name == selector]
+        of_stage = [node.name for node in self if node.planned.stage.name == selector]
+        if names := of_line or of_stage:
+            return names
+        known = [*self.nodes]
+        known += [one for node in self for one in (node.line_name, node.planned.stage.name)]
+        near = difflib.get_close_matches(selector, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"nodes: {', '.join(self.nodes)}"
+        raise PlanError(f"{selector!r} is neither a node nor a stage of this line; {hint}")
 
 
 def make_graph(line: Mapping[str, Planned[Any]], hashes: Hashes) -> Graph:
@@ -99,6 +111,49 @@ def make_graph(line: Mapping[str, Planned[Any]], hashes: Hashes) -> Graph:
         fingerprints = {role: nodes[supplier].fingerprint for role, supplier in inputs.items()}
         nodes[name] = Node(name, planned, inputs, identify(planned, fingerprints, hashes))
     return Graph(nodes)
+
+
+def side_by_side(graphs: Mapping[int, Graph]) -> Graph:
+    """One graph of the same line planned for several seeds, the whole of each seed in turn.
+
+    A node that is the same for every seed is there once under its own name, which with one seed is
+    true of all; of the others, `pretrain` of seed 1 becomes `pretrain.seed-1`. PlanError if another
+    node has that name, or it is too long for one.
+    """
+    first = next(iter(graphs.values()))
+    varying = {
+        name
+        for name in first.nodes
+        if len({graph[name].fingerprint for graph in graphs.values()}) > 1
+    }
+    nodes: dict[str, Node] = {}
+    for seed, graph in graphs.items():
+        names = {one: one + _suffix(seed) if one in varying else one for one in graph.nodes}
+        for node in graph:
+            name = names[node.name]
+            inputs = {role: names[supplier] for role, supplier in node.inputs.items()}
+            of_seed = seed if node.name in varying else None
+            placed = replace(node, name=name, inputs=inputs, seed=of_seed)
+            _check_place(placed, nodes)
+            nodes.setdefault(name, placed)
+    return Graph(nodes)
+
+
+def _suffix(seed: int) -> str:
+    return f".seed-{seed}"
+
+
+def _check_place(node: Node, placed: Mapping[str, Node]) -> None:
+    """PlanError if the name that a node gets beside those of other seeds is none, or taken."""
+    try:
+        check_node_name(node.name)
+    except ValueError as error:
+        raise PlanError(f"node {node.line_name} of seed {node.seed}: {error}") from None
+    if node.name in placed and placed[node.name].line_name != node.line_name:
+        raise PlanError(
+            f"node {node.name}: with --seeds another node gets this name for one of the seeds; "
+            "rename it in the recipe"
+        )
 
 
 def _check_selectors(line: Mapping[str, Planned[Any]]) -> None:
