@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from itertools import pairwise
 
 from configs.errors import IngotError
 
@@ -26,6 +27,12 @@ _VERBS = {
 called: stages load torch and ray, which takes seconds, and `--help` must answer at once."""
 
 _INTERRUPTED = 130
+_SEEDS = "--seeds"
+_SEEDS_HELP = (
+    "build the line once for each of these in place of the recipe's `seed`, which varies the "
+    "corpus, what is held out of it, initial values, the order of training and all sampling (with "
+    "[parity] the corpus alone); nodes that do not depend on it are built once"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,9 +72,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         args.overlays = []
         return args
     overlays = [one[1:] for one in argv if one.startswith("@")]
-    args = _parser().parse_args([one for one in argv if not one.startswith("@")])
+    args = _parser().parse_args(_bind([one for one in argv if not one.startswith("@")]))
     args.overlays = overlays
     return args
+
+
+def _bind(words: list[str]) -> list[str]:
+    """`--seeds -1,2` as one word, so that its value, which looks like an option, can be named."""
+    for place, (word, value) in enumerate(pairwise(words)):
+        if word == _SEEDS and value[:1] == "-" and value[1:2].isdigit():
+            return [*words[:place], f"{word}={value}", *words[place + 2 :]]
+    return words
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = _with_recipe(verbs.add_parser("plan", help="say what a run would do, and why"))
     for command in (run, plan):
         command.add_argument("--json", action="store_true", help="print the plan as JSON")
+        command.add_argument(_SEEDS, metavar="0,1,2", help=_SEEDS_HELP)
         _add_selectors(command)
 
     _with_latest(verbs.add_parser("status", help="which nodes are fresh, stale or missing"))
@@ -135,6 +151,7 @@ def _with_latest(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
     command.add_argument(
         "--recipe", metavar="RECIPE", help="default: that of the latest run here, or tiny"
     )
+    command.set_defaults(seeds=None)
     return _with_changes(command)
 
 

@@ -12,6 +12,7 @@ _HEADLINES = (
     *("before_pass_at_1", "after_pass_at_1", "after_bits_per_byte"),
     *("relative_gap", "relative_gap_spread", "largest_gap"),
 )
+_BOUNDS = ("_low", "_high")
 _SHARES = frozenset({"relative_gap", "relative_gap_spread", "largest_gap"})
 """So small and so alike that people compare them in percent."""
 
@@ -43,6 +44,16 @@ def key_figures(artifact: Artifact) -> dict[str, float]:
             return {}
 
 
+def compared_figures(artifact: Artifact) -> dict[str, float]:
+    """What is compared over seeds: key figures, and all that a report measured.
+
+    Bounds of a report's intervals are left out: they speak of one seed's choice of problems.
+    """
+    if not isinstance(artifact, Report):
+        return key_figures(artifact)
+    return {k: v for k, v in artifact.headline.items() if not k.endswith(_BOUNDS)}
+
+
 def scalars(record: Mapping[str, object]) -> dict[str, float]:
     """The entries of a step's record that are plain numbers."""
     return {
@@ -54,10 +65,16 @@ def scalars(record: Mapping[str, object]) -> dict[str, float]:
 
 def show_figures(figures: Mapping[str, float]) -> str:
     """Figures in one line: `loss 1.234, tokens per second 3,900`, `relative gap 0.083 %`."""
-    return ", ".join(f"{name.replace('_', ' ')} {_show(name, v)}" for name, v in figures.items())
+    return ", ".join(f"{spoken(name)} {show_figure(name, v)}" for name, v in figures.items())
 
 
-def _show(name: str, value: float) -> str:
+def spoken(name: str) -> str:
+    """A figure's name as people read it."""
+    return name.replace("_", " ")
+
+
+def show_figure(name: str, value: float) -> str:
+    """A value in the unit in which people compare the figure of this name."""
     return f"{100 * value:.3f} %" if name in _SHARES else show_number(value)
 
 

@@ -4,7 +4,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from pipeline.records import AcrossSeeds
 from pipeline.store import Committed
 from stages.artifacts import MANIFEST
 from stages.telemetry import METRICS
@@ -27,6 +29,28 @@ def flatten(value: object, path: str = "") -> dict[str, str]:
             found |= flatten(inner, f"{path}.{key}" if path else str(key))
         return found
     return {path: value if isinstance(value, str) else json.dumps(value)} if path else {}
+
+
+def seed_metrics(found: Sequence[AcrossSeeds]) -> dict[str, float]:
+    """Mean, spread and number of seeds of each figure, as `evaluate.after_pass_at_1.mean`."""
+    metrics: dict[str, float] = {}
+    for one in found:
+        name = f"{one.node}.{one.figure}"
+        metrics[f"{name}.mean"] = one.mean
+        if one.spread is not None:
+            metrics[f"{name}.spread"] = one.spread
+        metrics[f"{name}.seeds"] = len(one.values)
+    return metrics
+
+
+def seed_table(found: Sequence[AcrossSeeds], seeds: Sequence[int]) -> dict[str, list[Any]]:
+    """One row a figure, one column a seed, in the form of MLflow's tables; gaps are null."""
+    columns = ["node", "figure", "mean", "spread", *(f"seed {seed}" for seed in seeds)]
+    rows = [
+        [one.node, one.figure, one.mean, one.spread, *(one.values.get(seed) for seed in seeds)]
+        for one in found
+    ]
+    return {"columns": columns, "data": rows}
 
 
 def small_files(made: Committed) -> Sequence[Path]:

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.figures import scalars, show_figures, show_number
+from pipeline.figures import scalars, show_figure, show_figures, show_number, spoken
 from pipeline.graph import Node
 from pipeline.records import Blocked, Built, Failed, Reused, Run
 from pipeline.store import Committed
@@ -124,6 +124,28 @@ class Display:
             # A log keeps no hyperlinks, so the pages are spelt out, unbroken.
             for name, url in links.items():
                 self.console.print(Text(f"{name}: {url}"), soft_wrap=True)
+
+    def across_seeds(self, run: Run) -> None:
+        """One row a figure: mean, spread and each seed's value; nothing for a run of one seed."""
+        if not run.across_seeds:
+            return
+        title = "mean over seeds, and their standard deviation (n - 1)"
+        table = Table(title=title, title_justify="left")
+        for heading in ("node", "figure", "mean", "spread", "seeds", "by seed"):
+            right = heading in ("mean", "spread", "seeds")
+            table.add_column(heading, justify="right" if right else "left", no_wrap=right)
+        asked = len(run.invocation.seeds)
+        for one in run.across_seeds:
+            found = len(one.values)
+            table.add_row(
+                one.node,
+                spoken(one.figure),
+                show_figure(one.figure, one.mean),
+                "" if one.spread is None else show_figure(one.figure, one.spread),
+                str(found) if found == asked else f"{found} of {asked}",
+                ", ".join(f"{s}: {show_figure(one.figure, v)}" for s, v in one.values.items()),
+            )
+        self.console.print(table)
 
 
 class NodeDisplay:

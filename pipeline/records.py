@@ -80,6 +80,23 @@ class Invocation:
     recipe: str
     overlays: tuple[str, ...] = ()
     sets: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    """The line is planned for each of these, in place of the recipe's own seed; empty for that."""
+
+
+@dataclass(frozen=True, slots=True)
+class AcrossSeeds:
+    """One figure of one node of the line, for several seeds."""
+
+    node: str
+    """Its name in the line of one seed."""
+    figure: str
+    values: Mapping[int, float]
+    """By seed; a seed whose node was not built is not there."""
+    mean: float
+    """Of these values and no others."""
+    spread: float | None
+    """Sample standard deviation (n - 1) of these values; none of a single one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +121,8 @@ class Run:
     tracking_id: str | None = None
     interrupted: bool = False
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+    across_seeds: tuple[AcrossSeeds, ...] = ()
+    """What nodes came to over several seeds, in the order of the line; empty for one seed."""
 
     def with_outcome(self, node: str, outcome: "Built | Reused | Failed | Blocked") -> "Run":
         """This run, with what became of one more node."""

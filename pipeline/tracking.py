@@ -22,8 +22,8 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
-from configs.base import Frozen
 from configs.parallel import TrackingConfig
 from configs.recipe import Recipe
 from pipeline.background import Background
@@ -38,7 +38,16 @@ from pipeline.figures import key_figures, scalars
 from pipeline.graph import Node
 from pipeline.lease import has_ended, this_process
 from pipeline.places import SQLITE, tracking_uri
-from pipeline.plain import DIGEST_CHARS, KEY_CHARS, VALUE_CHARS, flatten, metric_name, small_files
+from pipeline.plain import (
+    DIGEST_CHARS,
+    KEY_CHARS,
+    VALUE_CHARS,
+    flatten,
+    metric_name,
+    seed_metrics,
+    seed_table,
+    small_files,
+)
 from pipeline.records import Blocked, Built, Failed, Records, Reused, Run
 from pipeline.report import plot_report, plot_steps
 from pipeline.store import Committed
@@ -47,6 +56,7 @@ from stages.telemetry import METRICS, read_metrics
 
 PROCESS_TAG = "ingot.process"
 """The driver of a run, by which a later one sees that it is gone."""
+SEED_TABLE = "seeds.json"
 _METRICS_A_BATCH, _PARAMS_A_BATCH = 1000, 100
 
 
@@ -115,6 +125,8 @@ class Tracking:
     def finish(self, run: Run) -> Run:
         """Send what is left, as long as that gets on; returns `run` with its MLflow ids."""
         status = "FINISHED" if run.succeeded else "KILLED" if run.interrupted else "FAILED"
+        if run.across_seeds:
+            self._worker.submit(lambda: self._show_seeds(run), owed=True)
         self._worker.submit(lambda: self._finish_parent(run, status), owed=True)
         timeout = self.config.timeout_seconds
         self._worker.stop(patience_seconds=2 * timeout, limit_seconds=12 * timeout)
@@ -148,8 +160,13 @@ class Tracking:
                 tags=tags,
             )
             self._parent = opened.info.run_id
-            _log_params(client, self._parent, self._recipe)
-            client.log_text(self._parent, self._recipe.model_dump_json(indent=1), "recipe.json")
+            described = self._recipe.model_dump(mode="json")
+            if seeds := self._run.invocation.seeds:
+                described["seed"] = list(seeds)
+            _log_params(client, self._parent, described)
+            client.log_text(
+                self._parent, json.dumps(described, indent=1, ensure_ascii=False), "recipe.json"
+            )
         return self._parent
 
     def _end_orphans(self) -> None:
@@ -168,6 +185,8 @@ class Tracking:
     ) -> tuple[MlflowClient, str]:
         parent, client = self._parent_id(), self._server.client()
         stage = node.planned.stage
+        if node.seed is not None:
+            tags = {"ingot.seed": str(node.seed), **tags}
         run = client.create_run(
             self._server.experiment_id,
             run_name=node.name,
@@ -181,7 +200,7 @@ class Tracking:
             },
         )
         run_id = run.info.run_id
-        _log_params(client, run_id, node.planned.config)
+        _log_params(client, run_id, node.planned.config.model_dump(mode="json"))
         corpora = [one for one in inputs.values() if isinstance(one.artifact, Corpus)]
         if corpora:
             client.log_inputs(run_id, [_dataset(one, node.planned.stage.name) for one in corpora])
@@ -221,9 +240,9 @@ class Tracking:
             client.log_artifacts(run_id, folder, "plots")
 
     def _show_figures(self, node: Node, child: "Child", made: Committed) -> None:
-        """A report's key figures, at its own run and at the parent."""
+        """A report's key figures, at its own run and, unless it is one seed's, at the parent."""
         if isinstance(made.artifact, Report):
-            for run_id in (child.id(), self._parent_id()):
+            for run_id in (child.id(), *([self._parent_id()] if node.seed is None else [])):
                 _log_figures(self._server.client(), run_id, made.artifact.headline)
 
     def _show_model(self, node: Node, child: "Child", made: Committed) -> None:
@@ -273,6 +292,17 @@ class Tracking:
             )
             self._versions[node.name] = version.version
         client.set_registered_model_alias(name, bundle.target, self._versions[node.name])
+
+    def _show_seeds(self, run: Run) -> None:
+        """Mean and spread of each figure as metrics of the parent, and a table of all values."""
+        client, parent = self._server.client(), self._parent_id()
+        _log_figures(client, parent, seed_metrics(run.across_seeds))
+        table = seed_table(run.across_seeds, run.invocation.seeds)
+        client.log_dict(parent, table, SEED_TABLE)
+        # Tells MLflow's pages that the file is a table. Its own call for tables appends to one that
+        # is there, so that what is done again would be there twice.
+        shown = json.dumps([{"path": SEED_TABLE, "type": "table"}])
+        client.set_tag(parent, MLFLOW_LOGGED_ARTIFACTS, shown)
 
     def _finish_parent(self, run: Run, status: str) -> None:
         client, parent = self._server.client(), self._parent_id()
@@ -430,10 +460,10 @@ def _monitors() -> Iterator[_Monitor]:
         yield monitor
 
 
-def _log_params(client: MlflowClient, run_id: str, config: Frozen) -> None:
+def _log_params(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> None:
     params = [
         Param(metric_name(key)[:KEY_CHARS], value[:VALUE_CHARS])
-        for key, value in flatten(config.model_dump(mode="json")).items()
+        for key, value in flatten(config).items()
     ]
     for start in range(0, len(params), _PARAMS_A_BATCH):
         client.log_batch(run_id, params=params[start : start + _PARAMS_A_BATCH])

@@ -3,20 +3,24 @@
 import argparse
 import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from configs.errors import PlanError
+from configs.errors import ConfigError, PlanError
 from configs.parallel import StoreConfig
 from configs.recipe import Recipe, load_recipe
-from pipeline.graph import Selection
+from pipeline.graph import Graph, Selection, make_graph, side_by_side
 from pipeline.places import absolute
 from pipeline.records import Invocation, Records
+from pipeline.seeds import parse_seeds, sets_seed
 from pipeline.store import Store
 from stages.artifacts import MANIFEST
+from stages.contract import Planned
+from stages.hashing import Hashes
 
 DEFAULT_RECIPE = "tiny"
 _LOG_COLUMNS = 120
@@ -28,6 +32,18 @@ class Asked:
 
     recipe: Recipe
     invocation: Invocation
+
+    @property
+    def title(self) -> str:
+        """The recipe's name, and the seeds it is asked for if there are several."""
+        seeds = self.invocation.seeds
+        return self.recipe.name + (f" with seeds {', '.join(map(str, seeds))}" if seeds else "")
+
+    def graph(self, plan: Callable[[Recipe], Mapping[str, Planned[Any]]], hashes: Hashes) -> Graph:
+        """The line as `plan` makes it of the recipe, for each seed that is asked for."""
+        seeds = self.invocation.seeds or (self.recipe.seed,)
+        recipes = {seed: self.recipe.model_copy(update={"seed": seed}) for seed in seeds}
+        return side_by_side({seed: make_graph(plan(one), hashes) for seed, one in recipes.items()})
 
     def store(self, say: Callable[[str], None]) -> Store:
         """The recipe's store."""
@@ -45,11 +61,13 @@ def load_asked(args: argparse.Namespace) -> Asked:
                 invocation.recipe,
                 (*invocation.overlays, *_absolute(args.overlays, base)),
                 _last_of_each((*invocation.sets, *args.sets)),
+                () if sets_seed(args.sets) else invocation.seeds,
             )
     else:
         latest = None
         (name,) = _absolute([args.recipe], base)
-        invocation = Invocation(name, _absolute(args.overlays, base), tuple(args.sets))
+        seeds = _seeds(args)
+        invocation = Invocation(name, _absolute(args.overlays, base), tuple(args.sets), seeds)
     recipe = load_recipe(invocation.recipe, invocation.overlays, invocation.sets)
     asked = Asked(absolute(recipe, base), invocation)
     if args.recipe is None and latest is None:
@@ -70,7 +88,8 @@ def command(verb: str, invocation: Invocation) -> str:
     """The command line that repeats an invocation."""
     overlays = [f"@{path}" for path in invocation.overlays]
     sets = [f"--set {one}" for one in invocation.sets]
-    return " ".join(["ingot", verb, invocation.recipe, *overlays, *sets])
+    seeds = [f"--seeds {','.join(map(str, invocation.seeds))}"] if invocation.seeds else []
+    return " ".join(["ingot", verb, invocation.recipe, *overlays, *sets, *seeds])
 
 
 def make_console() -> Console:
@@ -104,6 +123,16 @@ def _latest_invocation(base: Path) -> Invocation | None:
     records = Records(base / StoreConfig().url, say=_ignore)
     latest = next(records.newest_first(), None)
     return None if latest is None else records.invocation(latest)
+
+
+def _seeds(args: argparse.Namespace) -> tuple[int, ...]:
+    """The seeds on the command line; ConfigError if a `--set` beside them says the seed as well."""
+    seeds = parse_seeds(args.seeds)
+    if seeds and (one := sets_seed(args.sets)):
+        raise ConfigError(
+            f"--set {one} beside --seeds {args.seeds}: both say the recipe's seed; drop one"
+        )
+    return seeds
 
 
 def _last_of_each(sets: tuple[str, ...]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 
 from pipeline.decide import Damaged, Examiner, Fresh, Missing, Stale, State, Unsettled, survey
-from pipeline.graph import Graph, Node, make_graph
+from pipeline.graph import Graph, Node
 from pipeline.production import production
 from pipeline.provenance import source_digest
 from pipeline.verbs.asked import Asked, load_asked, locate
@@ -15,7 +15,7 @@ from stages.artifacts import read_manifest, verify
 def status(args: argparse.Namespace) -> int:
     """Print every node as fresh, stale or missing, with the reason."""
     asked, graph, states = _survey(args)
-    print(f"{asked.recipe.name} in {asked.recipe.store.url}")
+    print(f"{asked.title} in {asked.recipe.store.url}")
     width = max(map(len, graph.nodes))
     for node in graph:
         state = states[node.name]
@@ -62,7 +62,7 @@ def show(args: argparse.Namespace) -> int:
 def _survey(args: argparse.Namespace) -> tuple[Asked, Graph, dict[str, State]]:
     asked = load_asked(args)
     store = asked.store(print)
-    graph = make_graph(production(asked.recipe), store.hashes)
+    graph = asked.graph(production, store.hashes)
     return asked, graph, survey(graph, Examiner(store, asked.recipe.name))
 
 

@@ -24,13 +24,14 @@ from pipeline.decide import (
     relied_on,
     survey,
 )
-from pipeline.graph import Graph, make_graph
+from pipeline.graph import Graph
 from pipeline.lease import this_process
 from pipeline.production import production
 from pipeline.progress import Display
 from pipeline.provenance import machine_facts
 from pipeline.records import Blocked, Built, Failed, Reused, Run, new_run_id
 from pipeline.runner import Setting, realise
+from pipeline.seeds import across_seeds
 from pipeline.tracking import Tracking
 from pipeline.verbs.asked import Asked, command, load_asked, make_console, selection
 
@@ -41,7 +42,7 @@ def plan(args: argparse.Namespace) -> int:
     """Print what a run would reuse or build, and why. Exit 1 if something cannot be used."""
     asked = load_asked(args)
     store = asked.store(_to_stderr)
-    graph = make_graph(production(asked.recipe), store.hashes)
+    graph = asked.graph(production, store.hashes)
     chosen = selection(args)
     examiner = Examiner(store, asked.recipe.name)
     states = survey(graph, examiner, hashed=relied_on(graph, chosen))
@@ -49,7 +50,7 @@ def plan(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_plan_record(asked, graph, decisions), indent=1))
     else:
-        print(f"{asked.recipe.name} in {store.root}")
+        print(f"{asked.title} in {store.root}")
         if not asked.recipe.base:
             model = asked.recipe.model
             print(
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     recipe, chosen = asked.recipe, selection(args)
     display = Display(make_console())
     store = asked.store(display.note)
-    graph = make_graph(production(recipe), store.hashes)
+    graph = asked.graph(production, store.hashes)
     store.prepare()
     examiner = Examiner(store, recipe.name)
     states = survey(graph, examiner, hashed=relied_on(graph, chosen))
@@ -91,7 +92,9 @@ def run(args: argparse.Namespace) -> int:
         recipe, record, store_root=store.root, records=store.records, say=display.note
     )
     setting = Setting(store, examiner, recipe.cluster, [tracking, display])
-    record = tracking.finish(realise(graph, chosen, setting, record))
+    record = realise(graph, chosen, setting, record)
+    record = replace(record, across_seeds=across_seeds(graph, record, store.root))
+    record = tracking.finish(record)
     store.records.update(replace(record, finished=True))
     return _conclude(record, asked, tracking, display)
 
@@ -104,6 +107,7 @@ def _conclude(record: Run, asked: Asked, tracking: Tracking, display: Display) -
         if not isinstance(one, Blocked) and one.tracking_id is not None
     }
     display.table(record, shown)
+    display.across_seeds(record)
     if record.tracking_id is not None:
         hint = "" if tracking.uri.startswith("http") else " (`ingot ui` serves these pages)"
         display.note(f"MLflow: {tracking.link(record.tracking_id)}{hint}")
@@ -150,6 +154,7 @@ def _plan_record(
             "stage": node.planned.stage.name,
             "fingerprint": node.fingerprint,
             "inputs": dict(node.inputs),
+            **({} if node.seed is None else {"seed": node.seed}),
             **as_json(decisions[node.name]),
         }
         for node in graph

@@ -7,7 +7,7 @@ import pytest
 from configs.errors import ConfigError, PlanError
 from configs.recipe import NodeConfig, Recipe, load_recipe
 from model.weights import save_pretrained
-from pipeline.graph import Graph, make_graph
+from pipeline.graph import Graph, make_graph, side_by_side
 from pipeline.production import production
 from stages.hashing import Hashes
 from tests.pipeline.fakes import FakeConfig
@@ -168,6 +168,19 @@ def test_the_corpus_of_a_base_is_in_its_tokens(base: Path) -> None:
     moved = base.rename(base.with_name("moved"))
     again = based_on(moved, "model.n_group=1", "model.n_routed_experts=7", "pretrain.steps=9")
     assert [n.fingerprint for n in again] == [n.fingerprint for n in mine]
+
+
+def test_seeds_share_the_import_and_nothing_else(base: Path) -> None:
+    graph = side_by_side({seed: based_on(base, f"seed={seed}") for seed in (0, 1)})
+    shared = [node.name for node in graph if node.seed is None]
+    assert shared == ["import"]
+    assert len(graph.nodes) == 1 + 2 * 5
+    plain = make_graph(production(load_recipe("smoke", sets=["seed=1"])), HASHES)
+    lines = {seed: load_recipe("smoke", sets=[f"seed={seed}"]) for seed in (0, 1)}
+    both = side_by_side({s: make_graph(production(one), HASHES) for s, one in lines.items()})
+    assert {node.seed for node in both} == {0, 1}
+    for node in plain:
+        assert both[f"{node.name}.seed-1"].fingerprint == node.fingerprint
 
 
 def test_what_a_recipe_says_of_a_tokenizer_of_its_own_means_nothing_beside_a_base(
