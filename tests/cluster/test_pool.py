@@ -109,7 +109,7 @@ def test_a_pool_of_one_does_counts_and_says_what_its_trainer_does(
     machines: ClusterConfig, start: Path, tmp_path: Path
 ) -> None:
     spec = TrainerSpec(optim=OPTIM, balance=BALANCE, precision="fp8", seed=0, reference=False)
-    alone = Trainer(TINY, optim=OPTIM, balance=BALANCE, precision="fp8", seed=0)
+    alone = build_trainer(TINY, optim=OPTIM, balance=BALANCE, precision="fp8", seed=0)
     alone.load_weights(random_model().state_dict())
     with open_trainers(machines.model_copy(update={"trainers": 1}), start, spec) as one:
         assert one.news() == alone.news()
