@@ -87,7 +87,7 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPSILON)
         self.kv_b_proj = Linear(config.kv_lora_rank, expanded, scheme)
         self.o_proj = Linear(
-            heads * config.v_head_dim, width, numerics.of("attention", keeps_e5m6=True)
+            heads * config.v_head_dim, width, numerics.of("attention", saves_e5m6=True)
         )
         self.scale = config.qk_head_dim**-0.5 * softmax_factor(config.rope_scaling)
 

@@ -80,7 +80,7 @@ class CompressedAttention(nn.Module):
             heads * head // config.o_groups,
             config.o_lora_rank,
             config.o_groups,
-            numerics.of("attention", keeps_e5m6=True),
+            numerics.of("attention", saves_e5m6=True),
         )
         self.o_b_proj = Linear(config.o_groups * config.o_lora_rank, width, scheme)
         self.sinks = nn.Parameter(torch.empty(heads))

@@ -203,13 +203,13 @@ def through_e5m6(x: Tensor) -> Tensor:
 
 
 def fp8_products(
-    x_TI: Tensor, w_OI: Tensor, dy_TO: Tensor, *, keeps_e5m6: bool = False
+    x_TI: Tensor, w_OI: Tensor, dy_TO: Tensor, *, saves_e5m6: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, dx, dw) of an FP8 Linear: the three GEMMs of DeepSeek-V3, section 3.3, written out."""
     x8, w8 = through_fp8(x_TI, (1, 128)), through_fp8(w_OI, (128, 128))
-    kept = through_e5m6(x_TI) if keeps_e5m6 else x8
+    saved = through_e5m6(x_TI) if saves_e5m6 else x8
     dx = through_fp8(dy_TO, (1, 128)) @ w8
-    dw = through_fp8(dy_TO, (128, 1)).T @ through_fp8(kept, (128, 1))
+    dw = through_fp8(dy_TO, (128, 1)).T @ through_fp8(saved, (128, 1))
     return x8 @ w8.T, dx, dw
 
 

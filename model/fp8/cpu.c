@@ -20,7 +20,7 @@ typedef struct {
     const int64_t *starts;    /* first row of each band, then the end; 0: a band is a row */
     int64_t columns, bands;
     int per_column, power_of_two;
-    float *wide;              /* results; either may be 0 */
+    float *float32;              /* results; either may be 0 */
     uint8_t *out;
     float *scales;
 } Task;
@@ -44,12 +44,12 @@ static inline uint8_t encode(float rounded, float before) {
 }
 
 static inline float decode(uint8_t code) {
-    uint32_t wide = code, magnitude = wide & 0x7Fu;
+    uint32_t bits8 = code, magnitude = bits8 & 0x7Fu;
     /* Codes below 8 have no leading one: it is lent, and taken back. */
     uint32_t lent = magnitude < 8 ? 121u << 23 : 120u << 23;
     float value = float_of((magnitude << 20) + lent) - (magnitude < 8 ? 0x1p-6f : 0.0f);
     uint32_t bits = magnitude == 0x7Fu ? 0x7FC00000u : bits_of(value);
-    return float_of(bits | (wide & 0x80u) << 24);
+    return float_of(bits | (bits8 & 0x80u) << 24);
 }
 
 static inline float scale_of(uint32_t amax, float largest, int power_of_two) {
@@ -59,7 +59,7 @@ static inline float scale_of(uint32_t amax, float largest, int power_of_two) {
     return power_of_two ? float_of((bits_of(scale) + 0x7FFFFFu) & 0x7F800000u) : scale;
 }
 
-/* What follows until quantise_panel works on one row of at most PANEL values. Compilers turn such
+/* What follows until quantize_panel works on one row of at most PANEL values. Compilers turn such
  * loops into vector code when they stand alone; hence functions that are never inlined. */
 #define ROW static __attribute__((noinline)) void
 #define EACH for (int64_t i = 0; i < n; i++)
@@ -88,28 +88,28 @@ ROW column_grid(const float *restrict x, const float *restrict scale, float *res
     EACH grid[i] = to_grid(x[i] / scale[i]);
 }
 
-ROW row_wide(const float *restrict grid, float scale, float *restrict wide, int64_t n) {
-    EACH wide[i] = grid[i] * scale;
+ROW row_float32(const float *restrict grid, float scale, float *restrict float32, int64_t n) {
+    EACH float32[i] = grid[i] * scale;
 }
 
-ROW column_wide(const float *restrict grid, const float *restrict scale, float *restrict wide, int64_t n) {
-    EACH wide[i] = grid[i] * scale[i];
+ROW column_float32(const float *restrict grid, const float *restrict scale, float *restrict float32, int64_t n) {
+    EACH float32[i] = grid[i] * scale[i];
 }
 
 ROW row_codes(const float *restrict grid, const float *restrict before, uint8_t *restrict out, int64_t n) {
     EACH out[i] = encode(grid[i], before[i]);
 }
 
-ROW row_read(const uint8_t *restrict codes, float scale, float *restrict wide, int64_t n) {
-    EACH wide[i] = decode(codes[i]) * scale;
+ROW row_dequantize(const uint8_t *restrict codes, float scale, float *restrict float32, int64_t n) {
+    EACH float32[i] = decode(codes[i]) * scale;
 }
 
-ROW column_read(const uint8_t *restrict codes, const float *restrict scale, float *restrict wide, int64_t n) {
-    EACH wide[i] = decode(codes[i]) * scale[i];
+ROW column_dequantize(const uint8_t *restrict codes, const float *restrict scale, float *restrict float32, int64_t n) {
+    EACH float32[i] = decode(codes[i]) * scale[i];
 }
 
 /* `from` has rows of `stride` floats. */
-static void quantise_panel(
+static void quantize_panel(
     const Task *t, const float *from, int64_t stride, int64_t band, int64_t first, int64_t rows,
     int64_t left, int64_t n) {
     uint32_t amax[PANEL] = {0};
@@ -129,8 +129,8 @@ static void quantise_panel(
         if (t->per_column) column_grid(x, scale, grid, n);
         else row_grid(x, one, grid, n);
         if (t->out) row_codes(grid, x, t->out + at, n);
-        if (t->wide && t->per_column) column_wide(grid, scale, t->wide + at, n);
-        else if (t->wide) row_wide(grid, one, t->wide + at, n);
+        if (t->float32 && t->per_column) column_float32(grid, scale, t->float32 + at, n);
+        else if (t->float32) row_float32(grid, one, t->float32 + at, n);
     }
 }
 
@@ -138,21 +138,21 @@ static void quantise_panel(
 static void one_panel(
     const Task *t, int64_t band, int64_t first, int64_t rows, int64_t left, int64_t n) {
     int64_t panels = (t->columns + PANEL - 1) / PANEL, at = first * t->columns + left;
-    float held[PANEL * PANEL];
+    float decoded[PANEL * PANEL];
     if (t->x) {
-        quantise_panel(t, t->x + at, t->columns, band, first, rows, left, n);
+        quantize_panel(t, t->x + at, t->columns, band, first, rows, left, n);
         return;
     }
     for (int64_t r = 0; r < rows; r++) {
         float scale = t->code_scales[(first + r) * panels + left / PANEL];
-        row_read(t->codes + at + r * t->columns, scale, held + r * PANEL, n);
+        row_dequantize(t->codes + at + r * t->columns, scale, decoded + r * PANEL, n);
     }
-    quantise_panel(t, held, PANEL, band, first, rows, left, n);
+    quantize_panel(t, decoded, PANEL, band, first, rows, left, n);
 }
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static void quantise_bands(const Task *t, int64_t begin, int64_t end) {
+static void quantize_bands(const Task *t, int64_t begin, int64_t end) {
     for (int64_t band = begin; band < end; band++) {
         int64_t first = t->starts ? t->starts[band] : band;
         int64_t rows = t->starts ? t->starts[band + 1] - first : 1;
@@ -161,21 +161,21 @@ static void quantise_bands(const Task *t, int64_t begin, int64_t end) {
     }
 }
 
-static void read_bands(const Task *t, int64_t begin, int64_t end) {
+static void dequantize_bands(const Task *t, int64_t begin, int64_t end) {
     int64_t panels = (t->columns + PANEL - 1) / PANEL;
     for (int64_t band = begin; band < end; band++) {
         int64_t first = t->starts ? t->starts[band] : band;
         int64_t last = t->starts ? t->starts[band + 1] : band + 1;
         for (int64_t r = first; r < last; r++) {
             const uint8_t *codes = t->codes + r * t->columns;
-            float *wide = t->wide + r * t->columns;
+            float *float32 = t->float32 + r * t->columns;
             if (t->per_column) {
-                column_read(codes, t->code_scales + band * t->columns, wide, t->columns);
+                column_dequantize(codes, t->code_scales + band * t->columns, float32, t->columns);
                 continue;
             }
             for (int64_t left = 0; left < t->columns; left += PANEL) {
                 float scale = t->code_scales[band * panels + left / PANEL];
-                row_read(codes + left, scale, wide + left, least(PANEL, t->columns - left));
+                row_dequantize(codes + left, scale, float32 + left, least(PANEL, t->columns - left));
             }
         }
     }
@@ -212,25 +212,25 @@ static void divide(void (*work)(const Task *, int64_t, int64_t), const Task *tas
     }
 }
 
-void ingot_quantise(
+void ingot_quantize(
     const float *x, const uint8_t *codes, const float *code_scales, const int64_t *starts,
-    int64_t bands, int64_t columns, int64_t per_column, int64_t power_of_two, float *wide,
+    int64_t bands, int64_t columns, int64_t per_column, int64_t power_of_two, float *float32,
     uint8_t *out, float *scales, int64_t threads) {
     Task task = {x, codes, code_scales, starts, columns, bands,
-                 (int)per_column, (int)power_of_two, wide, out, scales};
-    divide(quantise_bands, &task, threads);
+                 (int)per_column, (int)power_of_two, float32, out, scales};
+    divide(quantize_bands, &task, threads);
 }
 
-void ingot_read(
+void ingot_dequantize(
     const uint8_t *codes, const float *scales, const int64_t *starts, int64_t bands,
-    int64_t columns, int64_t per_column, float *wide, int64_t threads) {
-    Task task = {0, codes, scales, starts, columns, bands, (int)per_column, 0, wide, 0, 0};
-    divide(read_bands, &task, threads);
+    int64_t columns, int64_t per_column, float *float32, int64_t threads) {
+    Task task = {0, codes, scales, starts, columns, bands, (int)per_column, 0, float32, 0, 0};
+    divide(dequantize_bands, &task, threads);
 }
 
 /* E5M6 by rows, scales powers of two: see to_e5m6 and pack_e5m6 in format.py. */
 
-static inline uint32_t encode12(float v) {
+static inline uint32_t encode_e5m6(float v) {
     uint32_t u = bits_of(v), magnitude = u & 0x7FFFFFFFu, exponent = magnitude >> 23;
     exponent = exponent < 113 ? 113 : exponent;
     /* 1.5 * 2^(e + 17) has a last bit of 2^(e - 6), so that the addition rounds. */
@@ -242,22 +242,22 @@ static inline uint32_t encode12(float v) {
     return code | (u >> 20 & 0x800u);
 }
 
-static inline float decode12(uint32_t code) {
+static inline float decode_e5m6(uint32_t code) {
     uint32_t magnitude = code & 0x7FFu;
     uint32_t lent = magnitude < 64 ? 113u << 23 : 112u << 23;
     float value = float_of((magnitude << 17) + lent) - (magnitude < 64 ? 0x1p-14f : 0.0f);
     return float_of(bits_of(value) | (code & 0x800u) << 20);
 }
 
-ROW row_encode12(const float *restrict x, float scale, uint32_t *restrict code, int64_t n) {
-    EACH code[i] = encode12(x[i] / scale);
+ROW row_encode_e5m6(const float *restrict x, float scale, uint32_t *restrict code, int64_t n) {
+    EACH code[i] = encode_e5m6(x[i] / scale);
 }
 
-ROW row_decode12(const uint32_t *restrict code, float scale, float *restrict wide, int64_t n) {
-    EACH wide[i] = decode12(code[i]) * scale;
+ROW row_decode_e5m6(const uint32_t *restrict code, float scale, float *restrict float32, int64_t n) {
+    EACH float32[i] = decode_e5m6(code[i]) * scale;
 }
 
-static void keep_bands(const Task *t, int64_t begin, int64_t end) {
+static void quantize_e5m6_bands(const Task *t, int64_t begin, int64_t end) {
     int64_t panels = (t->columns + PANEL - 1) / PANEL, words = (t->columns + 7) / 8 * 3;
     for (int64_t row = begin; row < end; row++) {
         for (int64_t left = 0; left < t->columns; left += PANEL) {
@@ -267,7 +267,7 @@ static void keep_bands(const Task *t, int64_t begin, int64_t end) {
             row_amax(x, &amax, n);
             float scale = scale_of(amax, 65024.0f, 1);
             t->scales[row * panels + left / PANEL] = scale;
-            if (scale == scale) row_encode12(x, scale, code, n);
+            if (scale == scale) row_encode_e5m6(x, scale, code, n);
             uint32_t *to = (uint32_t *)t->out + row * words + left / 8 * 3;
             for (int64_t g = 0; g < (n + 7) / 8; g++) {
                 const uint32_t *k = code + 8 * g;
@@ -279,7 +279,7 @@ static void keep_bands(const Task *t, int64_t begin, int64_t end) {
     }
 }
 
-static void read_kept_bands(const Task *t, int64_t begin, int64_t end) {
+static void dequantize_e5m6_bands(const Task *t, int64_t begin, int64_t end) {
     int64_t panels = (t->columns + PANEL - 1) / PANEL, words = (t->columns + 7) / 8 * 3;
     for (int64_t row = begin; row < end; row++) {
         for (int64_t left = 0; left < t->columns; left += PANEL) {
@@ -294,21 +294,21 @@ static void read_kept_bands(const Task *t, int64_t begin, int64_t end) {
                 k[6] = c >> 8 & 0xFFF, k[7] = c >> 20;
             }
             float scale = t->code_scales[row * panels + left / PANEL];
-            row_decode12(code, scale, t->wide + row * t->columns + left, n);
+            row_decode_e5m6(code, scale, t->float32 + row * t->columns + left, n);
         }
     }
 }
 
-void ingot_keep(
+void ingot_quantize_e5m6(
     const float *x, int64_t rows, int64_t columns, uint32_t *words, float *scales,
     int64_t threads) {
     Task task = {x, 0, 0, 0, columns, rows, 0, 1, 0, (uint8_t *)words, scales};
-    divide(keep_bands, &task, threads);
+    divide(quantize_e5m6_bands, &task, threads);
 }
 
-void ingot_read_kept(
-    const uint32_t *words, const float *scales, int64_t rows, int64_t columns, float *wide,
+void ingot_dequantize_e5m6(
+    const uint32_t *words, const float *scales, int64_t rows, int64_t columns, float *float32,
     int64_t threads) {
-    Task task = {0, (const uint8_t *)words, scales, 0, columns, rows, 0, 0, wide, 0, 0};
-    divide(read_kept_bands, &task, threads);
+    Task task = {0, (const uint8_t *)words, scales, 0, columns, rows, 0, 0, float32, 0, 0};
+    divide(dequantize_e5m6_bands, &task, threads);
 }

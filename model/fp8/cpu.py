@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from model.fp8.format import TILE, round_to_grid
-from model.fp8.quantized import ACTIVATION, BLOCK, Kept, Quantized, Tile, bands, expect_stacked
+from model.fp8.quantized import (
+    ACTIVATION,
+    BLOCK,
+    Quantized,
+    QuantizedE5M6,
+    Tile,
+    bands,
+    expect_stacked,
+)
 from model.fp8.reference import Reference, spread_scales, tile_amax, tile_scales
 
 _SOURCE = Path(__file__).with_name("cpu.c")
@@ -49,15 +57,15 @@ class Cpu:
         *,
         power_of_two: bool = False,
         counts: Sequence[int] | None = None,
-        kept: bool = True,
+        saved: bool = True,
         multiplied: bool = True,
     ) -> Quantized:
         """See `model.fp8.backends.Backend`."""
         whole = x.values.shape if isinstance(x, Quantized) else x.shape
         if self._kernels is None or tile not in _TILES or 0 in whole[:-2]:
-            return self._eagerly(x, tile, power_of_two, counts, kept)
+            return self._eagerly(x, tile, power_of_two, counts, saved)
         codes = code_scales = None
-        if isinstance(x, Quantized) and x.wide is None and x.tile == ACTIVATION:
+        if isinstance(x, Quantized) and x.float32 is None and x.tile == ACTIVATION:
             # Bytes by rows are read on the way.
             codes, code_scales, shape = x.values.contiguous(), x.scales.contiguous(), x.values.shape
             source = None
@@ -69,54 +77,54 @@ class Cpu:
         num_bands = _matrices(shape) * shape[-2] if starts is None else len(starts) - 1
         leading = shape[:-2] if counts is None else shape[:0]
         num_panels = shape[-1] if tile[1] == 1 else -(-shape[-1] // TILE)
-        values = _room(shape, kept)
-        wide = torch.empty(shape) if multiplied else None
+        values = _empty_values(shape, saved)
+        float32 = torch.empty(shape) if multiplied else None
         scales = torch.empty(*leading, num_bands // math.prod(leading), num_panels)
-        self._kernels.ingot_quantise(
-            _at(source),
-            _at(codes),
-            _at(code_scales),
-            _at(starts),
+        self._kernels.ingot_quantize(
+            _pointer(source),
+            _pointer(codes),
+            _pointer(code_scales),
+            _pointer(starts),
             num_bands,
             shape[-1],
             tile[1] == 1,
             power_of_two,
-            _at(wide),
-            _at(values if kept else None),
-            _at(scales),
+            _pointer(float32),
+            _pointer(values if saved else None),
+            _pointer(scales),
             _threads(shape),
         )
-        return Quantized(values, scales, tile, None if counts is None else tuple(counts), wide)
+        return Quantized(values, scales, tile, None if counts is None else tuple(counts), float32)
 
     def dequantize(self, q: Quantized) -> Tensor:
         """See `model.fp8.backends.Backend`."""
-        if q.wide is not None:
-            return q.wide
+        if q.float32 is not None:
+            return q.float32
         if self._kernels is None or q.tile not in _TILES or not q.values.is_contiguous():
             return self._reference.dequantize(q)
         starts = _starts(q.values.shape, q.tile, q.counts)
         rows = _matrices(q.values.shape) * q.values.shape[-2]
-        wide, scales = torch.empty(q.values.shape), q.scales.contiguous()
-        self._kernels.ingot_read(
-            _at(q.values),
-            _at(scales),
-            _at(starts),
+        float32, scales = torch.empty(q.values.shape), q.scales.contiguous()
+        self._kernels.ingot_dequantize(
+            _pointer(q.values),
+            _pointer(scales),
+            _pointer(starts),
             rows if starts is None else len(starts) - 1,
             q.values.shape[-1],
             q.tile[1] == 1,
-            _at(wide),
-            _threads(wide.shape),
+            _pointer(float32),
+            _threads(float32.shape),
         )
-        return wide
+        return float32
 
     def matmul(self, a: Quantized, b: Quantized) -> Tensor:
         """See `model.fp8.backends.Backend`."""
-        return self._wide(a) @ self._wide(b)
+        return self._float32(a) @ self._float32(b)
 
     def grouped_matmul(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
         """See `model.fp8.backends.Backend`."""
         expect_stacked(b, counts)
-        left, right = self._wide(a), self._wide(b)
+        left, right = self._float32(a), self._float32(b)
         out = left.new_empty(left.shape[0], right.shape[-1])
         parts = zip(left.split(list(counts)), right, out.split(list(counts)), strict=True)
         for rows, matrix, part in parts:
@@ -125,37 +133,44 @@ class Cpu:
 
     def grouped_outer(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
         """See `model.fp8.backends.Backend`."""
-        left, right = self._wide(a), self._wide(b)
+        left, right = self._float32(a), self._float32(b)
         out = left.new_empty(len(counts), left.shape[-1], right.shape[-1])
         parts = zip(left.split(list(counts)), right.split(list(counts)), out, strict=True)
         for one, other, part in parts:
             torch.mm(one.T, other, out=part)
         return out
 
-    def keep(self, x: Tensor) -> Kept:
+    def quantize_e5m6(self, x: Tensor) -> QuantizedE5M6:
         """See `model.fp8.backends.Backend`."""
         if self._kernels is None:
-            return self._reference.keep(x)
+            return self._reference.quantize_e5m6(x)
         x = x.float().contiguous()
         rows, columns = x.shape
         words = torch.empty(rows, -(-columns // 8) * 3, dtype=torch.int32)
         scales = torch.empty(rows, -(-columns // TILE))
-        self._kernels.ingot_keep(_at(x), rows, columns, _at(words), _at(scales), _threads(x.shape))
-        return Kept(words, scales, columns)
+        self._kernels.ingot_quantize_e5m6(
+            _pointer(x), rows, columns, _pointer(words), _pointer(scales), _threads(x.shape)
+        )
+        return QuantizedE5M6(words, scales, columns)
 
-    def read(self, kept: Kept) -> Tensor:
+    def dequantize_e5m6(self, q: QuantizedE5M6) -> Tensor:
         """See `model.fp8.backends.Backend`."""
         if self._kernels is None:
-            return self._reference.read(kept)
-        rows = kept.words.shape[0]
-        wide = torch.empty(rows, kept.columns)
-        self._kernels.ingot_read_kept(
-            _at(kept.words), _at(kept.scales), rows, kept.columns, _at(wide), _threads(wide.shape)
+            return self._reference.dequantize_e5m6(q)
+        rows = q.words.shape[0]
+        float32 = torch.empty(rows, q.columns)
+        self._kernels.ingot_dequantize_e5m6(
+            _pointer(q.words),
+            _pointer(q.scales),
+            rows,
+            q.columns,
+            _pointer(float32),
+            _threads(float32.shape),
         )
-        return wide
+        return float32
 
-    def _wide(self, q: Quantized) -> Tensor:
-        if q.wide is None and not q.values.is_contiguous():
+    def _float32(self, q: Quantized) -> Tensor:
+        if q.float32 is None and not q.values.is_contiguous():
             return self.dequantize(q.T).mT
         return self.dequantize(q)
 
@@ -165,17 +180,17 @@ class Cpu:
         tile: Tile,
         power_of_two: bool,
         counts: Sequence[int] | None,
-        kept: bool,
+        saved: bool,
     ) -> Quantized:
         x = self.dequantize(x) if isinstance(x, Quantized) else x.float()
         scales = tile_scales(tile_amax(x, tile, counts), power_of_two)
         spread = spread_scales(scales, tile, x.shape, counts)
         scaled = x / spread
-        values = _room(x.shape, kept=False)
-        if kept:
+        values = _empty_values(x.shape, saved=False)
+        if saved:
             values = torch.where(spread.isnan(), torch.nan, scaled).to(torch.float8_e4m3fn)
-        wide = round_to_grid(scaled).mul_(spread)
-        return Quantized(values, scales, tile, None if counts is None else tuple(counts), wide)
+        float32 = round_to_grid(scaled).mul_(spread)
+        return Quantized(values, scales, tile, None if counts is None else tuple(counts), float32)
 
 
 @lru_cache(1)
@@ -223,10 +238,10 @@ def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     """The library with its functions' arguments: left to themselves, numbers would be 32 bits."""
     number, address = ctypes.c_int64, ctypes.c_void_p
     arguments = {
-        "ingot_quantise": [address] * 4 + [number] * 4 + [address] * 3 + [number],
-        "ingot_read": [address] * 3 + [number] * 3 + [address, number],
-        "ingot_keep": [address, number, number, address, address, number],
-        "ingot_read_kept": [address, address, number, number, address, number],
+        "ingot_quantize": [address] * 4 + [number] * 4 + [address] * 3 + [number],
+        "ingot_dequantize": [address] * 3 + [number] * 3 + [address, number],
+        "ingot_quantize_e5m6": [address, number, number, address, address, number],
+        "ingot_dequantize_e5m6": [address, address, number, number, address, number],
     }
     for name, types in arguments.items():
         function = getattr(kernels, name)
@@ -241,18 +256,18 @@ def _agrees(made: Cpu) -> bool:
     x *= torch.logspace(-45, 35, 200).unsqueeze(1)
     x[0, 0], x[1, 199], x[7], x[8] = torch.inf, torch.nan, 0, 448
     slow = Reference()
-    kept, expected_kept = made.keep(x), slow.keep(x)
-    agrees = torch.equal(kept.words, expected_kept.words)
-    agrees &= _same(kept.scales, expected_kept.scales)
-    agrees &= _same(made.read(expected_kept), slow.read(expected_kept))
+    found_e5m6, expected_e5m6 = made.quantize_e5m6(x), slow.quantize_e5m6(x)
+    agrees = torch.equal(found_e5m6.words, expected_e5m6.words)
+    agrees &= _same(found_e5m6.scales, expected_e5m6.scales)
+    agrees &= _same(made.dequantize_e5m6(expected_e5m6), slow.dequantize_e5m6(expected_e5m6))
     sources: tuple[Tensor | Quantized, ...] = x, slow.quantize(x, ACTIVATION)
     for source, tile, power_of_two in product(sources, _TILES, (False, True)):
         found = made.quantize(source, tile, power_of_two=power_of_two)
         expected = slow.quantize(source, tile, power_of_two=power_of_two)
-        wide = slow.dequantize(expected)
+        float32 = slow.dequantize(expected)
         agrees &= torch.equal(found.values.view(torch.uint8), expected.values.view(torch.uint8))
         agrees &= _same(found.scales, expected.scales)
-        agrees &= _same(found.wide, wide) and _same(made.dequantize(expected), wide)
+        agrees &= _same(found.float32, float32) and _same(made.dequantize(expected), float32)
     return agrees
 
 
@@ -269,9 +284,9 @@ def _starts(shape: torch.Size, tile: Tile, counts: Sequence[int] | None) -> Tens
     return torch.tensor([*(first for first, _ in bands(rows, tile[0], per_matrix)), rows])
 
 
-def _room(shape: Sequence[int], kept: bool) -> Tensor:
+def _empty_values(shape: Sequence[int], saved: bool) -> Tensor:
     """Bytes for values, or a tensor without rows where nobody will ask for them."""
-    rows = shape[-2] if kept else 0
+    rows = shape[-2] if saved else 0
     return torch.empty((*shape[:-2], rows, shape[-1]), dtype=torch.float8_e4m3fn)
 
 
@@ -279,7 +294,7 @@ def _matrices(shape: Sequence[int]) -> int:
     return math.prod(shape[:-2])
 
 
-def _at(tensor: Tensor | None) -> int | None:
+def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 

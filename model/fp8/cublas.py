@@ -38,8 +38,8 @@ from model.fp8.format import TILE
 from model.fp8.quantized import (
     ALONG_TOKENS,
     BLOCK,
-    Kept,
     Quantized,
+    QuantizedE5M6,
     Quantizer,
     Tile,
     bands,
@@ -86,12 +86,12 @@ class Cublas:
         *,
         power_of_two: bool = False,
         counts: Sequence[int] | None = None,
-        kept: bool = True,
+        saved: bool = True,
         multiplied: bool = True,
     ) -> Quantized:
         """See `model.fp8.backends.Backend`. Values are what is multiplied; no other form is."""
         return self._quantizer.quantize(
-            x, tile, power_of_two=power_of_two, counts=counts, kept=True, multiplied=False
+            x, tile, power_of_two=power_of_two, counts=counts, saved=True, multiplied=False
         )
 
     def dequantize(self, q: Quantized) -> Tensor:
@@ -126,10 +126,10 @@ class Cublas:
         _expect_whole(a.values.shape[0], counts)
         columns = b.values.shape[-1]
         right = operand(b.T)
-        wide = right.values.shape[-2]
+        padded_columns = right.values.shape[-2]
         lefts, places = expert_rows(a, counts)
         total = sum(padded_counts(counts, ROWS))
-        out = a.values.new_empty(total, wide, dtype=self._output_dtype)
+        out = a.values.new_empty(total, padded_columns, dtype=self._output_dtype)
         first = 0
         for expert, left in enumerate(lefts):
             last = first + left.values.shape[0]
@@ -160,13 +160,13 @@ class Cublas:
             first = last
         return out[:, :rows, :columns]
 
-    def keep(self, x: Tensor) -> Kept:
+    def quantize_e5m6(self, x: Tensor) -> QuantizedE5M6:
         """See `model.fp8.backends.Backend`."""
-        return self._quantizer.keep(x)
+        return self._quantizer.quantize_e5m6(x)
 
-    def read(self, kept: Kept) -> Tensor:
+    def dequantize_e5m6(self, q: QuantizedE5M6) -> Tensor:
         """See `model.fp8.backends.Backend`."""
-        return self._quantizer.read(kept)
+        return self._quantizer.dequantize_e5m6(q)
 
 
 def lacking(device: torch.device) -> str | None:
@@ -243,7 +243,7 @@ def operand(q: Quantized, *, blocks: bool = True) -> Operand:
     128 contracted columns.
     """
     if q.values.numel() == 0 and q.scales.numel() > 0:
-        raise DataError(f"{tuple(q.scales.shape)} scales and no values; quantise with kept = True")
+        raise DataError(f"{tuple(q.scales.shape)} scales and no values; quantise with saved = True")
     rows, columns = q.values.shape[-2:]
     as_blocks = blocks and q.tile == BLOCK and q.counts is None
     values = aligned(q.values, _up(rows, TILE if as_blocks else ROWS), _up(columns, TILE))

@@ -1,7 +1,7 @@
 """SwiGLU in FP8, dense or expert by expert, with derivatives of its own.
 
 down(silu(gate(x)) * up(x)): three products forward and five backward (gate and up are one where
-they can be), all of E4M3 operands. What waits for the backward pass is the input and what comes out
+they can be), all of E4M3 operands. Saved for the backward pass are the input and what comes out
 of gate and up, a byte a value; the activation between the products is computed again from those
 (DeepSeek-V3, section 3.3.3).
 
@@ -97,12 +97,14 @@ class _Fp8Experts(torch.autograd.Function):
         inner8_NI = scheme.activations(inner_NI)
         y_ND = backend.grouped_matmul(inner8_NI, down8_EDI.T, counts).to(x_RD.dtype)
         if learning:
-            # A view by halves: none of the tiles that wait straddles gate and up.
+            # A view by halves: none of the tiles that are saved straddles gate and up.
             apart = inner_NJ.view(-1, inner_NI.shape[1])
-            waiting = backend.quantize(apart, x8_RD.tile, multiplied=False)
-            held = [x8_RD, waiting, down8_EDI, *gate_up8]
-            ctx.save_for_backward(gates_N, rows_N, *(t for q in held for t in (q.values, q.scales)))
-            ctx.tiles = [q.tile for q in held]
+            inner8 = backend.quantize(apart, x8_RD.tile, multiplied=False)
+            saved = [x8_RD, inner8, down8_EDI, *gate_up8]
+            ctx.save_for_backward(
+                gates_N, rows_N, *(t for q in saved for t in (q.values, q.scales))
+            )
+            ctx.tiles = [q.tile for q in saved]
             ctx.counts, ctx.limit, ctx.scheme = counts, limit, scheme
         if rows_N is None:
             return y_ND
@@ -115,8 +117,8 @@ class _Fp8Experts(torch.autograd.Function):
         counts: tuple[int, ...] = ctx.counts
         gates_N, rows_N, *saved = ctx.saved_tensors
         backend = scheme.backend(saved[0].device)
-        held = zip(saved[::2], saved[1::2], ctx.tiles, strict=True)
-        x8_RD, waiting, down8_EDI, *gate_up8 = (Quantized(*one) for one in held)
+        parts = zip(saved[::2], saved[1::2], ctx.tiles, strict=True)
+        x8_RD, inner8, down8_EDI, *gate_up8 = (Quantized(*one) for one in parts)
         dy8_RD = scheme.gradients(grads[0])
         dy_ND, dy8_ND, x8_ND = grads[0], dy8_RD, x8_RD
         if rows_N is not None:
@@ -126,7 +128,7 @@ class _Fp8Experts(torch.autograd.Function):
                 x8_RD.rows(rows_N),
             )
         d_inner_NI = backend.grouped_matmul(dy8_ND, down8_EDI, counts)
-        inner_NJ = backend.dequantize(waiting).view(len(d_inner_NI), 2 * d_inner_NI.shape[1])
+        inner_NJ = backend.dequantize(inner8).view(len(d_inner_NI), 2 * d_inner_NI.shape[1])
         inner_NJ = inner_NJ.to(d_inner_NI.dtype)
         found = activation_backward(inner_NJ, d_inner_NI, ctx.limit, gates_N)
         inner_tokens_NI = scheme.activations_along_tokens(found.y_NI, counts)

@@ -4,7 +4,7 @@
 |---|---|---|---|
 | E4M3 | 8 | 3 bits of mantissa, to ±448, steps of 2^-9 below 2^-6 | operands |
 | UE8M0 | 8 | 2^(code - 127); code 255 is NaN | scales that are powers of two |
-| E5M6 | 12 | float16 less its last 4 bits, to ±65024 | what the Linear after attention keeps |
+| E5M6 | 12 | float16 less its last 4 bits, to ±65024 | saved inputs of the Linear after attention |
 | E2M1 | 4 | ±{0, 0.5, 1, 1.5, 2, 3, 4, 6} | FP4 weights, two to a byte |
 
 Every rounding is to nearest, ties to even.

@@ -37,7 +37,7 @@ class _Fp8Grouped(torch.autograd.Function):
     ) -> Tensor:
         x8, weight8 = scheme.activations(x), scheme.weights(weight)
         if learning:
-            ctx.save_for_backward(*scheme.hold(x, x8), weight8.values, weight8.scales)
+            ctx.save_for_backward(*scheme.input_to_save(x, x8), weight8.values, weight8.scales)
             ctx.tiles, ctx.columns = (x8.tile, weight8.tile), x.shape[1]
             ctx.counts, ctx.scheme = counts, scheme
         return scheme.backend(x.device).grouped_matmul(x8, weight8.T, counts).to(x.dtype)
@@ -53,7 +53,7 @@ class _Fp8Grouped(torch.autograd.Function):
         dx = backend.grouped_matmul(scheme.gradients(dy.contiguous(), counts), weight8, counts).to(
             dy.dtype
         )
-        held = scheme.held(values, scales, x_tile, ctx.columns)
-        x_tokens = scheme.activations_along_tokens(held, counts)
+        saved = scheme.saved_input(values, scales, x_tile, ctx.columns)
+        x_tokens = scheme.activations_along_tokens(saved, counts)
         dy_tokens = scheme.gradients_along_tokens(dy, counts)
         return dx, backend.grouped_outer(dy_tokens, x_tokens, counts), None, None, None

@@ -2,8 +2,8 @@
 
 In FP8, forward, input gradient and weight gradient all contract E4M3 operands with float32
 accumulation (DeepSeek-V3, section 3.3): activations and output gradients in 1 x 128 tiles for the
-first two; for the weight gradient the kept activations are read back and quantised again along the
-tokens, 128 x 1. What waits for the backward pass is a byte a value, or 12 bits after attention.
+first two; for the weight gradient the saved activations are dequantised and quantised again along
+the tokens, 128 x 1. A byte a value is saved for the backward pass, 12 bits after attention.
 Several Linears that read the same activations share one quantisation of them.
 
 Axes: T tokens, I inputs, O outputs.
@@ -61,8 +61,8 @@ class _Fp8Linears(torch.autograd.Function):
         weights8 = [scheme.weights(w_OI) for w_OI in weights]
         ctx.scheme, ctx.columns = scheme, x_TI.shape[1]
         if learning:
-            held = scheme.hold(x_TI, x8_TI)
-            ctx.save_for_backward(*held, *(t for w in weights8 for t in (w.values, w.scales)))
+            saved = scheme.input_to_save(x_TI, x8_TI)
+            ctx.save_for_backward(*saved, *(t for w in weights8 for t in (w.values, w.scales)))
             ctx.tiles = x8_TI.tile, weights8[0].tile
         return tuple(backend.matmul(x8_TI, w8_OI.T).to(x_TI.dtype) for w8_OI in weights8)
 
@@ -73,8 +73,8 @@ class _Fp8Linears(torch.autograd.Function):
         values, scales, *weights = ctx.saved_tensors
         backend = scheme.backend(values.device)
         x_tile, w_tile = ctx.tiles
-        kept_TI = scheme.held(values, scales, x_tile, ctx.columns)
-        x_tokens_TI = scheme.activations_along_tokens(kept_TI)
+        saved_TI = scheme.saved_input(values, scales, x_tile, ctx.columns)
+        x_tokens_TI = scheme.activations_along_tokens(saved_TI)
         dx_TI = None
         dw: list[Tensor | None] = []
         learns = ctx.needs_input_grad[3:]

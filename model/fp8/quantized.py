@@ -32,7 +32,7 @@ class Quantized:
     tile: Tile
     counts: tuple[int, ...] | None = None
     """Rows of each expert, where tiles start anew at an expert's first row."""
-    wide: Tensor | None = None
+    float32: Tensor | None = None
     """The same in float32, where a backend has it at hand. Not to be kept for a backward pass."""
 
     @property
@@ -43,7 +43,7 @@ class Quantized:
             self.values.mT,
             self.scales.mT,
             (self.tile[1], self.tile[0]),
-            wide=None if self.wide is None else self.wide.mT,
+            float32=None if self.float32 is None else self.float32.mT,
         )
 
     def rows(self, index: Tensor) -> "Quantized":
@@ -51,9 +51,9 @@ class Quantized:
         assert self.counts is None
         tile = 1, self.tile[1]
         scales = self.scales.index_select(0, index // self.tile[0])
-        if self.wide is not None:
-            wide = self.wide.index_select(0, index)
-            return replace(self, values=self.values[:0], scales=scales, tile=tile, wide=wide)
+        if self.float32 is not None:
+            float32 = self.float32.index_select(0, index)
+            return replace(self, values=self.values[:0], scales=scales, tile=tile, float32=float32)
         # Bytes are what every device can gather.
         values = self.values.view(torch.uint8).index_select(0, index).view(self.values.dtype)
         return replace(self, values=values, scales=scales, tile=tile)
@@ -78,7 +78,7 @@ def expect_stacked(b: Quantized, counts: Sequence[int]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class QuantizedE5M6:
     """A matrix in E5M6 with a power-of-two scale for each row and 128 columns: 12 bits a value."""
 
     words: Tensor
@@ -99,21 +99,21 @@ class Quantizer(Protocol):
         *,
         power_of_two: bool = False,
         counts: Sequence[int] | None = None,
-        kept: bool = True,
+        saved: bool = True,
         multiplied: bool = True,
     ) -> Quantized:
         """`x` [..., R, C] as E4M3 with one scale for each tile.
 
         What is quantised already is read back first. With `counts`, the rows of each expert of
         [R, C], tiles start anew at an expert's first row. A backend that multiplies another form
-        than `values` may leave them empty without `kept`, and the other without `multiplied`.
+        than `values` may leave them empty without `saved`, and the other without `multiplied`.
         """
 
     def dequantize(self, q: Quantized) -> Tensor:
         """The float32 tensor that `q` stands for; to be read, for it may be `q`'s own."""
 
-    def keep(self, x: Tensor) -> Kept:
-        """`x` [R, C] in E5M6, for `read`."""
+    def quantize_e5m6(self, x: Tensor) -> QuantizedE5M6:
+        """`x` [R, C] in E5M6, for `dequantize_e5m6`."""
 
-    def read(self, kept: Kept) -> Tensor:
-        """The float32 tensor that `kept` stands for."""
+    def dequantize_e5m6(self, q: QuantizedE5M6) -> Tensor:
+        """The float32 tensor that `q` stands for."""

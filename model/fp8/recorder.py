@@ -95,8 +95,8 @@ def tally(x: Tensor | Quantized, q: Quantized) -> Tally:
     Tile by tile where that tells, which is cheap; value by value only in what is wrong.
     """
     if isinstance(x, Quantized):
-        x = _wide(x)
-    gone = (x != 0) & (_wide(q) == 0)
+        x = _float32(x)
+    gone = (x != 0) & (_float32(q) == 0)
     flushed = float(gone.sum())
     largest = tile_amax(x, q.tile, q.counts)
     faint = (largest > 0) & (largest / E4M3_MAX < SMALLEST_SCALE)
@@ -124,5 +124,5 @@ def _spread(of_tiles: Tensor, q: Quantized, x: Tensor) -> Tensor:
     return spread_scales(of_tiles, q.tile, x.shape, q.counts)
 
 
-def _wide(q: Quantized) -> Tensor:
-    return q.wide if q.wide is not None else Reference().dequantize(q)
+def _float32(q: Quantized) -> Tensor:
+    return q.float32 if q.float32 is not None else Reference().dequantize(q)

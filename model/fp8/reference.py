@@ -26,7 +26,7 @@ from model.fp8.format import (
     to_e5m6,
     unpack_e5m6,
 )
-from model.fp8.quantized import ACTIVATION, Kept, Quantized, Tile, bands, expect_stacked
+from model.fp8.quantized import ACTIVATION, Quantized, QuantizedE5M6, Tile, bands, expect_stacked
 
 
 class Reference:
@@ -41,7 +41,7 @@ class Reference:
         *,
         power_of_two: bool = False,
         counts: Sequence[int] | None = None,
-        kept: bool = True,
+        saved: bool = True,
         multiplied: bool = True,
     ) -> Quantized:
         """See `model.fp8.backends.Backend`."""
@@ -70,18 +70,18 @@ class Reference:
         pairs = zip(_exact(a).split(list(counts)), _exact(b).split(list(counts)), strict=True)
         return torch.stack([left.T @ right for left, right in pairs]).float()
 
-    def keep(self, x: Tensor) -> Kept:
+    def quantize_e5m6(self, x: Tensor) -> QuantizedE5M6:
         """See `model.fp8.backends.Backend`."""
         x, columns = x.float(), x.shape[-1]
         scales = tile_scales(tile_amax(x, ACTIVATION, None), power_of_two=True, largest=E5M6_MAX)
         spread = spread_scales(scales, ACTIVATION, x.shape, None)
         codes = to_e5m6(torch.where(spread.isnan(), 0, x / spread))
-        return Kept(pack_e5m6(pad(codes, (0, -columns % 8))), scales, columns)
+        return QuantizedE5M6(pack_e5m6(pad(codes, (0, -columns % 8))), scales, columns)
 
-    def read(self, kept: Kept) -> Tensor:
+    def dequantize_e5m6(self, q: QuantizedE5M6) -> Tensor:
         """See `model.fp8.backends.Backend`."""
-        values = from_e5m6(unpack_e5m6(kept.words))[..., : kept.columns]
-        return values * spread_scales(kept.scales, ACTIVATION, values.shape, None)
+        values = from_e5m6(unpack_e5m6(q.words))[..., : q.columns]
+        return values * spread_scales(q.scales, ACTIVATION, values.shape, None)
 
 
 def tile_amax(x: Tensor, tile: Tile, counts: Sequence[int] | None) -> Tensor:

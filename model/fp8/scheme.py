@@ -15,7 +15,7 @@ from configs.errors import MachineError
 from configs.train import Fp8Backend, Fp8Config, Precision
 from model.fp8.backends import Backend, backend_for, choose
 from model.fp8.fp4 import through_fp4
-from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Kept, Quantized, Tile
+from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Quantized, QuantizedE5M6, Tile
 from model.fp8.recorder import Recorder
 
 Part = Literal[
@@ -42,15 +42,15 @@ class Fp8:
     config: Fp8Config = _DEFAULTS
     backend_name: Fp8Backend = "auto"
     recorder: Recorder = field(default_factory=Recorder, compare=False)
-    keeps_e5m6: bool = False
-    """Whether inputs wait for the backward pass in E5M6: those of the Linear after attention."""
+    saves_e5m6: bool = False
+    """Whether inputs are saved in E5M6, as those of the Linear after attention are."""
 
     def backend(self, device: torch.device) -> Backend:
         """Who computes for tensors on `device`."""
         return backend_for(device, self.backend_name)
 
     def activations(self, x: Tensor) -> Quantized:
-        """The input of the forward product, by tiles of 1 x 128; to be kept."""
+        """The input of the forward product, by tiles of 1 x 128; to be saved."""
         return self._quantize("activations", x, ACTIVATION)
 
     def weights(self, w: Tensor) -> Quantized:
@@ -62,32 +62,34 @@ class Fp8:
     def gradients(self, dy: Tensor, counts: Sequence[int] | None = None) -> Quantized:
         """The gradient that the input's gradient is made of, by tiles of 1 x 128."""
         if self.config.gradient_scaling == "block":
-            return self._quantize("gradients", dy, BLOCK, counts, kept=False)
-        return self._quantize("gradients", dy, ACTIVATION, kept=False)
+            return self._quantize("gradients", dy, BLOCK, counts, saved=False)
+        return self._quantize("gradients", dy, ACTIVATION, saved=False)
 
     def gradients_along_tokens(self, dy: Tensor, counts: Sequence[int] | None = None) -> Quantized:
         """The gradient that the weight's is made of, by tiles of 128 x 1; of each expert apart."""
         tile = BLOCK if self.config.gradient_scaling == "block" else ALONG_TOKENS
-        return self._quantize("gradients_along_tokens", dy, tile, counts, kept=False)
+        return self._quantize("gradients_along_tokens", dy, tile, counts, saved=False)
 
     def activations_along_tokens(
         self, x: Tensor | Quantized, counts: Sequence[int] | None = None
     ) -> Quantized:
-        """The input that the weight's gradient is made of, quantised again from what was kept."""
-        return self._quantize("activations_along_tokens", x, ALONG_TOKENS, counts, kept=False)
+        """The input that the weight's gradient is made of, quantised again from what was saved."""
+        return self._quantize("activations_along_tokens", x, ALONG_TOKENS, counts, saved=False)
 
-    def hold(self, x: Tensor, x8: Quantized) -> tuple[Tensor, Tensor]:
-        """What of the input [T, I] waits for the backward pass."""
-        if not self.keeps_e5m6:
+    def input_to_save(self, x: Tensor, x8: Quantized) -> tuple[Tensor, Tensor]:
+        """What of the input [T, I] is saved for the backward pass."""
+        if not self.saves_e5m6:
             return x8.values, x8.scales
-        kept = self.backend(x.device).keep(x)
-        return kept.words, kept.scales
+        packed = self.backend(x.device).quantize_e5m6(x)
+        return packed.words, packed.scales
 
-    def held(self, values: Tensor, scales: Tensor, tile: Tile, columns: int) -> Tensor | Quantized:
-        """What `hold` gave, for `activations_along_tokens`."""
-        if not self.keeps_e5m6:
+    def saved_input(
+        self, values: Tensor, scales: Tensor, tile: Tile, columns: int
+    ) -> Tensor | Quantized:
+        """What `input_to_save` gave, for `activations_along_tokens`."""
+        if not self.saves_e5m6:
             return Quantized(values, scales, tile)
-        return self.backend(values.device).read(Kept(values, scales, columns))
+        return self.backend(values.device).dequantize_e5m6(QuantizedE5M6(values, scales, columns))
 
     def _quantize(
         self,
@@ -96,13 +98,13 @@ class Fp8:
         tile: Tile,
         counts: Sequence[int] | None = None,
         *,
-        kept: bool = True,
+        saved: bool = True,
     ) -> Quantized:
         if self.config.scaling == "tensor":
             # An expert's rows have a scale of their own even so, where their sums are apart.
             tile = _WHOLE
         device = x.values.device if isinstance(x, Quantized) else x.device
-        q = self.backend(device).quantize(x, tile, counts=counts, kept=kept)
+        q = self.backend(device).quantize(x, tile, counts=counts, saved=saved)
         return self._noted(kind, x, q)
 
     def _noted(self, kind: str, x: Tensor | Quantized, q: Quantized) -> Quantized:
@@ -120,11 +122,11 @@ class Numerics:
     backend: Fp8Backend = "auto"
     recorder: Recorder = field(default_factory=Recorder, compare=False)
 
-    def of(self, part: Part, *, keeps_e5m6: bool = False) -> Fp8 | None:
+    def of(self, part: Part, *, saves_e5m6: bool = False) -> Fp8 | None:
         """The scheme of one part; none for high precision."""
         if self.precision == "high" or getattr(self.config, part) == "high":
             return None
-        return Fp8(part, self.config, self.backend, self.recorder, keeps_e5m6)
+        return Fp8(part, self.config, self.backend, self.recorder, saves_e5m6)
 
     def counts_at(self, step: int) -> bool:
         """Whether what FP8 does to tensors is counted at `step`."""

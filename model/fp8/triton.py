@@ -30,8 +30,8 @@ from model.fp8.format import TILE
 from model.fp8.quantized import (
     ACTIVATION,
     ALONG_TOKENS,
-    Kept,
     Quantized,
+    QuantizedE5M6,
     Tile,
     expect_stacked,
 )
@@ -62,7 +62,7 @@ _PACKED = 8
 
 
 class Triton:
-    """`quantize`, `dequantize`, `keep` and `read` equal the reference bit for bit.
+    """Casts that equal the reference bit for bit, and products by own kernels.
 
     Products are summed in float32 and leave as `products`, float32 or bfloat16; weight gradients,
     contracted with 128 x 1 tiles, always leave as float32. Within a block of 128 contracted values
@@ -84,10 +84,10 @@ class Triton:
         *,
         power_of_two: bool = False,
         counts: Sequence[int] | None = None,
-        kept: bool = True,
+        saved: bool = True,
         multiplied: bool = True,
     ) -> Quantized:
-        """See `model.fp8.backends.Backend`. `kept` is the same either way: products need values."""
+        """See `model.fp8.backends.Backend`. Products need the values, whatever `saved` says."""
         expect_tile(tile)
         if isinstance(x, Quantized) and x.tile != ACTIVATION:
             x = self.dequantize(x)
@@ -104,7 +104,7 @@ class Triton:
         if programs:
             with _launching(matrix):
                 table = group_table(heights, TILE, matrix.device)
-                cast_kernels.quantise[(programs,)](
+                cast_kernels.quantize[(programs,)](
                     matrix,
                     source_scales,
                     table,
@@ -138,19 +138,19 @@ class Triton:
         """See `model.fp8.backends.Backend`."""
         expect_tile(q.tile)
         shape, columns = q.values.shape, q.values.shape[-1]
-        wide = torch.empty(shape, device=q.values.device)
-        if not wide.numel():
-            return wide
+        out = torch.empty(shape, device=q.values.device)
+        if not out.numel():
+            return out
         heights = group_heights(shape, q.counts)
         codes, scales = flat(q.values.view(torch.uint8)), flat(q.scales)
         number = len(codes) if q.tile[0] == 1 else len(scales)
         programs = (-(-number // _ROWS) if q.tile[0] == 1 else number) * -(-columns // TILE)
         with _launching(codes):
-            cast_kernels.dequantise[(programs,)](
+            cast_kernels.dequantize[(programs,)](
                 codes,
                 scales,
                 group_table(heights, TILE, codes.device),
-                wide,
+                out,
                 *codes.shape,
                 len(heights),
                 *codes.stride(),
@@ -162,7 +162,7 @@ class Triton:
                 num_warps=4 if q.tile[0] == 1 else 8,
                 enable_fp_fusion=False,
             )
-        return wide
+        return out
 
     def matmul(self, a: Quantized, b: Quantized) -> Tensor:
         """See `model.fp8.backends.Backend`."""
@@ -173,9 +173,9 @@ class Triton:
                 )
             expect_bands(q, None)
         expect_product(a, b)
-        wide = b.tile == ALONG_TOKENS
+        dtype = torch.float32 if b.tile == ALONG_TOKENS else None
         stacked = replace(b, values=b.values[None], scales=b.scales[None], counts=None)
-        return self._multiply(a, stacked, (len(a.values),), torch.float32 if wide else None)
+        return self._multiply(a, stacked, (len(a.values),), dtype)
 
     def grouped_matmul(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
         """See `model.fp8.backends.Backend`."""
@@ -237,16 +237,16 @@ class Triton:
             )
         return out
 
-    def keep(self, x: Tensor) -> Kept:
+    def quantize_e5m6(self, x: Tensor) -> QuantizedE5M6:
         """See `model.fp8.backends.Backend`."""
         if x.ndim != 2:
-            raise DataError(f"keep of a tensor of shape {tuple(x.shape)}; flatten it to 2 dims")
+            raise DataError(f"quantize_e5m6 of shape {tuple(x.shape)}; flatten it to 2 dims")
         source, (rows, columns) = _loadable(x), x.shape
         words = source.new_empty(rows, -(-columns // _PACKED) * 3, dtype=torch.int32)
         scales = source.new_empty(rows, -(-columns // TILE), dtype=torch.float32)
         if source.numel():
             with _launching(source):
-                cast_kernels.keep[(-(-rows // _ROWS) * scales.shape[1],)](
+                cast_kernels.quantize_e5m6[(-(-rows // _ROWS) * scales.shape[1],)](
                     source,
                     words,
                     scales,
@@ -258,24 +258,24 @@ class Triton:
                     num_warps=4,
                     enable_fp_fusion=False,
                 )
-        return Kept(words, scales, columns)
+        return QuantizedE5M6(words, scales, columns)
 
-    def read(self, kept: Kept) -> Tensor:
+    def dequantize_e5m6(self, q: QuantizedE5M6) -> Tensor:
         """See `model.fp8.backends.Backend`."""
-        words, scales = kept.words.contiguous(), kept.scales.contiguous()
-        wide = scales.new_empty(len(words), kept.columns)
-        if wide.numel():
+        words, scales = q.words.contiguous(), q.scales.contiguous()
+        out = scales.new_empty(len(words), q.columns)
+        if out.numel():
             with _launching(words):
-                cast_kernels.read[(-(-len(words) // _ROWS) * scales.shape[1],)](
+                cast_kernels.dequantize_e5m6[(-(-len(words) // _ROWS) * scales.shape[1],)](
                     words,
                     scales,
-                    wide,
-                    *wide.shape,
+                    out,
+                    *out.shape,
                     ROWS=_ROWS,
                     num_warps=4,
                     enable_fp_fusion=False,
                 )
-        return wide
+        return out
 
     def _multiply(
         self, a: Quantized, b: Quantized, counts: tuple[int, ...], dtype: torch.dtype | None

@@ -37,7 +37,7 @@ CODES = tl.constexpr(2)
 
 @no_type_check
 @triton.jit
-def quantise(
+def quantize(
     source,
     source_scales,
     table,
@@ -101,11 +101,11 @@ def quantise(
 
 @no_type_check
 @triton.jit
-def dequantise(
+def dequantize(
     codes,
     scales,
     table,
-    wide,
+    out,
     rows,
     columns,
     groups,
@@ -135,12 +135,12 @@ def dequantise(
         value = value * scale[None, :]
     else:
         value = value * tl.load(of + panel * scales_c)
-    tl.store(wide + row[:, None] * columns + column[None, :], value, mask=inside)
+    tl.store(out + row[:, None] * columns + column[None, :], value, mask=inside)
 
 
 @no_type_check
 @triton.jit
-def keep(
+def quantize_e5m6(
     source,
     words,
     scales,
@@ -170,7 +170,7 @@ def keep(
     # The values were read a moment ago, so that this second reading comes from the cache.
     for j in tl.static_range(8):
         v = _floats(from_row, row, rows, eight * 8 + j, columns, source_c, SOURCE)
-        code = _encode12(tl.div_rn(tl.where(known, v, 0.0), divisor))
+        code = _encode_e5m6(tl.div_rn(tl.where(known, v, 0.0), divisor))
         if j < 3:
             low |= code << (12 * j)
         if j == 2:
@@ -190,8 +190,8 @@ def keep(
 
 @no_type_check
 @triton.jit
-def read(words, scales, wide, rows, columns, ROWS: tl.constexpr):
-    """A panel of float32 [R, C], contiguous, from what `keep` packed."""
+def dequantize_e5m6(words, scales, out, rows, columns, ROWS: tl.constexpr):
+    """A panel of float32 [R, C], contiguous, from what `quantize_e5m6` packed."""
     panels = tl.cdiv(columns, WIDTH)
     row = (tl.program_id(0) // panels) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     panel = tl.program_id(0) % panels
@@ -208,8 +208,8 @@ def read(words, scales, wide, rows, columns, ROWS: tl.constexpr):
     upper = tl.load(at + 1, mask=inside & straddles[None, :], other=0).to(tl.uint32, bitcast=True)
     bits = (lower >> shift[None, :].to(tl.uint32)) | (upper << up[None, :].to(tl.uint32))
     scale = tl.load(scales + row * panels + panel, mask=row < rows, other=0.0)
-    value = _decode12((bits & 0xFFF).to(tl.int32)) * scale[:, None]
-    tl.store(wide + row[:, None] * columns + column[None, :], value, mask=inside)
+    value = _decode_e5m6((bits & 0xFFF).to(tl.int32)) * scale[:, None]
+    tl.store(out + row[:, None] * columns + column[None, :], value, mask=inside)
 
 
 @no_type_check
@@ -227,14 +227,14 @@ def band_of(table, band, groups, HEIGHT: tl.constexpr, GROUPS: tl.constexpr):
 @triton.jit
 def decode(code):
     """What E4M3 codes stand for, float32."""
-    wide = code.to(tl.int32)
-    magnitude = wide & 0x7F
+    bits8 = code.to(tl.int32)
+    magnitude = bits8 & 0x7F
     # Codes below 8 have no leading one: it is lent, and taken back.
     lent = tl.where(magnitude < 8, 121 << 23, 120 << 23)
     value = ((magnitude << 20) + lent).to(tl.float32, bitcast=True)
     value -= tl.where(magnitude < 8, 0.015625, 0.0)
     bits = tl.where(magnitude == 0x7F, 0x7FC00000, value.to(tl.int32, bitcast=True))
-    return (bits | ((wide & 0x80) << 24)).to(tl.float32, bitcast=True)
+    return (bits | ((bits8 & 0x80) << 24)).to(tl.float32, bitcast=True)
 
 
 @no_type_check
@@ -305,7 +305,7 @@ def _floats(from_row, row, rows, column, columns, stride, SOURCE: tl.constexpr):
 
 @no_type_check
 @triton.jit
-def _encode12(v):
+def _encode_e5m6(v):
     """E5M6 codes, int32, for |v| <= 65024."""
     bits = v.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
@@ -323,8 +323,8 @@ def _encode12(v):
 
 @no_type_check
 @triton.jit
-def _decode12(code):
-    """What E5M6 codes stand for, float32; no backend keeps infinities."""
+def _decode_e5m6(code):
+    """What E5M6 codes stand for, float32; no backend saves infinities."""
     magnitude = code & 0x7FF
     lent = tl.where(magnitude < 64, 113 << 23, 112 << 23)
     value = ((magnitude << 17) + lent).to(tl.float32, bitcast=True)

@@ -233,11 +233,11 @@ def in_fp8(
 ) -> tuple[Callable[[], tuple[Quantized, Quantized]], Callable[[Quantized, Quantized], Tensor]]:
     """The casts that training makes for a pass, and its product of what they give."""
     if which == "weight gradient":
-        # What waited for the backward pass is quantised already.
+        # What was saved for the backward pass is quantised already.
         x8 = backend.quantize(x, ACTIVATION)
 
         def along() -> tuple[Quantized, Quantized]:
-            both = (backend.quantize(t, ALONG_TOKENS, counts=counts, kept=False) for t in (dy, x8))
+            both = (backend.quantize(t, ALONG_TOKENS, counts=counts, saved=False) for t in (dy, x8))
             left, right = both
             return left, right
 
@@ -253,7 +253,7 @@ def in_fp8(
         w8 = backend.quantize(w, BLOCK)
 
         def casts() -> tuple[Quantized, Quantized]:
-            return backend.quantize(dy, ACTIVATION, kept=False), w8
+            return backend.quantize(dy, ACTIVATION, saved=False), w8
 
     if counts is None:
         return casts, backend.matmul
@@ -294,11 +294,11 @@ def worst_error(
 ) -> float:
     """The worst error as a share of `allowed_error`: some rows of the first and last expert."""
     reference = Reference()
-    wide_a, wide_b = reference.dequantize(a), reference.dequantize(b)
+    float32_a, float32_b = reference.dequantize(a), reference.dequantize(b)
     along = which == "weight gradient"
     if counts is None:
-        return worst_share(found, wide_a.mT if along else wide_a, wide_b)
-    parts, others = wide_a.split(counts), wide_b.split(counts) if along else wide_b
+        return worst_share(found, float32_a.mT if along else float32_a, float32_b)
+    parts, others = float32_a.split(counts), float32_b.split(counts) if along else float32_b
     results = found if along else found.split(counts)
     return max(
         worst_share(results[e], parts[e].mT if along else parts[e], others[e])
@@ -366,12 +366,12 @@ def training_step(precision: Precision, device: torch.device) -> Step:
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         value = loss(model, batch, totals)[0]
-        held = torch.cuda.memory_allocated(device) - before
+        saved = torch.cuda.memory_allocated(device) - before
         peak = torch.cuda.max_memory_allocated(device) - before
         del value
     except Exception as error:
         return Step(name, why(error), why(error), why(error))
-    return Step(name, statistics.median(times[1:]), float(peak), float(held))
+    return Step(name, statistics.median(times[1:]), float(peak), float(saved))
 
 
 def fill(model: nn.Module) -> None:

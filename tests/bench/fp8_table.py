@@ -74,8 +74,8 @@ class Step:
     seconds: Figure
     peak_bytes: Figure
     """Beyond what the model and its optimiser hold, in a forward pass that gradients may follow."""
-    held_bytes: Figure
-    """Of that, what waits for the backward pass."""
+    saved_bytes: Figure
+    """Of that, what is saved for the backward pass."""
 
 
 def flops(shape: Shape) -> int:
@@ -160,7 +160,7 @@ def step_rows(steps: Sequence[Step], step_flops: float) -> list[str]:
         rows.append(row("1B MoE", "training step", step.precision, *figures, "", ""))
     memory: dict[str, Callable[[Step], Figure]] = {
         "forward's peak, GiB": lambda step: step.peak_bytes,
-        "kept for backward, GiB": lambda step: step.held_bytes,
+        "saved for backward, GiB": lambda step: step.saved_bytes,
     }
     for name, of in memory.items():
         bf16 = next(of(step) for step in steps if step.precision == "bf16")

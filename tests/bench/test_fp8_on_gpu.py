@@ -102,7 +102,7 @@ def test_ratios_of_made_up_timings_are_right() -> None:
     assert found["1B MoE", "training step", "bf16"][:3] == ["400.0", "2", "1.00"]
     assert found["1B MoE", "training step", "fp8"][:3] == ["200.0", "5", "2.00"]
     assert found["1B MoE", "forward's peak, GiB", "fp8"][:3] == ["3.00", "", "1.33"]
-    assert found["1B MoE", "kept for backward, GiB", "fp8"][0] == "not measured: lost"
+    assert found["1B MoE", "saved for backward, GiB", "fp8"][0] == "not measured: lost"
 
 
 def test_rates_are_teraflops() -> None:
@@ -143,12 +143,12 @@ def simulated(
     left: Operand, right: Operand, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """What `scaled_mm` would give, from scales spelt out again."""
-    wide = []
+    sides = []
     for side in (left, right):
         rows, inner = side.values.shape
         scales = side.scales.mT.repeat_interleave(128, 0)[:rows] if side.blocks else side.scales
-        wide.append(side.values.float() * scales.repeat_interleave(128, 1)[:, :inner])
-    made = (wide[0] @ wide[1].T).to(dtype)
+        sides.append(side.values.float() * scales.repeat_interleave(128, 1)[:, :inner])
+    made = (sides[0] @ sides[1].T).to(dtype)
     return made if out is None else out.copy_(made)
 
 
@@ -231,4 +231,4 @@ def test_a_small_step_runs_to_its_end(
     monkeypatch.setattr(cublas, "multiply", simulated)
     monkeypatch.setattr(scheme, "backend_for", lambda *_: Cublas(Reference()))
     step = bench.training_step(precision, torch.device("cpu"))
-    assert float(step.seconds) > 0 and (step.peak_bytes, step.held_bytes) == (2.0, 0.0)
+    assert float(step.seconds) > 0 and (step.peak_bytes, step.saved_bytes) == (2.0, 0.0)

@@ -83,10 +83,10 @@ def assert_same(found: Quantized, expected: Quantized) -> None:
     assert torch.equal(found.values.view(torch.uint8), expected.values.view(torch.uint8))
     assert_same_floats(found.scales, expected.scales)
     assert (found.tile, found.counts) == (expected.tile, expected.counts)
-    if found.wide is not None and found.wide.dim() == 2:
-        wide = exact_by_tiles(expected).float()
-        assert torch.equal(found.wide.isnan(), wide.isnan())
-        assert torch.equal(found.wide.nan_to_num(), wide.nan_to_num())
+    if found.float32 is not None and found.float32.dim() == 2:
+        float32 = exact_by_tiles(expected).float()
+        assert torch.equal(found.float32.isnan(), float32.isnan())
+        assert torch.equal(found.float32.nan_to_num(), float32.nan_to_num())
 
 
 def assert_same_floats(found: Tensor, expected: Tensor) -> None:
@@ -108,7 +108,7 @@ def assert_same_bits(
     found = backend.quantize(x, tile, power_of_two=power_of_two, counts=counts)
     assert_same(found, quantize_by_tiles(x, tile, power_of_two, counts))
     # From bytes alone, as in a backward pass.
-    stored = replace(found, wide=None)
+    stored = replace(found, float32=None)
     exact = exact_by_tiles(stored).float()
     assert torch.equal(backend.dequantize(stored).nan_to_num(), exact.nan_to_num())
     return found
@@ -184,15 +184,15 @@ def test_segments_are_quantised_as_if_each_stood_alone(
 def test_stacked_matrices_are_quantised_one_by_one(backend: Backend, tile: Tile) -> None:
     x = random_matrix((2, 3, 130, 140))
     together = backend.quantize(x, tile)
-    wide = backend.dequantize(together)
+    float32 = backend.dequantize(together)
     for i in range(2):
         for j in range(3):
             alone = quantize_by_tiles(x[i, j], tile)
             part = Quantized(together.values[i, j], together.scales[i, j], tile)
             assert_same(part, alone)
-            assert torch.equal(wide[i, j], exact_by_tiles(alone).float())
-            stored = replace(together, wide=None)
-            assert torch.equal(backend.dequantize(stored), wide)
+            assert torch.equal(float32[i, j], exact_by_tiles(alone).float())
+            stored = replace(together, float32=None)
+            assert torch.equal(backend.dequantize(stored), float32)
 
 
 @every_backend
@@ -226,7 +226,7 @@ def test_what_is_quantised_is_read_back_and_quantised_again(
 ) -> None:
     x8 = backend.quantize(random_matrix((200, 260)), source)
     expected = quantize_by_tiles(exact_by_tiles(x8).float(), tile, power_of_two, counts)
-    stored = replace(x8, wide=None)
+    stored = replace(x8, float32=None)
     again, at_hand = (
         backend.quantize(q, tile, power_of_two=power_of_two, counts=counts) for q in (stored, x8)
     )
@@ -241,7 +241,7 @@ def test_rows_that_are_picked_keep_their_values_and_scales(backend: Backend) -> 
     x8 = backend.quantize(random_matrix((9, 200)), ACTIVATION)
     index = torch.tensor([4, 4, 0, 8])
     expected = exact_by_tiles(x8)[index].float()
-    for q in (x8, replace(x8, wide=None)):
+    for q in (x8, replace(x8, float32=None)):
         assert torch.equal(backend.dequantize(q.rows(index)), expected)
 
 
@@ -255,7 +255,7 @@ def test_a_batch_without_entries_is_quantised_to_nothing(
     assert q.values.shape == shape
     heights = [math.ceil(size / side) for size, side in zip(shape[-2:], tile, strict=True)]
     assert q.scales.shape == (*shape[:-2], *heights)
-    assert backend.dequantize(replace(q, wide=None)).shape == shape
+    assert backend.dequantize(replace(q, float32=None)).shape == shape
 
 
 @every_backend
@@ -368,7 +368,7 @@ def test_products_are_exact_but_for_the_order_of_additions(
     for left, right in training_pairs(backend, *shape).values():
         exact = [exact_by_tiles(q) for q in (left, right)]
         if stored:
-            left, right = replace(left, wide=None), replace(right, wide=None)
+            left, right = replace(left, float32=None), replace(right, float32=None)
         assert violations(backend.matmul(left, right), exact[0], exact[1]) == 0
 
 
@@ -380,7 +380,7 @@ def test_the_bound_of_products_sees_a_wrong_scale_and_operands_that_were_not_rou
         exact = [exact_by_tiles(q) for q in (left, right)]
         scales = left.scales.clone()
         scales[-1, -1] *= 1 + 2.0**-8
-        wrong = replace(left, scales=scales, wide=None)
+        wrong = replace(left, scales=scales, float32=None)
         assert violations(backend.matmul(wrong, right), exact[0], exact[1]) > 0, name
     x, w = sized(200, 300, seed=1), sized(140, 300, seed=2)
     left, right = training_pairs(backend, 200, 300, 140)["forward"]
@@ -411,7 +411,7 @@ def test_grouped_products_are_each_experts_own(
     exact = [exact_by_tiles(q).split(counts) for q in (x8, dy8, x_tokens, dy_tokens)]
     if stored:
         x8, w8, dy8, x_tokens, dy_tokens = (
-            replace(q, wide=None) for q in (x8, w8, dy8, x_tokens, dy_tokens)
+            replace(q, float32=None) for q in (x8, w8, dy8, x_tokens, dy_tokens)
         )
     y = backend.grouped_matmul(x8, w8.T, counts)
     dx = backend.grouped_matmul(dy8, w8, counts)
@@ -439,21 +439,21 @@ def test_counts_and_matrices_of_different_numbers_are_refused(backend: Backend) 
 
 @every_backend
 @pytest.mark.parametrize("shape", [(1, 1), (5, 128), (7, 300), (3, 133), (0, 9)], ids=str)
-def test_what_is_kept_in_e5m6_has_scales_that_are_powers_of_two(
+def test_what_is_saved_in_e5m6_has_scales_that_are_powers_of_two(
     backend: Backend, shape: tuple[int, int]
 ) -> None:
     x = random_matrix(shape, spread=6.0)
-    kept = backend.keep(x)
-    assert kept.words.dtype == torch.int32
-    assert kept.words.shape == (shape[0], 3 * math.ceil(shape[1] / 8))
-    assert kept.scales.shape == (shape[0], math.ceil(shape[1] / 128))
-    read = backend.read(kept)
+    packed = backend.quantize_e5m6(x)
+    assert packed.words.dtype == torch.int32
+    assert packed.words.shape == (shape[0], 3 * math.ceil(shape[1] / 8))
+    assert packed.scales.shape == (shape[0], math.ceil(shape[1] / 128))
+    read = backend.dequantize_e5m6(packed)
     assert read.shape == x.shape
-    for row, (line, words) in enumerate(zip(x, unpack_e5m6(kept.words), strict=True)):
-        for j in range(kept.scales.shape[1]):
+    for row, (line, words) in enumerate(zip(x, unpack_e5m6(packed.words), strict=True)):
+        for j in range(packed.scales.shape[1]):
             part = line[128 * j : 128 * (j + 1)]
             scale = next_power_of_two(float(part.abs().max() / E5M6_MAX))
-            assert float(kept.scales[row, j]) == scale
+            assert float(packed.scales[row, j]) == scale
             codes = to_e5m6(part / scale)
             assert torch.equal(words[128 * j : 128 * j + len(part)], codes)
             assert torch.equal(read[row, 128 * j : 128 * (j + 1)], from_e5m6(codes) * scale)
@@ -465,22 +465,25 @@ def test_e5m6_keeps_zero_tiny_and_extreme_rows_and_marks_what_is_not_finite(
     backend: Backend,
 ) -> None:
     x = difficult_matrix()
-    assert_same_floats(backend.read(backend.keep(x)), Reference().read(Reference().keep(x)))
-    assert torch.equal(backend.keep(x).words, Reference().keep(x).words)
+    assert_same_floats(
+        backend.dequantize_e5m6(backend.quantize_e5m6(x)),
+        Reference().dequantize_e5m6(Reference().quantize_e5m6(x)),
+    )
+    assert torch.equal(backend.quantize_e5m6(x).words, Reference().quantize_e5m6(x).words)
     plain = random_matrix((4, 256), spread=1.0)
     for culprit in (torch.nan, torch.inf):
         broken = plain.clone()
         broken[2, 3] = culprit
-        read = backend.read(backend.keep(broken))
+        read = backend.dequantize_e5m6(backend.quantize_e5m6(broken))
         assert bool(read[2, :128].isnan().all())
-        read[2, :128] = backend.read(backend.keep(plain))[2, :128]
-        assert torch.equal(read, backend.read(backend.keep(plain)))
+        read[2, :128] = backend.dequantize_e5m6(backend.quantize_e5m6(plain))[2, :128]
+        assert torch.equal(read, backend.dequantize_e5m6(backend.quantize_e5m6(plain)))
 
 
 @every_backend
 def test_e5m6_loses_a_hundredth_of_what_e4m3_does(backend: Backend) -> None:
     x = torch.randn(64, 512, generator=torch.Generator().manual_seed(5))
-    gap = relative_gap(x, backend.read(backend.keep(x)))
+    gap = relative_gap(x, backend.dequantize_e5m6(backend.quantize_e5m6(x)))
     assert 1e-6 < gap < 2.0**-14 / 3
     assert gap < relative_gap(x, backend.dequantize(backend.quantize(x, ACTIVATION))) / 30
 

@@ -137,14 +137,14 @@ def results(backend: Cpu, x: Tensor) -> list[Tensor]:
     """Bytes, scales and float32 of all that the kernels do."""
     made = []
     x8 = backend.quantize(x, ACTIVATION)
-    for source in (x, replace(x8, wide=None)):
+    for source in (x, replace(x8, float32=None)):
         for tile in (ACTIVATION, ALONG_TOKENS, BLOCK):
             q = backend.quantize(source, tile, counts=[100, 0, len(x) - 100])
-            assert q.wide is not None
+            assert q.float32 is not None
             stored = Quantized(q.values, q.scales, q.tile, q.counts)
-            made += [q.values.view(torch.uint8), q.scales, q.wide, backend.dequantize(stored)]
-    kept = backend.keep(x)
-    return [*made, kept.words, kept.scales, backend.read(kept)]
+            made += [q.values.view(torch.uint8), q.scales, q.float32, backend.dequantize(stored)]
+    e5m6 = backend.quantize_e5m6(x)
+    return [*made, e5m6.words, e5m6.scales, backend.dequantize_e5m6(e5m6)]
 
 
 def test_several_threads_give_the_bits_of_one(threads: None) -> None:
@@ -168,13 +168,13 @@ def test_what_is_not_asked_for_is_not_made() -> None:
     for tile in (ACTIVATION, ALONG_TOKENS, BLOCK):
         for backend in (cpu_backend()[0], Cpu(None)):
             whole = backend.quantize(x, tile)
-            multiplied = backend.quantize(x, tile, kept=False)
-            kept = backend.quantize(x, tile, multiplied=False)
-            assert whole.wide is not None
-            assert multiplied.wide is not None
-            assert torch.equal(multiplied.wide, whole.wide)
+            multiplied = backend.quantize(x, tile, saved=False)
+            saved = backend.quantize(x, tile, multiplied=False)
+            assert whole.float32 is not None
+            assert multiplied.float32 is not None
+            assert torch.equal(multiplied.float32, whole.float32)
             assert multiplied.values.shape == (0, 140)
-            assert torch.equal(kept.values.float(), whole.values.float())
-            assert kept.wide is None or backend._kernels is None
-            for q in (multiplied, kept):
+            assert torch.equal(saved.values.float(), whole.values.float())
+            assert saved.float32 is None or backend._kernels is None
+            for q in (multiplied, saved):
                 assert torch.equal(q.scales, whole.scales)

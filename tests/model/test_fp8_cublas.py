@@ -38,7 +38,7 @@ def memory(tensor: Tensor, count: int) -> Tensor:
 
 def simulated(left: Operand, right: Operand, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     """The product as cuBLAS's manual describes it: from addresses and leading dims alone."""
-    wide = []
+    sides = []
     for side in (left, right):
         rows, columns = side.values.shape
         assert columns % 128 == 0 and rows % 16 == 0 and side.values.stride(1) == 1
@@ -55,10 +55,10 @@ def simulated(left: Operand, right: Operand, dtype: torch.dtype, out: Tensor | N
             places = row + column // 128 * rows
             scales = memory(side.scales, rows * blocks)
             assert side.scales.storage_offset() % 4 == 0, "cuBLAS wants scales at 16 bytes"
-        wide.append(values[row * lead + column] * scales[places].double())
+        sides.append(values[row * lead + column] * scales[places].double())
     assert not (left.blocks and right.blocks), "no such pair"
     checked_by_torch(left, right, dtype)
-    made = (wide[0] @ wide[1].T).to(dtype)
+    made = (sides[0] @ sides[1].T).to(dtype)
     if out is None:
         return made
     assert out.is_contiguous() and out.dtype == dtype
@@ -191,9 +191,9 @@ def test_what_fits_is_not_copied() -> None:
     assert operand(tokens8.T).scales.data_ptr() == tokens8.scales.data_ptr()
     assert operand(tokens8.T).values.data_ptr() != tokens8.values.data_ptr()
     # Neither does what begins, or whose rows begin, elsewhere than at 16 bytes.
-    for wide in (x8.values[:, 8:392], torch.empty(16, 392).to(torch.float8_e4m3fn)[:, :384]):
-        made = aligned(wide, *wide.shape)
-        assert made.is_contiguous() and torch.equal(made.float(), wide.float())
+    for values in (x8.values[:, 8:392], torch.empty(16, 392).to(torch.float8_e4m3fn)[:, :384]):
+        made = aligned(values, *values.shape)
+        assert made.is_contiguous() and torch.equal(made.float(), values.float())
 
 
 def test_padding_is_zeros_of_scale_one() -> None:
@@ -245,10 +245,13 @@ def test_casts_are_the_quantizers_and_values_always_there() -> None:
     backend: Backend = Cublas(REFERENCE)
     assert isinstance(backend, Backend) and backend.name == "cublas"
     x = random(130, 200)
-    found, expected = backend.quantize(x, BLOCK, kept=False), REFERENCE.quantize(x, BLOCK)
+    found, expected = backend.quantize(x, BLOCK, saved=False), REFERENCE.quantize(x, BLOCK)
     assert torch.equal(found.values.view(torch.uint8), expected.values.view(torch.uint8))
     assert torch.equal(backend.dequantize(found), REFERENCE.dequantize(expected))
-    assert torch.equal(backend.read(backend.keep(x)), REFERENCE.read(REFERENCE.keep(x)))
+    assert torch.equal(
+        backend.dequantize_e5m6(backend.quantize_e5m6(x)),
+        REFERENCE.dequantize_e5m6(REFERENCE.quantize_e5m6(x)),
+    )
 
 
 def test_torch_refuses_scales_by_rows() -> None:
@@ -304,7 +307,7 @@ def test_products_on_a_device_are_within_their_bound(shape: tuple[int, int, int]
         (REFERENCE.quantize(dy, BLOCK).T, REFERENCE.quantize(x, ALONG_TOKENS)),
     ]
     for a, b in pairs:
-        within(Cublas(REFERENCE).matmul(a, b), *wide_operands(a, b))
+        within(Cublas(REFERENCE).matmul(a, b), *float32_operands(a, b))
 
 
 @pytest.mark.gpu
@@ -321,15 +324,15 @@ def test_grouped_products_on_a_device_are_within_their_bound(counts: tuple[int, 
     dy_tokens, x_tokens = (REFERENCE.quantize(t, ALONG_TOKENS, counts=counts) for t in (dy, x))
     y = backend.grouped_matmul(x8, w8.T, counts).split(list(counts))
     dw = backend.grouped_outer(dy_tokens, x_tokens, counts)
-    wide_x, wide_w = REFERENCE.dequantize(x8).split(list(counts)), REFERENCE.dequantize(w8)
-    wide_dy = REFERENCE.dequantize(dy_tokens).split(list(counts))
-    wide_tokens = REFERENCE.dequantize(x_tokens).split(list(counts))
+    float32_x, float32_w = REFERENCE.dequantize(x8).split(list(counts)), REFERENCE.dequantize(w8)
+    float32_dy = REFERENCE.dequantize(dy_tokens).split(list(counts))
+    float32_tokens = REFERENCE.dequantize(x_tokens).split(list(counts))
     for expert in range(len(counts)):
-        within(y[expert], wide_x[expert], wide_w[expert].mT)
-        within(dw[expert], wide_dy[expert].mT, wide_tokens[expert])
+        within(y[expert], float32_x[expert], float32_w[expert].mT)
+        within(dw[expert], float32_dy[expert].mT, float32_tokens[expert])
 
 
-def wide_operands(a: Quantized, b: Quantized) -> tuple[Tensor, Tensor]:
+def float32_operands(a: Quantized, b: Quantized) -> tuple[Tensor, Tensor]:
     return REFERENCE.dequantize(a), REFERENCE.dequantize(b)
 
 

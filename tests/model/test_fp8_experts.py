@@ -97,7 +97,7 @@ class Case:
             gate, up = (x8[rows] @ gate8.T).float(), (x8[rows] @ up8.T).float()
             inner = activated(gate, up, self.limit) * scale
             y.index_add_(0, rows, rounded(inner, 1, 128) @ down8.T)
-            # What the backward pass sees is what was kept in FP8.
+            # What the backward pass sees is what was saved in FP8.
             gate, up = (rounded(part, 1, 128).float().requires_grad_() for part in (gate, up))
             inner = activated(gate, up, self.limit)
             d_inner = (dy8[rows] @ down8).float()
@@ -169,8 +169,8 @@ def test_rounding_is_there_to_be_seen() -> None:
         assert 1e-4 < relative_gap(one, other) < 2e-2
 
 
-def test_activations_are_made_again_from_what_was_kept() -> None:
-    """With gate and up kept as they were, the gradient of down would be another."""
+def test_activations_are_made_again_from_what_was_saved() -> None:
+    """With gate and up saved as they were, the gradient of down would be another."""
     case = Case([60], 128, None, True)
     gate, up = (
         (rounded(case.x, 1, 128)[case.rows] @ rounded(w, 128, 128).T).float()
@@ -211,22 +211,22 @@ def test_a_gate_that_is_much_smaller_than_up_keeps_scales_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("inner", [256, 96])
-def test_a_byte_a_value_waits_for_the_backward_pass(inner: int) -> None:
+def test_a_byte_a_value_is_saved_for_the_backward_pass(inner: int) -> None:
     case = Case(COUNTS[0], inner, None, True)
     x, gate_up, down, gates = case.leaves()
-    with saved_tensors() as kept:
+    with saved_tensors() as saved:
         with torch.no_grad():
             silent = fp8_grouped_swiglu(case.sent(x, gates), gate_up, down, None, FAST)
-        assert kept == []
+        assert saved == []
         assert torch.equal(
             fp8_grouped_swiglu(case.sent(x, gates), gate_up, down, None, FAST), silent
         )
     visits, experts = sum(case.counts), len(case.counts)
-    values = sorted(t.numel() for t in kept if t.element_size() == 1)
+    values = sorted(t.numel() for t in saved if t.element_size() == 1)
     halves = [experts * 2 * inner * WIDTH] if inner == 256 else [experts * inner * WIDTH] * 2
     assert values == sorted([40 * WIDTH, visits * 2 * inner, experts * WIDTH * inner, *halves])
     # The rest are scales, one for 128 values at least, and each visit's row and gate.
-    others = sum(t.numel() for t in kept if t.element_size() > 1)
+    others = sum(t.numel() for t in saved if t.element_size() > 1)
     assert others < sum(values) / 40 + 2 * visits
 
 

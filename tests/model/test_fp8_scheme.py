@@ -122,8 +122,8 @@ def test_moving_a_part_moves_its_modules_and_no_others(part: Part, name: str) ->
     assert before ^ after == members(model, part)
     for module, scheme in in_fp8(other).items():
         assert module in members(other, scheme.part)
-        # The Linear that reads attention's output keeps it in 12 bits, and no other does.
-        assert scheme.keeps_e5m6 == bool(re.search(r"self_attn\.o(_a)?_proj$", module))
+        # The Linear that reads attention's output saves it in 12 bits, and no other does.
+        assert scheme.saves_e5m6 == bool(re.search(r"self_attn\.o(_a)?_proj$", module))
         assert scheme.config == config
 
 

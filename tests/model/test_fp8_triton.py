@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.errors import DataError
 from model.fp8.backends import Backend
-from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Kept, Quantized, Tile
+from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Quantized, QuantizedE5M6, Tile
 from model.fp8.reference import Reference
 from model.fp8.triton import INTERPRETED, Triton
 
@@ -48,7 +48,7 @@ def assert_same(found: Quantized, expected: Quantized) -> None:
     assert found.values.dtype == expected.values.dtype
     assert torch.equal(found.values.view(torch.uint8), expected.values.view(torch.uint8))
     assert_same_floats(found.scales, expected.scales)
-    assert (found.tile, found.counts, found.wide) == (expected.tile, expected.counts, None)
+    assert (found.tile, found.counts, found.float32) == (expected.tile, expected.counts, None)
 
 
 def assert_same_floats(found: Tensor, expected: Tensor) -> None:
@@ -233,11 +233,11 @@ def test_activations_and_their_gradients_leave_as_bfloat16_where_asked() -> None
 @pytest.mark.parametrize("shape", [(1, 1), (40, 300), (257, 129), (33, 8), (0, 8)], ids=str)
 def test_twelve_bits_are_packed_and_read_as_the_twin_does(shape: tuple[int, int]) -> None:
     for x in (hard(*shape) if shape[0] else random(*shape), random(*shape).bfloat16()):
-        found, expected = mine.keep(x), slow.keep(x)
+        found, expected = mine.quantize_e5m6(x), slow.quantize_e5m6(x)
         assert torch.equal(found.words, expected.words)
         assert_same_floats(found.scales, expected.scales)
         assert found.columns == expected.columns
-        assert_same_floats(mine.read(found), slow.read(expected))
+        assert_same_floats(mine.dequantize_e5m6(found), slow.dequantize_e5m6(expected))
 
 
 def test_twelve_bits_round_half_way_to_even() -> None:
@@ -245,10 +245,13 @@ def test_twelve_bits_round_half_way_to_even() -> None:
     steps = torch.arange(256) / 4
     x = torch.cat([steps * 2.0**-20, 1 + steps / 64, (steps + 0.25) * -(2.0**-15)])
     x = torch.nn.functional.pad(x.view(-1, 64), (0, 1), value=65024.0).to(DEVICE)
-    found, expected = mine.keep(x), slow.keep(x)
+    found, expected = mine.quantize_e5m6(x), slow.quantize_e5m6(x)
     assert expected.scales.eq(1).all()
     assert torch.equal(found.words, expected.words)
-    assert_same_floats(mine.read(Kept(found.words, found.scales, 65)), slow.read(expected))
+    assert_same_floats(
+        mine.dequantize_e5m6(QuantizedE5M6(found.words, found.scales, 65)),
+        slow.dequantize_e5m6(expected),
+    )
 
 
 def test_it_is_a_backend() -> None:
@@ -281,6 +284,6 @@ def test_what_cannot_be_computed_is_refused_with_dims_and_a_remedy() -> None:
     with pytest.raises(DataError, match="start anew at counts"):
         mine.matmul(quantised(4, 8, tile=ACTIVATION, seed=0), along)
     with pytest.raises(DataError, match="flatten it to 2 dims"):
-        mine.keep(random(2, 3, 4))
+        mine.quantize_e5m6(random(2, 3, 4))
     with pytest.raises(DataError, match="products cannot be stored as"):
         Triton(torch.float16)

@@ -14,7 +14,7 @@ COUNTS = [[4], [0, 5, 130, 0, 257, 1], [128, 128], [0, 0, 3], [0, 0]]
 SCHEMES = {
     "cpu": Fp8("attention"),
     "reference": Fp8("attention", backend_name="reference"),
-    "e5m6": Fp8("attention", keeps_e5m6=True),
+    "e5m6": Fp8("attention", saves_e5m6=True),
     "block": Fp8("attention", Fp8Config(gradient_scaling="block")),
     "fp4": Fp8("routed_experts", Fp8Config(fp4_experts=True)),
 }
@@ -74,12 +74,12 @@ def test_experts_that_differ_in_size_keep_their_own_scales() -> None:
     assert float((together.grad[0] - large - exact).norm() / exact.norm()) > 1
 
 
-def test_without_gradients_nothing_is_kept() -> None:
+def test_without_gradients_nothing_is_saved() -> None:
     x, weight = random(7, 16), random(2, 8, 16).requires_grad_()
-    with saved_tensors() as kept:
+    with saved_tensors() as saved:
         with torch.no_grad():
             fp8_grouped_linear(x, weight, [3, 4], Fp8("attention"))
-        assert kept == []
+        assert saved == []
         fp8_grouped_linear(x, weight, [3, 4], Fp8("attention"))
-    sizes = sorted((t.element_size(), t.numel()) for t in kept)
+    sizes = sorted((t.element_size(), t.numel()) for t in saved)
     assert sizes == [(1, 7 * 16), (1, 2 * 8 * 16), (4, 2), (4, 7)]

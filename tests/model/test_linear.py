@@ -20,9 +20,9 @@ SHAPES = [(1, 16, 16), (40, 128, 256), (200, 130, 48), (129, 300, 129)]
 
 
 def linear(
-    inputs: int, outputs: int, precision: Precision, seed: int = 0, *, keeps_e5m6: bool = False
+    inputs: int, outputs: int, precision: Precision, seed: int = 0, *, saves_e5m6: bool = False
 ) -> Linear:
-    scheme = Numerics(precision).of("attention", keeps_e5m6=keeps_e5m6)
+    scheme = Numerics(precision).of("attention", saves_e5m6=saves_e5m6)
     made = Linear(inputs, outputs, scheme)
     torch.nn.init.normal_(made.weight, generator=torch.Generator().manual_seed(seed))
     return made
@@ -51,12 +51,12 @@ def test_after_attention_the_weights_gradient_comes_from_twelve_bits(
     shape: tuple[int, int, int],
 ) -> None:
     tokens, inputs, outputs = shape
-    layer = linear(inputs, outputs, "fp8", keeps_e5m6=True)
+    layer = linear(inputs, outputs, "fp8", saves_e5m6=True)
     x, dy = random(tokens, inputs).requires_grad_(), random(tokens, outputs, seed=2)
     y = layer(x)
     y.backward(dy)
     known = x.detach(), layer.weight.detach(), dy
-    expected = fp8_products(*known, keeps_e5m6=True)
+    expected = fp8_products(*known, saves_e5m6=True)
     for found, reference in zip((y.detach(), x.grad, layer.weight.grad), expected, strict=True):
         torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-4)
     from_eight_bits = fp8_products(*known)[2]
@@ -109,54 +109,54 @@ def test_an_output_that_nobody_uses_costs_its_linear_no_gradient() -> None:
     assert used.weight.grad.any()
 
 
-def kept_by(action: Callable[[], object]) -> list[Tensor]:
-    """What waits for a backward pass after `action`."""
-    with saved_tensors() as kept:
+def saved_by(action: Callable[[], object]) -> list[Tensor]:
+    """What is saved for a backward pass by `action`."""
+    with saved_tensors() as saved:
         action()
-    return kept
+    return saved
 
 
 def test_a_byte_a_value_waits_for_the_backward_pass() -> None:
     layers = [linear(300, outputs, "fp8") for outputs in (40, 200)]
     x = random(50, 300).requires_grad_()
-    kept = kept_by(lambda: together(x, *layers))
-    sizes = sorted((t.element_size(), t.numel()) for t in kept)
+    saved = saved_by(lambda: together(x, *layers))
+    sizes = sorted((t.element_size(), t.numel()) for t in saved)
     values = [(1, 40 * 300), (1, 50 * 300), (1, 200 * 300)]
     scales = [(4, 3), (4, 2 * 3), (4, 50 * 3)]
     assert sizes == sorted(values + scales)
-    exact = kept_by(lambda: together(x, linear(300, 40, "high")))
+    exact = saved_by(lambda: together(x, linear(300, 40, "high")))
     assert all(t.element_size() == 4 for t in exact)
 
 
 def test_twelve_bits_a_value_wait_after_attention() -> None:
-    layer = linear(304, 40, "fp8", keeps_e5m6=True)
+    layer = linear(304, 40, "fp8", saves_e5m6=True)
     x = random(50, 304).requires_grad_()
-    words, x_scales, weight, weight_scales = kept_by(lambda: layer(x))
+    words, x_scales, weight, weight_scales = saved_by(lambda: layer(x))
     assert words.nbytes * 2 == 50 * 304 * 3
     assert (x_scales.numel(), weight.nbytes, weight_scales.numel()) == (50 * 3, 40 * 304, 3)
     mantissa, _ = torch.frexp(x_scales)
     assert bool((mantissa == 0.5).all())
 
 
-@pytest.mark.parametrize("keeps_e5m6", [False, True])
-def test_where_nothing_learns_nothing_waits(
-    monkeypatch: pytest.MonkeyPatch, keeps_e5m6: bool
+@pytest.mark.parametrize("saves_e5m6", [False, True])
+def test_where_nothing_learns_nothing_is_saved(
+    monkeypatch: pytest.MonkeyPatch, saves_e5m6: bool
 ) -> None:
-    layer, x = linear(304, 40, "fp8", keeps_e5m6=keeps_e5m6), random(50, 304)
-    hold, written = Fp8.hold, list[int]()
+    layer, x = linear(304, 40, "fp8", saves_e5m6=saves_e5m6), random(50, 304)
+    input_to_save, written = Fp8.input_to_save, list[int]()
 
     def counted(self: Fp8, x: Tensor, x8: Quantized) -> tuple[Tensor, Tensor]:
         written.append(1)
-        return hold(self, x, x8)
+        return input_to_save(self, x, x8)
 
-    monkeypatch.setattr(Fp8, "hold", counted)
+    monkeypatch.setattr(Fp8, "input_to_save", counted)
 
     def silently() -> Tensor:
         with torch.no_grad():
             y: Tensor = layer(x)
         return y
 
-    assert kept_by(silently) == []
+    assert saved_by(silently) == []
     assert written == []
     assert torch.equal(silently(), layer(x))
     assert written == [1]
