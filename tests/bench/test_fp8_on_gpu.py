@@ -210,7 +210,7 @@ def test_a_step_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
         raise RuntimeError("no room")
 
     monkeypatch.setattr(bench, "Transformer", refuse)
-    monkeypatch.setattr(bench, "Trainer", refuse)
+    monkeypatch.setattr(bench, "build_trainer", refuse)
     assert bench.training_step("fp8", torch.device("cpu")) == Step("fp8", *["failed: no room"] * 3)
 
 
