@@ -1,11 +1,26 @@
-"""A tensor as float8 values and one float32 scale per tile.
+"""A quantised tensor: 8-bit values and a float32 scale for each tile of them.
+
+A tile is a rectangle of values that share a scale. Three shapes of it are enough to train with:
+
+- `ACTIVATION`, 1 x 128: one token, 128 channels. For products that contract channels.
+- `ALONG_TOKENS`, 128 x 1: 128 tokens, one channel. For the product that contracts tokens.
+- `BLOCK`, 128 x 128: weights. A block transposed is a block, so that one cast serves the products
+  that contract inputs and those that contract outputs.
+
+At ragged edges a tile covers what there is. Where rows belong to experts, sorted by expert, tiles
+that are several rows high start anew at each expert's first row, since an expert contracts its own
+rows alone. The rows of one tile are called a band.
+
+What training multiplies is E4M3, `Quantized`. The input of the Linear after attention is saved for
+the backward pass with more bits, in E5M6: `QuantizedE5M6`.
 
 Axes: R rows, C columns, P stacked matrices.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,7 +48,7 @@ class Quantized:
     counts: tuple[int, ...] | None = None
     """Rows of each expert, where tiles start anew at an expert's first row."""
     float32: Tensor | None = None
-    """The same in float32, where a backend has it at hand. Not to be kept for a backward pass."""
+    """The same tensor in float32 [..., R, C], if the backend multiplies that; it is not saved."""
 
     @property
     def T(self) -> "Quantized":
@@ -46,8 +61,21 @@ class Quantized:
             float32=None if self.float32 is None else self.float32.mT,
         )
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """(values, scales)."""
+        return self.values, self.scales
+
+    @property
+    def layout(self) -> Callable[[Tensor, Tensor], "Quantized"]:
+        """What makes this from its `tensors`, without the float32 form."""
+        return partial(Quantized, tile=self.tile, counts=self.counts)
+
     def rows(self, index: Tensor) -> "Quantized":
-        """The rows of `index`, in the form that is at hand, by tiles that are one row high."""
+        """Row `index[i]` as row i, with tiles one row high; the float32 form alone if there is one.
+
+        Without `counts` only: then row r has the scales of band r // tile[0].
+        """
         assert self.counts is None
         tile = 1, self.tile[1]
         scales = self.scales.index_select(0, index // self.tile[0])
@@ -57,6 +85,48 @@ class Quantized:
         # Bytes are what every device can gather.
         values = self.values.view(torch.uint8).index_select(0, index).view(self.values.dtype)
         return replace(self, values=values, scales=scales, tile=tile)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedE5M6:
+    """A matrix in E5M6, 12 bits a value, with a power-of-two scale for each row and 128 columns."""
+
+    words: Tensor
+    """int32 [R, 3 * ceil(C / 8)]: codes as `format.pack_e5m6` packs them."""
+    scales: Tensor
+    """float32 [R, ceil(C / 128)]."""
+    columns: int
+    """C, which the words round up to a multiple of 8."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """(words, scales)."""
+        return self.words, self.scales
+
+    @property
+    def layout(self) -> Callable[[Tensor, Tensor], "QuantizedE5M6"]:
+        """What makes this from its `tensors`."""
+        return partial(QuantizedE5M6, columns=self.columns)
+
+
+Saved = Quantized | QuantizedE5M6
+Layout = Callable[[Tensor, Tensor], Any]
+"""Makes a quantised tensor from its two. `Any`, for it travels on `ctx`, which has no types."""
+
+
+def to_tensors(quantized: Sequence[Saved]) -> tuple[list[Tensor], list[Layout]]:
+    """(tensors, layouts) of quantised tensors, to be saved for a backward pass.
+
+    `ctx.save_for_backward` takes tensors alone: here values and scales of each, in turn. The
+    layouts, one for each, have no tensor in them and go onto `ctx` itself.
+    """
+    return [tensor for q in quantized for tensor in q.tensors], [q.layout for q in quantized]
+
+
+def from_tensors(tensors: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Any]:
+    """The quantised tensors that `to_tensors` was given, without their float32 forms."""
+    parts = zip(layouts, tensors[::2], tensors[1::2], strict=True)
+    return [make(values, scales) for make, values, scales in parts]
 
 
 def bands(rows: int, height: int, counts: Sequence[int] | None) -> Iterator[tuple[int, int]]:
@@ -77,20 +147,9 @@ def expect_stacked(b: Quantized, counts: Sequence[int]) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizedE5M6:
-    """A matrix in E5M6 with a power-of-two scale for each row and 128 columns: 12 bits a value."""
-
-    words: Tensor
-    """int32 [R, 3 * ceil(C / 8)], as `format.pack_e5m6` packs."""
-    scales: Tensor
-    """float32 [R, ceil(C / 128)]."""
-    columns: int
-
-
 @runtime_checkable
 class Quantizer(Protocol):
-    """The casts of a backend, into bytes and back."""
+    """The casts of a backend."""
 
     def quantize(
         self,
@@ -102,18 +161,21 @@ class Quantizer(Protocol):
         saved: bool = True,
         multiplied: bool = True,
     ) -> Quantized:
-        """`x` [..., R, C] as E4M3 with one scale for each tile.
+        """`x` [..., R, C], of any float type, as E4M3: scale = amax / 448 of each tile, in float32.
 
-        What is quantised already is read back first. With `counts`, the rows of each expert of
-        [R, C], tiles start anew at an expert's first row. A backend that multiplies another form
-        than `values` may leave them empty without `saved`, and the other without `multiplied`.
+        What is quantised already is dequantised first. `power_of_two` rounds scales up to powers of
+        two. With `counts`, the rows of each expert of a matrix [R, C], tiles start anew at an
+        expert's first row.
+
+        `saved` and `multiplied` say what the result is for. A backend that multiplies float32 may
+        leave `values` empty [..., 0, C] if not `saved`, and `float32` None if not `multiplied`.
         """
 
     def dequantize(self, q: Quantized) -> Tensor:
-        """The float32 tensor that `q` stands for; to be read, for it may be `q`'s own."""
+        """values * scales, float32 [..., R, C]; it may be `q.float32`, so do not write to it."""
 
     def quantize_e5m6(self, x: Tensor) -> QuantizedE5M6:
-        """`x` [R, C] in E5M6, for `dequantize_e5m6`."""
+        """`x` [R, C], of any float type, as E5M6; scale = amax / 65024, up to a power of two."""
 
     def dequantize_e5m6(self, q: QuantizedE5M6) -> Tensor:
-        """The float32 tensor that `q` stands for."""
+        """codes * scales: float32 [R, C]."""

@@ -1,7 +1,20 @@
-"""How each part of a model computes its products: which are FP8, by which tiles, and who is told.
+"""Which parts of a model are FP8, and how the operands of a part's products are quantised.
 
-A model is built with one `Numerics`; each of its Linears and experts asks it for the scheme of its
-part, and none means high precision. The mathematics above them does not see it.
+A model is built with one `Numerics`. Each of its Linears and expert layers asks it for the scheme
+of its part (`Fp8`), and gets None where that part stays in high precision. The mathematics above
+them does not see which it is.
+
+A scheme has one method for each operand of the three products (`model/fp8/products.py`):
+
+| operand | fprop | dgrad | wgrad |
+|---|---|---|---|
+| x | `activations` | | `activations_along_tokens` |
+| W | `weights` | `weights` | |
+| dy | | `gradients` | `gradients_along_tokens` |
+
+Each operand is also shown to a recorder, which counts what FP8 does to it while it watches.
+
+Axes: T tokens (or rows sorted by expert), I inputs, O outputs.
 """
 
 from collections.abc import Sequence
@@ -15,7 +28,15 @@ from configs.errors import MachineError
 from configs.train import Fp8Backend, Fp8Config, Precision
 from model.fp8.backends import Backend, backend_for, choose
 from model.fp8.fp4 import through_fp4
-from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Quantized, QuantizedE5M6, Tile
+from model.fp8.quantized import (
+    ACTIVATION,
+    ALONG_TOKENS,
+    BLOCK,
+    Quantized,
+    QuantizedE5M6,
+    Saved,
+    Tile,
+)
 from model.fp8.recorder import Recorder
 
 Part = Literal[
@@ -31,65 +52,60 @@ Part = Literal[
     "engram",
 ]
 _WHOLE: Tile = (2**62, 2**62)
+"""One scale for a whole tensor."""
 _DEFAULTS = Fp8Config()
 
 
 @dataclass(frozen=True, slots=True)
 class Fp8:
-    """The products of one part, in block-scaled E4M3 (DeepSeek-V3, section 3.3.2)."""
+    """How the products of one part are quantised (DeepSeek-V3, section 3.3.2)."""
 
     part: Part
     config: Fp8Config = _DEFAULTS
     backend_name: Fp8Backend = "auto"
     recorder: Recorder = field(default_factory=Recorder, compare=False)
     saves_e5m6: bool = False
-    """Whether inputs are saved in E5M6, as those of the Linear after attention are."""
+    """Whether inputs are saved in E5M6, as those of the Linear after attention are (3.3.3)."""
 
     def backend(self, device: torch.device) -> Backend:
-        """Who computes for tensors on `device`."""
+        """What casts and multiplies tensors on `device`; MachineError if nothing can."""
         return backend_for(device, self.backend_name)
 
     def activations(self, x: Tensor) -> Quantized:
-        """The input of the forward product, by tiles of 1 x 128; to be saved."""
+        """x [T, I] for the forward product, by tiles of 1 x 128."""
         return self._quantize("activations", x, ACTIVATION)
 
     def weights(self, w: Tensor) -> Quantized:
-        """Blocks of 128 x 128, which serve forward and backward products."""
+        """W [..., O, I] by blocks of 128 x 128, for the forward product and the input gradient."""
         if self.config.fp4_experts and self.part == "routed_experts":
             return self._noted("weights", w, through_fp4(w))
         return self._quantize("weights", w, BLOCK)
 
     def gradients(self, dy: Tensor, counts: Sequence[int] | None = None) -> Quantized:
-        """The gradient that the input's gradient is made of, by tiles of 1 x 128."""
+        """dy [T, O] for the input gradient, by tiles of 1 x 128."""
         if self.config.gradient_scaling == "block":
             return self._quantize("gradients", dy, BLOCK, counts, saved=False)
         return self._quantize("gradients", dy, ACTIVATION, saved=False)
 
     def gradients_along_tokens(self, dy: Tensor, counts: Sequence[int] | None = None) -> Quantized:
-        """The gradient that the weight's is made of, by tiles of 128 x 1; of each expert apart."""
+        """dy [T, O] for the weight gradient, by tiles of 128 x 1 of each expert's rows."""
         tile = BLOCK if self.config.gradient_scaling == "block" else ALONG_TOKENS
         return self._quantize("gradients_along_tokens", dy, tile, counts, saved=False)
 
+    def input_to_save(self, x: Tensor, x8: Quantized) -> Saved:
+        """What is saved of x [T, I] for the weight gradient: `x8`, which is x in E4M3, or E5M6."""
+        return self.backend(x.device).quantize_e5m6(x) if self.saves_e5m6 else x8
+
     def activations_along_tokens(
-        self, x: Tensor | Quantized, counts: Sequence[int] | None = None
+        self, x: Tensor | Saved, counts: Sequence[int] | None = None
     ) -> Quantized:
-        """The input that the weight's gradient is made of, quantised again from what was saved."""
+        """x [T, I], as it was saved, for the weight gradient, by tiles of 128 x 1.
+
+        What was quantised by tiles of 1 x 128 is rounded a second time.
+        """
+        if isinstance(x, QuantizedE5M6):
+            x = self.backend(x.words.device).dequantize_e5m6(x)
         return self._quantize("activations_along_tokens", x, ALONG_TOKENS, counts, saved=False)
-
-    def input_to_save(self, x: Tensor, x8: Quantized) -> tuple[Tensor, Tensor]:
-        """What of the input [T, I] is saved for the backward pass."""
-        if not self.saves_e5m6:
-            return x8.values, x8.scales
-        packed = self.backend(x.device).quantize_e5m6(x)
-        return packed.words, packed.scales
-
-    def saved_input(
-        self, values: Tensor, scales: Tensor, tile: Tile, columns: int
-    ) -> Tensor | Quantized:
-        """What `input_to_save` gave, for `activations_along_tokens`."""
-        if not self.saves_e5m6:
-            return Quantized(values, scales, tile)
-        return self.backend(values.device).dequantize_e5m6(QuantizedE5M6(values, scales, columns))
 
     def _quantize(
         self,
@@ -115,7 +131,7 @@ class Fp8:
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
-    """What a whole model computes in."""
+    """The precision of a whole model, part by part."""
 
     precision: Precision = "high"
     config: Fp8Config = _DEFAULTS
@@ -123,7 +139,7 @@ class Numerics:
     recorder: Recorder = field(default_factory=Recorder, compare=False)
 
     def of(self, part: Part, *, saves_e5m6: bool = False) -> Fp8 | None:
-        """The scheme of one part; none for high precision."""
+        """The scheme of one part; None for high precision."""
         if self.precision == "high" or getattr(self.config, part) == "high":
             return None
         return Fp8(part, self.config, self.backend, self.recorder, saves_e5m6)
@@ -134,7 +150,7 @@ class Numerics:
 
 
 def settle(numerics: Numerics, device: torch.device) -> tuple[Numerics, str]:
-    """(what can be computed on `device`, in words): high precision where it has no FP8 at all.
+    """(numerics that `device` can compute, a reason): high precision where it has no FP8 at all.
 
     MachineError if the backend that was asked for cannot run there, or cannot compute what was.
     """

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from configs.train import Precision
 from model.fp8.backends import quantize
 from model.fp8.linear import Linear, together
-from model.fp8.quantized import Quantized
+from model.fp8.quantized import Quantized, Saved
 from model.fp8.scheme import Fp8, Numerics
 from tests.memory import saved_tensors
 from tests.references import fp8_products
@@ -116,7 +116,7 @@ def saved_by(action: Callable[[], object]) -> list[Tensor]:
     return saved
 
 
-def test_a_byte_a_value_waits_for_the_backward_pass() -> None:
+def test_a_byte_a_value_is_saved_for_the_backward_pass() -> None:
     layers = [linear(300, outputs, "fp8") for outputs in (40, 200)]
     x = random(50, 300).requires_grad_()
     saved = saved_by(lambda: together(x, *layers))
@@ -128,7 +128,7 @@ def test_a_byte_a_value_waits_for_the_backward_pass() -> None:
     assert all(t.element_size() == 4 for t in exact)
 
 
-def test_twelve_bits_a_value_wait_after_attention() -> None:
+def test_twelve_bits_a_value_are_saved_after_attention() -> None:
     layer = linear(304, 40, "fp8", saves_e5m6=True)
     x = random(50, 304).requires_grad_()
     words, x_scales, weight, weight_scales = saved_by(lambda: layer(x))
@@ -145,7 +145,7 @@ def test_where_nothing_learns_nothing_is_saved(
     layer, x = linear(304, 40, "fp8", saves_e5m6=saves_e5m6), random(50, 304)
     input_to_save, written = Fp8.input_to_save, list[int]()
 
-    def counted(self: Fp8, x: Tensor, x8: Quantized) -> tuple[Tensor, Tensor]:
+    def counted(self: Fp8, x: Tensor, x8: Quantized) -> Saved:
         written.append(1)
         return input_to_save(self, x, x8)
 
