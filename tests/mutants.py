@@ -152,7 +152,8 @@ def _failures(report: Path) -> Iterator[str]:
         if failures:
             late = " (timed out)" if "Timeout" in failures[0].get("message", "") else ""
             # A file that could not be read stands there as a test of no class.
-            module, name = case.get("classname") or case.get("name", ""), case.get("name")
+            name = case.get("name", "")
+            module = case.get("classname") or name
             yield f"{module.replace('.', '/')}.py::{name}{late}"
 
 
@@ -245,7 +246,7 @@ def judge_all(
 def table(verdicts: Iterable[Verdict]) -> str:
     """File, drawn, killed, equivalent, survivors; then each survivor's patch."""
     verdicts = list(verdicts)
-    rows = [("file", "drawn", "killed", "equivalent", "survivors")]
+    rows: list[tuple[str, ...]] = [("file", "drawn", "killed", "equivalent", "survivors")]
     for file in sorted({one.mutant.file for one in verdicts}):
         of = [one.outcome for one in verdicts if one.mutant.file == file]
         counts = (of.count(outcome) for outcome in ("killed", "equivalent", "survived"))

@@ -116,16 +116,21 @@ def draw(pool: Iterable[Mutant], number: int, seed: int) -> list[Mutant]:
         before = len(drawn)
         for queue in queues.values():
             fresh = (one for one in queue if one.line not in lines)
-            one = next(filter(Mutant.is_python, fresh), None)
-            if one is not None and len(drawn) < number:
-                queue.remove(one)
-                drawn.append(one)
-                lines.add(one.line)
+            found = next(filter(Mutant.is_python, fresh), None)
+            if found is not None and len(drawn) < number:
+                queue.remove(found)
+                drawn.append(found)
+                lines.add(found.line)
         if len(drawn) == before and not lines:
             break
         if len(drawn) == before:
             lines.clear()
     return drawn
+
+
+def _place(node: ast.AST, *names: str) -> tuple[int, int]:
+    line, column = (int(getattr(node, name)) for name in names)
+    return line, column
 
 
 class Text:
@@ -140,10 +145,12 @@ class Text:
         self._starts = starts
 
     def start(self, node: ast.AST) -> int:
-        return self._starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
+        line, column = _place(node, "lineno", "col_offset")
+        return self._starts[line - 1] + column
 
     def end(self, node: ast.AST) -> int:
-        return self._starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
+        line, column = _place(node, "end_lineno", "end_col_offset")
+        return self._starts[line - 1] + column
 
     def of(self, node: ast.AST) -> str:
         return self.bytes[self.start(node) : self.end(node)].decode()

@@ -183,7 +183,8 @@ def test_a_replaced_file_is_the_new_one_and_no_draft_stays(tmp_path: Path) -> No
 def test_a_replaced_file_is_on_the_disk_before_it_has_its_name_and_its_name_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, order = tmp_path / "file", []
+    path = tmp_path / "file"
+    order: list[int | str] = []
     real_fsync, real_replace = os.fsync, os.replace
 
     def fsync(handle: int) -> None:

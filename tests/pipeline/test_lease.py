@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline import lease as lease_module
+from pipeline.files import replace
 from pipeline.lease import (
     DEAD_SECONDS,
     HEARTBEAT_SECONDS,
@@ -77,7 +78,8 @@ def test_a_heartbeat_outlives_a_disk_that_was_full_for_a_while(
     tmp_path: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.02)
-    real, failed = lease_module.replace, []
+    real = replace
+    failed: list[Path] = []
 
     def full_at_first(path: Path, text: str) -> None:
         if len(failed) < 3:
@@ -151,7 +153,7 @@ def test_a_lease_that_cannot_be_read_is_a_dead_holders_once_that_lasts(
 def test_a_holder_of_this_machine_is_not_waited_for(
     tmp_path: Path, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease_module.time, "sleep", lambda seconds: pytest.fail("waited"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waited"))
     assert is_held(tmp_path)
     give_up(lease)
     assert not is_held(tmp_path)
@@ -174,7 +176,7 @@ def test_a_holder_elsewhere_is_alive_while_its_heartbeat_moves(
         os.replace(draft, path)
         real(seconds)
 
-    monkeypatch.setattr(lease_module.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     assert is_held(tmp_path)
 
 

@@ -225,7 +225,7 @@ def test_the_record_says_from_the_beginning_what_was_made_so_far(world: World) -
     def looking(config: FakeConfig, work: Workspace) -> Corpus:
         (record,) = world.store.records.newest_first()
         seen.append(outcomes(record))
-        return cast(Corpus, gather.run(config, work))
+        return gather.run(config, work)
 
     line = {"one": looking(FakeConfig()), "two": looking(FakeConfig(steps=4))}
     world.run(graph=make_graph(line, HASHES))
@@ -233,10 +233,9 @@ def test_the_record_says_from_the_beginning_what_was_made_so_far(world: World) -
 
 
 def test_the_seconds_of_a_node_are_those_it_took(world: World) -> None:
-    slow = {"train": {"seconds": 0.3}}
     for outcome, least in (("built", 0.3), ("reused", 0.0)):
         started = time.monotonic()
-        run = world.run(**slow)
+        run = world.run(train={"seconds": 0.3})
         took = time.monotonic() - started
         assert run.outcomes["train"].outcome == outcome
         seconds = [one.seconds for one in run.outcomes.values()]  # type: ignore[union-attr]
@@ -246,7 +245,7 @@ def test_the_seconds_of_a_node_are_those_it_took(world: World) -> None:
         manifest = read_manifest(str(world.generation(run, "train")))
         assert manifest.provenance["seconds"] >= 0.3
     (world.files(run, "train") / "weights.bin").unlink()
-    failed = world.run(**slow).outcomes["train"]
+    failed = world.run(train={"seconds": 0.3}).outcomes["train"]
     assert isinstance(failed, Failed)
     assert 0 <= failed.seconds < took + 60
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -444,7 +445,7 @@ def test_nothing_beats_after_the_lease_was_given_up(
     def slow(lease: Lease, stop: threading.Event, inputs: list[str]) -> None:
         stop.wait(10)
         time.sleep(0.3)
-        lease_module.replace(Path(lease.uri), lease_module._body(lease, ended=False))
+        replace(Path(lease.uri), lease_module._body(lease, ended=False))
 
     monkeypatch.setattr(store_module, "beat", slow)
     with opened(world, node) as slot:
@@ -471,7 +472,8 @@ def test_a_lease_that_cannot_be_written_is_told_as_a_fault_of_the_store(
 def test_what_is_committed_between_a_look_and_the_lease_is_taken_and_the_lease_goes(
     world: World, node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, made = store_module.take, []
+    real = take
+    made: list[Committed] = []
 
     def late(*args: Any) -> Lease | None:
         monkeypatch.setattr(store_module, "take", real)
@@ -599,7 +601,7 @@ def test_a_disk_with_just_the_space_that_is_asked_for_will_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = types.SimpleNamespace(free=1000)
-    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     Store(StoreConfig(url=str(tmp_path / "s"), min_free_bytes=1000), say=print).prepare()
     assert names(tmp_path / "s") == {"artifacts", "runs", "store.json"}
     with pytest.raises(StoreError, match="1,000 bytes free"):

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
 
 import pytest
 from mlflow.entities import Run as MlflowRun
@@ -174,7 +173,7 @@ def test_a_record_of_many_megabytes_stays_in_the_store(
     def wordy(config: FakeConfig, work: Workspace) -> Corpus:
         for name, size in (("small.json", SMALL_BYTES - 1), ("large.json", SMALL_BYTES + 1)):
             work.path(name).write_bytes(b" " * size)
-        return cast(Corpus, gather.run(config, work))
+        return gather.run(config, work)
 
     graph = make_graph({"data": wordy(FakeConfig())}, world.store.hashes)
     monkeypatch.setattr(world, "graph", lambda: graph)
