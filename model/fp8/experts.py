@@ -35,6 +35,7 @@ from model.fp8.products import dgrad, fprop, wgrad
 from model.fp8.quantized import Quantized, from_tensors, to_tensors
 from model.fp8.scheme import Fp8
 from model.swiglu import activation, activation_backward, halves
+from model.widening import widened
 
 
 def fp8_grouped_swiglu(
@@ -177,7 +178,10 @@ def _visits(x8_RD: Quantized, rows_N: Tensor | None) -> Quantized:
 
 def _summed(y_ND: Tensor, rows_N: Tensor | None, like_RD: Tensor) -> Tensor:
     """The sum of each row's visits, as a tensor [R, D] like `like_RD`."""
-    return y_ND if rows_N is None else torch.zeros_like(like_RD).index_add_(0, rows_N, y_ND)
+    if rows_N is None:
+        return y_ND
+    sums_RD = torch.zeros_like(widened(like_RD)).index_add_(0, rows_N, widened(y_ND))
+    return sums_RD.to(like_RD.dtype)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
