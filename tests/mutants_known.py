@@ -58,7 +58,11 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/contracts/test_dispatcher.py",
         "tests/cluster/test_expert_parallel.py",
     ),
-    "cluster/fit.py": ("tests/cluster/test_fit.py", "tests/stages/test_resume.py"),
+    "cluster/fit.py": (
+        "tests/cluster/test_fit_ranks.py",
+        "tests/stages/test_resume.py",
+        "tests/cluster/test_fit.py",
+    ),
     "cluster/trainer.py": ("tests/cluster/test_trainer.py", "tests/cluster/test_fit.py"),
     "model/moe.py": (
         "tests/model/test_moe.py",
@@ -92,7 +96,13 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/stages/test_learner.py",
     ),
     "stages/posttrain/rollout.py": ("tests/stages/test_rollout.py",),
+    "stages/posttrain/exam.py": ("tests/stages/test_exam.py", "tests/stages/test_posttrain*.py"),
+    "stages/posttrain/journal.py": (
+        "tests/stages/test_journal.py",
+        "tests/stages/test_posttrain*.py",
+    ),
     "stages/posttrain/*.py": ("tests/stages/test_posttrain*.py",),
+    "configs/rl.py": ("tests/stages/test_posttrain*.py", "tests/configs/test_meaning.py"),
     "stages/pretrain/loop.py": ("tests/stages/test_pretrain.py", "tests/stages/test_resume.py"),
 }
 """By pattern of a source, the first that fits counts: its tests, in the order in which they are
@@ -158,26 +168,22 @@ def matches(pattern: object, node: object) -> bool:
 
 
 _POSTTRAIN = "stages/posttrain/loop.py"
+_STEP = "stages/posttrain/step.py"
 _CLI = "tests/pipeline/test_cli.py"
 NAMED = (
     Named("samplers never updated", _POSTTRAIN, "samplers.update_weights(step, *_)", "None"),
-    Named("no staleness check", _POSTTRAIN, "check_staleness(*_)", "None"),
-    Named(
-        "no KL reference",
-        _POSTTRAIN,
-        "trainers.reference(*_)",
-        'batch["behaviour_logprobs"]',
-    ),
-    Named("no warm-up", _POSTTRAIN, "min(1.0, step / max(1, rl.warmup_steps))", "1.0"),
+    Named("no staleness check", _STEP, "check_staleness(*_)", "None"),
+    Named("no KL reference", _STEP, "trainers.reference(*_)", 'batch["behaviour_logprobs"]'),
+    Named("no warm-up", "configs/rl.py", "min(1.0, step / max(1, self.warmup_steps))", "1.0"),
     Named(
         "the same problems",
-        _POSTTRAIN,
-        'derive(seed, "posttrain", "problems", step)',
-        'derive(seed, "posttrain", "problems")',
+        _STEP,
+        'derive(run.config.seed, "posttrain", "problems", step)',
+        'derive(run.config.seed, "posttrain", "problems")',
     ),
     Named(
         "the same draws",
-        _POSTTRAIN,
+        _STEP,
         'derive(seed, "posttrain", step, slot, prompt.problem.id, index)',
         'derive(seed, "posttrain", slot, prompt.problem.id, index)',
     ),
@@ -270,8 +276,8 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
     ),
     Equivalent(
         "model/moe.py",
-        "if isinstance(config, V3Config) and config.n_group > 1:",
-        "if isinstance(config, V3Config) and config.n_group > (-1):",
+        "if groups > 1:",
+        "if groups > (-1):",
         "the one group of all experts is always kept",
     ),
 )
