@@ -62,7 +62,7 @@ class Verdict:
     outcome: str
     """`killed`, `survived` or `equivalent`."""
     killer: str
-    """The test that failed, `deadline`, or the reason why there is nothing to find."""
+    """The test that failed and why, `deadline`, or the reason why there is nothing to find."""
     seconds: float
 
 
@@ -99,7 +99,7 @@ class Scratch:
         os.utime(path, (moment, moment))
 
     def test(self, tests: Sequence[str], *, seconds: float = _FILES_SECONDS) -> str:
-        """Run these files until a test fails, and return that test, or nothing.
+        """Run these files until a test fails; that test and why it failed, or nothing.
 
         Past the deadline everything that the tests have started is ended.
         """
@@ -146,15 +146,15 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _failures(report: Path) -> Iterator[str]:
-    """The tests that failed, each after its file."""
+    """The tests that failed, each after its file, and why."""
     for case in ElementTree.parse(report).iter("testcase"):
         failures = [*case.iter("failure"), *case.iter("error")]
         if failures:
-            late = " (timed out)" if "Timeout" in failures[0].get("message", "") else ""
+            why = failures[0].get("message", "").partition("\n")[0]
             # A file that could not be read stands there as a test of no class.
             name = case.get("name", "")
             module = case.get("classname") or name
-            yield f"{module.replace('.', '/')}.py::{name}{late}"
+            yield f"{module.replace('.', '/')}.py::{name}: {why[:200]}"
 
 
 def sources(root: Path, pattern: str) -> list[str]:

@@ -169,7 +169,7 @@ def test_what_a_test_finds_is_killed_and_what_none_finds_survives(tree: Path) ->
     chosen = [changed(tree, f"return n * ({factor} + 1)") for factor in (3, 2)]
     found = list(judge_all(tree, [(one, ("tests/test_thing.py",)) for one in chosen]))
     assert [one.outcome for one in found] == ["survived", "killed"]
-    assert found[1].killer == "tests/test_thing.py::test_twice"
+    assert found[1].killer == "tests/test_thing.py::test_twice: assert 6 == 4"
     assert (tree / "thing.py").read_text() == before
     told = table(found)
     assert "thing.py      2       1           0          1" in told
