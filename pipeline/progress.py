@@ -129,7 +129,7 @@ class Display:
         """One row a figure: mean, spread and each seed's value; nothing for a run of one seed."""
         if not run.across_seeds:
             return
-        title = "mean over seeds, and their standard deviation (n - 1)"
+        title = "mean over seeds, and spread: the standard deviation (n - 1)"
         table = Table(title=title, title_justify="left")
         for heading in ("node", "figure", "mean", "spread", "seeds", "by seed"):
             right = heading in ("mean", "spread", "seeds")

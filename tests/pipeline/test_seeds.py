@@ -265,7 +265,7 @@ def test_a_run_prints_and_records_mean_spread_and_each_value(
 ) -> None:
     assert ingot("run", "smoke", "@over.toml", "--seeds", "0,1,2") == 0
     told = capsys.readouterr().out
-    table = rows(told[told.index("mean over seeds, and their standard deviation (n - 1)") :])
+    table = rows(told[told.index("mean over seeds, and spread: the standard deviation (n - 1)") :])
     values = [0.75, 0.75 + 1 / 64, 0.75 + 2 / 64]
     mean, spread = f"{statistics.mean(values):.4g}", f"{statistics.stdev(values):.4g}"
     by_seed = "0: 0.75, 1: 0.7656, 2: 0.7812"
