@@ -79,7 +79,7 @@ def test_pretraining_lowers_the_loss_on_held_out_text_of_each_source(built: Path
     assert measured.pop("step") == [0, 8, 16, 24]
     names = {"held_out_loss", "held_out_loss/arithmetic", "held_out_loss/stdlib"}
     assert measured.keys() == names
-    assert all(losses[-1] < 0.9 * losses[0] for losses in measured.values())
+    assert all(losses[-1] < 0.95 * losses[0] for losses in measured.values())
     assert artifact(built, "pretrain")[1]["facts"]["best_step"] == 24
 
 
