@@ -29,7 +29,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcomes(output: str) -> dict[str, str]:
     """Outcome by node, read from the closing table."""
     rows = [line.split("│") for line in output.splitlines() if line.startswith("│")]
-    return {row[1].strip(): row[2].strip() for row in rows}
+    # A figure too long for its column goes on in a row without a name.
+    return {row[1].strip(): row[2].strip() for row in rows if row[1].strip()}
 
 
 def test_the_line_makes_every_artifact_and_records_each_step_once(built: Path) -> None:
@@ -113,7 +114,7 @@ def test_a_second_run_builds_nothing(built: Path) -> None:
     again = ingot(built, "run", "smoke")
     seconds = time.monotonic() - begin
     assert again.returncode == 0, again.stderr
-    assert set(outcomes(again.stdout).values()) <= {"outcome", "reused"}
+    assert outcomes(again.stdout) == dict.fromkeys(NODES, "reused")
     assert seconds < 30, f"{seconds:.1f} s to find that nothing is to be done"
 
 
