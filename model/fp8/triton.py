@@ -36,15 +36,17 @@ from model.fp8.quantized import (
     expect_stacked,
 )
 from model.fp8.triton_layout import (
+    Matrix,
     aligned,
     described,
+    empty,
     expect_bands,
     expect_product,
     expect_tile,
     flat,
     group_heights,
     group_table,
-    room,
+    matrix,
 )
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -94,28 +96,22 @@ class Triton:
         source = x.values.view(torch.uint8) if isinstance(x, Quantized) else _loadable(x)
         shape, columns = source.shape, source.shape[-1]
         heights = group_heights(shape, counts)
-        matrix = flat(source)
-        source_scales = flat(x.scales) if isinstance(x, Quantized) else matrix
-        number = len(matrix) if tile[0] == 1 else sum(-(-height // TILE) for height in heights)
+        source = flat(source)
+        number = len(source) if tile[0] == 1 else sum(-(-height // TILE) for height in heights)
         across = columns if tile[1] == 1 else -(-columns // TILE)
-        codes, scales = room(matrix, tile, heights, number, across)
+        out = empty(source, tile, heights, number, across)
         width = _COLUMNS if tile[1] == 1 else TILE
         programs = (-(-number // _ROWS) if tile[0] == 1 else number) * -(-columns // width)
         if programs:
-            with _launching(matrix):
-                table = group_table(heights, TILE, matrix.device)
+            read = Matrix(source, flat(x.scales) if isinstance(x, Quantized) else source)
+            with _launching(source):
                 cast_kernels.quantize[(programs,)](
-                    matrix,
-                    source_scales,
-                    table,
-                    codes,
-                    scales,
-                    *matrix.shape,
-                    len(heights),
-                    *matrix.stride(),
-                    *source_scales.stride(),
-                    *codes.stride(),
-                    *scales.stride(),
+                    **read.arguments("source", "rc"),
+                    **out.arguments("out", "rc"),
+                    table=group_table(heights, TILE, source.device),
+                    rows=len(source),
+                    columns=columns,
+                    groups=len(heights),
                     SOURCE=_source(x),
                     ONE_ROW=tile[0] == 1,
                     ONE_COLUMN=tile[1] == 1,
@@ -128,8 +124,8 @@ class Triton:
                     enable_fp_fusion=False,
                 )
         return Quantized(
-            codes.view(torch.float8_e4m3fn).reshape(shape),
-            scales if len(shape) == 2 else scales.reshape(*shape[:-2], -1, across),
+            out.codes.view(torch.float8_e4m3fn).reshape(shape),
+            out.scales if len(shape) == 2 else out.scales.reshape(*shape[:-2], -1, across),
             tile,
             None if counts is None else tuple(counts),
         )
@@ -142,19 +138,18 @@ class Triton:
         if not out.numel():
             return out
         heights = group_heights(shape, q.counts)
-        codes, scales = flat(q.values.view(torch.uint8)), flat(q.scales)
-        number = len(codes) if q.tile[0] == 1 else len(scales)
+        source = Matrix(flat(q.values.view(torch.uint8)), flat(q.scales))
+        rows = len(source.codes)
+        number = rows if q.tile[0] == 1 else len(source.scales)
         programs = (-(-number // _ROWS) if q.tile[0] == 1 else number) * -(-columns // TILE)
-        with _launching(codes):
+        with _launching(out):
             cast_kernels.dequantize[(programs,)](
-                codes,
-                scales,
-                group_table(heights, TILE, codes.device),
-                out,
-                *codes.shape,
-                len(heights),
-                *codes.stride(),
-                *scales.stride(),
+                **source.arguments("source", "rc"),
+                out=out,
+                table=group_table(heights, TILE, out.device),
+                rows=rows,
+                columns=columns,
+                groups=len(heights),
                 ONE_ROW=q.tile[0] == 1,
                 ONE_COLUMN=q.tile[1] == 1,
                 ROWS=_ROWS if q.tile[0] == 1 else TILE,
@@ -210,23 +205,16 @@ class Triton:
             return out.zero_()
         blocking = _blocking(height, a.values.device)
         blocks = -(-height // blocking.rows) * -(-columns // _BLOCK_N)
-        left, right = a.values.view(torch.uint8), b.values.view(torch.uint8)
-        with _launching(left):
+        with _launching(out):
             product_kernels.outer[(len(heights) * blocks,)](
-                left,
-                a.scales,
-                right,
-                b.scales,
-                group_table(heights, TILE, left.device),
-                out,
-                height,
-                columns,
-                len(heights),
-                *left.stride(),
-                *a.scales.stride(),
-                *right.stride(),
-                *b.scales.stride(),
-                OPERANDS=_operands(left.device),
+                **matrix(a).arguments("a", "km"),
+                **matrix(b).arguments("b", "kn"),
+                out=out,
+                table=group_table(heights, TILE, out.device),
+                height=height,
+                columns=columns,
+                groups=len(heights),
+                OPERANDS=_operands(out.device),
                 BLOCK_M=blocking.rows,
                 BLOCK_N=_BLOCK_N,
                 TOGETHER=_TOGETHER,
@@ -247,12 +235,13 @@ class Triton:
         if source.numel():
             with _launching(source):
                 cast_kernels.quantize_e5m6[(-(-rows // _ROWS) * scales.shape[1],)](
-                    source,
-                    words,
-                    scales,
-                    rows,
-                    columns,
-                    *source.stride(),
+                    source=source,
+                    words=words,
+                    scales=scales,
+                    rows=rows,
+                    columns=columns,
+                    source_r=source.stride(0),
+                    source_c=source.stride(1),
                     SOURCE=_source(x),
                     ROWS=_ROWS,
                     num_warps=4,
@@ -267,10 +256,11 @@ class Triton:
         if out.numel():
             with _launching(words):
                 cast_kernels.dequantize_e5m6[(-(-len(words) // _ROWS) * scales.shape[1],)](
-                    words,
-                    scales,
-                    out,
-                    *out.shape,
+                    words=words,
+                    scales=scales,
+                    out=out,
+                    rows=len(words),
+                    columns=q.columns,
                     ROWS=_ROWS,
                     num_warps=4,
                     enable_fp_fusion=False,
@@ -294,27 +284,20 @@ class Triton:
             return out.zero_().to(dtype)
         blocking = _blocking(rows // len(heights), a.values.device)
         tiles = sum(-(-height // blocking.rows) for height in heights)
-        left, right = a.values.view(torch.uint8), b.values.view(torch.uint8)
-        with _launching(left):
+        with _launching(out):
             product_kernels.multiply[(tiles * -(-columns // _BLOCK_N),)](
-                left,
-                a.scales,
-                right,
-                b.scales,
-                group_table(heights, blocking.rows, left.device),
-                out,
-                tiles,
-                contraction,
-                columns,
-                len(heights),
-                *left.stride(),
-                *a.scales.stride(),
-                *right.stride(),
-                *b.scales.stride(),
-                columns,
+                **matrix(a).arguments("a", "mk"),
+                **matrix(b).arguments("b", "ekn"),
+                out=out,
+                out_m=columns,
+                table=group_table(heights, blocking.rows, out.device),
+                tiles=tiles,
+                contraction=contraction,
+                columns=columns,
+                groups=len(heights),
                 A_ROWS=a.tile[0],
                 B_COLUMNS=b.tile[1],
-                OPERANDS=_operands(left.device),
+                OPERANDS=_operands(out.device),
                 BLOCK_M=blocking.rows,
                 BLOCK_N=_BLOCK_N,
                 TOGETHER=_TOGETHER,

@@ -41,8 +41,8 @@ def quantize(
     source,
     source_scales,
     table,
-    codes,
-    scales,
+    out,
+    out_scales,
     rows,
     columns,
     groups,
@@ -50,10 +50,10 @@ def quantize(
     source_c,
     source_scales_r,
     source_scales_c,
-    codes_r,
-    codes_c,
-    scales_r,
-    scales_c,
+    out_r,
+    out_c,
+    out_scales_r,
+    out_scales_c,
     SOURCE: tl.constexpr,
     ONE_ROW: tl.constexpr,
     ONE_COLUMN: tl.constexpr,
@@ -82,37 +82,38 @@ def quantize(
         v = tl.load(source + at, mask=inside, other=0.0)
     # Magnitudes order as their bits do, and what is not finite comes last.
     magnitude = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    to = scales + band.to(tl.int64) * scales_r
+    to = out_scales + band.to(tl.int64) * out_scales_r
     if ONE_ROW:
         scale = _scale(tl.max(magnitude, axis=1), 448.0, POWER_OF_TWO)
-        tl.store(scales + row * scales_r + panel * scales_c, scale, mask=row < last)
+        scale_at = out_scales + row * out_scales_r + panel * out_scales_c
+        tl.store(scale_at, scale, mask=row < last)
         code = _encode(v, scale[:, None])
     elif ONE_COLUMN:
         scale = _scale(tl.max(magnitude, axis=0), 448.0, POWER_OF_TWO)
-        tl.store(to + column * scales_c, scale, mask=column < columns)
+        tl.store(to + column * out_scales_c, scale, mask=column < columns)
         code = _encode(v, scale[None, :])
     else:
         scale = _scale(tl.max(tl.max(magnitude, axis=1), axis=0), 448.0, POWER_OF_TWO)
-        tl.store(to + panel * scales_c, scale)
+        tl.store(to + panel * out_scales_c, scale)
         code = _encode(v, scale)
-    at = row[:, None] * codes_r + column[None, :].to(tl.int64) * codes_c
-    tl.store(codes + at, code, mask=inside)
+    at = row[:, None] * out_r + column[None, :].to(tl.int64) * out_c
+    tl.store(out + at, code, mask=inside)
 
 
 @no_type_check
 @triton.jit
 def dequantize(
-    codes,
-    scales,
+    source,
+    source_scales,
     table,
     out,
     rows,
     columns,
     groups,
-    codes_r,
-    codes_c,
-    scales_r,
-    scales_c,
+    source_r,
+    source_c,
+    source_scales_r,
+    source_scales_c,
     ONE_ROW: tl.constexpr,
     ONE_COLUMN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -124,17 +125,18 @@ def dequantize(
     row, last = _rows(table, band, rows, groups, ONE_ROW, False, ROWS, GROUPS)
     column = panel * WIDTH + tl.arange(0, WIDTH)
     inside = (row < last)[:, None] & (column < columns)[None, :]
-    at = row[:, None] * codes_r + column[None, :].to(tl.int64) * codes_c
-    value = decode(tl.load(codes + at, mask=inside, other=0))
-    of = scales + band.to(tl.int64) * scales_r
+    at = row[:, None] * source_r + column[None, :].to(tl.int64) * source_c
+    value = decode(tl.load(source + at, mask=inside, other=0))
+    of = source_scales + band.to(tl.int64) * source_scales_r
     if ONE_ROW:
-        scale = tl.load(scales + row * scales_r + panel * scales_c, mask=row < last, other=0.0)
+        scale_at = source_scales + row * source_scales_r + panel * source_scales_c
+        scale = tl.load(scale_at, mask=row < last, other=0.0)
         value = value * scale[:, None]
     elif ONE_COLUMN:
-        scale = tl.load(of + column * scales_c, mask=column < columns, other=0.0)
+        scale = tl.load(of + column * source_scales_c, mask=column < columns, other=0.0)
         value = value * scale[None, :]
     else:
-        value = value * tl.load(of + panel * scales_c)
+        value = value * tl.load(of + panel * source_scales_c)
     tl.store(out + row[:, None] * columns + column[None, :], value, mask=inside)
 
 

@@ -1,12 +1,17 @@
-"""How operands lie for Triton's kernels, and what they refuse to multiply.
+"""Layouts of operands for Triton's kernels, their arguments, and what they refuse to multiply.
+
+Rows of all stacked matrices, or of all experts, are one long matrix to the casts. A group is one of
+them, its height its number of rows; `group_table` says where each begins.
 
 Axes: R rows, C columns.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +21,34 @@ from model.fp8.format import TILE
 from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Quantized, Tile, bands
 
 _TILES = (ACTIVATION, ALONG_TOKENS, BLOCK)
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A quantised matrix, or a stack of them, as kernels read and write it."""
+
+    codes: Tensor
+    """uint8, the bytes of E4M3 values; for a cast, floats are a source too."""
+    scales: Tensor
+    """float32 of as many dims; any tensor of such where codes are floats, which have none."""
+
+    def arguments(self, name: str, axes: str) -> dict[str, Any]:
+        """A kernel's arguments for this matrix: two pointers, and two strides for each axis.
+
+        For "a" and "mk": a, a_scales, a_m, a_k, a_scales_m, a_scales_k.
+        """
+        found: dict[str, Any] = {name: self.codes, f"{name}_scales": self.scales}
+        for axis, stride, scale_stride in zip(
+            axes, self.codes.stride(), self.scales.stride(), strict=True
+        ):
+            found[f"{name}_{axis}"] = stride
+            found[f"{name}_scales_{axis}"] = scale_stride
+        return found
+
+
+def matrix(q: Quantized) -> Matrix:
+    """The bytes and scales of `q`, as views."""
+    return Matrix(q.values.view(torch.uint8), q.scales)
 
 
 @lru_cache(256)
@@ -42,29 +75,33 @@ def group_heights(shape: torch.Size, counts: Sequence[int] | None) -> tuple[int,
 
 
 def aligned(heights: tuple[int, ...]) -> bool:
+    """Whether every group begins at a multiple of 16 rows."""
     return all(height % 16 == 0 for height in heights)
 
 
-def room(
-    matrix: Tensor, tile: Tile, heights: tuple[int, ...], number: int, across: int
-) -> tuple[Tensor, Tensor]:
-    """Empty codes [R, C] and scales [bands, across], in the layouts that products like."""
-    rows, columns = matrix.shape
-    codes = matrix.new_empty(rows, columns, dtype=torch.uint8)
-    scales = matrix.new_empty(number, across, dtype=torch.float32)
+def empty(source: Tensor, tile: Tile, heights: tuple[int, ...], bands: int, across: int) -> Matrix:
+    """Codes [R, C] and scales [bands, across] of `source` [R, C], not yet filled.
+
+    Their layouts are those that products read quickest: scales of 1 x 128 tiles with rows side by
+    side, codes of 128 x 1 tiles too where every group begins at a multiple of 16 rows.
+    """
+    rows, columns = source.shape
+    codes = source.new_empty(rows, columns, dtype=torch.uint8)
+    scales = source.new_empty(bands, across, dtype=torch.float32)
     if tile == ACTIVATION:
-        scales = matrix.new_empty(across, number, dtype=torch.float32).T
+        scales = source.new_empty(across, bands, dtype=torch.float32).T
     if tile == ALONG_TOKENS and aligned(heights):
-        codes = matrix.new_empty(columns, rows, dtype=torch.uint8).T
-    return codes, scales
+        codes = source.new_empty(columns, rows, dtype=torch.uint8).T
+    return Matrix(codes, scales)
 
 
 def flat(x: Tensor) -> Tensor:
-    """The rows of all stacked matrices as one matrix, a view where that can be."""
+    """The rows of all stacked matrices [..., R, C] as one matrix, a view where that can be."""
     return x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
 def expect_tile(tile: Tile) -> None:
+    """DataError unless kernels quantise by such tiles."""
     if tile not in _TILES:
         raise DataError(f"no kernel quantises by tiles of {tile}; choose one of {list(_TILES)}")
 
@@ -95,4 +132,5 @@ def expect_bands(q: Quantized, counts: Sequence[int] | None) -> None:
 
 
 def described(q: Quantized) -> str:
+    """Shape and tile, for messages."""
     return f"{list(q.values.shape)} with tiles {q.tile}"

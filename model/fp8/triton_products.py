@@ -62,23 +62,13 @@ def multiply(
     row, column = first + tl.arange(0, BLOCK_M), across * BLOCK_N + tl.arange(0, BLOCK_N)
     expert = expert.to(tl.int64)
     total = _sum_of_blocks(
-        a,
-        a_scales,
-        b + expert * b_e,
-        b_scales + expert * b_scales_e,
+        (a, a_scales, a_m, a_k, a_scales_m, a_scales_k),
+        (b + expert * b_e, b_scales + expert * b_scales_e, b_n, b_k, b_scales_n, b_scales_k),
         row,
         last,
         column,
         columns,
         contraction,
-        a_m,
-        a_k,
-        a_scales_m,
-        a_scales_k,
-        b_k,
-        b_n,
-        b_scales_k,
-        b_scales_n,
         A_ROWS,
         B_COLUMNS,
         OPERANDS,
@@ -125,24 +115,16 @@ def outer(
     if ALIGNED:
         first, last = tl.multiple_of(first, 16), tl.multiple_of(last, 16)
     band = tl.load(table + groups + 1 + expert).to(tl.int64)
+    # Both sides begin at the expert's first row, their scales at its first band.
+    start = first.to(tl.int64)
     total = _sum_of_blocks(
-        a + first.to(tl.int64) * a_k,
-        a_scales + band * a_scales_k,
-        b + first.to(tl.int64) * b_k,
-        b_scales + band * b_scales_k,
+        (a + start * a_k, a_scales + band * a_scales_k, a_m, a_k, a_scales_m, a_scales_k),
+        (b + start * b_k, b_scales + band * b_scales_k, b_n, b_k, b_scales_n, b_scales_k),
         row,
         height,
         column,
         columns,
         last - first,
-        a_m,
-        a_k,
-        a_scales_m,
-        a_scales_k,
-        b_k,
-        b_n,
-        b_scales_k,
-        b_scales_n,
         1,
         1,
         OPERANDS,
@@ -157,23 +139,13 @@ def outer(
 @no_type_check
 @triton.jit
 def _sum_of_blocks(
-    a,
-    a_scales,
-    b,
-    b_scales,
+    of_a,
+    of_b,
     row,
     last_row,
     column,
     columns,
     contraction,
-    a_m,
-    a_k,
-    a_scales_m,
-    a_scales_k,
-    b_k,
-    b_n,
-    b_scales_k,
-    b_scales_n,
     A_ROWS: tl.constexpr,
     B_COLUMNS: tl.constexpr,
     OPERANDS: tl.constexpr,
@@ -182,10 +154,16 @@ def _sum_of_blocks(
 ):
     """float32 [BLOCK_M, BLOCK_N]: 128 contracted values at a time, scaled, added in float32.
 
+    `of_a` and `of_b` are tuples: pointers to codes and to scales, then four strides, of codes
+    across (m or n) and along the contraction (k), and the same two of scales. A_ROWS rows of a
+    share a scale, and B_COLUMNS columns of b.
+
     Tensor cores keep few bits of their sums; leaving them every 128 values is the promotion of
     DeepSeek-V3 (arXiv 2412.19437, section 3.3.2). The two scales are multiplied first: where one
     of them belongs to the whole block, as with weights, that leaves one fused step for each value.
     """
+    a, a_scales, a_m, a_k, a_scales_m, a_scales_k = of_a
+    b, b_scales, b_n, b_k, b_scales_n, b_scales_k = of_b
     real_row, real_column = row < last_row, column < columns
     a_row = a + row[:, None].to(tl.int64) * a_m
     b_column = b + column[None, :].to(tl.int64) * b_n
