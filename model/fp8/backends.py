@@ -1,11 +1,14 @@
-"""Who computes in FP8: one small interface, four backends behind it, and the choice among them.
+"""The FP8 backends: one interface of casts and products, four implementations, the choice of one.
 
-| backend | runs on | quantises | multiplies |
+| backend | runs on | quantises by | multiplies by |
 |---|---|---|---|
-| `reference` | anything | float8 casts | exactly, in float64: it defines the others |
-| `cpu` | CPUs | compiled loops | float32 products of values on the grid |
-| `cublas` | CUDA, sm_90 | own kernels | torch's block-scaled `scaled_mm` |
-| `triton` | CUDA, sm_90 on | own kernels | own kernels |
+| `reference` | any device | torch's float8 casts | float64 products; it defines the numbers |
+| `cpu` | CPUs | loops in C, or eager torch | float32 products of E4M3 values |
+| `cublas` | CUDA, sm_90 | Triton kernels | torch's block-scaled `scaled_mm` |
+| `triton` | CUDA, sm_90 on | Triton kernels | Triton kernels |
+
+A device without FP8 has none of them, and a model there stays in high precision. The functions at
+the end of this file are the interface for code outside of training, as readers of checkpoints.
 
 Axes: R rows, C columns, P stacked matrices, M K N rows, contraction and columns of a product,
 E experts.
@@ -34,20 +37,30 @@ HOPPER = (9, 0)
 
 @runtime_checkable
 class Backend(Quantizer, Protocol):
-    """Casts and products on one kind of device."""
+    """Casts and products on one kind of device.
+
+    Products contract E4M3 operands whose tiles are 128 long in the contracted dim, and add up in
+    float32. They come in float32 or in the backend's output dtype, which its own docstring names.
+    """
 
     name: str
+    """As `cluster.fp8_backend` has it."""
 
     def matmul(self, a: Quantized, b: Quantized) -> Tensor:
-        """a @ b: [M, K] @ [K, N], summed in float32."""
+        """a @ b: [M, K] @ [K, N] to [M, N]."""
 
     def grouped_matmul(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
-        """Each expert's rows of `a` [R, K] times its matrix of `b` [E, K, N]: [R, N]."""
+        """Each expert's rows of `a` [R, K] times its matrix of `b` [E, K, N]: [R, N].
+
+        Rows are sorted by expert, `counts[e]` of them expert e's. DataError unless there are E
+        counts.
+        """
 
     def grouped_outer(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
-        """Each expert's rows of `a` [R, M], transposed, times its rows of `b` [R, N]: [E, M, N].
+        """Each expert's rows of `a` [R, M], transposed, times its rows of `b` [R, N].
 
-        An expert without rows gives zeros.
+        float32 [E, M, N]; zeros for an expert without rows. Both operands have tiles along rows
+        that start anew with each expert: they were quantised with the same `counts`.
         """
 
 
@@ -57,26 +70,31 @@ try:
 
     _make_triton = partial(Triton, torch.bfloat16)
 except ModuleNotFoundError as error:
-    # torch brings Triton where there can be a CUDA device, and not elsewhere.
+    # torch depends on Triton where there can be a CUDA device, and not elsewhere.
     if error.name != "triton":
         raise
 
 
-_HOME = {"cpu": "CPUs", "cublas": "CUDA devices", "triton": "CUDA devices"}
-"""The devices of the backends that do not run on all."""
+_DEVICES = {"cpu": "CPUs", "cublas": "CUDA devices", "triton": "CUDA devices"}
+"""Where the backends run that do not run everywhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A backend, or none where the device has no FP8, and why it is the one."""
+    """The backend of a device, and why it is that one."""
 
     backend: Backend | None
+    """None where the device has no FP8."""
     reason: str
+    """In words, for logs and `ingot doctor`."""
 
 
 @lru_cache
 def choose(device: torch.device, wanted: Fp8Backend = "auto") -> Choice:
-    """The backend for tensors on `device`; MachineError if the one `wanted` cannot run there."""
+    """The backend for tensors on `device`; MachineError if the one `wanted` cannot run there.
+
+    "auto" takes the quickest that can, and none on a device without FP8, which is no error.
+    """
     if wanted == "reference":
         return Choice(Reference(), "asked for: the slow twin")
     if device.type == "cpu" and wanted in ("auto", "cpu"):
@@ -86,7 +104,7 @@ def choose(device: torch.device, wanted: Fp8Backend = "auto") -> Choice:
         return _on_cuda(device, wanted)
     if wanted == "auto":
         return Choice(None, f"{device.type} devices have no FP8 here")
-    raise _unable(device, wanted, f"it is for {_HOME[wanted]}")
+    raise _unable(device, wanted, f"it is for {_DEVICES[wanted]}")
 
 
 def _on_cuda(device: torch.device, wanted: Fp8Backend) -> Choice:
@@ -112,11 +130,11 @@ def _on_cuda(device: torch.device, wanted: Fp8Backend) -> Choice:
         case "cublas":
             raise _unable(device, wanted, str(no_cublas))
         case _:
-            raise _unable(device, wanted, f"it is for {_HOME[wanted]}")
+            raise _unable(device, wanted, f"it is for {_DEVICES[wanted]}")
 
 
 def _no_fp8(device: torch.device) -> str | None:
-    """Why the device's tensor cores cannot multiply E4M3, if so."""
+    """Why a CUDA device has no FP8 products, or None if it has."""
     capability = torch.cuda.get_device_capability(device)
     if capability < HOPPER:
         name = torch.cuda.get_device_name(device)
@@ -125,11 +143,12 @@ def _no_fp8(device: torch.device) -> str | None:
 
 
 def _quantizer() -> Backend:
-    """Triton's kernels, or plain torch."""
+    """The casts of CUDA devices: Triton's kernels, or plain torch where Triton is absent."""
     return Reference() if _make_triton is None else _make_triton()
 
 
 def _slowly() -> str:
+    """What to add to a reason where casts are plain torch."""
     return "" if _make_triton else "; quantised slowly, by plain torch, for triton is not installed"
 
 
@@ -150,22 +169,22 @@ def backend_for(device: torch.device, wanted: Fp8Backend = "auto") -> Backend:
 def quantize(
     x: Float[Tensor, "*P R C"], tile: Tile = ACTIVATION, power_of_two: bool = False
 ) -> Quantized:
-    """Round `x` to E4M3: one scale = amax / 448 for each tile, values = x / scale, nearest even.
+    """`x` as E4M3: scale = amax / 448 of each tile, values = x / scale, to nearest, ties to even.
 
-    Ragged edges behave as if padded with zeros. A tile whose scale would fall below 2^-126 gives
-    zeros and scale 1; one that holds a value that is not finite is NaN throughout. `power_of_two`
-    rounds the scale up to a power of two (UE8M0), so that nothing overflows.
+    Ragged edges behave as if padded with zeros. A tile whose scale would fall below 2^-126 gets
+    zeros and scale 1; a tile with a value that is not finite is NaN throughout. `power_of_two`
+    rounds the scale up to a power of two, as UE8M0 has them; up, so that nothing overflows.
     """
     return backend_for(x.device).quantize(x, tile, power_of_two=power_of_two)
 
 
 def dequantize(q: Quantized) -> Float[Tensor, "*P R C"]:
-    """The float32 tensor that `q` stands for."""
+    """values * scales, float32."""
     return backend_for(q.values.device).dequantize(q)
 
 
 def matmul(a: Quantized, b: Quantized) -> Float[Tensor, "M N"]:
-    """a @ b with float32 accumulation."""
+    """a @ b, summed in float32."""
     return backend_for(a.values.device).matmul(a, b)
 
 
@@ -175,5 +194,5 @@ def grouped_matmul(a: Quantized, b: Quantized, counts: Sequence[int]) -> Float[T
 
 
 def grouped_outer(a: Quantized, b: Quantized, counts: Sequence[int]) -> Float[Tensor, "E M N"]:
-    """a^T b over each expert's rows alone: the experts' weight gradients."""
+    """a^T b over each expert's rows alone, float32: the experts' weight gradients."""
     return backend_for(a.values.device).grouped_outer(a, b, counts)

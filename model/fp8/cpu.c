@@ -1,9 +1,9 @@
-/* Block-scaled E4M3 on CPUs: quantise, read back, and the 12-bit form that attention's output is
- * kept in. The numbers are those of reference.py, bit for bit: plain IEEE float32 arithmetic in the
- * same order, so compile without -ffast-math and without contraction.
+/* Block-scaled E4M3 and E5M6 on CPUs: quantise and dequantise. The numbers are those of
+ * reference.py, bit for bit: plain IEEE float32 arithmetic in the same order, so compile without
+ * -ffast-math and without contraction.
  *
- * Work goes by panels: the rows of one band times at most 128 columns. A panel has one scale, or
- * one for each of its columns. */
+ * Work goes by panels: the rows of one band (those that share scales) times at most 128 columns. A
+ * panel has one scale, or one for each of its columns. */
 #include <pthread.h>
 #include <stdint.h>
 #include <string.h>

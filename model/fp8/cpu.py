@@ -1,9 +1,14 @@
-"""FP8 on CPUs: operands on the E4M3 grid, multiplied in float32.
+"""FP8 on CPUs: float32 products of operands that were rounded to E4M3.
 
-CPUs have no FP8 products and cast slowly, so a tensor is rounded by float arithmetic and kept as
-float32 for the product and as bytes for the backward pass. `cpu.c` does that at the speed of a
-copy; it is compiled in a fraction of a second by whatever C compiler there is, once a process.
-Without one, eager torch gives the same bits at several times the cost.
+CPUs have no FP8 products. So a quantised tensor has up to two forms here: values * scales in
+float32, which torch's own products multiply, and E4M3 bytes with scales, which are saved for the
+backward pass. `quantize` makes only those that its caller says it needs. The results are those of
+FP8 training with float32 sums; the speed is not.
+
+CPUs also cast to float8 slowly. `cpu.c` rounds by float arithmetic instead, in about twice the time
+of a copy. It is compiled in a fraction of a second, once a process, by whatever C compiler there
+is, and used if it gives the reference's bits. Without one, eager torch gives them, several times as
+slowly.
 """
 
 import ctypes
@@ -41,12 +46,12 @@ _TILES = {ACTIVATION, (TILE, 1), BLOCK}
 
 
 class Cpu:
-    """Float32 products of what `quantize` gives, which equals the reference bit for bit."""
+    """Casts that equal the reference's bit for bit; products in float32 by torch."""
 
     name = "cpu"
 
     def __init__(self, kernels: ctypes.CDLL | None) -> None:
-        """With compiled kernels, or eager."""
+        """With the functions of `cpu.c`, or with eager torch in place of them."""
         self._kernels = kernels
         self._reference = Reference()
 
@@ -60,13 +65,17 @@ class Cpu:
         saved: bool = True,
         multiplied: bool = True,
     ) -> Quantized:
-        """See `model.fp8.backends.Backend`."""
+        """`x` [..., R, C] as E4M3: `values` if `saved`, and `float32` if `multiplied`.
+
+        The C kernels know tiles of 1 x 128, 128 x 1 and 128 x 128; others are made by eager torch,
+        which makes `float32` always.
+        """
         whole = x.values.shape if isinstance(x, Quantized) else x.shape
         if self._kernels is None or tile not in _TILES or 0 in whole[:-2]:
             return self._eagerly(x, tile, power_of_two, counts, saved)
         codes = code_scales = None
         if isinstance(x, Quantized) and x.float32 is None and x.tile == ACTIVATION:
-            # Bytes by rows are read on the way.
+            # The kernel dequantises these itself, panel by panel.
             codes, code_scales, shape = x.values.contiguous(), x.scales.contiguous(), x.values.shape
             source = None
         else:
@@ -97,7 +106,7 @@ class Cpu:
         return Quantized(values, scales, tile, None if counts is None else tuple(counts), float32)
 
     def dequantize(self, q: Quantized) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
+        """values * scales: float32 [..., R, C], or `q.float32` where there is one."""
         if q.float32 is not None:
             return q.float32
         if self._kernels is None or q.tile not in _TILES or not q.values.is_contiguous():
@@ -118,11 +127,11 @@ class Cpu:
         return float32
 
     def matmul(self, a: Quantized, b: Quantized) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
+        """a @ b: float32 [M, N]."""
         return self._float32(a) @ self._float32(b)
 
     def grouped_matmul(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
+        """Rows of `a` [R, K] times their expert's matrix of `b` [E, K, N]: float32 [R, N]."""
         expect_stacked(b, counts)
         left, right = self._float32(a), self._float32(b)
         out = left.new_empty(left.shape[0], right.shape[-1])
@@ -132,7 +141,7 @@ class Cpu:
         return out
 
     def grouped_outer(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
+        """a^T b over each expert's rows: float32 [E, M, N]."""
         left, right = self._float32(a), self._float32(b)
         out = left.new_empty(len(counts), left.shape[-1], right.shape[-1])
         parts = zip(left.split(list(counts)), right.split(list(counts)), out, strict=True)
@@ -141,7 +150,7 @@ class Cpu:
         return out
 
     def quantize_e5m6(self, x: Tensor) -> QuantizedE5M6:
-        """See `model.fp8.backends.Backend`."""
+        """`x` [R, C] in E5M6, by tiles of 1 x 128, scales powers of two."""
         if self._kernels is None:
             return self._reference.quantize_e5m6(x)
         x = x.float().contiguous()
@@ -154,7 +163,7 @@ class Cpu:
         return QuantizedE5M6(words, scales, columns)
 
     def dequantize_e5m6(self, q: QuantizedE5M6) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
+        """codes * scales: float32 [R, C]."""
         if self._kernels is None:
             return self._reference.dequantize_e5m6(q)
         rows = q.words.shape[0]
@@ -170,6 +179,7 @@ class Cpu:
         return float32
 
     def _float32(self, q: Quantized) -> Tensor:
+        """`dequantize`, also of transposed bytes, which kernels read as they lie."""
         if q.float32 is None and not q.values.is_contiguous():
             return self.dequantize(q.T).mT
         return self.dequantize(q)
@@ -195,7 +205,7 @@ class Cpu:
 
 @lru_cache(1)
 def cpu_backend() -> tuple[Cpu, str]:
-    """The backend of this machine, and in what form and why."""
+    """(the CPU backend of this process, "compiled by cc" or "eager: " and why)."""
     kernels, why = _compile()
     if kernels is None:
         return Cpu(None), f"eager: {why}"
@@ -276,7 +286,7 @@ def _same(one: Tensor | None, other: Tensor) -> bool:
 
 
 def _starts(shape: torch.Size, tile: Tile, counts: Sequence[int] | None) -> Tensor | None:
-    """First rows of all bands, then the end; none where each row is a band."""
+    """First rows of all bands, then the end: int64; None where each row is a band."""
     if tile[0] == 1:
         return None
     per_matrix = list(counts) if counts is not None else [shape[-2]] * _matrices(shape)
@@ -285,18 +295,21 @@ def _starts(shape: torch.Size, tile: Tile, counts: Sequence[int] | None) -> Tens
 
 
 def _empty_values(shape: Sequence[int], saved: bool) -> Tensor:
-    """Bytes for values, or a tensor without rows where nobody will ask for them."""
+    """float8_e4m3fn of `shape`, not yet filled; without rows if not `saved`."""
     rows = shape[-2] if saved else 0
     return torch.empty((*shape[:-2], rows, shape[-1]), dtype=torch.float8_e4m3fn)
 
 
 def _matrices(shape: Sequence[int]) -> int:
+    """How many matrices are stacked in [..., R, C]."""
     return math.prod(shape[:-2])
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
+    """Where its entries lie; None is C's null."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def _threads(shape: Sequence[int]) -> int:
+    """Threads that are worth starting for so many entries."""
     return max(1, min(torch.get_num_threads(), math.prod(shape) // _ELEMENTS_A_THREAD))

@@ -1,7 +1,8 @@
-"""FP8 products on Hopper by cuBLAS, behind torch's block-scaled `scaled_mm`.
+"""FP8 products on Hopper by cuBLAS, through torch's block-scaled `scaled_mm`.
 
-cuBLAS only multiplies; who quantises is given to the constructor. What torch 2.13 and cuBLAS ask
-for (aten/src/ATen/native/cuda/ScaledBlas.cpp; cuBLAS manual, "1D and 128x128 2D block scaling"):
+cuBLAS multiplies and does not quantise: a quantizer is given to the constructor. Most of this file
+lays operands out as torch 2.13 and cuBLAS ask for them
+(aten/src/ATen/native/cuda/ScaledBlas.cpp; cuBLAS manual, "1D and 128x128 2D block scaling"):
 
 | | |
 |---|---|
@@ -13,13 +14,13 @@ for (aten/src/ATen/native/cuda/ScaledBlas.cpp; cuBLAS manual, "1D and 128x128 2D
 | pairs | any of the two but 128 x 128 on both sides |
 | result | bfloat16, float16 or float32, row-major |
 
-Everything is padded to whole tiles along K and, for blocks, along the rows, since torch's checks of
-ragged ones differ between its kernel (rounded up) and its shape function (rounded down). Rows of
-1 x 128 tiles are padded to 16: cuBLAS wants columns of scales to begin at 16 bytes, as
-TransformerEngine pads them, and torch's strides leave no gap to do so in.
+Values are padded with zeros to whole tiles along K and, for blocks, along the rows. torch's checks
+of ragged sizes disagree: its kernel rounds up and its shape function down. Rows of 1 x 128 tiles
+are padded to a multiple of 16, since cuBLAS wants each column of scales to begin at 16 bytes and
+torch's strides allow no gap between columns.
 
-Both operands are thought of as rows times rows here, [M, K] and [N, K], so that one function lays
-out either side; b's column-major form is the transposed view of its rows.
+Here both operands are [rows, K], [M, K] and [N, K], so that one function lays out either side; the
+column-major b that torch wants is the transposed view of such rows.
 
 Axes: R rows, K contracted columns, M N rows of either side, E experts, L blocks along K.
 """
@@ -70,12 +71,17 @@ class Operand:
 
 
 class Cublas:
-    """Products by `scaled_mm`; casts by the `quantizer`."""
+    """Products by `scaled_mm`, summed in float32; casts by the quantizer that it is given.
+
+    Outputs and input gradients leave in `output_dtype`, bfloat16 rounding them once more; weight
+    gradients leave in float32. Within 128 contracted values Hopper's tensor cores keep about 14
+    bits of a sum (DeepSeek-V3, section 3.3.2).
+    """
 
     name = "cublas"
 
     def __init__(self, quantizer: Quantizer, output_dtype: torch.dtype = torch.bfloat16) -> None:
-        """`output_dtype` is that of outputs and input gradients; weight gradients are float32."""
+        """`quantizer` casts on the same device, to the reference's bits."""
         self._quantizer = quantizer
         self._output_dtype = output_dtype
 
@@ -89,20 +95,19 @@ class Cublas:
         saved: bool = True,
         multiplied: bool = True,
     ) -> Quantized:
-        """See `model.fp8.backends.Backend`. Values are what is multiplied; no other form is."""
+        """`x` [..., R, C] as E4M3, always with values: they are what is multiplied."""
         return self._quantizer.quantize(
             x, tile, power_of_two=power_of_two, counts=counts, saved=True, multiplied=False
         )
 
     def dequantize(self, q: Quantized) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
+        """values * scales: float32 [..., R, C]."""
         return self._quantizer.dequantize(q)
 
     def matmul(self, a: Quantized, b: Quantized) -> Float[Tensor, "M N"]:
-        """See `model.fp8.backends.Backend`; float32 where `b`'s tiles lie along tokens.
+        """a @ b, in float32 where `b` has tiles of 128 x 1, else in the output dtype.
 
-        Only weight gradients contract tokens, and they are summed up over many steps; everything
-        else comes in the output dtype.
+        Such tiles lie along tokens: the product is a weight gradient, of which many are summed.
         """
         _expect_same_contraction(a.values.shape[-1], b.values.shape[-2])
         dtype = torch.float32 if b.tile == ALONG_TOKENS else self._output_dtype
@@ -116,7 +121,7 @@ class Cublas:
     def grouped_matmul(
         self, a: Quantized, b: Quantized, counts: Sequence[int]
     ) -> Float[Tensor, "R N"]:
-        """See `model.fp8.backends.Backend`.
+        """Rows of `a` [R, K] times their expert's matrix of `b` [E, K, N], in the output dtype.
 
         One product for each expert that has rows: torch 2.13's `scaled_grouped_mm` takes scales for
         rows and for MX formats, none for these tiles. Layouts are made for all experts at once.
@@ -143,7 +148,7 @@ class Cublas:
     def grouped_outer(
         self, a: Quantized, b: Quantized, counts: Sequence[int]
     ) -> Float[Tensor, "E M N"]:
-        """See `model.fp8.backends.Backend`. Float32; products one by one, as `grouped_matmul`'s."""
+        """a^T b over each expert's rows, float32; one product for each expert that has rows."""
         _expect_same_contraction(a.values.shape[0], b.values.shape[0])
         rows, columns = a.values.shape[-1], b.values.shape[-1]
         right = operand(whole_tiles(b, counts).T, blocks=False)
@@ -161,16 +166,16 @@ class Cublas:
         return out[:, :rows, :columns]
 
     def quantize_e5m6(self, x: Tensor) -> QuantizedE5M6:
-        """See `model.fp8.backends.Backend`."""
+        """`x` [R, C] in E5M6, by tiles of 1 x 128, scales powers of two."""
         return self._quantizer.quantize_e5m6(x)
 
     def dequantize_e5m6(self, q: QuantizedE5M6) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
+        """codes * scales: float32 [R, C]."""
         return self._quantizer.dequantize_e5m6(q)
 
 
 def lacking(device: torch.device) -> str | None:
-    """Why `Cublas` cannot compute on `device`, or none where it can."""
+    """Why `Cublas` cannot compute on `device`, or None where it can."""
     if device.type != "cuda":
         return f"cuBLAS runs on CUDA devices, not on {device.type}"
     if torch.version.cuda is None:
@@ -239,15 +244,15 @@ def multiply(
 def operand(q: Quantized, *, blocks: bool = True) -> Operand:
     """`q` [..., R, K], contracted along K, in cuBLAS's layout; nothing is copied that fits already.
 
-    Without `blocks`, blocks' scales are spelt out for each row. DataError if scales change within
-    128 contracted columns.
+    Without `blocks`, a block's scale is repeated for each of its rows, as tiles of 1 x 128 have
+    them. DataError if scales change within 128 contracted columns.
     """
     if q.values.numel() == 0 and q.scales.numel() > 0:
         raise DataError(f"{tuple(q.scales.shape)} scales and no values; quantise with saved = True")
     rows, columns = q.values.shape[-2:]
     as_blocks = blocks and q.tile == BLOCK and q.counts is None
     values = aligned(q.values, _up(rows, TILE if as_blocks else ROWS), _up(columns, TILE))
-    scales = block_scales(q.scales) if as_blocks else row_scales(spelt_out(q), values.shape[-2])
+    scales = block_scales(q.scales) if as_blocks else row_scales(scales_by_row(q), values.shape[-2])
     return Operand(values, scales, as_blocks)
 
 
@@ -286,7 +291,7 @@ def block_scales(scales: Tensor) -> Tensor:
     return out.mT
 
 
-def spelt_out(q: Quantized) -> Tensor:
+def scales_by_row(q: Quantized) -> Tensor:
     """The scale of each row and 128 columns: float32 [..., R, ceil(K / 128)]."""
     rows, columns = q.values.shape[-2:]
     height, width = q.tile
@@ -313,9 +318,10 @@ def padded_counts(counts: Sequence[int], multiple: int) -> list[int]:
 
 
 def expert_rows(q: Quantized, counts: Sequence[int]) -> tuple[list[Operand], Tensor | None]:
-    """Each expert's rows of `q` [R, K], padded, and where each row went, if any was moved.
+    """(each expert's rows of `q` [R, K], padded; the new place of each row, or None if all stay).
 
-    Scales of an expert are a matrix of their own with its own stride; all are scattered at once.
+    cuBLAS reads each expert's scales as a matrix of its own, with its own stride. All of them are
+    written into one flat tensor at once.
     """
     rows, columns = q.values.shape
     padded = padded_counts(counts, ROWS)
@@ -336,7 +342,7 @@ def expert_rows(q: Quantized, counts: Sequence[int]) -> tuple[list[Operand], Ten
     start_R = first_R * (blocks - 1) + at_R
     across_L = torch.arange(blocks, device=q.values.device)
     flat = q.scales.new_ones(total * blocks)
-    flat[start_R[:, None] + height_R[:, None] * across_L] = spelt_out(q)
+    flat[start_R[:, None] + height_R[:, None] * across_L] = scales_by_row(q)
     found, first = [], 0
     for count in padded:
         last = first + count
@@ -372,7 +378,7 @@ def whole_tiles(q: Quantized, counts: Sequence[int]) -> Quantized:
 
 
 def _spread(values: Tensor, places: Tensor | None, total: int) -> Tensor:
-    """Rows of `values` at `places` of `total` rows, zeros between."""
+    """Rows of `values` [R, C] at `places` of [total, C], zeros between them."""
     if places is None:
         return values
     out = torch.zeros(total, values.shape[1], dtype=torch.uint8, device=values.device)
@@ -389,6 +395,7 @@ def _places(counts: Sequence[int], padded: Sequence[int], device: torch.device) 
 
 
 def _recipe(side: Operand) -> F.ScalingType:
+    """torch's name for the operand's tiles."""
     return F.ScalingType.BlockWise128x128 if side.blocks else F.ScalingType.BlockWise1x128
 
 

@@ -1,4 +1,9 @@
-"""When FP8 begins to fit a model's tensors worse than it did: alarms over recorded tallies."""
+"""Alarms when FP8 fits a model's tensors worse than it did at first, from a recorder's tallies.
+
+Some things are always wrong: values clipped, tiles so small that they count as zero. Others are
+judged by what was usual in the first tallies of a run: how many values become zero, and how large
+the scales are.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,24 +13,24 @@ from typing import Any
 from model.fp8.recorder import Tally
 
 BASELINE_SAMPLES = 5
-"""How many counts say what is usual; until then only what is always wrong is told."""
+"""Tallies that say what is usual; until there are so many, only what is always wrong is told."""
 FLUSHED_RISE = 0.05
 """A share of values that become zero may double, and rise by this, before it is told."""
 SCALE_DOUBLINGS = 16
-"""By so many powers of two may the largest scale move. The smallest of thousands of tiles moves by
-more from step to step, and does no harm until it nears the one below."""
+"""Powers of two by which the largest scale may move. The smallest of thousands of tiles moves by
+more from step to step, and does no harm until it nears NEAR_ZERO."""
 NEAR_ZERO = -110.0
 """log2 of a scale from which 16 doublings lead to 2^-126, under which tiles count as zero."""
 
 
 @dataclass(slots=True)
 class Drift:
-    """What has been usual for each role. It begins anew with each process."""
+    """What is usual for each role. It is learnt anew by each process."""
 
     _usual: dict[str, list[Tally]] = field(default_factory=dict)
 
     def figures(self, tallies: Mapping[str, Tally]) -> dict[str, Any]:
-        """The tallies as metrics of a step; `notes` tells what to worry about."""
+        """The tallies as metrics of a step, shares and log2 of scales; `notes` has the alarms."""
         figures: dict[str, Any] = {}
         for role, seen in tallies.items():
             figures[f"fp8_clipped/{role}"] = seen.clipped / max(seen.nonzero, 1)
@@ -43,7 +48,7 @@ class Drift:
         return figures
 
     def alarms(self, tallies: Mapping[str, Tally]) -> list[str]:
-        """One line for each role and fault; the tallies become part of what is usual at first."""
+        """One line for each role and fault. The first tallies also become what is usual."""
         found = []
         for role, now in sorted(tallies.items()):
             if now.nonzero == 0:

@@ -1,15 +1,22 @@
 """The number formats of FP8 training, as casts: E4M3, UE8M0, E5M6, E2M1.
 
+A name like E4M3 counts bits: 4 of exponent, 3 of mantissa, and one of sign. (U: without a sign.)
+
 | format | bits | values | used for |
 |---|---|---|---|
-| E4M3 | 8 | 3 bits of mantissa, to ±448, steps of 2^-9 below 2^-6 | operands |
+| E4M3 | 8 | to ±448; steps of 2^-9 below 2^-6; no infinity, one NaN of each sign | operands |
 | UE8M0 | 8 | 2^(code - 127); code 255 is NaN | scales that are powers of two |
 | E5M6 | 12 | float16 less its last 4 bits, to ±65024 | saved inputs of the Linear after attention |
 | E2M1 | 4 | ±{0, 0.5, 1, 1.5, 2, 3, 4, 6} | FP4 weights, two to a byte |
 
-Every rounding is to nearest, ties to even.
+A value below the smallest power of two of its format is subnormal: it has no leading one, and its
+step is that of the smallest power. Every rounding is to nearest, ties to even.
 
-Axes: A any dims.
+`to_x` casts float32 to codes of format x, `from_x` codes to float32, without any scale. `pack_x`
+puts codes that fill no byte, or several at once, into words; `unpack_x` takes them out. E4M3 needs
+neither: torch has it as a dtype, and `round_to_grid` rounds to it where that dtype is slow.
+
+Axes: A any dims, C codes, P packed words.
 """
 
 from itertools import pairwise
@@ -22,6 +29,7 @@ E4M3_MAX = 448.0
 E5M6_MAX = 65024.0
 E2M1_MAX = 6.0
 TILE = 128
+"""Values under one scale in the dim that a product contracts."""
 SMALLEST_SCALE = 2.0**-126
 """Below the smallest normal float32 a scale has lost bits; such a tile counts as zero."""
 
@@ -30,9 +38,9 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def round_to_grid(v: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
-    """Round to the nearest E4M3 value in float32 arithmetic; |v| <= 448.
+    """The nearest E4M3 value of each float32 value, as float32; |v| <= 448, NaN stays NaN.
 
-    Zeros come out positive, which no product can tell.
+    Zeros come out positive, which makes no difference to a product.
 
     E4M3 keeps 3 bits below the leading one, and numbers under 2^-6 share the step of 2^-9. Adding
     1.5 * 2^20 times the leading power of two leaves the sum a last bit of exactly that size, so the
@@ -56,16 +64,15 @@ def to_e8m0(scales: Float[Tensor, "*A"]) -> UInt8[Tensor, "*A"]:
 
 
 def from_e8m0(codes: UInt8[Tensor, "*A"]) -> Float[Tensor, "*A"]:
-    """2^(code - 127); float32."""
+    """2^(code - 127), float32; code 255 is NaN."""
     return codes.view(torch.float8_e8m0fnu).float()
 
 
 def pack_e8m0(codes: UInt8[Tensor, "*A C"]) -> Int[Tensor, "*A P"]:
-    """Four codes to an int32, the first in the lowest byte, as Blackwell's products want them.
+    """Four codes to an int32, the first in the lowest byte: P = ceil(C / 4).
 
-    No product here is Blackwell's yet.
-
-    The last dim is filled up with code 127, the scale 1.
+    The last dim is filled up with code 127, the scale 1. Products on Blackwell GPUs read scales so;
+    no backend here is for them yet.
     """
     filled = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 4), value=127)
     return filled.contiguous().view(torch.int32)
@@ -77,7 +84,7 @@ def unpack_e8m0(packed: Int[Tensor, "*A P"], count: int) -> UInt8[Tensor, "*A C"
 
 
 def to_e5m6(v: Float[Tensor, "*A"]) -> Int[Tensor, "*A"]:
-    """12-bit codes as int32; what rounds beyond 65024 has infinity's code and its sign."""
+    """12-bit codes as int32; what rounds beyond 65024 gets infinity's code, with its sign."""
     bits = v.float().view(torch.int32)
     sign, magnitude = (bits >> 20) & 0x800, bits & 0x7FFFFFFF
     # One rounding, from float32: by way of float16 there would be two.
@@ -100,7 +107,7 @@ def from_e5m6(codes: Int[Tensor, "*A"]) -> Float[Tensor, "*A"]:
 
 
 def pack_e5m6(codes: Int[Tensor, "*A C"]) -> Int[Tensor, "*A P"]:
-    """Eight 12-bit codes to three int32 words, lowest bits first; C is a multiple of 8."""
+    """Eight 12-bit codes to three int32 words, lowest bits first; P = 3 C / 8, 8 divides C."""
     c = codes.unflatten(-1, (-1, 8)).to(torch.int64)
     low = c[..., 0] | c[..., 1] << 12 | c[..., 2] << 24
     middle = c[..., 2] >> 8 | c[..., 3] << 4 | c[..., 4] << 16 | c[..., 5] << 28
@@ -110,7 +117,7 @@ def pack_e5m6(codes: Int[Tensor, "*A C"]) -> Int[Tensor, "*A P"]:
 
 
 def unpack_e5m6(words: Int[Tensor, "*A P"]) -> Int[Tensor, "*A C"]:
-    """What `pack_e5m6` packed."""
+    """The codes, int32, that `pack_e5m6` packed: C = 8 P / 3."""
     low, middle, high = (words.unflatten(-1, (-1, 3)).to(torch.int64) & 0xFFFFFFFF).unbind(-1)
     codes = [
         low,
@@ -144,13 +151,13 @@ def from_e2m1(codes: UInt8[Tensor, "*A"]) -> Float[Tensor, "*A"]:
 
 
 def pack_e2m1(codes: UInt8[Tensor, "*A C"]) -> UInt8[Tensor, "*A P"]:
-    """Two 4-bit codes to a byte, the first in the low half; C is even."""
+    """Two 4-bit codes to a byte, the first in the low half; C is even, P = C / 2."""
     low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
     packed: Tensor = low | high << 4
     return packed
 
 
 def unpack_e2m1(packed: UInt8[Tensor, "*A P"]) -> UInt8[Tensor, "*A C"]:
-    """What `pack_e2m1` packed."""
+    """The codes that `pack_e2m1` packed: C = 2 P."""
     codes: Tensor = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)
     return codes

@@ -1,6 +1,12 @@
-"""What quantisation does to a model's tensors, counted by role while a recorder watches.
+"""Counts of what quantising does to a model's tensors, while a recorder watches.
 
-A role is a part of the model and a kind of tensor: `routed_experts_gradients`.
+Two things can go wrong silently in FP8: values that are small beside their tile's largest become
+zero (flushed), and values may exceed what their scale can say (clipped). Both are counted by role,
+which is a part of the model and a kind of tensor, as `routed_experts_gradients`. `drift.py` judges
+the counts.
+
+A recorder also remembers the scales of every operand of a step. Where a loss is not finite, the
+first scale that is not tells which tensor was the first to be so.
 """
 
 from dataclasses import dataclass, field
@@ -14,17 +20,17 @@ from model.fp8.reference import Reference, spread_scales, tile_amax
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """One role's tensors of one step."""
+    """Counts over one role's tensors of one step."""
 
     nonzero: float = 0.0
-    """Values that were not zero before; what the next two are shares of."""
+    """Values that were not zero before: the whole that the next three are shares of."""
     clipped: float = 0.0
-    """Beyond the largest that their scale can say. Scales are taken from the tile itself, so that
-    there are none unless something is wrong."""
+    """Values beyond 448 times their scale. Scales are taken from the tile itself, so that there are
+    none unless something is wrong."""
     flushed: float = 0.0
-    """Became zero."""
+    """Values that became zero."""
     lost: float = 0.0
-    """Of these, such as lie in tiles that count as zero: their scale would fall under 2^-126."""
+    """Those of them in tiles that count as zero, since their scale would fall below 2^-126."""
     low: float = float("inf")
     """log2 of the smallest scale of a tile with values that does not count as zero."""
     high: float = float("-inf")
@@ -32,7 +38,7 @@ class Tally:
 
     @property
     def flushed_share(self) -> float:
-        """Of the values that were not zero."""
+        """`flushed` as a share of the values that were not zero."""
         return self.flushed / max(self.nonzero, 1)
 
     def __add__(self, other: "Tally") -> "Tally":
@@ -48,17 +54,17 @@ class Tally:
 
 @dataclass(slots=True)
 class Recorder:
-    """Hears of every operand of a model's FP8 products; one object for all of its Linears."""
+    """Is shown every operand of a model's FP8 products; one object for all of its Linears."""
 
     watching: bool = False
-    """Whether to be told at all: one that nobody empties would grow without end."""
+    """Whether to be shown any: a recorder that nobody empties would grow without end."""
     counting: bool = False
     """Whether to tally, which costs as much as quantising does several times over."""
     tallies: dict[str, Tally] = field(default_factory=dict)
     _scales: list[tuple[str, Tensor]] = field(default_factory=list)
 
     def start(self, *, counting: bool) -> None:
-        """Forget what was seen, and watch."""
+        """Forget what was seen, and watch; with `counting`, tally too."""
         self.watching, self.counting = True, counting
         self.tallies, self._scales = {}, []
 
@@ -67,7 +73,7 @@ class Recorder:
         self.watching = False
 
     def forget(self) -> None:
-        """Let go of the scales that were seen; tallies stay."""
+        """Free the scales that were seen; tallies stay."""
         self._scales = []
 
     def note(self, role: str, x: Tensor | Quantized, q: Quantized) -> None:
@@ -85,14 +91,15 @@ class Recorder:
         return None
 
     def role(self, place: int) -> str:
-        """Of the operand that was seen as number `place` since the start."""
+        """The role of the operand that was seen as number `place` since the start, from 0."""
         return self._scales[place][0]
 
 
 def tally(x: Tensor | Quantized, q: Quantized) -> Tally:
-    """What became of the values of `x`.
+    """Counts of what became of the values of `x`, which was quantised to `q`.
 
-    Tile by tile where that tells, which is cheap; value by value only in what is wrong.
+    By the maxima of tiles where these decide, which is cheap; value by value only where something
+    is wrong.
     """
     if isinstance(x, Quantized):
         x = _float32(x)

@@ -1,10 +1,16 @@
-"""The slow twin: block-scaled tensors and their products, in the plainest torch that defines them.
+"""The slow twin: quantising and multiplying in plain torch, which defines the numbers.
 
-DeepSeek-V3 (arXiv 2412.19437, section 3.3.2) quantises activations by tiles of 1 x 128 along the
-contracted dim and weights by blocks of 128 x 128, each with the scale of its own largest magnitude.
-Every backend's quantiser equals `quantize` bit for bit, and its float32 products equal these within
-the order of float32 additions: |found - exact| <= (K + 8) * 2^-24 * (|A| |B|) for K contracted
-values. What a backend rounds beyond that, as bfloat16 outputs on GPUs, its own docstring says.
+To quantise: amax of each tile; scale = amax / 448 in float32; values = x / scale, rounded to E4M3.
+Two kinds of tile are special. Where the scale would fall below 2^-126, the smallest normal float32,
+it is 1 and the values are zero. Where a value is not finite, scale and values are NaN throughout,
+so that a training that breaks shows where.
+
+To multiply: dequantise into float64, which represents values times scales exactly, multiply there,
+and round to float32 once. So these products are as good as exact.
+
+Every other backend quantises to the same bits. Its float32 products differ by the order of float32
+additions: |found - exact| <= (K + 8) * 2^-24 * (|A| |B|) for K contracted values. What a backend
+rounds beyond that, as bfloat16 outputs on GPUs, its own docstring says.
 
 Axes: R rows, C columns, P stacked matrices, M K N rows, contraction and columns of a product,
 E experts.
@@ -30,7 +36,7 @@ from model.fp8.quantized import ACTIVATION, Quantized, QuantizedE5M6, Tile, band
 
 
 class Reference:
-    """Float8 casts and float64 products."""
+    """torch's float8 casts and float64 products, on any device."""
 
     name = "reference"
 
@@ -44,7 +50,7 @@ class Reference:
         saved: bool = True,
         multiplied: bool = True,
     ) -> Quantized:
-        """See `model.fp8.backends.Backend`."""
+        """`x` [..., R, C] by tiles of any size; always with values, never in float32 as well."""
         x = self.dequantize(x) if isinstance(x, Quantized) else x.float()
         scales = tile_scales(tile_amax(x, tile, counts), power_of_two)
         spread = spread_scales(scales, tile, x.shape, counts)
@@ -52,26 +58,26 @@ class Reference:
         return Quantized(values, scales, tile, None if counts is None else tuple(counts))
 
     def dequantize(self, q: Quantized) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
+        """values * scales: float32 [..., R, C]."""
         return q.values.float() * spread_scales(q.scales, q.tile, q.values.shape, q.counts)
 
     def matmul(self, a: Quantized, b: Quantized) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
+        """a @ b: float32 [M, N]."""
         return (_exact(a) @ _exact(b)).float()
 
     def grouped_matmul(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
+        """Rows of `a` [R, K] times their expert's matrix of `b` [E, K, N]: float32 [R, N]."""
         expect_stacked(b, counts)
         rows, matrices = _exact(a).split(list(counts)), _exact(b)
         return torch.cat([left @ right for left, right in zip(rows, matrices, strict=True)]).float()
 
     def grouped_outer(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
+        """a^T b over each expert's rows: float32 [E, M, N]."""
         pairs = zip(_exact(a).split(list(counts)), _exact(b).split(list(counts)), strict=True)
         return torch.stack([left.T @ right for left, right in pairs]).float()
 
     def quantize_e5m6(self, x: Tensor) -> QuantizedE5M6:
-        """See `model.fp8.backends.Backend`."""
+        """`x` [R, C] in E5M6, by tiles of 1 x 128, scales powers of two."""
         x, columns = x.float(), x.shape[-1]
         scales = tile_scales(tile_amax(x, ACTIVATION, None), power_of_two=True, largest=E5M6_MAX)
         spread = spread_scales(scales, ACTIVATION, x.shape, None)
@@ -79,13 +85,13 @@ class Reference:
         return QuantizedE5M6(pack_e5m6(pad(codes, (0, -columns % 8))), scales, columns)
 
     def dequantize_e5m6(self, q: QuantizedE5M6) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
+        """codes * scales: float32 [R, C]."""
         values = from_e5m6(unpack_e5m6(q.words))[..., : q.columns]
         return values * spread_scales(q.scales, ACTIVATION, values.shape, None)
 
 
 def tile_amax(x: Tensor, tile: Tile, counts: Sequence[int] | None) -> Tensor:
-    """The largest magnitude of each tile, NaN where one of its entries is not finite."""
+    """The largest magnitude of each tile [..., bands, ceil(C / tile[1])]; NaN if not all finite."""
     magnitude = torch.where(x.isfinite(), x.abs(), torch.nan)
     rows, columns = x.shape[-2:]
     across = [part.amax(-1) for part in magnitude.split(tile[1], -1)] if columns else []
@@ -99,7 +105,10 @@ def tile_amax(x: Tensor, tile: Tile, counts: Sequence[int] | None) -> Tensor:
 
 
 def tile_scales(amax: Tensor, power_of_two: bool, largest: float = E4M3_MAX) -> Tensor:
-    """amax / largest in float32; 1 for a tile that counts as zero, NaN for one not finite."""
+    """amax / largest in float32, up to a power of two if asked; 1 for tiles that count as zero.
+
+    NaN stays NaN.
+    """
     scales = amax / largest
     if power_of_two:
         scales = torch.where(scales < SMALLEST_SCALE, scales, power_of_two_above(scales))
@@ -109,7 +118,7 @@ def tile_scales(amax: Tensor, power_of_two: bool, largest: float = E4M3_MAX) -> 
 def spread_scales(
     scales: Tensor, tile: Tile, shape: torch.Size, counts: Sequence[int] | None
 ) -> Tensor:
-    """Each entry's scale."""
+    """Each entry's scale: float32 [..., R, C], the `shape` of the entries."""
     rows, columns = shape[-2:]
     tall = scales
     if tile[0] > 1:
@@ -120,6 +129,6 @@ def spread_scales(
 
 
 def _exact(q: Quantized) -> Tensor:
-    """Float64 holds a value of 4 bits times a scale of 24 without rounding."""
+    """`q` in float64, exactly: a value has 4 bits, a scale 24, and float64 has 53."""
     spread = spread_scales(q.scales, q.tile, q.values.shape, q.counts)
     return q.values.double() * spread.double()

@@ -1,14 +1,19 @@
-"""FP8 by own Triton kernels: what they are launched with, and what they refuse.
+"""FP8 on CUDA devices by Triton kernels: the backend that launches them.
 
-Written for Hopper: blocks of 128 x 128 x 128, bytes straight to the FP8 tensor cores. Where the
-device has no products of float8, operands are widened to bfloat16, which holds every E4M3 value;
-Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported) multiplies in float32.
+The kernels are in `triton_casts.py` and `triton_products.py`, their operands' layouts in
+`triton_layout.py`. A kernel is one program that runs many times over, each time on another block of
+its output; here it is decided how large the blocks are and how many programs that makes.
 
-Layouts are chosen for the products. Scales of 1 x 128 tiles lie with rows side by side, since one
-program reads a column of them. Values of 128 x 1 tiles lie with tokens side by side, the contracted
-dim of the weight gradient, where every expert starts at a multiple of 16 rows; elsewhere such loads
-could not be wide, and the values stay as they were. Both are views of the shapes that
-`Quantized` promises.
+Written for Hopper: blocks of 128 x 128 x 128, and bytes go to the FP8 tensor cores as they are.
+Where a device has no products of float8, operands are cast to bfloat16, which holds every E4M3
+value. Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported) runs the same
+kernels without a GPU, slowly, and multiplies in float32.
+
+Layouts are chosen for the products. Scales of 1 x 128 tiles have neighbouring rows side by side,
+since one program reads a column of them. Values of 128 x 1 tiles have neighbouring tokens side by
+side, the contracted dim of the weight gradient, if every expert starts at a multiple of 16 rows:
+then 16 are read at a time. Otherwise they could not be, and the values lie as usual. Both are views
+of the shapes that `Quantized` promises.
 
 Axes: R rows, C columns, P stacked matrices, M K N rows, contraction and columns of a product,
 E experts.
@@ -59,22 +64,25 @@ _ROWS = 32
 _COLUMNS = 64
 """Columns of one program where each has a scale of its own: two such programs fit one SM."""
 _BLOCK_N = 128
+"""Columns of a product's block."""
 _TOGETHER = 8
+"""Rows of blocks that programs running together share, for the L2 cache."""
 _PACKED = 8
+"""Values in three words of E5M6."""
 
 
 class Triton:
-    """Casts that equal the reference bit for bit, and products by own kernels.
+    """Casts that equal the reference's bit for bit; products summed in float32.
 
-    Products are summed in float32 and leave as `products`, float32 or bfloat16; weight gradients,
-    contracted with 128 x 1 tiles, always leave as float32. Within a block of 128 contracted values
-    Hopper's tensor cores keep about 14 bits of a sum (arXiv 2412.19437, section 3.3.2).
+    Outputs and input gradients leave in `products`, float32 or bfloat16; weight gradients, whose
+    right operand has 128 x 1 tiles, always in float32. Within 128 contracted values Hopper's
+    tensor cores keep about 14 bits of a sum (arXiv 2412.19437, section 3.3.2).
     """
 
     name = "triton"
 
     def __init__(self, products: torch.dtype = torch.float32) -> None:
-        """With the dtype that forward and input-gradient products are stored in."""
+        """`products` is the dtype of outputs and input gradients."""
         if products not in (torch.float32, torch.bfloat16):
             raise DataError(f"products cannot be stored as {products}; choose float32 or bfloat16")
         self._products = products
@@ -89,7 +97,11 @@ class Triton:
         saved: bool = True,
         multiplied: bool = True,
     ) -> Quantized:
-        """See `model.fp8.backends.Backend`. Products need the values, whatever `saved` says."""
+        """`x` [..., R, C] as E4M3, always with values: they are what is multiplied.
+
+        By tiles of 1 x 128, 128 x 1 or 128 x 128; DataError for others, and for counts that do not
+        sum to the rows of a matrix [R, C].
+        """
         expect_tile(tile)
         if isinstance(x, Quantized) and x.tile != ACTIVATION:
             x = self.dequantize(x)
@@ -131,7 +143,7 @@ class Triton:
         )
 
     def dequantize(self, q: Quantized) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
+        """values * scales: float32 [..., R, C], contiguous."""
         expect_tile(q.tile)
         shape, columns = q.values.shape, q.values.shape[-1]
         out = torch.empty(shape, device=q.values.device)
@@ -160,7 +172,10 @@ class Triton:
         return out
 
     def matmul(self, a: Quantized, b: Quantized) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
+        """a @ b: [M, N], in float32 where `b` has tiles of 128 x 1, else in the output dtype.
+
+        DataError for stacks, for dims that do not match, and for tiles not 128 long along K.
+        """
         for q in (a, b):
             if q.values.ndim != 2:
                 raise DataError(
@@ -173,7 +188,10 @@ class Triton:
         return self._multiply(a, stacked, (len(a.values),), dtype)
 
     def grouped_matmul(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
+        """Rows of `a` [R, K] times their expert's matrix of `b` [E, K, N], in the output dtype.
+
+        DataError as `matmul`, and if `a` has tiles that rows of two experts could share.
+        """
         if a.values.ndim != 2 or b.values.ndim != 3:
             raise DataError(
                 f"grouped_matmul of {described(a)} and {described(b)}; want 2 and 3 dims"
@@ -188,7 +206,10 @@ class Triton:
         return self._multiply(a, b, tuple(counts), None)
 
     def grouped_outer(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
+        """a^T b over each expert's rows: float32 [E, M, N].
+
+        DataError unless both have tiles of 128 x 1 that start anew at these counts.
+        """
         for q in (a, b):
             if q.tile != ALONG_TOKENS or q.values.ndim != 2 or len(q.values) != len(a.values):
                 raise DataError(
@@ -226,7 +247,7 @@ class Triton:
         return out
 
     def quantize_e5m6(self, x: Tensor) -> QuantizedE5M6:
-        """See `model.fp8.backends.Backend`."""
+        """`x` [R, C] in E5M6, by tiles of 1 x 128, scales powers of two; DataError for stacks."""
         if x.ndim != 2:
             raise DataError(f"quantize_e5m6 of shape {tuple(x.shape)}; flatten it to 2 dims")
         source, (rows, columns) = _loadable(x), x.shape
@@ -250,7 +271,7 @@ class Triton:
         return QuantizedE5M6(words, scales, columns)
 
     def dequantize_e5m6(self, q: QuantizedE5M6) -> Tensor:
-        """See `model.fp8.backends.Backend`."""
+        """codes * scales: float32 [R, C]."""
         words, scales = q.words.contiguous(), q.scales.contiguous()
         out = scales.new_empty(len(words), q.columns)
         if out.numel():
@@ -310,9 +331,14 @@ class Triton:
 
 
 class _Blocking(NamedTuple):
+    """How a product is cut into programs."""
+
     rows: int
+    """Of a block of the output."""
     warps: int
+    """Groups of 32 threads that work on a block."""
     stages: int
+    """Blocks of operands that are being loaded at once."""
 
 
 def _blocking(rows: int, device: torch.device) -> _Blocking:
@@ -334,14 +360,14 @@ def _loadable(x: Tensor) -> Tensor:
 
 
 def _source(x: Tensor | Quantized) -> Any:
-    """How a kernel reads `x`; a constexpr, which has no type for callers."""
+    """The kernels' name for the form that `x` is in: a constexpr, which has no type here."""
     if isinstance(x, Quantized):
         return cast_kernels.CODES
     return cast_kernels.BFLOATS if x.dtype is torch.bfloat16 else cast_kernels.FLOATS
 
 
 def _operands(device: torch.device) -> Any:
-    """What is multiplied; a constexpr, which has no type for callers."""
+    """The kernels' name for the type that the device multiplies: a constexpr, as above."""
     if INTERPRETED:
         return product_kernels.FLOAT32
     able = torch.cuda.get_device_capability(device) >= FLOAT8_PRODUCTS
@@ -349,7 +375,10 @@ def _operands(device: torch.device) -> Any:
 
 
 def _launching(x: Tensor) -> AbstractContextManager[Any]:
-    """Where kernels for `x` are launched: its own device, whichever is the current one."""
+    """Make the device of `x` the current one, on which kernels are launched.
+
+    MachineError if it is no CUDA device, unless kernels are interpreted.
+    """
     if INTERPRETED:
         return nullcontext()
     if x.device.type != "cuda":

@@ -1,6 +1,6 @@
-"""Triton kernels that quantise to E4M3 and to the 12-bit form, and read both back.
+"""Triton kernels that quantise to E4M3 and to E5M6, and dequantise both.
 
-The numbers are those of `reference.py`, bit for bit. Three things keep them so on a GPU:
+The numbers are those of `reference.py`, bit for bit. Three things make sure of that on a GPU:
 
 - `tl.div_rn`: plain `/` of float32 is approximate there.
 - E4M3 is rounded by float arithmetic and packed through an integer view: casts to float8 differ
@@ -9,11 +9,15 @@ The numbers are those of `reference.py`, bit for bit. Three things keep them so 
 - A multiplication followed by an addition may be fused, which skips a rounding. Wherever one
   follows the other here the multiplication is exact, so that there is none to skip.
 
-Matrices come with both strides: operands may be transposed views. Rows of stacked matrices are
-counted through. A table, int32 [2, groups + 1], holds the first row and the first band of tiles of
-each group (an expert, or a matrix of a stack), then the totals. Where all groups begin at multiples
-of 16 rows, ALIGNED says so, since the compiler cannot see it in a loaded number: it lets values
-that lie along the rows be read and written 16 at a time.
+A program works on a panel: some rows, or a band of 128 that share scales, times at most 128
+columns.
+
+A matrix `x` comes as `x` and `x_scales`, pointers, and `x_r`, `x_c`, `x_scales_r`, `x_scales_c`,
+strides along rows and columns: it may be a transposed view. Stacked matrices are one long matrix.
+A group is one of them, or an expert's rows. `table`, int32 [2, groups + 1], has the first row and
+the first band of each group, then the totals. ALIGNED says that all groups begin at multiples of 16
+rows, which the compiler cannot see in a number that it loads: it lets values that lie along the
+rows be read and written 16 at a time.
 
 Axes: R rows, C columns.
 """
@@ -29,6 +33,7 @@ import triton.language as tl
 WIDTH = tl.constexpr(128)
 """Columns of a panel, and values under one scale."""
 FLOATS = tl.constexpr(0)
+"""Float32."""
 BFLOATS = tl.constexpr(1)
 """Bfloat16, passed as int16: the interpreter's own casts of it are not exact."""
 CODES = tl.constexpr(2)
@@ -63,7 +68,10 @@ def quantize(
     COLUMNS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """A panel of [R, C]: ROWS rows, or one band of them, times COLUMNS of at most 128."""
+    """E4M3 codes, uint8, and scales, float32, of a panel: ROWS rows or one band, COLUMNS columns.
+
+    Tiles are ONE_ROW high, ONE_COLUMN wide, or else blocks of 128 x 128.
+    """
     panels = tl.cdiv(columns, COLUMNS)
     band, panel = tl.program_id(0) // panels, tl.program_id(0) % panels
     row, last = _rows(table, band, rows, groups, ONE_ROW, ALIGNED, ROWS, GROUPS)
@@ -119,7 +127,7 @@ def dequantize(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """A panel of float32 [R, C], contiguous."""
+    """codes * scales of a panel, into float32 `out` [R, C], contiguous."""
     panels = tl.cdiv(columns, WIDTH)
     band, panel = tl.program_id(0) // panels, tl.program_id(0) % panels
     row, last = _rows(table, band, rows, groups, ONE_ROW, False, ROWS, GROUPS)
@@ -153,7 +161,7 @@ def quantize_e5m6(
     SOURCE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """ROWS rows times 128 columns in E5M6: words as `format.pack_e5m6` packs, contiguous."""
+    """E5M6 of ROWS rows times 128 columns: words as `format.pack_e5m6` packs, contiguous."""
     panels = tl.cdiv(columns, WIDTH)
     row = (tl.program_id(0) // panels) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     panel = tl.program_id(0) % panels
@@ -193,7 +201,7 @@ def quantize_e5m6(
 @no_type_check
 @triton.jit
 def dequantize_e5m6(words, scales, out, rows, columns, ROWS: tl.constexpr):
-    """A panel of float32 [R, C], contiguous, from what `quantize_e5m6` packed."""
+    """codes * scales of what `quantize_e5m6` packed, into float32 `out` [R, C], contiguous."""
     panels = tl.cdiv(columns, WIDTH)
     row = (tl.program_id(0) // panels) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     panel = tl.program_id(0) % panels
@@ -228,7 +236,7 @@ def band_of(table, band, groups, HEIGHT: tl.constexpr, GROUPS: tl.constexpr):
 @no_type_check
 @triton.jit
 def decode(code):
-    """What E4M3 codes stand for, float32."""
+    """The values of E4M3 codes, float32."""
     bits8 = code.to(tl.int32)
     magnitude = bits8 & 0x7F
     # Codes below 8 have no leading one: it is lent, and taken back.
@@ -326,7 +334,7 @@ def _encode_e5m6(v):
 @no_type_check
 @triton.jit
 def _decode_e5m6(code):
-    """What E5M6 codes stand for, float32; no backend saves infinities."""
+    """The values of E5M6 codes, float32; infinities and NaN, which no backend makes, left out."""
     magnitude = code & 0x7FF
     lent = tl.where(magnitude < 64, 113 << 23, 112 << 23)
     value = ((magnitude << 17) + lent).to(tl.float32, bitcast=True)

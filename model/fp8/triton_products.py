@@ -1,7 +1,12 @@
-"""Triton kernels that multiply block-scaled E4M3: by rows of one or many matrices, and outer.
+"""Triton kernels that multiply block-scaled E4M3.
 
-Sums of 128 products are scaled and added up in float32. Strides, tables and ALIGNED are those of
-`triton_casts.py`.
+`multiply` is a product by rows, with one matrix or with each expert's own: forward and input
+gradient. `outer` contracts the rows of each expert: weight gradients. A program computes one block
+of the output. It takes 128 contracted values at a time: their products are summed by the tensor
+cores, scaled by both operands' scales, and added up in float32.
+
+An operand `a` comes as `a` and `a_scales`, pointers, and a stride for each of its axes, as `a_m`
+and `a_scales_m`. Tables and ALIGNED are those of `triton_casts.py`.
 
 Axes: M K N rows, contraction and columns of a product.
 """
@@ -158,9 +163,10 @@ def _sum_of_blocks(
     across (m or n) and along the contraction (k), and the same two of scales. A_ROWS rows of a
     share a scale, and B_COLUMNS columns of b.
 
-    Tensor cores keep few bits of their sums; leaving them every 128 values is the promotion of
-    DeepSeek-V3 (arXiv 2412.19437, section 3.3.2). The two scales are multiplied first: where one
-    of them belongs to the whole block, as with weights, that leaves one fused step for each value.
+    Tensor cores keep few bits of their sums. Leaving them every 128 values is the promotion of
+    DeepSeek-V3 (arXiv 2412.19437, section 3.3.2). The two scales are multiplied with one another
+    first: where one of them belongs to the whole block, as with weights, one fused multiplication
+    and addition remains for each value.
     """
     a, a_scales, a_m, a_k, a_scales_m, a_scales_k = of_a
     b, b_scales, b_n, b_k, b_scales_n, b_scales_k = of_b

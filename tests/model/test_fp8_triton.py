@@ -14,6 +14,7 @@ from model.fp8.backends import Backend
 from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Quantized, QuantizedE5M6, Tile
 from model.fp8.reference import Reference
 from model.fp8.triton import INTERPRETED, Triton
+from model.fp8.triton_layout import Matrix
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 TENSOR_CORE = 132 * 2.0**-13
@@ -252,6 +253,17 @@ def test_twelve_bits_round_half_way_to_even() -> None:
         mine.dequantize_e5m6(QuantizedE5M6(found.words, found.scales, 65)),
         slow.dequantize_e5m6(expected),
     )
+
+
+def test_a_matrix_names_a_kernels_arguments_by_its_axes() -> None:
+    codes, scales = torch.empty(2, 5, 7, dtype=torch.uint8).mT, torch.empty(2, 1, 3)
+    found = Matrix(codes, scales).arguments("b", "ekn")
+    assert found.pop("b") is codes
+    assert found.pop("b_scales") is scales
+    strides = {"b_e": 35, "b_k": 1, "b_n": 7, "b_scales_e": 3, "b_scales_k": 3, "b_scales_n": 1}
+    assert found == strides
+    with pytest.raises(ValueError, match="zip"):
+        Matrix(codes, scales).arguments("a", "mk")
 
 
 def test_it_is_a_backend() -> None:
