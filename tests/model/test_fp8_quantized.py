@@ -11,6 +11,7 @@ from model.fp8.quantized import (
     ALONG_TOKENS,
     BLOCK,
     Quantized,
+    QuantizedE5M6,
     Saved,
     from_tensors,
     to_tensors,
@@ -38,12 +39,14 @@ def test_what_is_saved_comes_back_without_its_float32_form() -> None:
         for one, other in zip(before.tensors, after.tensors, strict=True):
             assert one is other
         if isinstance(before, Quantized):
+            assert isinstance(after, Quantized)
             assert before.float32 is not None
             assert after.float32 is None
             assert (after.tile, after.counts) == (before.tile, before.counts)
             read = Reference().dequantize(after)
             assert torch.equal(read, before.float32)
         else:
+            assert isinstance(after, QuantizedE5M6)
             assert after.columns == before.columns == 133
 
 
