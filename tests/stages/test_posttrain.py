@@ -28,18 +28,11 @@ from tests.stages.pools import Book, Call, DeafSamplers, LocalPools, digest
 from tests.stages.rl_lab import END_TOKENS, HELD_OUT, MODEL, SEED, TRAIN, Lab, make_lab, text_of
 from tests.stages.rl_paper import Answered, logprobs_of, objective
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS, GROUPS, SIZE, PARTS, TEMPERATURE, RATE = 5, 4, 4, 2, 0.7, 3e-3
 MEASURED = (0, 2, 4, 5)
 ANSWERS = {problem.prompt: problem.answer for problem in (*TRAIN, *HELD_OUT)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the pools' workers do; several threads only get in each other's way here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -79,7 +72,7 @@ def is_training(call: Call) -> bool:
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calm]:
+def calm(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calm]:
     folder, recorder = tmp_path_factory.mktemp("calm"), Recorder()
     with pytest.MonkeyPatch.context() as patch:
         lab = make_lab(folder / "lab", patch)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cluster.workers import WorkerDied
 from configs.errors import DeadlineError, MachineError
@@ -18,6 +17,8 @@ from stages.telemetry import HISTORY, SAVES
 from tests.conftest import Recorder, workspace_at
 from tests.stages.pools import Book, digest
 from tests.stages.rl_lab import Lab, make_lab
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DEATH = WorkerDied("trainer 1 died: killed")
 MOMENTS = [
@@ -33,14 +34,6 @@ MOMENTS = [
 """Calls in which a worker dies; steps 2 and 4 of 5 are saved, steps 0, 2, 4 and 5 measured."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @dataclass(frozen=True)
 class Whole:
     """What a run that nothing disturbed made."""
@@ -53,7 +46,7 @@ class Whole:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
+def whole(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         lab = make_lab(folder / "lab", patch)
