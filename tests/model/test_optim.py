@@ -69,7 +69,7 @@ def test_a_table_learns_faster_and_does_not_decay() -> None:
     moved = {name: before[name] - p.detach() for name, p in model.named_parameters()}
     # The first step of Adam is the rate, whatever the gradient; half a rate decays from 1.
     for group in optimizer.param_groups:
-        assert group["lr"] == pytest.approx(0.1 * group["lr_factor"])
+        assert group["lr"] == pytest.approx({"model": 0.1, "table": 0.3}[group["rate_group"]])
     expected = {"table.weight": 0.3, "matrix.weight": 0.1 + 0.1 * 0.5, "matrix.bias": 0.1}
     for name, step in expected.items():
         torch.testing.assert_close(moved[name], torch.full_like(moved[name], step))

@@ -162,7 +162,8 @@ def test_a_measurement_is_heard_by_no_telemetry(corpus: Corpus) -> None:
 
     def heard() -> tuple[Any, ...]:
         recorder = trainer.numerics.recorder
-        loads = [moe.load_E.tolist() for moe in moes]
+        # What the trainer has added up, and what a layer would add.
+        loads = [*trainer.load_LE.tolist(), *(moe.load_E.tolist() for moe in moes)]
         return dict(trainer.fp8_tallies()), recorder.watching, len(recorder._scales), loads
 
     before = heard()
