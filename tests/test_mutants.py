@@ -180,7 +180,7 @@ def test_tests_that_fail_unchanged_judge_nothing(tree: Path) -> None:
     """A kill by a test that cannot pass is none."""
     (tree / "tests" / "test_thing.py").write_text("def test_it():\n    assert False\n")
     chosen = [(changed(tree, "return n * (2 + 1)"), ("tests/test_thing.py",))]
-    with pytest.raises(RuntimeError, match="test_it fails without a mutant"):
+    with pytest.raises(RuntimeError, match="test_it: assert False fails without a mutant"):
         list(judge_all(tree, chosen))
 
 

@@ -110,6 +110,7 @@ def job(builder: Path, loss: LossSpec, **changes: Any) -> FitJob:
         "tokens_per_step": SEQUENCES * LENGTH,
         "checkpoint_every_steps": 2,
         "learning_rate": rate,
+        "indexer_learning_rate": rate,
         "source": RandomBatches(),
         "loss": partial(at_every_step, loss),
         "saves": (saves(builder),),

@@ -70,13 +70,18 @@ def bundles(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     }
 
 
-def metrics(folder: Path, stage: str) -> list[dict[str, Any]]:
-    """The step log of the newest builder of `stage`, finished or not, from the first step on."""
+def step_log(folder: Path, stage: str) -> list[dict[str, Any]]:
+    """The step log of the newest builder of `stage`, finished or not.
+
+    Step 0 is what was measured before the first.
+    """
     found = sorted((folder / ".ingot" / "artifacts" / stage).glob("*/*/*/metrics.jsonl"))
-    if not found:
-        return []
-    lines = [json.loads(line) for line in found[-1].read_text().split("\n")[:-1]]
-    return [line for line in lines if line["step"] > 0]
+    return [json.loads(line) for line in found[-1].read_text().split("\n")[:-1]] if found else []
+
+
+def metrics(folder: Path, stage: str) -> list[dict[str, Any]]:
+    """The same from the first step on."""
+    return [line for line in step_log(folder, stage) if line["step"] > 0]
 
 
 def wait_for(condition: Callable[[], bool], what: str, *, timeout_seconds: float = 240) -> None:
