@@ -1,5 +1,7 @@
 """Routing and experts against a loop over tokens."""
 
+import collections
+import itertools
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from configs.model import V3Config
 from model.dispatch import LocalDispatcher
 from model.fp8.scheme import HIGH
-from model.moe import Gate, MoE
+from model.moe import Gate, HashGate, MoE
 from tests.references import moe_by_token, route, tiny, tiny_v4
 
 CONFIGS = [
@@ -195,6 +197,21 @@ def test_a_token_that_no_expert_wants_gets_nothing_from_the_routed_ones() -> Non
     nn.init.constant_(gate.weight, -200 / gate.weight.shape[1])
     _, gates_TK, _ = gate(torch.ones(1, gate.weight.shape[1]))
     assert not gates_TK.any()
+
+
+def test_a_table_gives_each_token_distinct_experts_and_all_sets_are_as_likely() -> None:
+    gate = HashGate(tiny_v4(n_routed_experts=4, num_experts_per_tok=2, vocab_size=6016))
+    gate.draw(0, "layer")
+    first = gate.tid2eid.clone()
+    sets = collections.Counter(tuple(sorted(row)) for row in first.tolist())
+    # Of the six pairs, each comes to a thousand of the tokens, and 5 times 29 of them more or less.
+    assert set(sets) == set(itertools.combinations(range(4), 2))
+    assert all(abs(count - 6016 / 6) < 5 * 29 for count in sets.values())
+    gate.draw(0, "layer")
+    assert torch.equal(gate.tid2eid, first)
+    for seed, name in ((1, "layer"), (0, "another")):
+        gate.draw(seed, name)
+        assert not torch.equal(gate.tid2eid, first)
 
 
 def test_training_counts_every_copy_and_evaluation_none() -> None:
