@@ -189,6 +189,17 @@ def test_a_pool_that_finds_no_room_beside_another_says_what_is_short(
         pass
 
 
+def test_a_pool_too_large_for_the_cluster_says_so(
+    machines: ClusterConfig, checkpoint: Path
+) -> None:
+    large = machines.model_copy(update={"cpus_per_worker": 1.25, "placement_timeout_seconds": 1})
+    with (
+        pytest.raises(MachineError, match=r"ask for 2\.5 CPUs, the cluster has 2"),
+        open_generation(large, checkpoint),
+    ):
+        pass
+
+
 def test_a_checkpoint_that_cannot_be_read_stops_the_pool(
     machines: ClusterConfig, tmp_path: Path
 ) -> None:
