@@ -43,6 +43,9 @@ from model.fp8.scheme import Numerics
 from model.transformer import Transformer
 
 _FAILURE = "failure.json"
+_SHOWN_SECONDS = 90.0
+"""How long a shared disk may take to show what another machine wrote: NFS looks at a folder again
+after a minute at most, by default (`acdirmax`)."""
 
 
 @runtime_checkable
@@ -299,15 +302,24 @@ def agreed_save(job: FitJob) -> tuple[Path, int] | None:
 
 
 def _load(trainer: Trainer, folder: Path, step: int) -> None:
-    try:
-        trainer.load(folder, step=step)
-    except (ArtifactError, SafetensorError, OSError) as error:
-        cause = str(error).partition(";")[0]
-        raise MachineError(
-            f"rank {trainer.rank} of {trainer.world} cannot read {folder}, which rank 0 found "
-            f"complete and continues from ({cause}); see that all machines are shown the same "
-            "files there, and run again"
-        ) from error
+    """Read the save that rank 0 chose; the other ranks look again until their disk shows it."""
+    deadline = time.monotonic() + _SHOWN_SECONDS
+    while True:
+        try:
+            return trainer.load(folder, step=step)
+        except (ArtifactError, SafetensorError, OSError) as error:
+            if trainer.rank == 0:
+                raise ArtifactError(
+                    f"cannot read the save {folder}: {error}; delete it, and the next run "
+                    "continues from the one before it"
+                ) from error
+            if time.monotonic() > deadline:
+                raise MachineError(
+                    f"rank {trainer.rank} of {trainer.world} cannot read {folder}, which rank 0 "
+                    f"found complete and continues from, for {_SHOWN_SECONDS:g} s ({error}); see "
+                    "that all machines are shown the same files there, and run again"
+                ) from error
+        time.sleep(min(1.0, _SHOWN_SECONDS / 10))
 
 
 def _save(trainer: Trainer, job: FitJob) -> None:

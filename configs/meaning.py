@@ -41,6 +41,7 @@ def meant_pretrain(pretrain: PretrainConfig, model: ModelConfig) -> PretrainConf
     if not pretrain.evaluate_every_steps:
         idle.append("evaluate_rows")
     update = {
+        "evaluate_every_steps": _meant_interval(pretrain),
         "fp8": _meant_fp8(pretrain.fp8, model, is_used=pretrain.precision == "fp8"),
         "optim": _meant_optim(pretrain.optim, model),
         "indexer": _meant_indexer(pretrain.indexer),
@@ -50,14 +51,11 @@ def meant_pretrain(pretrain: PretrainConfig, model: ModelConfig) -> PretrainConf
 
 def meant_posttrain(posttrain: PosttrainConfig, model: ModelConfig) -> PosttrainConfig:
     """As `meant_pretrain`, and without how held-out problems are asked if none are."""
-    update: dict[str, Any] = {
+    update = {
+        "evaluate_every_steps": _meant_interval(posttrain),
         "fp8": _meant_fp8(posttrain.fp8, model, is_used=posttrain.precision == "fp8"),
         "optim": _meant_optim(posttrain.optim, model),
     }
-    if posttrain.evaluate_every_steps >= posttrain.steps:
-        # Before the first step and after the last, whatever the number.
-        default = type(posttrain).model_fields["evaluate_every_steps"].default
-        update["evaluate_every_steps"] = max(default, posttrain.steps)
     posttrain = posttrain.model_copy(update=update)
     if not posttrain.evaluate_problems:
         posttrain = reset(posttrain, "evaluate_every_steps", "evaluate_samples_per_problem")
@@ -82,6 +80,14 @@ def reset(config: ConfigT, *names: str) -> ConfigT:
     return config.model_copy(
         update={name: fields[name].get_default(call_default_factory=True) for name in names}
     )
+
+
+def _meant_interval(train: PretrainConfig | PosttrainConfig) -> int:
+    """`evaluate_every_steps`; past the last step all numbers mean before the first and after it."""
+    if train.evaluate_every_steps < train.steps:
+        return train.evaluate_every_steps
+    default: int = type(train).model_fields["evaluate_every_steps"].default
+    return max(default, train.steps)
 
 
 def _meant_source(source: Source) -> Source:

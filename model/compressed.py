@@ -26,6 +26,7 @@ from model.layers import RMSNorm
 from model.multiquery import Part, Sight, attend, gathered, weigh
 from model.passes import Cache, Pass, Step, Whole
 from model.rope import rotate_tail, shared_rotary_table
+from model.widening import widened
 
 
 class GroupedLinear(nn.Module):
@@ -177,9 +178,9 @@ class CompressedAttention(nn.Module):
         parts = [Part(ring_BRW[:, : len(slots_R)], (slots_R <= positions_B[:, None]).unsqueeze(1))]
         if self.compressor is not None:
             parts.append(self._step_blocks(self.compressor, x_B1D, q_latent, table, batch))
-        scaled_B1HW = q_B1HW * self.config.head_dim**-0.5
+        scaled_B1HW = widened(q_B1HW) * self.config.head_dim**-0.5
         out_B1HW, _, _ = weigh(scaled_B1HW, parts, self.sinks)
-        return self._output(out_B1HW, table, positions_B[:, None])
+        return self._output(out_B1HW.to(q_B1HW.dtype), table, positions_B[:, None])
 
     def _step_blocks(
         self, compressor: Compressor, x_B1D: Tensor, q_latent: Tensor, table: Tensor, batch: Step

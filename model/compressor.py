@@ -32,7 +32,7 @@ from model.rope import rotate_tail, shared_rotary_table
 from model.widening import widened
 
 CHUNK_SCORES = 2**24
-"""Scores [B, C, J, L] of an indexer that are built at a time: 64 MiB in float32."""
+"""Scores [B, Q, J, L] of an indexer that are built at a time: 64 MiB in float32."""
 
 
 class Compressor(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from configs.errors import ConfigError
+from configs.errors import ArtifactError, ConfigError
 from configs.train import OptimConfig
 from model.engram import MemoryTable
 
@@ -178,9 +178,14 @@ def restore_moments(
     named: Iterable[tuple[str, nn.Parameter]],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put back what `moments` gave."""
+    """Put back what `moments` gave; ArtifactError if it gave moments without their updates."""
     for name, parameter in named:
         if f"updates/{name}" not in tensors:
+            if f"exp_avg/{name}" in tensors:
+                raise ArtifactError(
+                    f"the save holds moments of {name} and not how many updates it has had; it is "
+                    "of an older version: begin the training again"
+                )
             optimizer.state.pop(parameter, None)
             continue
         optimizer.state[parameter] = {

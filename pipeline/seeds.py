@@ -1,6 +1,7 @@
 """One recipe for several seeds: which are asked for, and what the figures of a run came to."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -43,13 +44,17 @@ def sets_seed(sets: Sequence[str]) -> str | None:
 
 
 def across_seeds(graph: Graph, run: Run, store_root: Path) -> tuple[AcrossSeeds, ...]:
-    """Mean and spread of what the nodes of `run` came to, where they differ between seeds."""
+    """Mean and spread of what the nodes of `run` came to, where they differ between seeds.
+
+    Of no value that is infinite or no number; each figure has those of the other seeds.
+    """
     found: dict[str, dict[str, dict[int, float]]] = {node.line_name: {} for node in graph}
     for name, outcome in run.outcomes.items():
         node = graph[name]
         if node.seed is not None and isinstance(outcome, Built | Reused):
             for figure, value in _figures(node, outcome, store_root).items():
-                found[node.line_name].setdefault(figure, {})[node.seed] = value
+                if isfinite(value):
+                    found[node.line_name].setdefault(figure, {})[node.seed] = value
     return tuple(
         AcrossSeeds(
             node=node,

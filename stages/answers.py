@@ -1,6 +1,7 @@
 """Asks a model problems, and counts which answers are right: greedily, and sampled.
 
-Evaluation asks checkpoints this way, and export asks what a bundle answers through its own files.
+Evaluation asks checkpoints this way, post-training its policy now and then, and export what a
+bundle answers through its own files.
 """
 
 from collections.abc import Callable, Iterator, Sequence

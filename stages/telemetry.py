@@ -57,9 +57,11 @@ class MetricsFile:
         os.replace(draft, self.path)
 
     def append(self, metrics: Mapping[str, Any], *, step: int) -> None:
-        """Add the line of one step; on disk when this returns, as far as the OS is concerned."""
+        """Add the line of one step; on the disk when this returns, before any save of the step."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def records(self) -> list[dict[str, Any]]:
         """All lines so far, each with its `step`."""
@@ -89,7 +91,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_history(work: Workspace) -> list[dict[str, Any]]:
-    """Write what the step log says of losses, rewards and held-out problems into the artifact.
+    """Write what the step log says of losses, rewards and held-out data into the artifact.
 
     Returns the log's records.
     """

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from cluster import checkpoint, fit
 from cluster.checkpoint import load_shards, step_folder
 from cluster.trainer import Trainer
-from configs.errors import MachineError
+from configs.errors import ArtifactError, MachineError
 from stages.telemetry import read_metrics
 from tests.cluster.jobs import STEPS, NextToken, job, saves
 from tests.ranks import on_ranks
@@ -83,18 +83,21 @@ def test_all_ranks_are_told_of_the_save_of_an_earlier_build_or_of_none(tmp_path:
     assert told == [[None, [str(start), 3], [str(own), 2]]] * 2
 
 
-def train_without_a_file(builder: str) -> str:
-    """Rank 1's disk does not show its own file at a restart; what each rank ends with."""
+def train_without_a_file(builder: str, looks: int) -> str:
+    """Rank 1's disk does not show its own file at a restart, `looks` times; how each rank ends."""
     train(builder, 4)
-    real = safe_open
+    real, left = safe_open, looks
 
     def absent(path: Path, **settings: str) -> object:
-        if dist.get_rank() == 1 and path.name.startswith("rank-1"):
+        nonlocal left
+        if dist.get_rank() == 1 and path.name.startswith("rank-1") and left:
+            left -= 1
             raise FileNotFoundError(2, "No such file or directory", str(path))
         return real(path, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "safe_open", absent)
+        patch.setattr(fit, "_SHOWN_SECONDS", 2.0)
         try:
             train(builder, STEPS)
         except (MachineError, RuntimeError) as error:
@@ -103,9 +106,38 @@ def train_without_a_file(builder: str) -> str:
 
 
 def test_a_rank_that_cannot_read_what_rank_0_chose_says_which_and_what(tmp_path: Path) -> None:
-    ended = on_ranks(2, tmp_path / "ranks", train_without_a_file, str(tmp_path / "builder"))
+    builder = str(tmp_path / "builder")
+    ended = on_ranks(2, tmp_path / "ranks", train_without_a_file, builder, 10**9)
     folder = step_folder(Path(saves(tmp_path / "builder")), 4)
     told = f"MachineError: rank 1 of 2 cannot read {folder}, which rank 0 found complete"
     assert re.match(re.escape(told), ended[1])
     assert "No such file or directory" in ended[1]
     assert ended[0] != "trained"
+
+
+def test_a_rank_that_is_shown_a_save_late_looks_again(tmp_path: Path) -> None:
+    builder = str(tmp_path / "builder")
+    assert on_ranks(2, tmp_path / "ranks", train_without_a_file, builder, 2) == ["trained"] * 2
+
+
+def train_on_a_broken_save(builder: str) -> str:
+    """The disk fails at a restart; how the only rank ends."""
+    train(builder, 4)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fails(*_: object, **__: object) -> None:
+            raise OSError(5, "Input/output error")
+
+        patch.setattr(Trainer, "load", fails)
+        try:
+            train(builder, STEPS)
+        except ArtifactError as error:
+            return str(error)
+    return "trained"
+
+
+def test_a_save_that_nobody_can_read_is_named_with_the_remedy(tmp_path: Path) -> None:
+    (told,) = on_ranks(1, tmp_path / "ranks", train_on_a_broken_save, str(tmp_path / "builder"))
+    assert "cannot read the save" in told
+    assert "Input/output error" in told
+    assert told.endswith("delete it, and the next run continues from the one before it")

@@ -50,6 +50,7 @@ def fingerprints(recipe: str, *sets: str) -> dict[str, str]:
         ("tiny", (), "export.variants=['w8a8', 'bf16', 'fp8']"),
         ("tiny", ("export.problems=0",), "export.samples_per_problem=9"),
         ("tiny", (), "export.targets=['ascend', 'cuda']"),
+        ("tiny", ("pretrain.evaluate_every_steps=5000",), "pretrain.evaluate_every_steps=6000"),
         ("tiny", ("posttrain.evaluate_problems=0",), "posttrain.evaluate_every_steps=7"),
         ("tiny", ("posttrain.evaluate_problems=0",), "posttrain.evaluate_samples_per_problem=7"),
         (

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.model import ModelConfig
 from model.attention import absorbed
 from model.compressor import Compressor
+from model.decode import Session
 from model.dispatch import Dispatched
 from model.fp8.scheme import HIGH
 from model.gathering import over_chosen
@@ -22,8 +24,10 @@ from model.rope import rotary_table, rotate_halves, rotate_tail
 from model.sparse import SparseLatentAttention
 from model.swiglu import grouped_swiglu
 from tests.references import (
+    TINY,
     attend_by_query,
     latent_attention,
+    random_model,
     random_tokens,
     rotate_as_complex,
     tiny_v4,
@@ -246,6 +250,23 @@ def test_a_block_is_pooled_in_float32() -> None:
     found = rough(x_BSD, Whole(tokens_BS))
     # Block 0 begins at position 0, where no pair is turned.
     assert gap(found[:, 0], expected[:, 0]) < 2 * ROUNDED
+
+
+@pytest.mark.parametrize(
+    "config",
+    # An indexer that picks all picks the same by either path.
+    [TINY, tiny_v32(index_topk=40), tiny_v4(index_topk=40)],
+    ids=["v3", "v32", "v4"],
+)
+def test_a_bfloat16_model_decodes_from_caches_what_it_reads_at_once(config: ModelConfig) -> None:
+    model = random_model(config).bfloat16()
+    tokens = random_tokens(1, 40, config=config)
+    with torch.inference_mode():
+        session = Session(model, rows=1, tokens=40)
+        session.join([tokens[0, :24].tolist()])
+        stepped = torch.cat([session.step(token[None]) for token in tokens[0, 24:]])
+        # Up to four layers round the stream some six times each, here otherwise than there.
+        assert gap(stepped, model(tokens)[0, 24:]) < 12 * 2**-8
 
 
 def test_latent_attention_in_bfloat16_is_within_its_operands_rounding() -> None:

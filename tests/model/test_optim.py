@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from configs.engram import EngramConfig
-from configs.errors import ConfigError
+from configs.errors import ArtifactError, ConfigError
 from configs.train import OptimConfig
 from model.engram import MemoryTable
 from model.optim import adamw, moments, restore_moments, warmup_cosine
@@ -117,6 +117,16 @@ def test_moments_that_are_put_back_continue_the_same_walk(kind: str) -> None:
     assert all(torch.equal(kept[name], tensor) for name, tensor in before.items())
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_moments_without_their_number_of_updates_are_refused() -> None:
+    model = toy()
+    optimizer = adamw(model, CONFIG)
+    walk(model, optimizer, range(1))
+    kept = moments(optimizer, model.named_parameters())
+    older = {name: tensor for name, tensor in kept.items() if not name.startswith("updates/")}
+    with pytest.raises(ArtifactError, match=r"moments of .* begin the training again"):
+        restore_moments(optimizer, model.named_parameters(), older)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from configs.recipe import Recipe
 from pipeline import cli
 from pipeline.graph import Graph, Role, Selection, assign_roles, make_graph, side_by_side
 from pipeline.places import tracking_uri
-from pipeline.records import AcrossSeeds, Run
+from pipeline.records import AcrossSeeds, Built, Run
 from pipeline.seeds import across_seeds, parse_seeds
 from pipeline.verbs import asked, clean, inspect, run
 from stages.contract import Planned
@@ -182,6 +183,19 @@ def test_mean_and_spread_are_those_of_every_figure_but_bounds(world: World) -> N
     assert judged["after_greedy_accuracy"].values == {0: 1, 2: 1 - 2 / 32, 1: 1 - 1 / 32}
     assert judged["before_pass_at_1"].spread == 0
     assert figures(found, "train")["loss"].values == dict.fromkeys((0, 2, 1), pytest.approx(1 / 3))
+
+
+def test_what_is_not_finite_costs_no_other_figure(world: World) -> None:
+    graph = graph_of(0, 1, 2)
+    done = world.run(graph=graph)
+    rough = done.outcomes["train.seed-1"]
+    assert isinstance(rough, Built)
+    figures_of_it = {**rough.figures, "loss": math.inf}
+    outcomes = {**done.outcomes, "train.seed-1": replace(rough, figures=figures_of_it)}
+    found = across_seeds(graph, replace(done, outcomes=outcomes), world.store.root)
+    loss = figures(found, "train")["loss"]
+    assert loss.values.keys() == {0, 2}
+    assert loss.spread == 0
 
 
 def test_a_run_of_one_seed_has_no_figures_over_seeds(world: World) -> None:

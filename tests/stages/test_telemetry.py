@@ -1,8 +1,11 @@
 """The step log has each step once, whatever crashed and resumed; its follower reports each once."""
 
 import json
+import os
 import time
 from pathlib import Path
+
+import pytest
 
 from stages.contract import Workspace
 from stages.telemetry import (
@@ -29,6 +32,20 @@ def test_a_resumed_log_holds_each_step_once(tmp_path: Path) -> None:
         {"step": 2, "loss": 2},
         {"step": 3, "loss": 30},
     ]
+
+
+def test_a_line_is_on_the_disk_before_whoever_wrote_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, seen = MetricsFile(tmp_path), []
+
+    def sync(descriptor: int) -> None:
+        seen.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    log.append({"loss": 1.0}, step=1)
+    assert seen == [log.path.stat().st_size]
+    assert seen[0] > 0
 
 
 def test_a_fresh_build_forgets_an_older_log(tmp_path: Path) -> None:
