@@ -120,6 +120,13 @@ def test_a_rank_that_is_shown_a_save_late_looks_again(tmp_path: Path) -> None:
     assert on_ranks(2, tmp_path / "ranks", train_without_a_file, builder, 2) == ["trained"] * 2
 
 
+@pytest.mark.parametrize(
+    ("said", "last"), [("first\n  the cause \n\n", "the cause"), (" \n", "RuntimeError")]
+)
+def test_of_a_long_failure_the_last_line_is_told(said: str, last: str) -> None:
+    assert fit._last_line(RuntimeError(said)) == last
+
+
 def train_on_a_broken_save(builder: str) -> str:
     """The disk fails at a restart; how the only rank ends."""
     train(builder, 4)

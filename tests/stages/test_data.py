@@ -250,6 +250,28 @@ def test_a_source_too_short_for_its_share_is_named(text_folder: Path, workspace:
         data.run(spec(text_folder, sequence_tokens=256), workspace)
 
 
+def test_of_two_short_sources_that_which_lacks_most_is_named(
+    text_folder: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    files = sorted(text_folder.iterdir())
+    for path in files[8:11]:
+        path.rename(notes / path.name)
+    for path in files[11:]:
+        path.unlink()
+    sources = spec(text_folder).model_dump()["data"]["sources"]
+    sources["books"]["share"], sources["sums"]["share"] = 0.8, 0.1
+    sources["notes"] = {"type": "files", "share": 0.1, "glob": str(notes / "*.txt")}
+    with pytest.raises(DataError, match=r"data\.sources\.books has text for \d rows of its share"):
+        data.run(spec(text_folder, sequence_tokens=256, sources=sources), workspace)
+
+
+def test_problems_count_as_documents_that_were_read(built: Corpus) -> None:
+    sums = json.loads(built.path("statistics.json").read_text())["sources"]["sums"]
+    assert sums["documents_read"] == sums["train_documents"] + sums["held_out_documents"] == 1_000
+
+
 def test_nothing_is_written_without_the_lease(text_folder: Path, workspace: Workspace) -> None:
     steal(workspace)
     with pytest.raises(LeaseLost):

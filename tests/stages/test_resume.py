@@ -144,6 +144,8 @@ def test_what_four_builders_made_in_turn_is_what_one_makes(tmp_path: Path) -> No
     assert made.artifact.path("history.json").read_bytes() == (
         calm.artifact.path("history.json").read_bytes()
     )
+    # A checkpoint goes with the tokenizer of its corpus, which here is an empty one.
+    assert made.artifact.path("tokenizer.json").read_text() == "{}"
     builder = Path(made.artifact.uri).parent
     assert {path.name for path in made.path.iterdir()} == {MANIFEST, builder.name}
     assert {path.name for path in builder.iterdir()} == {"files", METRICS}
