@@ -16,8 +16,11 @@ from stages.artifacts import FILES, Lease
 from stages.contract import Tracker, Workspace
 from stages.hashing import Hashes
 
-# Numbers must not depend on how busy the machine is, nor tests on the network.
+# Two files run at a time, and threads that wait for each other's cores are slower than none. torch
+# read the variable when it was imported; processes that tests start do so later.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# Tests do not depend on the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Triton's kernels run in its interpreter where there is no GPU to compile them for.
 if not torch.cuda.is_available():

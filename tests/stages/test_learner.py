@@ -22,8 +22,6 @@ from stages.verifiers import Problem, Verdict
 from tests.references import random_model
 from tests.stages.rl_paper import Answered, logprobs_of, objective
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 GROUPS, SIZE, TEMPERATURE = 4, 3, 0.8
 LOSS = GrpoLoss(config=GrpoConfig(kl_weight=0.0), temperature=TEMPERATURE)
 

@@ -28,8 +28,6 @@ from tests.stages.pools import Book, Call, DeafSamplers, LocalPools, digest
 from tests.stages.rl_lab import END_TOKENS, HELD_OUT, MODEL, SEED, TRAIN, Lab, make_lab, text_of
 from tests.stages.rl_paper import Answered, logprobs_of, objective
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STEPS, GROUPS, SIZE, PARTS, TEMPERATURE, RATE = 5, 4, 4, 2, 0.7, 3e-3
 MEASURED = (0, 2, 4, 5)
 ANSWERS = {problem.prompt: problem.answer for problem in (*TRAIN, *HELD_OUT)}
@@ -72,7 +70,7 @@ def is_training(call: Call) -> bool:
 
 
 @pytest.fixture(scope="module")
-def calm(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calm]:
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calm]:
     folder, recorder = tmp_path_factory.mktemp("calm"), Recorder()
     with pytest.MonkeyPatch.context() as patch:
         lab = make_lab(folder / "lab", patch)

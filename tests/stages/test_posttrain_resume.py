@@ -18,8 +18,6 @@ from tests.conftest import Recorder, workspace_at
 from tests.stages.pools import Book, digest
 from tests.stages.rl_lab import Lab, make_lab
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DEATH = WorkerDied("trainer 1 died: killed")
 MOMENTS = [
     ("sample", 2),  # while the base is measured
@@ -46,7 +44,7 @@ class Whole:
 
 
 @pytest.fixture(scope="module")
-def whole(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         lab = make_lab(folder / "lab", patch)
