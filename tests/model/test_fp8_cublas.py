@@ -191,7 +191,7 @@ def test_what_fits_is_not_copied() -> None:
     assert operand(tokens8.T).scales.data_ptr() == tokens8.scales.data_ptr()
     assert operand(tokens8.T).values.data_ptr() != tokens8.values.data_ptr()
     # Neither does what begins, or whose rows begin, elsewhere than at 16 bytes.
-    for values in (x8.values[:, 8:392], torch.empty(16, 392).to(torch.float8_e4m3fn)[:, :384]):
+    for values in (x8.values[:, 8:392], random(16, 392).to(torch.float8_e4m3fn)[:, :384]):
         made = aligned(values, *values.shape)
         assert made.is_contiguous() and torch.equal(made.float(), values.float())
 
