@@ -47,7 +47,7 @@ check: .venv ## format, lint, types, import contracts, spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-# As workers run: with their settings of malloc, on all cores, and without the tests' checks of every call.
+# With the workers' settings of malloc, on all cores, and without the tests' checks of every call.
 bench: .venv ## measurements, printed
 	OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) \
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=10000000000 MALLOC_TOP_PAD_=67108864 \

@@ -73,7 +73,10 @@ def load_shards(folder: Path, experts: Mapping[str, range] | None = None) -> dic
         wanted = range(len(by_expert)) if experts is None else _range_of(name, experts)
         missing = [expert for expert in wanted or () if expert not in by_expert]
         if missing:
-            raise ArtifactError(f"{folder}: no file holds expert {missing[0]} of {name}")
+            raise ArtifactError(
+                f"{folder}: no file holds expert {missing[0]} of {name}; remove the folder and run "
+                "again"
+            )
         found[name] = torch.stack([by_expert[expert] for expert in sorted(by_expert)])
     return found
 

@@ -308,6 +308,8 @@ def _load(trainer: Trainer, folder: Path, step: int) -> None:
         try:
             return trainer.load(folder, step=step)
         except (ArtifactError, SafetensorError, OSError) as error:
+            if trainer.rank == 0 and isinstance(error, ArtifactError):
+                raise  # It names the remedy itself.
             if trainer.rank == 0:
                 raise ArtifactError(
                     f"cannot read the save {folder}: {error}; delete it, and the next run "

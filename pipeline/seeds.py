@@ -46,7 +46,7 @@ def sets_seed(sets: Sequence[str]) -> str | None:
 def across_seeds(graph: Graph, run: Run, store_root: Path) -> tuple[AcrossSeeds, ...]:
     """Mean and spread of what the nodes of `run` came to, where they differ between seeds.
 
-    Of no value that is infinite or no number; each figure has those of the other seeds.
+    A value that is infinite or not a number is left out; its figure has those of the other seeds.
     """
     found: dict[str, dict[str, dict[int, float]]] = {node.line_name: {} for node in graph}
     for name, outcome in run.outcomes.items():

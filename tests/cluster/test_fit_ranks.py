@@ -127,13 +127,13 @@ def test_of_a_long_failure_the_last_line_is_told(said: str, last: str) -> None:
     assert fit._last_line(RuntimeError(said)) == last
 
 
-def train_on_a_broken_save(builder: str) -> str:
-    """The disk fails at a restart; how the only rank ends."""
+def train_on_a_broken_save(builder: str, cause: Exception) -> str:
+    """A save cannot be read at a restart; how the only rank ends."""
     train(builder, 4)
     with pytest.MonkeyPatch.context() as patch:
 
         def fails(*_: object, **__: object) -> None:
-            raise OSError(5, "Input/output error")
+            raise cause
 
         patch.setattr(Trainer, "load", fails)
         try:
@@ -144,7 +144,14 @@ def train_on_a_broken_save(builder: str) -> str:
 
 
 def test_a_save_that_nobody_can_read_is_named_with_the_remedy(tmp_path: Path) -> None:
-    (told,) = on_ranks(1, tmp_path / "ranks", train_on_a_broken_save, str(tmp_path / "builder"))
+    builder, cause = str(tmp_path / "builder"), OSError(5, "Input/output error")
+    (told,) = on_ranks(1, tmp_path / "ranks", train_on_a_broken_save, builder, cause)
     assert "cannot read the save" in told
     assert "Input/output error" in told
     assert told.endswith("delete it, and the next run continues from the one before it")
+
+
+def test_a_save_that_is_known_to_lack_something_says_so_once(tmp_path: Path) -> None:
+    builder, cause = str(tmp_path / "builder"), ArtifactError("no expert 3; remove the folder")
+    told = on_ranks(1, tmp_path / "ranks", train_on_a_broken_save, builder, cause)
+    assert told == ["no expert 3; remove the folder"]
