@@ -33,9 +33,10 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 run: .venv ## the tiny recipe, from raw text to verified bundles
 	$(BIN)/ingot run tiny $(ARGS)
 
-# Two processes, each with whole files: what a file sets up once stays set up once.
+# Two processes, each with whole files: what a file sets up once stays set up once. In the order that
+# tests/conftest.py says, as otherwise files of few tests come last, however long they take.
 test: .venv ## the tests that need neither minutes nor an accelerator
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: .venv ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -15,6 +15,7 @@ from configs.parallel import ClusterConfig, StoreConfig
 from stages.artifacts import FILES, Lease
 from stages.contract import Tracker, Workspace
 from stages.hashing import Hashes
+from tests import checks
 
 # Two files run at a time, and threads that wait for each other's cores are slower than none. torch
 # read the variable when it was imported; processes that tests start do so later.
@@ -30,6 +31,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 OWNER = "test"
+
+
+FLOORS = ("line", "pipeline", "stages", "cluster", "model")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the whole line and end with small parts: long files do not come last, alone."""
+    order = {floor: number for number, floor in enumerate(FLOORS)}
+    items.sort(key=lambda item: order.get(item.path.parent.name, len(order)))
+
+
+def pytest_runtest_setup() -> None:
+    """Check the signatures of the model in the first calls of every test, its fixtures included."""
+    checks.begin()
 
 
 @dataclass
