@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.errors import StoreError
+from pipeline import files
 from pipeline.lease import has_ended
 
 
@@ -178,11 +179,9 @@ class Records:
     def save(self, run: Run) -> None:
         """Write or replace the record of `run`, whole or not at all; StoreError if it cannot."""
         path = self.folder / f"{run.id}.json"
-        draft = self.folder / f".{run.id}.draft"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            draft.write_bytes(_RUN.dump_json(run, indent=1))
-            os.replace(draft, path)
+            files.replace(path, _RUN.dump_json(run, indent=1).decode())
         except OSError as error:
             raise StoreError(
                 f"{path}: the record of this run cannot be written ({error.strerror}); free some "
