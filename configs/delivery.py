@@ -60,8 +60,8 @@ class ExportConfig(Frozen):
     """Answers sampled as the variant's generation config says; one more is given greedily."""
     max_new_tokens: PositiveInt = 16
     max_accuracy_loss: float = Field(default=0.05, ge=0, le=1)
-    """Share of problems by which a variant's greedy answers may be right less often than its
-    source's."""
+    """Share of problems, rounded up to whole ones, by which a variant's greedy answers may be right
+    less often than its source's."""
     max_shard_bytes: PositiveInt = 4_000_000_000
 
     @field_validator("variants")

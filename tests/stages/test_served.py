@@ -271,6 +271,31 @@ def test_answers_are_counted_through_the_variants_own_files(
         served.require(found, "bf16", exam.config)
 
 
+@pytest.mark.parametrize(
+    ("problems", "limit", "allowed"), [(8, 0.05, 1), (200, 0.05, 10), (140, 0.05, 7), (8, 0.0, 0)]
+)
+def test_a_share_of_few_problems_counts_as_a_whole_one(
+    problems: int, limit: float, allowed: int
+) -> None:
+    config = ExportConfig(max_accuracy_loss=limit)
+
+    def lost(answers: int) -> Asked:
+        right = problems - answers
+        return Asked(
+            problems=problems,
+            source_greedy_accuracy=1.0,
+            greedy_accuracy=right / problems,
+            greedy_verdicts_apart=answers,
+            chat_greedy_accuracy=1.0,
+            pass_at_1=1.0,
+            chat_pass_at_1=1.0,
+        )
+
+    served.require(lost(allowed), "bf16", config)
+    with pytest.raises(ExportError, match="raise that setting"):
+        served.require(lost(allowed + 1), "bf16", config)
+
+
 def test_a_chat_template_without_begin_of_text_shows_in_the_chats_figure(
     made: tuple[Path, Bundle, Checkpoint],
     folder: Path,
