@@ -6,8 +6,9 @@ from statistics import median
 from stages.artifacts import Artifact, Bundle, Checkpoint, Corpus, Report
 from stages.telemetry import METRICS, read_metrics
 
-_RATE = "tokens_per_second"
-_STEP_FIGURES = ("reward", "loss", _RATE)
+RATE = "tokens_per_second"
+"""Tells of the machine and of what ran beside it, not of what was made."""
+_STEP_FIGURES = ("reward", "loss", RATE)
 _HEADLINES = (
     *("before_pass_at_1", "after_pass_at_1", "after_bits_per_byte"),
     *("relative_gap", "relative_gap_spread", "largest_gap"),
@@ -26,9 +27,9 @@ def key_figures(artifact: Artifact) -> dict[str, float]:
         case Checkpoint():
             steps = [scalars(record) for record in read_metrics(artifact.beside(METRICS))]
             chosen = {k: steps[-1][k] for k in _STEP_FIGURES if steps and k in steps[-1]}
-            if _RATE in chosen:
+            if RATE in chosen:
                 # One step may have counted, or waited, or begun with cold caches.
-                chosen[_RATE] = median(step[_RATE] for step in steps if _RATE in step)
+                chosen[RATE] = median(step[RATE] for step in steps if RATE in step)
             if chosen or artifact.final_loss is None:
                 return chosen or {"parameters": artifact.model.parameters()}
             return {"loss": artifact.final_loss}

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from configs.errors import ArtifactError, ConfigError
-from pipeline.figures import compared_figures
+from pipeline.figures import RATE, compared_figures
 from pipeline.graph import Graph, Node
 from pipeline.records import AcrossSeeds, Built, Reused, Run
 from stages.artifacts import Report
@@ -71,7 +71,7 @@ def across_seeds(graph: Graph, run: Run, store_root: Path) -> tuple[AcrossSeeds,
 def _figures(node: Node, outcome: Built | Reused, store_root: Path) -> Mapping[str, float]:
     """All that is compared of an artifact; of a report the record holds only part."""
     if not issubclass(node.planned.stage.makes, Report):
-        return outcome.figures
+        return {name: value for name, value in outcome.figures.items() if name != RATE}
     try:
         return compared_figures(Report.load(str(store_root / outcome.address)))
     except ArtifactError:

@@ -198,6 +198,17 @@ def test_what_is_not_finite_costs_no_other_figure(world: World) -> None:
     assert loss.spread == 0
 
 
+def test_how_fast_the_machine_was_is_no_figure_of_a_seed(world: World) -> None:
+    graph = graph_of(0, 1)
+    done = world.run(graph=graph)
+    made = done.outcomes["train.seed-1"]
+    assert isinstance(made, Built)
+    fast = replace(made, figures={**made.figures, "tokens_per_second": 9.0})
+    outcomes = {**done.outcomes, "train.seed-1": fast}
+    found = across_seeds(graph, replace(done, outcomes=outcomes), world.store.root)
+    assert figures(found, "train").keys() == {"loss"}
+
+
 def test_a_run_of_one_seed_has_no_figures_over_seeds(world: World) -> None:
     graph = graph_of(1)
     done = world.run(graph=graph)
