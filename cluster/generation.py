@@ -18,6 +18,7 @@ from configs.train import Precision
 from model import decode
 from model.drawing import Drawing
 from model.fp8.scheme import Numerics, settle
+from model.transformer import Transformer
 from model.weights.files import load_pretrained
 
 _ROLE = "sampler"
@@ -82,6 +83,11 @@ class GenerationPool:
         parts = gather(refs, role=_ROLE, timeout_seconds=self.machines.step_timeout_seconds)
         return [sample for part in parts for sample in part]
 
+    def load(self, checkpoint: Path) -> None:
+        """Let every sampler hold `checkpoint` as version 0, in place of the model that it held."""
+        refs = [actor.load.remote(str(checkpoint)) for actor in self.actors]
+        gather(refs, role=_ROLE, timeout_seconds=self.machines.startup_timeout_seconds)
+
     def update_weights(self, version: int, shards: Sequence[Any]) -> None:
         """Replace every sampler's weights by `shards` (see `TrainerPool.weights`).
 
@@ -110,23 +116,31 @@ def open_generation(
 class _Sampler:
     """One actor of the pool."""
 
+    model: Transformer | None
+
     def __init__(
         self, checkpoint: str, precision: Precision | Numerics, threads: int, rank: int
     ) -> None:
         torch.set_num_threads(threads)
         self.rank = rank
-        self.version = 0
         wanted = precision if isinstance(precision, Numerics) else Numerics(precision)
         # As a trainer does: one that learns in high precision must not be sampled in FP8.
-        numerics, _ = settle(wanted, torch.device("cpu"))
-        self.model = load_pretrained(Path(checkpoint), precision=numerics)
+        self.numerics, _ = settle(wanted, torch.device("cpu"))
+        self.load(checkpoint)
 
     def ready(self) -> int:
         return self.rank
 
+    def load(self, checkpoint: str) -> None:
+        # There may be room for one model only.
+        self.model = None
+        self.model = load_pretrained(Path(checkpoint), precision=self.numerics)
+        self.version = 0
+
     def sample(
         self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]
     ) -> list[Sample]:
+        assert self.model is not None
         answers = decode.sample(
             self.model,
             prompts,
@@ -142,6 +156,7 @@ class _Sampler:
         ]
 
     def update_weights(self, version: int, *shards: dict[str, Tensor]) -> int:
+        assert self.model is not None
         merged = merge_shards(list(shards))
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from cluster.generation import Sampling, open_generation
+from cluster.generation import GenerationPool, Sampling, open_generation
 from configs.delivery import EvaluateSpec
 from configs.errors import DataError
 from model.weights.files import load_pretrained
@@ -71,11 +71,14 @@ def evaluate(
     if exam.prompts:
         work.tracker.start(steps=2 * len(exam.prompts), unit="problem")
     imported = before.sequences_seen == 0
+    # Models leave this process before samplers load theirs.
+    text = [_read_text(work, exam, before, "before"), _read_text(work, exam, after, "after")]
+    answered = _answer_problems(config, work, exam, {"before": before, "after": after})
     comparison = Comparison(
         baseline={} if imported else _baseline(config, corpus, before, exam),
         no_baseline="what the imported model consumed is not known" if imported else None,
-        before=_measure(config, work, exam, before, "before"),
-        after=_measure(config, work, exam, after, "after"),
+        before=Findings(text=text[0], answered=answered["before"]),
+        after=Findings(text=text[1], answered=answered["after"]),
         pass_at=config.evaluate.pass_at,
         overlap=exam.overlap,
     )
@@ -163,42 +166,56 @@ def _baseline(
     return found
 
 
-def _measure(
-    config: EvaluateSpec, work: Workspace, exam: Exam, checkpoint: Checkpoint, side: Side
-) -> Findings:
-    """Everything asked of one model. Its weights leave this process before samplers load theirs."""
-    text = _read_text(exam, checkpoint)
-    bits_per_byte = total(text.values()).bits_per_byte
-    work.tracker.note(f"{side} post-training: {bits_per_byte:.4f} bits per byte of held-out text")
-    answered = _answer_problems(config, work, exam, checkpoint, side) if exam.prompts else []
-    return Findings(text=text, answered=answered)
-
-
-def _read_text(exam: Exam, checkpoint: Checkpoint) -> dict[str, TextScore]:
+def _read_text(
+    work: Workspace, exam: Exam, checkpoint: Checkpoint, side: Side
+) -> dict[str, TextScore]:
     model = load_pretrained(checkpoint.path())
-    return {
+    text = {
         source: score_text(model, rows_NS, exam.lengths_V) for source, rows_NS in exam.text.items()
     }
+    bits_per_byte = total(text.values()).bits_per_byte
+    work.tracker.note(f"{side} post-training: {bits_per_byte:.4f} bits per byte of held-out text")
+    return text
 
 
 def _answer_problems(
-    config: EvaluateSpec, work: Workspace, exam: Exam, checkpoint: Checkpoint, side: Side
+    config: EvaluateSpec, work: Workspace, exam: Exam, models: Mapping[Side, Checkpoint]
+) -> dict[Side, list[Answered]]:
+    """By side what its model answers: the same samplers load one model after the other."""
+    found: dict[Side, list[Answered]] = {side: [] for side in models}
+    if not exam.prompts:
+        return found
+    first, *_ = models
+    with open_generation(work.machines, models[first].path()) as pool:
+        for side, checkpoint in models.items():
+            if side != first:
+                pool.load(checkpoint.path())
+            found[side] = _ask_model(pool, config, work, exam, checkpoint, side)
+    return found
+
+
+def _ask_model(
+    pool: GenerationPool,
+    config: EvaluateSpec,
+    work: Workspace,
+    exam: Exam,
+    checkpoint: Checkpoint,
+    side: Side,
 ) -> list[Answered]:
     answered: list[Answered] = []
     first_step = len(exam.prompts) if side == "after" else 0
     asked, end_tokens = config.evaluate, read_end_tokens(checkpoint.path())
-    with open_generation(work.machines, checkpoint.path()) as pool:
-        for part in ask(
-            pool.sample,
-            exam.prompts,
-            Sampling(asked.max_new_tokens, asked.temperature, end_tokens),
-            samples_per_problem=asked.samples_per_problem,
-            seed=config.seed,
-            answer_text=partial(answer_text, exam.tokenizer, end_tokens=end_tokens),
-        ):
-            answered += part
-            metrics = {f"{side}_greedy_accuracy": greedy_accuracy(answered).mean}
-            for k in asked.pass_at:
-                metrics[f"{side}_pass_at_{k}"] = mean_over_problems(pass_values(answered, k)).mean
-            work.tracker.log(metrics, step=first_step + len(answered))
+    for part in ask(
+        pool.sample,
+        exam.prompts,
+        Sampling(asked.max_new_tokens, asked.temperature, end_tokens),
+        samples_per_problem=asked.samples_per_problem,
+        seed=config.seed,
+        answer_text=partial(answer_text, exam.tokenizer, end_tokens=end_tokens),
+    ):
+        answered += part
+        metrics = {f"{side}_greedy_accuracy": greedy_accuracy(answered).mean}
+        for k in asked.pass_at:
+            metrics[f"{side}_pass_at_{k}"] = mean_over_problems(pass_values(answered, k)).mean
+        work.tracker.log(metrics, step=first_step + len(answered))
     return answered

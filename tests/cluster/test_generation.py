@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cluster.generation import GenerationPool, Sample, Sampling, merge_shards, open_generation
 from cluster.workers import WorkerDied
-from configs.errors import DataError, MachineError
+from configs.errors import DataError, IngotError, MachineError
 from configs.parallel import ClusterConfig
 from model import decode
 from model.drawing import Drawing
@@ -136,6 +136,17 @@ def test_new_weights_come_under_their_version(pool: GenerationPool) -> None:
     assert_drawn_from(updated, pool.sample(PROMPTS, SAMPLING, SEEDS), 5, version=17)
 
 
+def test_another_checkpoint_is_loaded_as_version_0_whatever_its_shape(
+    pool: GenerationPool, checkpoint: Path, tmp_path: Path
+) -> None:
+    other = random_model(TINY.model_copy(update={"num_hidden_layers": 3}), seed=5)
+    save_pretrained(other, tmp_path / "other")
+    pool.load(tmp_path / "other")
+    assert_drawn_from(other, pool.sample(PROMPTS, SAMPLING, SEEDS), 5, version=0)
+    pool.load(checkpoint)
+    assert_drawn_from(random_model(), pool.sample(PROMPTS, SAMPLING, SEEDS), 5, version=0)
+
+
 def test_a_sampler_that_holds_another_version_after_an_update_is_an_error(
     machines: ClusterConfig,
 ) -> None:
@@ -209,6 +220,15 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_pool(
         open_generation(one, tmp_path),
     ):
         pass
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named_and_the_next_one_loads(
+    pool: GenerationPool, checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(IngotError, match=r"config\.json"):
+        pool.load(tmp_path)
+    pool.load(checkpoint)
+    assert_drawn_from(random_model(), pool.sample(PROMPTS, SAMPLING, SEEDS), 5, version=0)
 
 
 def test_a_killed_sampler_is_named(pool: GenerationPool) -> None:

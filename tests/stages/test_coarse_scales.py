@@ -34,6 +34,8 @@ COARSE = {
     "block": Numerics("fp8", Fp8Config(gradient_scaling="block")),
 }
 
+pytestmark = pytest.mark.slow
+
 Data = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """Of the number of each row: which of two vocabularies it is written in, its size, its weight."""
 

@@ -234,9 +234,10 @@ class Lab:
 
     @contextmanager
     def open_generation(self, machines: ClusterConfig, path: Path) -> Iterator["Pool"]:
-        assert path.name not in self.asked
-        self.asked[path.name] = []
-        yield Pool(self, path.name)
+        assert not self.asked
+        pool = Pool(self)
+        pool.load(path)
+        yield pool
 
     def run(self, seen: int = 5, context_tokens: int = 64, **settings: Any) -> Any:
         asked = {"problems": 6, "samples_per_problem": 4, "pass_at": (1, 4), "max_new_tokens": 4}
@@ -257,7 +258,14 @@ class Pool:
     """A sampler that remembers what it was asked and answers as its lab says."""
 
     lab: Lab
-    name: str
+    name: str = ""
+
+    def load(self, path: Path) -> None:
+        # What scores text is done by then: no two models are in memory at a time.
+        assert self.lab.loaded[-2:] == ["before", "after"]
+        assert path.name not in self.lab.asked
+        self.lab.asked[path.name] = []
+        self.name = path.name
 
     def sample(
         self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]
