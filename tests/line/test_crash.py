@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from tests.line.runs import artifact, descendants, history, ingot, metrics, start, wait_for
+from tests.line.runs import (
+    artifact,
+    descendants,
+    history,
+    ingot,
+    metrics,
+    start,
+    step_log,
+    wait_for,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -91,7 +100,7 @@ def test_a_killed_trainer_or_sampler_of_post_training_is_replaced(tmp_path: Path
     for stage in ("data", "pretrain", "posttrain"):
         done = ingot(folder, "run", *words, "--only", stage)
         assert done.returncode == 0, done.stdout + done.stderr
-    calm = metrics(folder, "posttrain")
+    calm = step_log(folder, "posttrain")
     assert [line["step"] for line in calm] == list(range(13))
     slots = folder / ".ingot" / "artifacts" / "posttrain"
 
