@@ -18,7 +18,6 @@ from configs.train import Precision
 from model import decode
 from model.drawing import Drawing
 from model.fp8.scheme import Numerics, settle
-from model.transformer import Transformer
 from model.weights.files import load_pretrained
 
 _ROLE = "sampler"
@@ -116,8 +115,6 @@ def open_generation(
 class _Sampler:
     """One actor of the pool."""
 
-    model: Transformer | None
-
     def __init__(
         self, checkpoint: str, precision: Precision | Numerics, threads: int, rank: int
     ) -> None:
@@ -132,15 +129,13 @@ class _Sampler:
         return self.rank
 
     def load(self, checkpoint: str) -> None:
-        # There may be room for one model only.
-        self.model = None
+        vars(self).pop("model", None)  # There may be room for one only.
         self.model = load_pretrained(Path(checkpoint), precision=self.numerics)
         self.version = 0
 
     def sample(
         self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]
     ) -> list[Sample]:
-        assert self.model is not None
         answers = decode.sample(
             self.model,
             prompts,
@@ -156,7 +151,6 @@ class _Sampler:
         ]
 
     def update_weights(self, version: int, *shards: dict[str, Tensor]) -> int:
-        assert self.model is not None
         merged = merge_shards(list(shards))
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():

@@ -1,5 +1,6 @@
 """What a run's record means to whoever reads it later, and elsewhere."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -76,3 +77,19 @@ def test_a_recipe_that_ships_with_ingot_has_no_place(run: Run, tmp_path: Path) -
 def test_a_run_is_live_until_it_is_finished_or_its_process_here_is_gone(run: Run) -> None:
     assert run.live
     assert not replace(run, finished=True).live
+
+
+def test_a_record_and_its_name_are_on_the_disk_once_it_is_saved(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, real = [], os.fsync
+
+    def fsync(handle: int) -> None:
+        synced.append(os.fstat(handle).st_ino)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    records = Records(tmp_path / "here" / ".ingot", say=pytest.fail)
+    records.save(run)
+    assert (records.folder / f"{run.id}.json").stat().st_ino in synced
+    assert records.folder.stat().st_ino == synced[-1]
