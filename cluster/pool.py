@@ -21,7 +21,8 @@ from configs.train import BalanceConfig, OptimConfig, Precision
 from model.fp8.recorder import Tally
 from model.fp8.scheme import Numerics
 from model.transformer import Transformer
-from model.weights.files import read_config, read_tensors
+from model.weights.config import read_config
+from model.weights.files import read_tensors
 
 _ROLE = "trainer"
 

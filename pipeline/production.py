@@ -24,9 +24,9 @@ from stages.evaluate.loop import evaluate
 from stages.export.bundle import export
 from stages.imported import imported, read_base
 from stages.loss_parity.loop import PRECISIONS, loss_parity, run_name
+from stages.names import TOKENIZER
 from stages.posttrain.loop import posttrain
 from stages.pretrain.loop import pretrain
-from stages.tokens import TOKENIZER
 
 Line = dict[str, Planned[Any]]
 IMPORT = "import"

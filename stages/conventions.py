@@ -17,7 +17,16 @@ from tokenizers import Tokenizer
 
 from configs.errors import ArtifactError, ExportError
 from stages.drawn import not_imitated, read_drawing
-from stages.shards import BOS_ID, EOS_ID
+from stages.framing import BOS_ID, EOS_ID
+from stages.names import (
+    BROUGHT_FILES,
+    CHAT_TEMPLATE,
+    CONFIG,
+    GENERATION_CONFIG,
+    MORE_TEMPLATES,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+)
 from stages.templates import (
     DEFAULT,
     SPECIAL_TOKENS,
@@ -27,17 +36,9 @@ from stages.templates import (
     render,
     spelling,
 )
-from stages.tokens import TOKENIZER
 
-CONFIG = "config.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-GENERATION_CONFIG = "generation_config.json"
-CHAT_TEMPLATE = "chat_template.jinja"
-MORE_TEMPLATES = "additional_chat_templates"
 PROVENANCE = "imported.json"
 """What was taken of a folder made elsewhere, and what was not: see `Brought`."""
-BROUGHT_FILES = (TOKENIZER_CONFIG, GENERATION_CONFIG, CHAT_TEMPLATE, MORE_TEMPLATES)
-"""Files and folders beside weights, config and tokenizer that are carried through."""
 _ADDED = "added_tokens_decoder"
 _LEFT_TO_TOKENIZER = frozenset(
     {

@@ -14,24 +14,16 @@ from typing import Any
 from configs.errors import ConfigError
 from configs.imports import ImportSpec
 from configs.model import ModelConfig
-from model.weights.files import consolidate, read_config, read_json
-from model.weights.reading import SUFFIX
-from model.weights.stored import INDEX
+from model.weights.config import read_config, read_json
+from model.weights.files import consolidate
+from model.weights.reading import INDEX, SUFFIX
 from stages.artifacts import Checkpoint
 from stages.contract import Workspace, stage
-from stages.conventions import (
-    BROUGHT_FILES,
-    CONFIG,
-    GENERATION_CONFIG,
-    Brought,
-    as_field,
-    read_conventions,
-    read_end_tokens,
-    write_brought,
-)
+from stages.conventions import Brought, as_field, read_conventions, read_end_tokens, write_brought
+from stages.framing import BOS_ID, EOS_ID
 from stages.hashing import Hashes
-from stages.shards import BOS_ID, EOS_ID
-from stages.tokens import TOKENIZER, adopt_tokenizer, write_tokenizer
+from stages.names import BROUGHT_FILES, CONFIG, GENERATION_CONFIG, TOKENIZER
+from stages.tokens import adopt_tokenizer, write_tokenizer
 
 _FRAMES = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
 _DOCUMENTS = ("README", "LICENSE", ".git", ".cache")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from configs.errors import DataError
-from stages.shards import BOS_ID, EOS_ID
+from stages.framing import BOS_ID, EOS_ID
 from stages.verifiers import Problem
 
 

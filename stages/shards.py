@@ -17,11 +17,7 @@ from torch import Tensor
 
 from configs.errors import DataError
 from configs.seed import derive
-
-BOS_ID = 0
-EOS_ID = 1
-BOS_TOKEN = "<|begin_of_text|>"
-EOS_TOKEN = "<|end_of_text|>"
+from stages.framing import BOS_ID
 
 _COLUMN = "tokens"
 

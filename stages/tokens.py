@@ -17,9 +17,8 @@ from tokenizers import Tokenizer
 
 from configs.errors import ArtifactError, DataError
 from model.weights.reading import require_not_pointer
-from stages.shards import BOS_ID, EOS_ID
+from stages.framing import BOS_ID, EOS_ID
 
-TOKENIZER = "tokenizer.json"
 _CONTROL = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
 """Looks like a control token, whether or not its file calls it special."""
 _ADDED: Mapping[str, tuple[type, str]] = {

@@ -1,5 +1,5 @@
-"""Models as folders of released names: one table a family, and the files themselves."""
+"""Models as folders of released names: one table a family, and the files themselves.
 
-from model.weights.files import load_pretrained, save_pretrained
-
-__all__ = ["load_pretrained", "save_pretrained"]
+`files.py` loads and saves them; `config.py` reads what a folder's `config.json` describes, without
+torch.
+"""

@@ -5,7 +5,6 @@ they are asked for, so that a model is never in memory twice.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +12,11 @@ from torch import Tensor
 from configs.errors import ArtifactError
 from configs.model import ModelConfig
 from model.transformer import Transformer
-from model.weights import v3, v4, v32
+from model.weights.config import table_of
 from model.weights.table import Narrowest, Part, Table
 
-_TABLES: dict[str, Table] = {"v3": v3, "v32": v32, "v4": v4}
 _DERIVED = "rotary_emb.inv_freq"
 """Ends the names of frequencies that early conversions stored and that follow from the config."""
-
-
-def table_of(config: ModelConfig) -> Table:
-    """The table of the config's family."""
-    return _TABLES[config.family]
 
 
 def to_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -110,23 +103,6 @@ def fused(config: ModelConfig, names: Iterable[str]) -> list[tuple[str, ...]]:
         for group in _begun_by(table, name)
         if all(one in known and table.narrowest(one) == "float8" for one in group)
     ]
-
-
-def to_hf_config(config: ModelConfig) -> dict[str, Any]:
-    """`config.json` as transformers and the readers of released files take it, float32."""
-    return table_of(config).to_hf_config(config)
-
-
-def from_hf_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """The reverse; ArtifactError names the field that no family here has."""
-    known = {table.MODEL_TYPE: table for table in _TABLES.values()}
-    table = known.get(str(raw.get("model_type")))
-    if table is None:
-        raise ArtifactError(
-            f"config.json: model_type = {raw.get('model_type')!r} is unknown; known: "
-            f"{', '.join(known)}; take a model of one of these"
-        )
-    return table.from_hf_config(raw)
 
 
 def _locate(parts: tuple[Part, ...], stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Part]]:

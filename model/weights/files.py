@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,10 +18,11 @@ from configs.train import Precision
 from model.fp8.scheme import Numerics
 from model.transformer import Transformer
 from model.weights import families
+from model.weights.config import from_hf_config, read_json, speaking_of, table_of, to_hf_config
 from model.weights.quantization import read_tile
-from model.weights.reading import read_json_file
+from model.weights.reading import INDEX, WEIGHTS
 from model.weights.scaled import narrow
-from model.weights.stored import INDEX, WEIGHTS, StoredTensors
+from model.weights.stored import StoredTensors
 from model.weights.table import Table
 
 SaveType = Literal["float32", "bfloat16", "float8"]
@@ -51,7 +51,7 @@ def load_pretrained(
             f"dtype = {dtype} with precision = 'fp8', which CPUs compute in float32; load with "
             "dtype=torch.float32, or with precision='high'"
         )
-    with _speaking_of(Path(path)):
+    with speaking_of(Path(path)):
         config, stored = open_pretrained(Path(path))
         if config.engram is not None:
             engram = config.engram.model_copy(update={"table_device": table_device})
@@ -70,7 +70,7 @@ def open_pretrained(folder: Path) -> tuple[ModelConfig, StoredTensors]:
     """
     raw = read_json(folder)
     stored = StoredTensors(folder, read_tile(raw))
-    return families.as_stored(families.from_hf_config(raw), list(stored)), stored
+    return families.as_stored(from_hf_config(raw), list(stored)), stored
 
 
 def save_pretrained(
@@ -88,9 +88,9 @@ def save_pretrained(
     for another `dtype`.
     """
     _check_type(dtype)
-    config, table = model.config, families.table_of(model.config)
+    config, table = model.config, table_of(model.config)
     renamed = families.to_hf(config, {n: t.detach() for n, t in model.state_dict().items()})
-    fields = families.to_hf_config(config)
+    fields = to_hf_config(config)
     if dtype != "float32":
         fields["dtype"] = "bfloat16"
     if dtype == "float8":
@@ -109,13 +109,13 @@ def write_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write tensors that already bear Hugging Face names in float32, and their config.json."""
-    table = families.table_of(config)
+    table = table_of(config)
     encoded = (
         pair
         for name in _sorted(tensors)
         for pair in _encoded(table, name, tensors[name], "float32")
     )
-    _write(families.to_hf_config(config), encoded, folder, max_shard_bytes)
+    _write(to_hf_config(config), encoded, folder, max_shard_bytes)
 
 
 def consolidate(source: Path, folder: Path) -> ModelConfig:
@@ -124,18 +124,18 @@ def consolidate(source: Path, folder: Path) -> ModelConfig:
     One of Ingot's tensors is in memory at a time, however large the model; in layers with experts
     that is a layer's. ArtifactError as of `load_pretrained`, and for a value that is no number.
     """
-    with _speaking_of(source):
+    with speaking_of(source):
         config, stored = open_pretrained(source)
         with torch.device("meta"):
             layout = Transformer(config).state_dict()
-        table = families.table_of(config)
+        table = table_of(config)
         encoded = (
             pair
             for name, tensor in families.assemble(config, layout, stored)
             for released, part in families.released(config, name, tensor)
             for pair in _encoded(table, released, _finite(released, part), "float32")
         )
-        _write(families.to_hf_config(config), encoded, folder, MAX_SHARD_BYTES)
+        _write(to_hf_config(config), encoded, folder, MAX_SHARD_BYTES)
     return config
 
 
@@ -147,43 +147,9 @@ def load_state(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
             own[name].copy_(tensor)
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The model config in `folder/config.json`."""
-    with _speaking_of(folder):
-        return families.from_hf_config(read_json(folder))
-
-
 def read_tensors(folder: Path) -> StoredTensors:
     """The tensors of a model folder, read when they are asked for."""
     return StoredTensors(folder, read_tile(read_json(folder)))
-
-
-def read_json(folder: Path) -> dict[str, Any]:
-    """`folder/config.json` as it stands; ArtifactError if it is no table."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ArtifactError(
-            f"{path}: no such file, so {folder} is not a model folder; name one that holds "
-            "config.json and safetensors"
-        )
-    raw = read_json_file(path)
-    if not isinstance(raw, dict):
-        raise ArtifactError(
-            f"{path}: holds a {type(raw).__name__}, expected a table; take the config.json that "
-            "belongs to the weights"
-        )
-    return raw
-
-
-@contextmanager
-def _speaking_of(folder: Path) -> Iterator[None]:
-    """Errors also name the folder, which whoever meets a tensor or a field does not know."""
-    try:
-        yield
-    except ArtifactError as error:
-        if str(folder) in str(error):
-            raise
-        raise ArtifactError(f"{folder}: {error}") from error
 
 
 def _finite(name: str, x: Tensor) -> Tensor:
@@ -223,7 +189,7 @@ def _layout(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         wanted = tensor.dtype
         if tensor.is_floating_point():
-            stored_name = families.table_of(model.config).parts(model.config, name)[0].name
+            stored_name = table_of(model.config).parts(model.config, name)[0].name
             kept = families.narrowest(model.config, stored_name) == "float32"
             wanted = torch.promote_types(dtype, torch.float32) if kept else dtype
         layout[name] = torch.empty_like(tensor, dtype=wanted, device="meta")

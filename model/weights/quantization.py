@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from configs.errors import ArtifactError
-from model.fp8.format import TILE
+from configs.shape import FP8_BLOCK
 from model.weights.fields import read_table
 
 Tile = tuple[int, int]
-_TILES: Mapping[str, Tile] = {"fp8": (TILE, TILE), "mxfp8": (1, 32)}
+_TILES: Mapping[str, Tile] = {"fp8": (FP8_BLOCK, FP8_BLOCK), "mxfp8": (1, 32)}
 """Schemes that are read, with the block that each means if it names none."""
 _DECIDING: Mapping[str, tuple[str, ...]] = {
     "fmt": ("e4m3", "e4m3fn", "float8_e4m3fn"),

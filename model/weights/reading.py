@@ -11,6 +11,8 @@ from typing import Any
 from configs.errors import ArtifactError
 
 SUFFIX = ".safetensors"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 POINTER = b"version https://git-lfs.github.com/spec/"
 """Begins the small text that git-lfs leaves in place of a file that was not fetched."""
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")

@@ -15,16 +15,15 @@ from torch import Tensor
 
 from configs.errors import ArtifactError
 from model.weights.reading import (
+    INDEX,
     SUFFIX,
+    WEIGHTS,
     missing_weights,
     read_json_file,
     require_not_pointer,
     require_safetensors,
 )
 from model.weights.scaled import FP8, INT8, UINT8, scales_of, widen, widen_rows
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 _QUANTISED = frozenset({FP8, INT8, UINT8})
 _OF_ACTIVATIONS = ("activation_scale", "input_scale")

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from configs.model import ModelConfig, V3Config
-from model.fp8.format import TILE
+from configs.shape import FP8_BLOCK
 from model.weights.fields import (
     agreed,
     agreed_yarn,
@@ -138,7 +138,7 @@ def quantization() -> dict[str, Any]:
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
         "quant_method": "fp8",
-        "weight_block_size": [TILE, TILE],
+        "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
     }
 
 

@@ -13,7 +13,7 @@ from model.weights.files import load_pretrained
 from pipeline.verbs.asked import load_asked, locate
 from stages.artifacts import Bundle, Checkpoint, read_manifest
 from stages.conventions import read_end_tokens
-from stages.shards import BOS_ID
+from stages.framing import BOS_ID
 from stages.tokens import load_tokenizer
 
 READABLE_VARIANT = "bf16"

@@ -46,14 +46,9 @@ from stages.data.quality import Drop, judge
 from stages.data.record import Texts, shortfalls, statistics, unread, write_dropped
 from stages.data.tokenizer import encode, identify_tokenizer, sample, train_tokenizer
 from stages.hashing import Hashes
+from stages.names import TOKENIZER
 from stages.shards import write_rows
-from stages.tokens import (
-    TOKENIZER,
-    Adopted,
-    adopt_tokenizer,
-    vocabulary_size,
-    write_tokenizer,
-)
+from stages.tokens import Adopted, adopt_tokenizer, vocabulary_size, write_tokenizer
 from stages.verifiers import Problem, write_problems
 
 MIN_ROWS = 8

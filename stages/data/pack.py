@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.seed import derive
-from stages.shards import BOS_ID, EOS_ID
+from stages.framing import BOS_ID, EOS_ID
 
 Int32 = npt.NDArray[np.int32]
 

@@ -15,7 +15,7 @@ from stages.data.arithmetic import wrong_share
 from stages.data.held_out import Overlap
 from stages.data.pack import Int32
 from stages.data.quality import Drop
-from stages.shards import BOS_ID
+from stages.framing import BOS_ID
 from stages.tokens import vocabulary_size
 
 

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs.data import TokenizerConfig
 from configs.errors import DataError
+from stages.framing import BOS_TOKEN, EOS_TOKEN
 from stages.hashing import Hashes
-from stages.shards import BOS_TOKEN, EOS_TOKEN
 from stages.tokens import begin_texts
 
 Int32 = npt.NDArray[np.int32]

@@ -18,7 +18,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 from configs.errors import DataError
-from stages.shards import BOS_ID, segments_of
+from stages.framing import BOS_ID
+from stages.shards import segments_of
 
 _TOKENS_PER_BATCH = 4096
 

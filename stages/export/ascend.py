@@ -26,7 +26,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from configs.model import ModelConfig, V4Config
-from model.weights.families import narrowest, table_of
+from model.weights.config import table_of
+from model.weights.families import narrowest
 from stages.export.formats import (
     ARITHMETIC_SLACK,
     INDEX,

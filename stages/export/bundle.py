@@ -14,13 +14,7 @@ from model.transformer import Transformer
 from model.weights.files import load_pretrained
 from stages.artifacts import Asked, Bundle, Checkpoint, Corpus, Parity
 from stages.contract import Workspace, stage
-from stages.conventions import (
-    GENERATION_CONFIG,
-    TOKENIZER_CONFIG,
-    Conventions,
-    as_field,
-    read_conventions,
-)
+from stages.conventions import Conventions, as_field, read_conventions
 from stages.export import parity, served
 from stages.export.ascend import Int8Rows
 from stages.export.card import Served, render
@@ -28,8 +22,9 @@ from stages.export.client import Client
 from stages.export.cuda import Fp8Blocks
 from stages.export.formats import Bf16, Format
 from stages.export.tensors import TensorFolder, write_json, write_weights
+from stages.names import GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from stages.shards import Int64
-from stages.tokens import TOKENIZER, load_tokenizer, served_record, write_tokenizer
+from stages.tokens import load_tokenizer, served_record, write_tokenizer
 
 ENGRAM_ARCHITECTURE = "IngotEngramForCausalLM"
 """Known to no server, which therefore refuses a model whose memory it could not read."""

@@ -9,7 +9,8 @@ from configs.model import ModelConfig, V4Config, V32Config
 from configs.v4 import AttentionKind
 from stages.artifacts import Asked, Checkpoint, Corpus, Parity
 from stages.conventions import Conventions
-from stages.tokens import TOKENIZER, frame_texts
+from stages.names import TOKENIZER
+from stages.tokens import frame_texts
 from stages.verifiers import read_problems
 
 

@@ -13,10 +13,9 @@ from tokenizers import AddedToken, Tokenizer
 
 from cluster.generation import Sampling
 from configs.errors import ArtifactError
-from stages.conventions import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER_CONFIG
 from stages.drawn import read_drawing
+from stages.names import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from stages.templates import DEFAULT, compile_template, named_templates, render
-from stages.tokens import TOKENIZER
 
 
 class Client:

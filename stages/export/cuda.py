@@ -24,7 +24,8 @@ from torch import Tensor
 
 from configs.model import ModelConfig
 from model.fp8.format import E4M3_MAX, TILE
-from model.weights.families import narrowest, table_of
+from model.weights.config import table_of
+from model.weights.families import narrowest
 from model.weights.scaled import narrow
 from stages.export.formats import (
     ARITHMETIC_SLACK,

@@ -30,13 +30,15 @@ from configs.errors import ExportError
 from configs.seed import derive
 from model.fp8.format import TILE
 from model.transformer import Transformer
+from model.weights.config import read_config
 from model.weights.families import fused
-from model.weights.files import load_state, read_config
+from model.weights.files import load_state
 from stages.artifacts import Corpus, Parity
 from stages.export.cuda import Fp8Blocks
 from stages.export.formats import Format
 from stages.export.tensors import TensorFolder
-from stages.shards import BOS_ID, Int64, Rows
+from stages.framing import BOS_ID
+from stages.shards import Int64, Rows
 
 BATCH_ROWS = 8
 

@@ -23,9 +23,11 @@ from stages.answers import Answered, ask, choose
 from stages.artifacts import Asked, Corpus
 from stages.estimators import pass_at_k
 from stages.export.client import Client
+from stages.framing import BOS_ID, EOS_ID
+from stages.names import TOKENIZER
 from stages.prompts import Prompt, answer_text
-from stages.shards import BOS_ID, EOS_ID, Int64
-from stages.tokens import TOKENIZER, load_tokenizer
+from stages.shards import Int64
+from stages.tokens import load_tokenizer
 from stages.verifiers import read_problems
 
 _ROWS = 128

@@ -12,9 +12,9 @@ from cluster.pool import Score
 from cluster.trainer import LossSpec
 from configs.rl import GrpoConfig, PosttrainConfig
 from model.transformer import Transformer
+from stages.framing import EOS_ID
 from stages.posttrain.objective import advantages, grpo_loss, token_logprobs
 from stages.posttrain.rollout import ScoredRollout, collate
-from stages.shards import EOS_ID
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ from configs.seed import derive
 from configs.train import PretrainSpec
 from model.transformer import Transformer
 from stages.artifacts import Corpus
+from stages.framing import BOS_ID
 from stages.pretrain.objective import PretrainLoss, scored_targets
-from stages.shards import BOS_ID, Int64, Rows
+from stages.shards import Int64, Rows
 from stages.telemetry import HELD_OUT
 
 LOSS = f"{HELD_OUT}loss"

@@ -19,14 +19,15 @@ from configs.model import V3Config
 from model.decode import sample
 from model.drawing import Drawing
 from model.transformer import Transformer
-from model.weights import load_pretrained, save_pretrained
+from model.weights.files import load_pretrained, save_pretrained
 from stages.answers import choose
 from stages.export import parity
 from stages.export.bundle import formats
 from stages.export.cuda import Fp8Blocks
 from stages.export.tensors import TensorFolder
+from stages.framing import BOS_ID, EOS_ID
 from stages.prompts import answer_text
-from stages.shards import BOS_ID, EOS_ID, Rows
+from stages.shards import Rows
 from stages.tokens import load_tokenizer
 from stages.verifiers import read_problems, verify
 from tests.line.runs import artifact, bundles, ingot, step_log

@@ -24,7 +24,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from model.weights import families, load_pretrained, save_pretrained
+from model.weights.config import from_hf_config, table_of
+from model.weights.files import load_pretrained, save_pretrained
 from tests.model.transformers_twin import loaded
 from tests.references import random_model
 
@@ -208,13 +209,13 @@ def test_transformers_reads_what_is_saved_here(
     tmp_path: Path,
 ) -> None:
     raw = config(**fields).to_dict() | {"num_nextn_predict_layers": 1}
-    ours = random_model(families.from_hf_config(raw))
+    ours = random_model(from_hf_config(raw))
     draw(ours, fields["n_routed_experts"], seed=2)
     save_pretrained(ours, tmp_path)
     theirs, told = loaded(kind.from_pretrained, tmp_path, dtype=torch.float32)
     assert not told["missing_keys"]
     assert not told["mismatched_keys"]
-    mtp = families.table_of(ours.config).mtp_prefix(ours.config)
+    mtp = table_of(ours.config).mtp_prefix(ours.config)
     assert all(name.startswith(mtp) for name in told["unexpected_keys"])
     tokens = some_tokens(fields)
     assert_same_logits(ours(tokens), theirs.eval()(tokens).logits)

@@ -13,10 +13,10 @@ from configs.engram import EngramConfig
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from model.transformer import Transformer
-from model.weights import load_pretrained, save_pretrained
+from model.weights.config import read_config
 from model.weights.families import from_hf, narrowest, to_hf
-from model.weights.files import load_state, read_config, read_tensors
-from model.weights.stored import INDEX, WEIGHTS
+from model.weights.files import load_pretrained, load_state, read_tensors, save_pretrained
+from model.weights.reading import INDEX, WEIGHTS
 from tests.references import (
     TINY,
     TINY_V4,

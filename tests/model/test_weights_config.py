@@ -11,7 +11,7 @@ from transformers import DeepseekV3Config, DeepseekV4Config, DeepseekV32Config
 from configs.engram import EngramConfig
 from configs.errors import ArtifactError
 from configs.model import ModelConfig, V3Config, V4Config, V32Config, YarnConfig
-from model.weights.families import from_hf_config, to_hf_config
+from model.weights.config import from_hf_config, to_hf_config
 from tests.references import TINY, TINY_V4, TINY_V32, tiny, tiny_v4, tiny_v32
 
 V4_YARN = YarnConfig(factor=16.0, original_max_position_embeddings=65536)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from configs.errors import ArtifactError
 from configs.model import ModelConfig
-from model.weights import load_pretrained, save_pretrained
-from model.weights.stored import INDEX, WEIGHTS
+from model.weights.files import load_pretrained, save_pretrained
+from model.weights.reading import INDEX, WEIGHTS
 from tests.references import TINY, TINY_V4, TINY_V32, random_model
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"

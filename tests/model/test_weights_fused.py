@@ -10,9 +10,10 @@ from torch import Tensor
 
 from configs.model import ModelConfig, V3Config, V4Config, V32Config
 from model.transformer import Transformer
-from model.weights import save_pretrained
-from model.weights.families import fused, narrowest, table_of, to_hf
-from model.weights.stored import WEIGHTS
+from model.weights.config import table_of
+from model.weights.families import fused, narrowest, to_hf
+from model.weights.files import save_pretrained
+from model.weights.reading import WEIGHTS
 from tests.references import TINY, TINY_V4, TINY_V32, random_model, tiny, tiny_v4, tiny_v32
 
 ATTENTION = "model.layers.0.self_attn"

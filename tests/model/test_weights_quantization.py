@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
 from configs.errors import ArtifactError
-from model.weights import load_pretrained
 from model.weights.families import from_hf, narrowest, to_hf
+from model.weights.files import load_pretrained
 from model.weights.quantization import read_tile
 from tests.model.weights_folders import edit_config, write, write_config
 from tests.references import exact_by_tiles, quantize_by_tiles, random_model, tiny

@@ -14,12 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import ArtifactError
 from configs.model import ModelConfig, YarnConfig
-from model.weights import load_pretrained, save_pretrained
-from model.weights.families import from_hf_config, to_hf_config
-from model.weights.files import consolidate, read_config
+from model.weights.config import from_hf_config, read_config, to_hf_config
+from model.weights.files import consolidate, load_pretrained, save_pretrained
 from model.weights.quantization import read_tile
-from model.weights.reading import require_not_pointer
-from model.weights.stored import INDEX, WEIGHTS
+from model.weights.reading import INDEX, WEIGHTS, require_not_pointer
 from tests.model.weights_folders import edit_config
 from tests.references import TINY, TINY_V4, TINY_V32, random_model, tiny
 

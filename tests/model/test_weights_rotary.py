@@ -17,7 +17,7 @@ from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Ro
 from configs.errors import ArtifactError
 from configs.model import V4Config, YarnConfig
 from model.rope import rotary_table, softmax_factor
-from model.weights.families import from_hf_config, to_hf_config
+from model.weights.config import from_hf_config, to_hf_config
 from tests.references import tiny, tiny_v4, tiny_v32
 
 POSITIONS = 50

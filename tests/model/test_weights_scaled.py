@@ -13,11 +13,10 @@ from transformers import DeepseekV4ForCausalLM
 
 from configs.errors import ArtifactError
 from configs.model import ModelConfig, V3Config, V4Config
-from model.weights import load_pretrained, save_pretrained
 from model.weights.families import from_hf, narrowest, to_hf
-from model.weights.files import read_tensors
+from model.weights.files import load_pretrained, read_tensors, save_pretrained
+from model.weights.reading import WEIGHTS
 from model.weights.scaled import unpack, widen
-from model.weights.stored import WEIGHTS
 from tests.model.transformers_twin import loaded
 from tests.model.weights_folders import (
     E2M1,

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from configs.errors import ArtifactError
 from configs.model import ModelConfig
-from model.weights import load_pretrained
-from model.weights.families import narrowest, table_of, to_hf
-from model.weights.files import consolidate, read_tensors
+from model.weights.config import table_of
+from model.weights.families import narrowest, to_hf
+from model.weights.files import consolidate, load_pretrained, read_tensors
+from model.weights.reading import WEIGHTS
 from model.weights.scaled import widen_rows
-from model.weights.stored import WEIGHTS
 from stages.export.ascend import Int8Rows
 from tests.model.weights_folders import assert_loads_as, model_of, random_codes, write, write_config
 from tests.references import TINY, TINY_V4, TINY_V32, random_model

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from configs.model import ModelConfig
 from model.transformer import Transformer
-from model.weights import load_pretrained
-from model.weights.families import from_hf, to_hf_config
-from model.weights.stored import WEIGHTS
+from model.weights.config import to_hf_config
+from model.weights.families import from_hf
+from model.weights.files import load_pretrained
+from model.weights.reading import WEIGHTS
 from tests.references import random_tokens
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]

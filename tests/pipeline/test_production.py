@@ -6,7 +6,7 @@ import pytest
 
 from configs.errors import ConfigError, PlanError
 from configs.recipe import NodeConfig, Recipe, load_recipe
-from model.weights import save_pretrained
+from model.weights.files import save_pretrained
 from pipeline.graph import Graph, make_graph, side_by_side
 from pipeline.production import production
 from stages.hashing import Hashes

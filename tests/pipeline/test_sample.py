@@ -12,7 +12,7 @@ from model.transformer import Transformer
 from model.weights.files import save_pretrained
 from pipeline import cli
 from pipeline.verbs import sample as verb
-from stages.shards import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
+from stages.framing import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 from tests.pipeline.fakes import World
 
 SMALL = V3Config(

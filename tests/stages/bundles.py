@@ -17,7 +17,8 @@ from model.transformer import Transformer
 from model.weights.files import save_pretrained
 from stages.artifacts import FILES, MANIFEST, Bundle, Checkpoint, Corpus, Manifest
 from stages.export.bundle import export
-from stages.shards import BOS_TOKEN, EOS_TOKEN, write_rows
+from stages.framing import BOS_TOKEN, EOS_TOKEN
+from stages.shards import write_rows
 from stages.verifiers import Problem, write_problems
 from tests.conftest import workspace_at
 

@@ -22,7 +22,8 @@ from configs.parallel import ClusterConfig
 from model import decode
 from model.drawing import Drawing
 from model.transformer import Transformer
-from model.weights.files import load_pretrained, read_config, read_tensors
+from model.weights.config import read_config
+from model.weights.files import load_pretrained, read_tensors
 
 
 @dataclass(frozen=True)

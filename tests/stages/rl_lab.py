@@ -16,8 +16,8 @@ from model.transformer import Transformer
 from model.weights.files import save_pretrained
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace
+from stages.framing import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 from stages.posttrain import loop
-from stages.shards import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 from stages.telemetry import METRICS, read_metrics
 from stages.tokens import begin_texts
 from stages.verifiers import Problem, write_problems

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from configs.delivery import ExportConfig, ExportSpec
 from configs.errors import ArtifactError
 from configs.imports import ImportSpec
-from model.weights import save_pretrained
+from model.weights.files import save_pretrained
 from stages.artifacts import MANIFEST, Bundle, Checkpoint, Manifest
 from stages.conventions import (
     PLAIN_TEMPLATE,

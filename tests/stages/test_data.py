@@ -15,8 +15,9 @@ from configs.errors import DataError, LeaseLost
 from stages.artifacts import Corpus
 from stages.contract import Workspace
 from stages.data.loop import data, reads
+from stages.framing import BOS_ID, EOS_ID
 from stages.hashing import Hashes
-from stages.shards import BOS_ID, EOS_ID, Rows
+from stages.shards import Rows
 from stages.verifiers import Problem, find_statements, read_problems, verify
 from tests.conftest import Recorder, steal
 

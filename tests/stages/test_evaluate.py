@@ -26,7 +26,8 @@ from stages.contract import Workspace
 from stages.evaluate import loop
 from stages.evaluate.ngram import best_bits, count_pairs
 from stages.evaluate.text import byte_lengths, score_text, size
-from stages.shards import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN, consumed_rows, write_rows
+from stages.framing import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
+from stages.shards import consumed_rows, write_rows
 from stages.verifiers import Problem, write_problems
 from tests.conftest import workspace_at
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from configs.delivery import ExportConfig, ExportSpec, Target
 from configs.errors import ExportError, LeaseLost
-from model.weights.files import read_config
+from model.weights.config import read_config
 from stages.artifacts import Bundle, Checkpoint, Corpus, Parity
 from stages.contract import Workspace
 from stages.conventions import read_conventions

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from configs.model import ModelConfig
-from model.weights.files import read_config
+from model.weights.config import read_config
 from stages.export.ascend import Int8Rows
 from stages.export.tensors import TensorFolder
 from tests.stages.bundles import MODEL, MODELS, files_of, make_bundle, unquantised_dtype

@@ -18,7 +18,7 @@ from stages.export import parity
 from stages.export.bundle import formats
 from stages.export.cuda import Fp8Blocks
 from stages.export.tensors import TensorFolder
-from stages.shards import BOS_ID, EOS_TOKEN
+from stages.framing import BOS_ID, EOS_TOKEN
 from stages.tokens import load_tokenizer
 from tests.stages.bundles import MODELS, chat_ids, files_of, lines, make_bundle, unquantised_dtype
 

@@ -20,9 +20,9 @@ from configs.train import Fp8Config, IndexerConfig, PretrainSpec
 from model.transformer import Transformer
 from model.weights.files import load_pretrained
 from stages.artifacts import Checkpoint, Corpus
+from stages.framing import BOS_ID
 from stages.pretrain.held_out_text import HeldOutText, held_out_text
 from stages.pretrain.loop import best_measured, loss_at, pretrain
-from stages.shards import BOS_ID
 from stages.telemetry import METRICS, read_metrics
 from tests.conftest import Recorder, workspace_at
 from tests.model.transformers_twin import transformers_twin

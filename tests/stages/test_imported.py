@@ -13,7 +13,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from configs.errors import ArtifactError, ConfigError, DataError, IngotError
 from configs.imports import ImportSpec
-from model.weights import load_pretrained, save_pretrained
+from model.weights.files import load_pretrained, save_pretrained
 from stages.artifacts import Checkpoint
 from stages.conventions import read_conventions, read_end_tokens
 from stages.hashing import Hashes

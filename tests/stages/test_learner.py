@@ -13,11 +13,11 @@ from configs.rl import GrpoConfig, PosttrainConfig
 from model.decode import sample
 from model.drawing import Drawing
 from model.transformer import Transformer
+from stages.framing import EOS_ID
 from stages.posttrain.learner import Grpo, GrpoLoss, NextTokenLogprobs, minibatches
 from stages.posttrain.objective import token_logprobs
 from stages.posttrain.rollout import Rollout, ScoredRollout
 from stages.prompts import Prompt
-from stages.shards import EOS_ID
 from stages.verifiers import Problem, Verdict
 from tests.references import random_model
 from tests.stages.rl_paper import Answered, logprobs_of, objective

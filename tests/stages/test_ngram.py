@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stages.evaluate.ngram import best_bits, count_pairs, probabilities
-from stages.shards import BOS_ID
+from stages.framing import BOS_ID
 
 ROWS = np.array([[0, 2, 3, 2, 4], [3, 2, 3, 1, 0]])
 """Scored pairs: 02 23 32 24 | 32 23 31; the last, 10, has begin-of-text as its target."""

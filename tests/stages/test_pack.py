@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.data.pack import frame, interleave, mixable_rows, pack, row_budget, take_until
-from stages.shards import BOS_ID, EOS_ID
+from stages.framing import BOS_ID, EOS_ID
 
 document_list = st.lists(
     st.lists(st.integers(2, 99), max_size=12).map(lambda ids: frame(np.array(ids, dtype=np.int32))),

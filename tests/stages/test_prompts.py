@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 
 from configs.errors import DataError
+from stages.framing import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 from stages.prompts import answer_text, encode_prompts
-from stages.shards import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 from stages.tokens import load_tokenizer
 from stages.verifiers import Problem
 

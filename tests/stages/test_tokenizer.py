@@ -14,8 +14,8 @@ from configs.data import TokenizerConfig
 from configs.errors import DataError
 from stages.data.tokenizer import encode, identify_tokenizer, sample, train_tokenizer
 from stages.evaluate.text import byte_lengths
+from stages.framing import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 from stages.hashing import Hashes
-from stages.shards import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 
 TEXTS = [
     "def first(values):\n    return values[0]  # 2024-01-31\n",

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from configs.data import TokenizerConfig
 from configs.errors import ArtifactError, DataError
 from stages.data.tokenizer import encode, train_tokenizer
-from stages.shards import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
+from stages.framing import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 from stages.tokens import (
     adopt_tokenizer,
     begin_texts,
