@@ -18,15 +18,15 @@ from configs.recipe import NodeConfig, Recipe, explain
 from configs.rl import PosttrainConfig, PosttrainSpec
 from configs.shape import FP8_BLOCK
 from configs.train import PretrainSpec, check_fp8
-from stages.contract import Planned, Stage
-from stages.data.loop import data
-from stages.evaluate.loop import evaluate
-from stages.export.bundle import export
-from stages.imported import imported, read_base
-from stages.loss_parity.loop import PRECISIONS, loss_parity, run_name
+from stages.contract import Face, Planned
+from stages.data.face import data
+from stages.evaluate.face import evaluate
+from stages.export.face import export
+from stages.imported.face import imported, read_base
+from stages.loss_parity.face import PRECISIONS, loss_parity, run_name
 from stages.names import TOKENIZER
-from stages.posttrain.loop import posttrain
-from stages.pretrain.loop import pretrain
+from stages.posttrain.face import posttrain
+from stages.pretrain.face import pretrain
 
 Line = dict[str, Planned[Any]]
 IMPORT = "import"
@@ -198,7 +198,7 @@ def plan_added(name: str, node: NodeConfig, inputs: Mapping[str, Planned[Any]]) 
         raise PlanError(f"nodes.{name}: {error}") from None
 
 
-def load_stage(name: str, use: str) -> Stage[Any]:
+def load_stage(name: str, use: str) -> Face[Any]:
     """The stage at `package.module:stage`; PlanError if it cannot be imported or is none."""
     module_name, _, attribute = use.partition(":")
     try:
@@ -209,8 +209,8 @@ def load_stage(name: str, use: str) -> Stage[Any]:
             "package that holds it, or put its folder on PYTHONPATH"
         ) from None
     found = getattr(module, attribute, None)
-    if not isinstance(found, Stage):
-        stages = sorted(key for key, value in vars(module).items() if isinstance(value, Stage))
+    if not isinstance(found, Face):
+        stages = sorted(key for key, value in vars(module).items() if isinstance(value, Face))
         raise PlanError(
             f"nodes.{name}.use = {use!r}: {module_name} has no stage {attribute!r}; "
             f"its stages: {', '.join(stages) or 'none (decorate a function with @stage)'}"

@@ -3,7 +3,7 @@
 import ast
 import hashlib
 import importlib.metadata
-import inspect
+import importlib.util
 import os
 import platform
 import subprocess
@@ -17,7 +17,7 @@ import psutil
 
 from configs.parallel import ClusterConfig
 from stages.artifacts import now
-from stages.contract import Stage
+from stages.contract import Face
 
 LIBRARIES = ("torch", "ray", "transformers", "tokenizers", "safetensors", "pyarrow", "mlflow")
 """Whose versions bear on what is built, or on who reads it."""
@@ -106,16 +106,15 @@ def processor() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def source_digest(stage: Stage[Any]) -> str:
+def source_digest(stage: Face[Any]) -> str:
     """SHA-256, 16 digits, over the stage's module and every module of ours that it imports.
 
     Found by reading import statements, so nothing is imported to know it.
     """
-    start = inspect.getsourcefile(stage.run)
-    module = stage.run.__module__
-    if start is None or not Path(start).is_file():
+    module = stage.body.partition(":")[0]
+    file = _source(module)
+    if file is None:
         return "unknown"
-    file = Path(start).resolve()
     root = file.parents[module.count(".") + (file.name == _PACKAGE)]
     ours = FLOORS | {module.partition(".")[0]}
     seen: dict[str, Path] = {}
@@ -131,6 +130,17 @@ def source_digest(stage: Stage[Any]) -> str:
     for name, path in sorted(seen.items()):
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def _source(module: str) -> Path | None:
+    """The file of a module, which is not loaded for it; none if there is none."""
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    if found is None or found.origin is None or not Path(found.origin).is_file():
+        return None
+    return Path(found.origin).resolve()
 
 
 def _module_file(root: Path, name: str) -> Path | None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from configs.errors import DataError, IngotError, LeaseLost, StoreError
 from configs.parallel import ClusterConfig
+from pipeline.bodies import load_body
 from pipeline.decide import Damaged, Examiner, Fresh
 from pipeline.figures import key_figures
 from pipeline.fingerprint import differences, identify
@@ -241,7 +242,7 @@ def _fill(
         earlier=slot.earlier,
     )
     stage = node.planned.stage
-    artifact = stage.run(
+    artifact = load_body(stage)(
         node.planned.config, work, **{name: one.artifact for name, one in inputs.items()}
     )
     if not isinstance(artifact, stage.makes) or artifact.uri != work.out:

@@ -3,7 +3,6 @@
 import codecs
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 from configs.data import FilesSource
 from configs.errors import DataError
 from model.weights.reading import POINTER
+from stages.data.reads import fault, reading
 from stages.hashing import FileSystem, HashedReader
 
 PIECE_CHARS = 4_000
@@ -183,23 +183,6 @@ def require_unchanged(
                 f"before, {_describe(after.get(label))} after",
                 "run again when nothing writes to it",
             )
-
-
-@contextmanager
-def reading(name: str, source: FilesSource, path: str) -> Iterator[None]:
-    """Say which file the system refuses, and what to do."""
-    try:
-        yield
-    except DataError:
-        raise
-    except OSError as error:
-        raise fault(
-            name, source, f"{path} cannot be read: {error}", "allow it, or narrow the glob"
-        ) from error
-
-
-def fault(name: str, source: FilesSource, what: str, remedy: str) -> DataError:
-    return DataError(f"data.sources.{name}.glob = {source.glob!r}: {what}; {remedy}")
 
 
 def _not_utf8(

@@ -1,8 +1,6 @@
 """Reads raw text: the standard library of the running Python, and the user's own files."""
 
 import os
-import platform
-import re
 import sysconfig
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fsspec import AbstractFileSystem
 
-from configs.data import FilesSource, Source, StdlibSource
+from configs.data import FilesSource, StdlibSource
 from configs.errors import DataError
 from configs.seed import derive
-from stages.artifacts import filesystem
-from stages.data.files import Document, fault, read_documents, reading, require_unchanged
-from stages.hashing import Hashes
+from stages.data.files import Document, read_documents, require_unchanged
+from stages.data.reads import identify, matches
+from stages.hashing import FileSystem, Hashes
 
 _NOT_LIBRARY = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 )
-_WILDCARD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +62,7 @@ def read_files(name: str, source: FilesSource, hashes: Hashes) -> Reading:
     read or changes meanwhile, bytes are not UTF-8, a record lacks the text field.
     """
     before = identify(name, source, hashes)
-    documents, unread = _read_within(name, source, _matches(name, source), before)
+    documents, unread = _read_within(name, source, matches(name, source), before)
     require_unchanged(name, source, before, identify(name, source, hashes))
     return Reading(documents, len(unread), sum(before[label]["bytes"] for label in unread))
 
@@ -104,24 +100,6 @@ def require_training_text(name: str, train: Sequence[str], held_out: Sequence[st
         )
 
 
-def identify(name: str, source: Source, hashes: Hashes) -> dict[str, Any]:
-    """What makes two readings of this source equal, as JSON; empty where the config says it all.
-
-    Files enter by relative name, bytes and sha256, the standard library by the Python version.
-    """
-    match source:
-        case FilesSource():
-            found = {}
-            for fs, path, label in _matches(name, source):
-                with reading(name, source, path):
-                    found[label] = hashes.of(path, fs).model_dump()
-            return found
-        case StdlibSource():
-            return {"python": platform.python_version()}
-        case _:
-            return {}
-
-
 def _library(root: Path) -> Iterator[Path]:
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY]
@@ -140,28 +118,10 @@ def _decode_python(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _matches(name: str, source: FilesSource) -> list[tuple[AbstractFileSystem, str, str]]:
-    """(file system, path, name relative to the glob's fixed part) of each match, sorted."""
-    try:
-        fs, pattern = filesystem(source.glob)
-        paths = sorted(fs.glob(pattern))
-        folders = [path for path in paths if fs.isdir(path)]
-    except (OSError, ValueError, ImportError) as error:
-        raise fault(name, source, f"cannot be read: {error}", "correct the address") from error
-    if not paths:
-        raise fault(name, source, "matches no file", "correct the path or the pattern")
-    if folders:
-        raise fault(
-            name, source, f"matches a folder, {folders[0]}", "say which files in it, as *.txt"
-        )
-    base = _WILDCARD.split(str(pattern), maxsplit=1)[0].rpartition("/")[0]
-    return [(fs, path, path.removeprefix(base).lstrip("/")) for path in paths]
-
-
 def _read_within(
     name: str,
     source: FilesSource,
-    matches: Sequence[tuple[AbstractFileSystem, str, str]],
+    matches: Sequence[tuple[FileSystem, str, str]],
     known: Mapping[str, Any],
 ) -> tuple[list[Document], list[str]]:
     """Documents while they fit `source.max_bytes`, and the files not read to their end."""

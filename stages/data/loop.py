@@ -5,7 +5,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,14 +19,14 @@ from configs.data import (
 from configs.errors import DataError
 from configs.seed import derive
 from stages.artifacts import Corpus
-from stages.contract import Workspace, stage
+from stages.contract import Workspace, fills
+from stages.data import face
 from stages.data.arithmetic import Split, make_problems, training_documents
 from stages.data.dedup import Seen
 from stages.data.files import Document
 from stages.data.held_out import Overlap, keep_apart, part
 from stages.data.ingest import (
     Reading,
-    identify,
     read_files,
     read_stdlib,
     require_documents,
@@ -44,7 +43,7 @@ from stages.data.pack import (
 )
 from stages.data.quality import Drop, judge
 from stages.data.record import Texts, shortfalls, statistics, unread, write_dropped
-from stages.data.tokenizer import encode, identify_tokenizer, sample, train_tokenizer
+from stages.data.tokenizer import encode, sample, train_tokenizer
 from stages.hashing import Hashes
 from stages.names import TOKENIZER
 from stages.shards import write_rows
@@ -57,14 +56,7 @@ MIN_ROWS = 8
 _DOCUMENTS_PER_BATCH = 64
 
 
-def reads(config: DataSpec, hashes: Hashes) -> Mapping[str, Any]:
-    """What the corpus depends on besides its config: files by content, the Python version."""
-    found = {name: identify(name, source, hashes) for name, source in config.data.sources.items()}
-    known = {name: facts for name, facts in sorted(found.items()) if facts}
-    return known | identify_tokenizer(config.data.tokenizer, hashes)
-
-
-@stage(revision=3, reads=reads)
+@fills(face.data)
 def data(config: DataSpec, work: Workspace) -> Corpus:
     """Read, clean, tokenise and pack the sources. Equal inputs give equal bytes.
 

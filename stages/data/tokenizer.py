@@ -1,16 +1,13 @@
 """Trains the byte-level BPE tokenizer or takes one that exists, and encodes with it."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs.data import TokenizerConfig
-from configs.errors import DataError
 from stages.framing import BOS_TOKEN, EOS_TOKEN
-from stages.hashing import Hashes
 from stages.tokens import begin_texts
 
 Int32 = npt.NDArray[np.int32]
@@ -40,21 +37,6 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return begin_texts(tokenizer)
-
-
-def identify_tokenizer(config: TokenizerConfig, hashes: Hashes) -> dict[str, Any]:
-    """The file to be taken, by content; nothing if the tokenizer is to be trained."""
-    if config.file is None:
-        return {}
-    try:
-        entry = hashes.of(config.file)
-    except OSError as error:
-        raise DataError(
-            f"data.tokenizer.file = {config.file!r}: cannot be read ({error.strerror}); name "
-            "another"
-        ) from None
-    # No source can bear this name: theirs have no dots.
-    return {"tokenizer.json": entry.model_dump()}
 
 
 def sample(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

@@ -17,9 +17,10 @@ from configs.errors import DataError
 from model.weights.files import load_pretrained
 from stages.answers import Answered, ask, choose, greedy_accuracy, pass_values
 from stages.artifacts import Checkpoint, Corpus, Report
-from stages.contract import Workspace, stage
+from stages.contract import Workspace, fills
 from stages.conventions import read_end_tokens
 from stages.estimators import mean_over_problems
+from stages.evaluate import face
 from stages.evaluate.ngram import best_bits, count_pairs
 from stages.evaluate.render import (
     Baseline,
@@ -54,7 +55,7 @@ class Exam:
     """What the corpus records of held-out data that stood in training text."""
 
 
-@stage(revision=2)
+@fills(face.evaluate)
 def evaluate(
     config: EvaluateSpec, work: Workspace, *, corpus: Corpus, before: Checkpoint, after: Checkpoint
 ) -> Report:

@@ -13,9 +13,9 @@ from configs.shape import FP8_BLOCK
 from model.transformer import Transformer
 from model.weights.files import load_pretrained
 from stages.artifacts import Asked, Bundle, Checkpoint, Corpus, Parity
-from stages.contract import Workspace, stage
+from stages.contract import Workspace, fills
 from stages.conventions import Conventions, as_field, read_conventions
-from stages.export import parity, served
+from stages.export import face, parity, served
 from stages.export.ascend import Int8Rows
 from stages.export.card import Served, render
 from stages.export.client import Client
@@ -57,7 +57,7 @@ def formats(
     return forms
 
 
-@stage(revision=3)
+@fills(face.export)
 def export(
     config: ExportSpec, work: Workspace, *, corpus: Corpus, checkpoint: Checkpoint
 ) -> Bundle:

@@ -7,24 +7,19 @@ from itertools import zip_longest
 
 from configs.errors import DataError
 from configs.parity import ParitySpec
-from configs.train import Precision
 from stages.artifacts import Checkpoint, Report
-from stages.contract import Workspace, stage
+from stages.contract import Workspace, fills
+from stages.loss_parity import face
+from stages.loss_parity.face import PRECISIONS, run_name
 from stages.loss_parity.gaps import Findings, Pair, compare
 from stages.loss_parity.render import headline, render_json, render_markdown, shortfall, verdict
 from stages.telemetry import HISTORY
 
-PRECISIONS: tuple[Precision, ...] = ("fp8", "high")
 LOSS = "next_token_loss"
 """What the main model is trained for; balance and MTP losses are not compared."""
 
 
-def run_name(precision: Precision, seed: int) -> str:
-    """The name of the input that is the training of `seed` in `precision`."""
-    return f"{precision}_{seed}"
-
-
-@stage(revision=2)
+@fills(face.loss_parity)
 def loss_parity(config: ParitySpec, work: Workspace, **runs: Checkpoint) -> Report:
     """Compare the losses of one training in each precision for each seed.
 

@@ -20,8 +20,9 @@ from configs.rl import PosttrainSpec
 from model.fp8.drift import Drift
 from model.fp8.scheme import settle
 from stages.artifacts import Checkpoint, Corpus
-from stages.contract import Workspace, stage
+from stages.contract import Workspace, fills
 from stages.conventions import carry
+from stages.posttrain import face
 from stages.posttrain.exam import best_step, measure, tell
 from stages.posttrain.journal import Journal, Stopwatch
 from stages.posttrain.run import Run, prepare
@@ -29,7 +30,7 @@ from stages.posttrain.step import describe, learn, sample
 from stages.telemetry import SAVES, begin_metrics, following, write_history
 
 
-@stage(revision=5)
+@fills(face.posttrain)
 def posttrain(
     config: PosttrainSpec, work: Workspace, *, corpus: Corpus, base: Checkpoint
 ) -> Checkpoint:

@@ -17,7 +17,8 @@ from model.engram import canonical_ids
 from model.fp8.scheme import Numerics, settle
 from model.optim import warmup_cosine
 from stages.artifacts import Checkpoint, Corpus
-from stages.contract import Workspace, stage
+from stages.contract import Workspace, fills
+from stages.pretrain import face
 from stages.pretrain.batches import PackedBatches
 from stages.pretrain.held_out_text import LOSS, held_out_text
 from stages.pretrain.objective import PretrainLoss
@@ -25,7 +26,7 @@ from stages.telemetry import SAVES, begin_metrics, following, open_metrics, writ
 from stages.tokens import load_tokenizer, vocabulary_size
 
 
-@stage(revision=5)
+@fills(face.pretrain)
 def pretrain(config: PretrainSpec, work: Workspace, *, corpus: Corpus) -> Checkpoint:
     """Train a model on the corpus, over expert-parallel workers."""
     if corpus.vocab_size > config.model.vocab_size:

@@ -237,4 +237,4 @@ def make_bundle(
     corpus = make_corpus(root / "corpus")
     spec = ExportSpec(seed=1, target=target, export=ExportConfig(**(BRIEF | settings)))
     work = workspace_at(root / "bundle", Notebook())
-    return export.run(spec, work, corpus=corpus, checkpoint=checkpoint), checkpoint
+    return export(spec, work, corpus=corpus, checkpoint=checkpoint), checkpoint

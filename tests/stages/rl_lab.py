@@ -88,7 +88,7 @@ class Lab:
         self.patch.setattr(loop, "open_trainers", self.pools.open_trainers)
         self.patch.setattr(loop, "open_generation", self.pools.open_generation)
         spec = self.spec(**settings)
-        return loop.posttrain.run(spec, work, corpus=self.corpus, base=self.base)
+        return loop.posttrain(spec, work, corpus=self.corpus, base=self.base)
 
     def log(self, work: Workspace) -> list[dict[str, Any]]:
         """The step log without what is measured of the machine."""

@@ -58,7 +58,7 @@ def test_a_stage_takes_any_number_of_further_inputs_of_one_kind() -> None:
             "input a must be a checkpoint, but gather makes a corpus",
         ),
         ({"corpus": run_of(1)}, "input corpus must be a corpus"),
-        ({"corpus": CORPUS, "work": run_of(1)}, "multiple values for argument 'work'"),
+        ({"corpus": CORPUS, "work": run_of(1)}, "an input cannot be called 'work'"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused_when_planned(

@@ -21,7 +21,7 @@ from stages.conventions import (
 )
 from stages.export.bundle import export
 from stages.export.client import Client
-from stages.imported import imported
+from stages.imported.loop import imported
 from stages.tokens import load_tokenizer, vocabulary_size
 from tests.conftest import Recorder, workspace_at
 from tests.references import random_model
@@ -98,7 +98,7 @@ def served_by(conventions: Conventions, checkpoint: Path, folder: Path) -> Path:
 def take(folder: Path, out: Path, recorder: Recorder) -> Checkpoint:
     """Import the folder, as an artifact with a manifest."""
     work = workspace_at(out, recorder)
-    checkpoint = imported.run(ImportSpec(folder=str(folder)), work)
+    checkpoint = imported(ImportSpec(folder=str(folder)), work)
     manifest = Manifest(
         address=Path(work.out).relative_to(out).as_posix(),
         kind=checkpoint.kind,
@@ -121,7 +121,7 @@ def bundle_of(checkpoint: Checkpoint, root: Path, target: str = "cuda") -> Bundl
     settings = ExportConfig.model_validate(BRIEF | loose)
     spec = ExportSpec.model_validate({"seed": 1, "target": target, "export": settings})
     work = workspace_at(root / f"bundle-{target}", Recorder())
-    return export.run(spec, work, corpus=make_corpus(root / "corpus"), checkpoint=checkpoint)
+    return export(spec, work, corpus=make_corpus(root / "corpus"), checkpoint=checkpoint)
 
 
 def test_template_sampling_and_end_tokens_reach_every_bundle(

@@ -14,7 +14,9 @@ from configs.data import DataConfig, DataSpec
 from configs.errors import DataError, LeaseLost
 from stages.artifacts import Corpus
 from stages.contract import Workspace
-from stages.data.loop import data, reads
+from stages.data import face
+from stages.data.loop import data
+from stages.data.reads import reads
 from stages.framing import BOS_ID, EOS_ID
 from stages.hashing import Hashes
 from stages.shards import Rows
@@ -51,7 +53,7 @@ def spec(folder: Path, *, seed: int = 0, **settings: Any) -> DataSpec:
 
 @pytest.fixture
 def built(text_folder: Path, workspace: Workspace) -> Corpus:
-    return data.run(spec(text_folder), workspace)
+    return data(spec(text_folder), workspace)
 
 
 def tokenizer_of(corpus: Corpus) -> Tokenizer:
@@ -103,7 +105,7 @@ def test_training_never_shows_a_held_out_problem(
     """Neither as it is nor mirrored, with whatever answer; each row is read by itself."""
     sources = spec(text_folder).model_dump()["data"]["sources"]
     sources["sums"]["slip_share"] = slip_share
-    corpus = data.run(spec(text_folder, sources=sources), workspace)
+    corpus = data(spec(text_folder, sources=sources), workspace)
     tokenizer = tokenizer_of(corpus)
     rows = [tokenizer.decode(row, False) for row in rows_of(corpus, "train").tolist()]
     begun = re.compile(r"<\|begin_of_text\|>(\d\d)\+(\d\d)=")
@@ -145,7 +147,7 @@ def test_equal_inputs_give_equal_bytes(
 ) -> None:
     folders = []
     for name in ("first", "second"):
-        folders.append(Path(data.run(spec(text_folder), make_workspace(name)).uri))
+        folders.append(Path(data(spec(text_folder), make_workspace(name)).uri))
     first, second = (
         {
             path.relative_to(folder): path.read_bytes()
@@ -161,14 +163,14 @@ def test_equal_inputs_give_equal_bytes(
 def test_another_seed_gives_another_corpus(
     built: Corpus, text_folder: Path, make_workspace: Callable[..., Workspace]
 ) -> None:
-    other = data.run(spec(text_folder, seed=1), make_workspace("other"))
+    other = data(spec(text_folder, seed=1), make_workspace("other"))
     assert not np.array_equal(rows_of(other, "train"), rows_of(built, "train"))
 
 
 def test_each_drop_is_written_with_its_reason(text_folder: Path, workspace: Workspace) -> None:
     (text_folder / "short.txt").write_text("too short")
     (text_folder / "twice.txt").write_text((text_folder / "00.txt").read_text().upper())
-    corpus = data.run(spec(text_folder), workspace)
+    corpus = data(spec(text_folder), workspace)
     drops = list(map(json.loads, corpus.path("dropped.jsonl").read_text().splitlines()))
     assert [(drop["document"], drop["rule"], drop["value"]) for drop in drops] == [
         ("short.txt", "min_chars", 9),
@@ -184,7 +186,7 @@ def test_each_drop_is_written_with_its_reason(text_folder: Path, workspace: Work
 def test_text_that_runs_out_shrinks_the_corpus_and_says_so(
     text_folder: Path, workspace: Workspace, recorder: Recorder
 ) -> None:
-    corpus = data.run(spec(text_folder, train_tokens=1_000_000), workspace)
+    corpus = data(spec(text_folder, train_tokens=1_000_000), workspace)
     statistics = json.loads(corpus.path("statistics.json").read_text())
     assert statistics["train_tokens"] == corpus.train_rows * 64 < 1_000_000
     assert statistics["train_tokens_missing"] == 1_000_000 - statistics["train_tokens"]
@@ -199,7 +201,7 @@ def test_a_source_cut_by_its_budget_says_so(
     files = sorted(path.stat().st_size for path in text_folder.iterdir())
     sources = spec(text_folder).model_dump()["data"]["sources"]
     sources["books"]["max_bytes"] = sum(files) - 1
-    corpus = data.run(spec(text_folder, sources=sources), workspace)
+    corpus = data(spec(text_folder, sources=sources), workspace)
     statistics = json.loads(corpus.path("statistics.json").read_text())["sources"]
     last = (text_folder / "39.txt").stat().st_size
     assert {n: s["truncated"] for n, s in statistics.items()} == {"books": True, "sums": False}
@@ -214,7 +216,7 @@ def test_slips_are_recorded_and_the_held_out_sums_have_none(
 ) -> None:
     sources = spec(text_folder).model_dump()["data"]["sources"]
     sources["sums"]["slip_share"] = 0.36
-    corpus = data.run(spec(text_folder, sources=sources), workspace)
+    corpus = data(spec(text_folder, sources=sources), workspace)
     statistics = json.loads(corpus.path("statistics.json").read_text())["sources"]
     assert statistics["sums"]["slip_share"] == 0.35  # as met, in twentieths
     assert "slip_share" not in statistics["books"]
@@ -241,14 +243,14 @@ def test_a_corpus_too_small_to_train_on_is_an_error(
     text_folder: Path, workspace: Workspace, settings: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(DataError, match=complaint):
-        data.run(spec(text_folder, **settings), workspace)
+        data(spec(text_folder, **settings), workspace)
 
 
 def test_a_source_too_short_for_its_share_is_named(text_folder: Path, workspace: Workspace) -> None:
     for path in sorted(text_folder.iterdir())[2:]:
         path.unlink()
     with pytest.raises(DataError, match=r"data\.sources\.books has text for \d rows of its share"):
-        data.run(spec(text_folder, sequence_tokens=256), workspace)
+        data(spec(text_folder, sequence_tokens=256), workspace)
 
 
 def test_of_two_short_sources_that_which_lacks_most_is_named(
@@ -265,7 +267,7 @@ def test_of_two_short_sources_that_which_lacks_most_is_named(
     sources["books"]["share"], sources["sums"]["share"] = 0.8, 0.1
     sources["notes"] = {"type": "files", "share": 0.1, "glob": str(notes / "*.txt")}
     with pytest.raises(DataError, match=r"data\.sources\.books has text for \d rows of its share"):
-        data.run(spec(text_folder, sequence_tokens=256, sources=sources), workspace)
+        data(spec(text_folder, sequence_tokens=256, sources=sources), workspace)
 
 
 def test_problems_count_as_documents_that_were_read(built: Corpus) -> None:
@@ -276,7 +278,7 @@ def test_problems_count_as_documents_that_were_read(built: Corpus) -> None:
 def test_nothing_is_written_without_the_lease(text_folder: Path, workspace: Workspace) -> None:
     steal(workspace)
     with pytest.raises(LeaseLost):
-        data.run(spec(text_folder), workspace)
+        data(spec(text_folder), workspace)
     assert list(Path(workspace.out).iterdir()) == []
 
 
@@ -293,14 +295,14 @@ def schoolbook(folder: Path, sums: list[str]) -> None:
 def test_a_schoolbook_puts_no_held_out_problem_into_training_rows(
     text_folder: Path, make_workspace: Callable[..., Workspace], recorder: Recorder
 ) -> None:
-    first = data.run(spec(text_folder), make_workspace("first"))
+    first = data(spec(text_folder), make_workspace("first"))
     every = read_problems(first.path("problems", "held_out.parquet"))
     held_out = every[:20]
     # A sum tells its mirrored one too.
     taught = [operands(one) for one in held_out]
     told = sum(operands(one) in taught for one in every)
     schoolbook(text_folder, [problem.prompt for problem in held_out])
-    corpus = data.run(spec(text_folder), make_workspace("second"))
+    corpus = data(spec(text_folder), make_workspace("second"))
     assert read_problems(corpus.path("problems", "held_out.parquet"))[:20] == held_out
     shown = tokenizer_of(corpus).decode(rows_of(corpus, "train").reshape(-1).tolist(), False)
     find = find_statements(held_out)
@@ -332,7 +334,7 @@ def test_a_notice_in_every_file_leaves_no_trace_of_itself_in_training_rows(
     notice = " ".join(f"clause{n} of the licence binds whoever pours it;" for n in range(12))
     for path in text_folder.iterdir():
         path.write_text(f"{notice}\n{path.read_text()}")
-    corpus = data.run(spec(text_folder), workspace)
+    corpus = data(spec(text_folder), workspace)
     shown = tokenizer_of(corpus).decode(rows_of(corpus, "train").reshape(-1).tolist(), False)
     held_out = tokenizer_of(corpus).decode(
         rows_of(corpus, "held_out", "books").reshape(-1).tolist(), False
@@ -352,12 +354,12 @@ def test_text_that_is_nothing_but_copies_is_an_error(tmp_path: Path, workspace: 
     for number in range(10):
         (tmp_path / f"{number}.txt").write_text(f"{page} {number}")
     with pytest.raises(DataError, match=r"sources\.books: all of its training text stands in"):
-        data.run(spec(tmp_path), workspace)
+        data(spec(tmp_path), workspace)
 
 
 def test_the_smallest_corpus_still_has_everything(tmp_path: Path, workspace: Workspace) -> None:
     (tmp_path / "own.txt").write_text("".join(f"Line {n} of my own text.\n\n" for n in range(400)))
-    corpus = data.run(spec(tmp_path, tokenizer={"vocab_size": 1024}), workspace)
+    corpus = data(spec(tmp_path, tokenizer={"vocab_size": 1024}), workspace)
     assert 258 < corpus.vocab_size <= 1024
     assert min(corpus.held_out_rows.values()) >= 1
 
@@ -371,4 +373,5 @@ def test_identity_reads_the_content_of_the_files(text_folder: Path) -> None:
 
 
 def test_the_stage_declares_what_it_reads() -> None:
-    assert (data.name, dict(data.takes), data.makes, data.reads) == ("data", {}, Corpus, reads)
+    found = face.data
+    assert (found.name, dict(found.takes), found.makes, found.reads) == ("data", {}, Corpus, reads)

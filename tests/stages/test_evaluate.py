@@ -242,7 +242,7 @@ class Lab:
 
     def run(self, seen: int = 5, context_tokens: int = 64, **settings: Any) -> Any:
         asked = {"problems": 6, "samples_per_problem": 4, "pass_at": (1, 4), "max_new_tokens": 4}
-        return loop.evaluate.run(
+        return loop.evaluate(
             EvaluateSpec(seed=SEED, evaluate=EvaluateConfig.model_validate(asked | settings)),
             self.work,
             corpus=self.corpus,

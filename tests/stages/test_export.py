@@ -60,7 +60,7 @@ def parts(tmp_path: Path) -> tuple[Checkpoint, Corpus, Workspace]:
 def _export(parts: tuple[Checkpoint, Corpus, Workspace], target: str, **settings: Any) -> Bundle:
     checkpoint, corpus, work = parts
     spec = ExportSpec.model_validate({"seed": 1, "target": target, "export": settings})
-    return bundle.export.run(spec, work, corpus=corpus, checkpoint=checkpoint)
+    return bundle.export(spec, work, corpus=corpus, checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize("target", ["cuda", "ascend"])

@@ -53,7 +53,7 @@ def trained(
     folder.mkdir()
     work = workspace_at(folder, recorder)
     with one_rank(folder):
-        made = pretrain.run(config, work, corpus=corpus)
+        made = pretrain(config, work, corpus=corpus)
     save = checkpoint.latest(work.resumable("saves")[0])
     assert save is not None
     return made, read_metrics(work.beside(METRICS)), checkpoint.load_shards(save[0])

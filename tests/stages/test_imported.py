@@ -17,7 +17,8 @@ from model.weights.files import load_pretrained, save_pretrained
 from stages.artifacts import Checkpoint
 from stages.conventions import read_conventions, read_end_tokens
 from stages.hashing import Hashes
-from stages.imported import imported, reads
+from stages.imported.face import reads
+from stages.imported.loop import imported
 from stages.tokens import load_tokenizer
 from tests.conftest import workspace_at
 from tests.references import random_model, random_tokens, tiny
@@ -38,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 def take(folder: Path, out: Path) -> Checkpoint:
     """Run the stage in a slot of its own."""
-    return imported.run(ImportSpec(folder=str(folder)), workspace_at(out, Notebook()))
+    return imported(ImportSpec(folder=str(folder)), workspace_at(out, Notebook()))
 
 
 def test_an_fp8_folder_becomes_a_float32_checkpoint_of_its_own_tokenizer(
@@ -261,5 +262,5 @@ def test_odd_lists_of_what_the_tokenizer_has_are_of_no_consequence(
 def test_a_template_that_refuses_a_question_is_said_at_import(folder: Path, tmp_path: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ raise_exception('tools are needed') }}")
     work = workspace_at(tmp_path / "out", notebook := Notebook())
-    imported.run(ImportSpec(folder=str(folder)), work)
+    imported(ImportSpec(folder=str(folder)), work)
     assert any("refuses a conversation (tools are needed)" in note for note in notebook.notes)

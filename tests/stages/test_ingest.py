@@ -22,7 +22,8 @@ from configs.data import ArithmeticSource, FilesSource, StdlibSource
 from configs.errors import DataError
 from stages.artifacts import FileEntry
 from stages.data.files import split_text
-from stages.data.ingest import identify, read_files, read_stdlib
+from stages.data.ingest import read_files, read_stdlib
+from stages.data.reads import identify
 from stages.hashing import Hashes
 
 

@@ -16,6 +16,7 @@ from configs.parity import ParityConfig, ParitySpec
 from pipeline.graph import Selection, make_graph
 from stages.artifacts import Checkpoint, Report, verify
 from stages.contract import Workspace, stage
+from stages.loss_parity import face
 from stages.loss_parity.loop import loss_parity
 from stages.telemetry import METRICS, MetricsFile, write_history
 from tests.conftest import Recorder, workspace_at
@@ -94,7 +95,7 @@ def judge(tmp_path: Path, workspace: Workspace) -> Callable[..., Report]:
             runs[name] = Checkpoint(
                 uri=trained.out, step=steps, sequences_seen=0, model=V3Config(), final_loss=None
             )
-        made = loss_parity.run(SPEC, workspace, **runs)
+        made = loss_parity(SPEC, workspace, **runs)
         assert isinstance(made, Report)
         return made
 
@@ -204,7 +205,7 @@ def test_the_losses_that_are_compared_are_those_that_manifests_cover(
     """An edit of a step log changes no report; one of a history is damage, and found as that."""
     world = World(store_config)
     line = {name: curve(CurveConfig(losses=tuple(one))) for name, one in curves().items()}
-    graph = make_graph(line | {"parity": loss_parity(SPEC, **line)}, world.store.hashes)
+    graph = make_graph(line | {"parity": face.loss_parity(SPEC, **line)}, world.store.hashes)
 
     def compared() -> bytes:
         run = world.run(graph=graph, selection=Selection(force=("parity",)))
@@ -249,4 +250,4 @@ def test_trainings_of_different_length_are_refused(tmp_path: Path, workspace: Wo
         for name, steps in lengths.items()
     }
     with pytest.raises(DataError, match="compare trainings of equal length"):
-        loss_parity.run(SPEC, workspace, **runs)
+        loss_parity(SPEC, workspace, **runs)

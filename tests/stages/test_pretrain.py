@@ -64,7 +64,7 @@ def test_a_backend_that_cannot_run_here_is_refused_before_any_worker_starts(
     work = make_workspace(machines=ClusterConfig(fp8_backend="triton"))
     told = r"cluster\.fp8_backend = 'triton' cannot compute on cpu: it is for CUDA devices"
     with pytest.raises(MachineError, match=told):
-        pretrain.run(SPEC, work, corpus=corpus)
+        pretrain(SPEC, work, corpus=corpus)
 
 
 def test_the_table_of_parts_is_held_against_the_model_that_comes_in(
@@ -77,7 +77,7 @@ def test_the_table_of_parts_is_held_against_the_model_that_comes_in(
     rl = PosttrainConfig(steps=1, precision="fp8", fp8=parts)
     base = Checkpoint(uri=corpus.uri, step=1, sequences_seen=0, model=TINY, final_loss=None)
     with pytest.raises(ConfigError, match="sets every part of this model"):
-        posttrain.run(
+        posttrain(
             PosttrainSpec(seed=0, posttrain=rl),
             workspace,
             corpus=corpus.model_copy(update={"train_problems": 1}),
@@ -100,7 +100,7 @@ def test_steps_that_no_save_holds_are_not_shown_as_done(
 
     monkeypatch.setattr(loop, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pretrain.run(SPEC, workspace, corpus=corpus)
+        pretrain(SPEC, workspace, corpus=corpus)
     assert [step for step, _ in recorder.logged] == [1, 2]
 
 

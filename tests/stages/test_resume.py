@@ -18,7 +18,7 @@ from pipeline.records import Failed
 from pipeline.store import Committed
 from stages.artifacts import MANIFEST, Corpus
 from stages.contract import Workspace, stage
-from stages.pretrain import loop
+from stages.pretrain import face, loop
 from stages.telemetry import METRICS, MetricsFile, begin_metrics, read_metrics
 from tests.conftest import Recorder
 from tests.pipeline.fakes import FakeConfig, World, outcomes
@@ -66,7 +66,7 @@ class Notes(Recorder):
 
 def graph(world: World) -> Graph:
     corpus = rows(FakeConfig())
-    line = {"data": corpus, "pretrain": loop.pretrain(SPEC, corpus=corpus)}
+    line = {"data": corpus, "pretrain": face.pretrain(SPEC, corpus=corpus)}
     return make_graph(line, world.store.hashes)
 
 

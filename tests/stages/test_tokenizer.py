@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 
 from configs.data import TokenizerConfig
 from configs.errors import DataError
-from stages.data.tokenizer import encode, identify_tokenizer, sample, train_tokenizer
+from stages.data.reads import identify_tokenizer
+from stages.data.tokenizer import encode, sample, train_tokenizer
 from stages.evaluate.text import byte_lengths
 from stages.framing import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 from stages.hashing import Hashes

@@ -7,21 +7,20 @@ template, end tokens, sampling) goes with it; what it holds besides is named.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
 from configs.imports import ImportSpec
-from configs.model import ModelConfig
 from model.weights.config import read_config, read_json
 from model.weights.files import consolidate
 from model.weights.reading import INDEX, SUFFIX
 from stages.artifacts import Checkpoint
-from stages.contract import Workspace, stage
+from stages.contract import Workspace, fills
 from stages.conventions import Brought, as_field, read_conventions, read_end_tokens, write_brought
 from stages.framing import BOS_ID, EOS_ID
-from stages.hashing import Hashes
+from stages.imported import face
 from stages.names import BROUGHT_FILES, CONFIG, GENERATION_CONFIG, TOKENIZER
 from stages.tokens import adopt_tokenizer, write_tokenizer
 
@@ -30,25 +29,7 @@ _DOCUMENTS = ("README", "LICENSE", ".git", ".cache")
 """Begin the names of what accompanies a model for people, not for programs."""
 
 
-def reads(config: ImportSpec, hashes: Hashes) -> Mapping[str, Any]:
-    """The folder's files by content; ConfigError if there is no folder or one cannot be read."""
-    folder = Path(config.folder)
-    try:
-        return {name: hashes.of(str(folder / name)).model_dump() for name in _files(folder)}
-    except OSError as error:
-        raise ConfigError(
-            f"base = {config.folder!r}: {error.filename} cannot be read ({error.strerror}); make "
-            "it readable"
-        ) from None
-
-
-def read_base(folder: Path) -> ModelConfig:
-    """The config of the model in `folder`; errors as of `reads`, ArtifactError if it is wrong."""
-    list(_files(folder))
-    return read_config(folder)
-
-
-@stage(revision=3, reads=reads)
+@fills(face.imported)
 def imported(config: ImportSpec, work: Workspace) -> Checkpoint:
     """Read the folder whole and write it as pretraining would have.
 
@@ -105,30 +86,6 @@ def _left(folder: Path) -> Iterator[str]:
             yield path.name
     if "auto_map" in read_json(folder):
         yield f"auto_map in {CONFIG}"
-
-
-def _files(folder: Path) -> Iterator[str]:
-    """Names of the files that make the model."""
-    if not folder.is_dir():
-        raise ConfigError(
-            f"base = {str(folder)!r}: no such folder; name one that holds {CONFIG}, safetensors "
-            f"and {TOKENIZER}"
-        )
-    for name in (CONFIG, TOKENIZER):
-        if not (folder / name).is_file():
-            raise ConfigError(
-                f"base = {str(folder)!r}: holds no {name}; put the one that belongs to the model "
-                "there"
-            )
-    yield from (CONFIG, TOKENIZER)
-    if (folder / INDEX).is_file():
-        yield INDEX
-    for name in BROUGHT_FILES:
-        if (folder / name).is_dir():
-            yield from sorted(f"{name}/{path.name}" for path in (folder / name).glob("*.jinja"))
-        elif (folder / name).is_file():
-            yield name
-    yield from sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
 
 
 def _check_frames(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""A model made elsewhere, taken in place of pretraining."""

@@ -1,0 +1,14 @@
+"""The face of the pretrain stage: packed rows in, a checkpoint out."""
+
+from configs.train import PretrainSpec
+from stages.artifacts import Checkpoint, Corpus
+from stages.contract import Face
+
+pretrain = Face(
+    name="pretrain",
+    revision=5,
+    config=PretrainSpec,
+    takes={"corpus": Corpus},
+    makes=Checkpoint,
+    body="stages.pretrain.loop:pretrain",
+)
