@@ -13,7 +13,7 @@ from configs.errors import IngotError
 
 _VERBS = {
     "run": "pipeline.verbs.run",
-    "plan": "pipeline.verbs.run",
+    "plan": "pipeline.verbs.plan",
     "status": "pipeline.verbs.inspect",
     "why": "pipeline.verbs.inspect",
     "show": "pipeline.verbs.inspect",
@@ -38,8 +38,10 @@ _SEEDS_HELP = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. A deliberate error is one line on stderr."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    # Set before MLflow is loaded, which reads it then.
+    # Set before MLflow and pydantic are loaded, which read them then; looking for plugins of
+    # pydantic among all installed packages would take longer than a plan.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         name = f"{args.verb}_" if keyword.iskeyword(args.verb) else args.verb
         verb = getattr(importlib.import_module(_VERBS[args.verb]), name)

@@ -1,12 +1,11 @@
-"""What a command refers to: the recipe, its store, an artifact in it. Loads no stage."""
+"""What a command refers to: the recipe, its store, an artifact in it. Loads no stage's body."""
 
 import argparse
 import difflib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -15,11 +14,11 @@ from configs.parallel import StoreConfig
 from configs.recipe import Recipe, load_recipe
 from pipeline.graph import Graph, Selection, make_graph, side_by_side
 from pipeline.places import absolute
+from pipeline.production import production
 from pipeline.records import Invocation, Records
 from pipeline.seeds import parse_seeds, sets_seed
 from pipeline.store import Store
 from stages.artifacts import MANIFEST
-from stages.contract import Planned
 from stages.hashing import Hashes
 
 DEFAULT_RECIPE = "tiny"
@@ -39,11 +38,13 @@ class Asked:
         seeds = self.invocation.seeds
         return self.recipe.name + (f" with seeds {', '.join(map(str, seeds))}" if seeds else "")
 
-    def graph(self, plan: Callable[[Recipe], Mapping[str, Planned[Any]]], hashes: Hashes) -> Graph:
-        """The line as `plan` makes it of the recipe, for each seed that is asked for."""
+    def graph(self, hashes: Hashes) -> Graph:
+        """The recipe's line, for each seed that is asked for."""
         seeds = self.invocation.seeds or (self.recipe.seed,)
         recipes = {seed: self.recipe.model_copy(update={"seed": seed}) for seed in seeds}
-        return side_by_side({seed: make_graph(plan(one), hashes) for seed, one in recipes.items()})
+        return side_by_side(
+            {seed: make_graph(production(one), hashes) for seed, one in recipes.items()}
+        )
 
     def store(self, say: Callable[[str], None]) -> Store:
         """The recipe's store."""

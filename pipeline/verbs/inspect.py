@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 
 from pipeline.decide import Damaged, Examiner, Fresh, Missing, Stale, State, Unsettled, survey
 from pipeline.graph import Graph, Node
-from pipeline.production import production
 from pipeline.provenance import source_digest
 from pipeline.verbs.asked import Asked, load_asked, locate
 from stages.artifacts import read_manifest, verify
@@ -62,7 +61,7 @@ def show(args: argparse.Namespace) -> int:
 def _survey(args: argparse.Namespace) -> tuple[Asked, Graph, dict[str, State]]:
     asked = load_asked(args)
     store = asked.store(print)
-    graph = asked.graph(production, store.hashes)
+    graph = asked.graph(store.hashes)
     return asked, graph, survey(graph, Examiner(store, asked.recipe.name))
 
 

@@ -20,8 +20,8 @@ from pipeline.lease import give_up, newest, take, this_process
 from pipeline.records import Run
 from pipeline.removal import remove
 from pipeline.store import Committed, Slot, Store
+from pipeline.verbs import asked
 from pipeline.verbs import clean as clean_module
-from pipeline.verbs import run as run_module
 from pipeline.verbs.clean import Entry, clean, inventory
 from stages.artifacts import Corpus, Report, verify
 from stages.contract import Planned, Workspace, stage
@@ -133,7 +133,7 @@ def test_a_run_says_in_its_record_what_it_may_reuse_and_when_it_is_finished(
         corpus = gather(FakeConfig())
         return {"data": corpus, "look": looking(FakeConfig(steps=len(seen)), corpus=corpus)}
 
-    monkeypatch.setattr(run_module, "production", line)
+    monkeypatch.setattr(asked, "production", line)
     for _ in range(2):
         assert cli.main(["run", "smoke", "@over.toml"]) == 0
     first, second = seen

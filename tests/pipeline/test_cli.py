@@ -19,6 +19,7 @@ from pipeline import cli
 from pipeline.graph import Selection
 from pipeline.records import Invocation, Records
 from pipeline.verbs import asked, clean, inspect, run
+from pipeline.verbs import plan as plan_module
 from stages.artifacts import Corpus, Report
 from stages.contract import Planned, Workspace, stage
 from tests.pipeline.fakes import FakeConfig, make_line
@@ -40,8 +41,7 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         steps = recipe.pretrain.steps
         return make_line(train={"steps": steps, "fails": steps == 13})
 
-    for module in (run, inspect):
-        monkeypatch.setattr(module, "production", fake)
+    monkeypatch.setattr(asked, "production", fake)
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
@@ -137,7 +137,7 @@ def test_a_report_that_falls_short_is_one_line_on_stderr_and_exit_1_also_when_re
         work.path("report.json").write_text('{"headline": {}}')
         return Report(uri=work.out, headline={"gap": 1}, shortfall="the gap is too large")
 
-    monkeypatch.setattr(run, "production", lambda recipe: {"judge": judging(FakeConfig())})
+    monkeypatch.setattr(asked, "production", lambda recipe: {"judge": judging(FakeConfig())})
     for outcome in ("built", "reused"):
         assert ingot("run", "smoke", "@over.toml") == 1
         captured = capsys.readouterr()
@@ -174,7 +174,7 @@ def test_a_mistake_is_one_line_that_names_it(
 def test_a_fault_of_ours_is_one_line_too(
     line: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "load_asked", lambda args: 1 / 0)
+    monkeypatch.setattr(plan_module, "load_asked", lambda args: 1 / 0)
     assert ingot("plan", "smoke") == 1
     assert "internal error: ZeroDivisionError" in capsys.readouterr().err
     monkeypatch.setenv("INGOT_DEBUG", "1")
@@ -197,7 +197,7 @@ def test_a_run_stopped_by_the_user_says_how_to_go_on(
     def stopped(config: FakeConfig, work: Workspace) -> Corpus:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "production", lambda recipe: {"stopped": stopped(FakeConfig())})
+    monkeypatch.setattr(asked, "production", lambda recipe: {"stopped": stopped(FakeConfig())})
     assert ingot("run", "smoke", "@over.toml") == 130
     told = capsys.readouterr().out
     assert f"ingot run smoke @{line}/over.toml goes on from it" in told.replace("\n", "")
@@ -220,7 +220,7 @@ def test_damage_that_a_selection_relies_on_is_refused_before_the_run(
 def test_a_node_asked_for_and_not_built_is_an_error_with_its_reason(
     line: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "production", lambda recipe: make_line(data={"differs": True}))
+    monkeypatch.setattr(asked, "production", lambda recipe: make_line(data={"differs": True}))
     assert ingot("run", "smoke", "@over.toml") == 0
     capsys.readouterr()
     assert ingot("run", "smoke", "@over.toml", "--force", "data", "--from", "judge") == 1
@@ -398,9 +398,9 @@ def test_a_server_ends_with_the_command_that_started_it(
 RUN = """
 import sys
 from pipeline import cli
-from pipeline.verbs import run
+from pipeline.verbs import asked
 from tests.pipeline.fakes import make_line
-run.production = lambda recipe: make_line(train={"seconds": 60})
+asked.production = lambda recipe: make_line(train={"seconds": 60})
 sys.exit(cli.main(["run", "smoke", "@over.toml"]))
 """
 

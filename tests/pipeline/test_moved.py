@@ -21,7 +21,7 @@ from configs.recipe import Recipe, load_recipe
 from pipeline import cli
 from pipeline.places import tracking_uri
 from pipeline.store import STORE, Store
-from pipeline.verbs import inspect, run
+from pipeline.verbs import asked
 from stages.artifacts import FORMAT, MANIFEST, verify
 from stages.contract import Planned
 from tests.pipeline.fakes import World, make_line, outcomes
@@ -172,8 +172,7 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def fake(recipe: Recipe) -> dict[str, Planned[Any]]:
         return make_line(train={"steps": recipe.pretrain.steps})
 
-    for module in (run, inspect):
-        monkeypatch.setattr(module, "production", fake)
+    monkeypatch.setattr(asked, "production", fake)
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     folder = tmp_path / "here"
     folder.mkdir()

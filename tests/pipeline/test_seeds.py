@@ -21,7 +21,7 @@ from pipeline.graph import Graph, Role, Selection, assign_roles, make_graph, sid
 from pipeline.places import tracking_uri
 from pipeline.records import AcrossSeeds, Built, Run
 from pipeline.seeds import across_seeds, parse_seeds
-from pipeline.verbs import asked, clean, inspect, run
+from pipeline.verbs import asked, clean
 from stages.contract import Planned
 from stages.hashing import Hashes
 from tests.pipeline.fakes import FakeConfig, World, gather, make_line, outcomes
@@ -261,8 +261,7 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         steps = recipe.pretrain.steps
         return seeded(recipe.seed, failing=(1,) if steps == 13 else (), steps=steps)
 
-    for module in (run, inspect):
-        monkeypatch.setattr(module, "production", fake)
+    monkeypatch.setattr(asked, "production", fake)
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
