@@ -41,6 +41,7 @@ from configs.train import BalanceConfig, OptimConfig, Precision
 from model.fp8.drift import Drift
 from model.fp8.scheme import Numerics
 from model.transformer import Transformer
+from model.weights.files import read_tensors
 
 _FAILURE = "failure.json"
 _SHOWN_SECONDS = 90.0
@@ -109,6 +110,8 @@ class FitJob:
     """Raises LeaseLost when this build must not write any more."""
     threads: int
     held_out: HeldOut | None = None
+    base: str | None = None
+    """A model's folder, with whose weights training begins; none begins with values drawn anew."""
     vocabulary: tuple[int, ...] | None = None
     """What each token counts as to a memory of n-grams; none where the model has no memory."""
 
@@ -231,6 +234,8 @@ def _steps(job: FitJob) -> None:
     )
     if chosen := agreed_save(job):
         _load(trainer, *chosen)
+    elif job.base is not None:
+        trainer.load_whole(read_tensors(Path(job.base)))
     log = job.open_log(trainer.step) if trainer.rank == 0 else None
     drift, begun = Drift(), trainer.step
     if begun == 0 and (held_out := _evaluate(trainer, job)):

@@ -6,6 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from configs.base import Frozen
+from configs.merge import inherit
+from configs.names import Word
 
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 """Names a folder of the corpus, so it holds letters, digits, `_` and `-` only."""
@@ -136,6 +138,32 @@ class DataConfig(Frozen):
             raise ValueError(
                 f"sources: shares add up to {total:g}, not 1 ({shares}); set them anew"
             )
+        return self
+
+
+class DataSection(DataConfig):
+    """`[data]`: the node `data`, and further corpora by name: `[data.corpora.math]` is `data.math`.
+
+    A further corpus has sources and `train_tokens` of its own, and this section's other settings
+    where it says nothing else. It is encoded by this section's tokenizer, so that one model reads
+    both.
+    """
+
+    corpora: dict[Word, DataConfig] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _corpora_inherit(cls, fields: Any) -> Any:
+        return inherit(fields, "corpora", own=("sources", "train_tokens", "tokenizer"))
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> Self:
+        for name, corpus in self.corpora.items():
+            if "tokenizer" in corpus.model_fields_set:
+                raise ValueError(
+                    f"corpora.{name}.tokenizer: all corpora are encoded by data.tokenizer, so that "
+                    "one model reads them; drop it"
+                )
         return self
 
 

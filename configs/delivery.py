@@ -1,10 +1,12 @@
 """What is measured, and what is shipped."""
 
+import math
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from configs.base import Frozen
+from configs.names import ModelName, NodeName, Word
 
 Target = Literal["cuda", "ascend"]
 Variant = Literal["bf16", "fp8", "w8a8"]
@@ -70,11 +72,74 @@ class ExportConfig(Frozen):
         return tuple(sorted(set(variants)))
 
 
+class Gate(Frozen):
+    """What a figure must come to."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @model_validator(mode="after")
+    def _bounds_leave_room(self) -> Self:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("a gate without at_least or at_most asks for nothing; give it one")
+        low, high = self.at_least, self.at_most
+        if low is not None and high is not None and low > high:
+            raise ValueError(
+                f"at_least = {low} is above at_most = {high}, which no figure meets; exchange them"
+            )
+        return self
+
+    def __str__(self) -> str:
+        """As a recipe's reader says it."""
+        bounds = (("at least", self.at_least), ("at most", self.at_most))
+        return " and ".join(f"{words} {bound}" for words, bound in bounds if bound is not None)
+
+    def admits(self, value: float) -> bool:
+        """Whether a figure of this value passes; one that is no number does not."""
+        low = -math.inf if self.at_least is None else self.at_least
+        high = math.inf if self.at_most is None else self.at_most
+        return low <= value <= high
+
+
+class EvaluateSection(EvaluateConfig):
+    """`[evaluate]`: which models are judged, on what, and what they must come to."""
+
+    models: dict[ModelName, NodeName] = Field(default_factory=dict)
+    """Models by the name that their figures bear, each the node that makes it; all others are
+    compared with the first. Empty means `before` and `after` post-training, or `model` without
+    it."""
+    corpus: Word | None = None
+    """Whose held-out text and problems are asked, of `data.corpora`; none is the node `data`."""
+    gates: dict[str, Gate] = Field(default_factory=dict)
+    """What figures must come to. A bundle whose model falls short is written and marked, and given
+    no alias."""
+
+
+class ExportSection(ExportConfig):
+    """`[export]`: which model is delivered, and what it is compared on."""
+
+    checkpoint: NodeName | None = None
+    """The node that makes the model; none is the last of the line."""
+    corpus: Word | None = None
+    """Whose held-out rows and problems prove a bundle, of `data.corpora`; none is that of
+    `evaluate`."""
+
+
 class EvaluateSpec(Frozen):
     """The evaluate stage's whole config."""
 
     seed: int
     evaluate: EvaluateConfig
+    order: tuple[str, ...] = ()
+    """Names of the models, the one first that all others are compared with; empty means by name."""
+    has_baseline: bool = True
+    """Whether the corpus is the one that the first model was pretrained on."""
+
+
+class GateSpec(Frozen):
+    """The gate stage's whole config."""
+
+    gates: dict[str, Gate]
 
 
 class ExportSpec(Frozen):

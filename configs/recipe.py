@@ -1,7 +1,6 @@
 """Recipes: TOML read left to right, merged deeply, validated whole."""
 
 import difflib
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -9,33 +8,24 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from configs.base import Frozen
-from configs.data import ArithmeticSource, DataConfig
-from configs.delivery import EvaluateConfig, ExportConfig
+from configs.data import ArithmeticSource, DataConfig, DataSection
+from configs.delivery import EvaluateSection, ExportSection
 from configs.errors import ConfigError
+from configs.merge import merge
 from configs.model import AnyModelConfig
+from configs.names import NodeName
 from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
 from configs.parity import ParityConfig
-from configs.rl import PosttrainConfig
-from configs.train import PretrainConfig, check_fp8
+from configs.rl import PosttrainPhase, PosttrainSection
+from configs.train import PretrainPhase, PretrainSection, check_fp8
 
-_NODE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_][A-Za-z0-9_-]*)*")
-_NODE_NAME_CHARS = 100
+_STAGES = frozenset({"pretrain", "posttrain", "evaluate", "export"})
+"""Tables in whose place a recipe may say `false`."""
 _TAG_FIELDS = ("type", "family")
 """Fields of one fixed value, by which the members of a union are told apart."""
-
-
-def check_node_name(name: str) -> str:
-    """The name; ValueError if it cannot also name a selector, a file and a logged model."""
-    if len(name) > _NODE_NAME_CHARS or not _NODE_NAME.fullmatch(name):
-        raise ValueError(
-            "a node's name is words of A-Z, a-z, 0-9, _ and -, none of which begins with -, joined "
-            f"by single dots, of at most {_NODE_NAME_CHARS} characters, as posttrain.math; rename "
-            f"{name!r}"
-        )
-    return name
 
 
 class NodeConfig(Frozen):
@@ -50,46 +40,87 @@ class NodeConfig(Frozen):
 
 
 class Recipe(Frozen):
-    """Everything one run of the line asks for."""
+    """Everything one run of the line asks for.
+
+    A stage that has no table takes its defaults, but for `posttrain`, which is then left out;
+    `evaluate = false` leaves a stage out too, and so for `pretrain`, `posttrain` and `export`.
+    """
 
     name: str = Field(min_length=1)
     seed: int = Field(default=0, ge=0)
     base: str | None = Field(default=None, min_length=1)
-    """A folder with a model in Hugging Face's form, to start from in place of pretraining. `model`
-    and `pretrain` then mean nothing, and the corpus is encoded by that model's tokenizer."""
+    """A folder with a model in Hugging Face's form, to start from. `model` then means nothing, the
+    corpora are encoded by that model's tokenizer, and pretraining is left out unless its phases
+    are named."""
     model: AnyModelConfig
-    data: DataConfig
-    pretrain: PretrainConfig
-    posttrain: PosttrainConfig | None = None
+    data: DataSection
+    pretrain: PretrainSection | None
+    posttrain: PosttrainSection | None = None
     parity: ParityConfig | None = None
     """With it the recipe asks for another line: `pretrain` once in FP8 and once in high precision
     for each seed, and a report of how far their losses are apart. Nothing comes after pretraining,
     so `posttrain`, `evaluate` and `export` then mean nothing."""
-    evaluate: EvaluateConfig = EvaluateConfig()
-    export: ExportConfig = ExportConfig()
+    evaluate: EvaluateSection | None = EvaluateSection()
+    export: ExportSection | None = ExportSection()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
     store: StoreConfig = StoreConfig()
-    nodes: dict[Annotated[str, AfterValidator(check_node_name)], NodeConfig] = Field(
-        default_factory=dict
-    )
+    nodes: dict[NodeName, NodeConfig] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _false_leaves_out(cls, fields: Any) -> Any:
+        if not isinstance(fields, Mapping):
+            return fields
+        return {k: None if k in _STAGES and v is False else v for k, v in fields.items()}
+
+    @property
+    def pretraining(self) -> dict[str, PretrainPhase]:
+        """The phases of pretraining by node, in the order of the recipe; none where a `base` stands
+        in its place."""
+        if self.pretrain is None or (self.base is not None and not self.pretrain.phases):
+            return {}
+        named = {f"pretrain.{name}": phase for name, phase in self.pretrain.phases.items()}
+        return named or {"pretrain": self.pretrain}
+
+    @property
+    def posttraining(self) -> dict[str, PosttrainPhase]:
+        """The phases of post-training by node, in the order of the recipe."""
+        if self.posttrain is None:
+            return {}
+        named = {f"posttrain.{name}": phase for name, phase in self.posttrain.phases.items()}
+        return named or {"posttrain": self.posttrain}
+
+    @property
+    def corpora(self) -> dict[str, DataConfig]:
+        """The corpora by node, the one first whose tokenizer all have."""
+        return {"data": self.data} | {
+            f"data.{name}": corpus for name, corpus in self.data.corpora.items()
+        }
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        if self.base is None:
-            self._check_pretraining()
+        for owner, phase in (self.pretraining | self.posttraining).items():
+            self._corpus_of(_table(owner), phase.corpus)
         if self.parity is not None:
             self._check_parity()
-        elif self.posttrain is not None:
-            self._check_posttraining(self.posttrain)
-            self._check_export()
-        else:
-            raise ValueError(
-                "neither posttrain nor parity is there, so nothing is said of what comes after "
-                "pretraining; add [posttrain] for the line to bundles, or [parity] for a "
-                "comparison of FP8 with high precision"
-            )
+        if self.base is None:
+            self._check_pretraining()
+        if self.parity is None:
+            self._check_posttraining()
+            self._check_delivery()
         return self
+
+    def _corpus_of(self, owner: str, name: str | None) -> DataConfig:
+        """The corpus that a table reads; ValueError if there is none of that name."""
+        if name is None:
+            return self.data
+        if name not in self.data.corpora:
+            near = difflib.get_close_matches(name, self.data.corpora, n=1)
+            there = ", ".join(self.data.corpora) or "none; leave it out for the node data"
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {there}"
+            raise ValueError(f"{owner}.corpus = {name!r} is none of data.corpora; {hint}")
+        return self.data.corpora[name]
 
     def _check_parity(self) -> None:
         """What must agree where two precisions are compared."""
@@ -98,14 +129,27 @@ class Recipe(Frozen):
                 f"base = {self.base!r} takes pretraining's place, and parity compares pretraining "
                 "with itself; drop one of the two"
             )
+        if self.pretrain is None or self.pretrain.phases:
+            what = "is left out" if self.pretrain is None else "has several phases"
+            raise ValueError(
+                f"pretrain {what}, but parity compares one training with itself; drop one of the "
+                "two"
+            )
         if self.pretrain.precision != "fp8":
             raise ValueError(
                 f'pretrain.precision = "{self.pretrain.precision}", but parity compares "fp8" with '
                 '"high", and this leaves nothing to compare; set it to "fp8"'
             )
 
-    def _check_export(self) -> None:
-        """What must agree where bundles are written."""
+    def _check_delivery(self) -> None:
+        """What must agree where models are judged and bundles are written."""
+        if self.evaluate is not None:
+            self._corpus_of("evaluate", self.evaluate.corpus)
+            self._require_model("evaluate")
+        if self.export is None:
+            return
+        self._corpus_of("export", self.export.corpus)
+        self._require_model("export")
         for target, own in (("cuda", "fp8"), ("ascend", "w8a8")):
             if target in self.export.targets and not {"bf16", own} & set(self.export.variants):
                 raise ValueError(
@@ -113,55 +157,83 @@ class Recipe(Frozen):
                     f"export.targets; add bf16 or {own}, or drop the target"
                 )
 
-    def _check_posttraining(self, posttrain: PosttrainConfig) -> None:
-        """What must agree where the model is post-trained and evaluated."""
+    def _require_model(self, owner: str) -> None:
+        if self.pretrain is None and self.base is None and not self.nodes:
+            raise ValueError(
+                f"pretrain = false leaves {owner} without a model; set {owner} = false too, or "
+                "name a model's folder as base"
+            )
+
+    def _require_problems(self, owner: str, corpus: DataConfig) -> None:
+        if not any(isinstance(source, ArithmeticSource) for source in corpus.sources.values()):
+            raise ValueError(
+                f"{owner} needs checkable problems, and its corpus has no source of them; add one "
+                'of type = "arithmetic" to its sources'
+            )
+
+    def _check_posttraining(self) -> None:
+        """What must agree where the model is post-trained."""
         workers = self.cluster.trainers
-        minibatch = posttrain.prompts_per_step // posttrain.minibatches
-        if minibatch * posttrain.group_size % workers:
-            raise ValueError(
-                f"posttrain.prompts_per_step / minibatches * group_size = "
-                f"{minibatch * posttrain.group_size} answers do not divide over "
-                f"cluster.trainers = {workers}; choose a multiple"
-            )
-        if not any(isinstance(s, ArithmeticSource) for s in self.data.sources.values()):
-            raise ValueError(
-                "data.sources has no source of checkable problems, which posttrain and evaluate "
-                'need; add one of type = "arithmetic"'
-            )
+        for owner, phase in self.posttraining.items():
+            table = _table(owner)
+            self._require_model(table)
+            minibatch = phase.prompts_per_step // phase.minibatches
+            if minibatch * phase.group_size % workers:
+                raise ValueError(
+                    f"{table}.prompts_per_step / minibatches * group_size = "
+                    f"{minibatch * phase.group_size} answers do not divide over "
+                    f"cluster.trainers = {workers}; choose a multiple"
+                )
+            self._require_problems(table, self._corpus_of(table, phase.corpus))
 
     def _check_pretraining(self) -> None:
         """What must agree where the model is made here."""
-        check_fp8("pretrain", self.pretrain, self.model)
-        if self.posttrain is not None and self.parity is None:
-            check_fp8("posttrain", self.posttrain, self.model)
+        if self.parity is None:
+            for owner, posttrained in self.posttraining.items():
+                check_fp8(_table(owner), posttrained, self.model)
         workers, tokenizer = self.cluster.trainers, self.data.tokenizer
         if self.model.n_routed_experts % workers:
             raise ValueError(
                 f"model.n_routed_experts = {self.model.n_routed_experts} does not divide over "
                 f"cluster.trainers = {workers}; choose a divisor"
             )
-        if self.pretrain.batch_sequences % workers:
-            raise ValueError(
-                f"pretrain.batch_sequences = {self.pretrain.batch_sequences} does not divide over "
-                f"cluster.trainers = {workers}; choose a multiple"
-            )
-        dense_steps, steps = self.pretrain.indexer.dense_steps, self.pretrain.steps
-        if self.model.has_indexer and dense_steps >= steps:
-            raise ValueError(
-                f"pretrain.indexer.dense_steps = {dense_steps} leaves none of pretrain.steps = "
-                f"{steps} in which attention is as sparse as it is when the model is used; lower "
-                "the first"
-            )
+        for owner, phase in self.pretraining.items():
+            check_fp8(_table(owner), phase, self.model)
+            self._check_phase(_table(owner), phase)
         if tokenizer.file is None and self.model.vocab_size < tokenizer.vocab_size:
             raise ValueError(
                 f"model.vocab_size = {self.model.vocab_size} is below data.tokenizer.vocab_size = "
                 f"{tokenizer.vocab_size}; raise the first"
             )
-        if self.model.max_position_embeddings < self.data.sequence_tokens:
+        for owner, corpus in self.corpora.items():
+            if self.model.max_position_embeddings < corpus.sequence_tokens:
+                raise ValueError(
+                    f"model.max_position_embeddings = {self.model.max_position_embeddings} is "
+                    f"below {_table(owner)}.sequence_tokens = {corpus.sequence_tokens}; raise the "
+                    "first"
+                )
+
+    def _check_phase(self, table: str, phase: PretrainPhase) -> None:
+        """What must agree in one phase of pretraining."""
+        workers = self.cluster.trainers
+        if phase.batch_sequences % workers:
             raise ValueError(
-                f"model.max_position_embeddings = {self.model.max_position_embeddings} is below "
-                f"data.sequence_tokens = {self.data.sequence_tokens}; raise the first"
+                f"{table}.batch_sequences = {phase.batch_sequences} does not divide over "
+                f"cluster.trainers = {workers}; choose a multiple"
             )
+        dense_steps, steps = phase.indexer.dense_steps, phase.steps
+        if self.model.has_indexer and dense_steps >= steps:
+            raise ValueError(
+                f"{table}.indexer.dense_steps = {dense_steps} leaves none of {table}.steps = "
+                f"{steps} in which attention is as sparse as it is when the model is used; lower "
+                "the first"
+            )
+
+
+def _table(node: str) -> str:
+    """The table of a recipe that a node of a stage's own is said in: `pretrain.phases.long`."""
+    stage, dot, name = node.partition(".")
+    return f"{stage}.{'corpora' if stage == 'data' else 'phases'}.{name}" if dot else stage
 
 
 def shipped_recipes() -> list[str]:
@@ -182,11 +254,11 @@ def load_recipe(name: str, overlays: Sequence[str] = (), sets: Sequence[str] = (
     """
     tree = _read(name)
     for overlay in overlays:
-        tree = _merge(tree, _read(overlay))
+        tree = merge(tree, _read(overlay))
     asked: dict[str, Any] = {}
     for assignment in sets:
-        asked = _merge(asked, _parse_set(assignment))
-    tree = _merge(tree, asked)
+        asked = merge(asked, _parse_set(assignment))
+    tree = merge(tree, asked)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -295,22 +367,6 @@ def _parse_set(assignment: str) -> dict[str, Any]:
     for part in reversed(key.strip().split(".")):
         tree = {part: tree}
     return dict(tree)
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and _same_type(old, value):
-            merged[key] = _merge(old, value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _same_type(base: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
-    """Whether `over` leaves the tag of a union, if there is one, as it was."""
-    return not ("type" in base and "type" in over) or base["type"] == over["type"]
 
 
 def _fields_at(schema: type[BaseModel], path: Sequence[Any]) -> list[str]:

@@ -1,10 +1,12 @@
 """How the model is improved by reinforcement learning."""
 
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from configs.base import Frozen
+from configs.merge import inherit
+from configs.names import NodeName, Word
 from configs.train import Fp8Config, OptimConfig, Precision
 
 
@@ -75,6 +77,31 @@ class PosttrainConfig(Frozen):
     def evaluates_at(self, step: int) -> bool:
         """Whether held-out problems, if any, are asked after `step`; 0 is before the first."""
         return step % self.evaluate_every_steps == 0 or step == self.steps
+
+
+class PosttrainPhase(PosttrainConfig):
+    """One phase of post-training, and where it stands in the line."""
+
+    corpus: Word | None = None
+    """Which of `data.corpora` has its problems; none is the node `data`."""
+    after: NodeName | None = None
+    """The phase, or the node, whose model it improves. None means the phase that stands before it;
+    the first improves what pretraining ended with."""
+
+
+class PosttrainSection(PosttrainPhase):
+    """`[posttrain]`: the node `posttrain`; or, if phases are named, one node each.
+
+    `[posttrain.phases.math]` is the node `posttrain.math`. A phase has this section's settings
+    where it says nothing else.
+    """
+
+    phases: dict[Word, PosttrainPhase] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _phases_inherit(cls, fields: Any) -> Any:
+        return inherit(fields, "phases", own=("after",))
 
 
 class PosttrainSpec(Frozen):

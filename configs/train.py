@@ -1,12 +1,14 @@
 """How the model is pretrained."""
 
-from typing import Annotated, ClassVar, Literal, Protocol, Self
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from configs.base import Frozen
 from configs.errors import ConfigError
+from configs.merge import inherit
 from configs.model import AnyModelConfig, ModelConfig
+from configs.names import NodeName, Word
 
 Precision = Literal["fp8", "high"]
 """`fp8`: block-scaled E4M3 where `Fp8Config` says so; `high`: the backend's own dtype."""
@@ -190,12 +192,39 @@ class PretrainConfig(Frozen):
         return self
 
 
+class PretrainPhase(PretrainConfig):
+    """One phase of pretraining, and where it stands in the line."""
+
+    corpus: Word | None = None
+    """Which of `data.corpora` it reads; none is the node `data`."""
+    after: NodeName | None = None
+    """The phase, or the node, whose weights it begins with. None means the phase that stands before
+    it; the first begins with values drawn anew, or with the imported model."""
+
+
+class PretrainSection(PretrainPhase):
+    """`[pretrain]`: the node `pretrain`; or, if phases are named, one node each.
+
+    `[pretrain.phases.long]` is the node `pretrain.long`. A phase has this section's settings where
+    it says nothing else.
+    """
+
+    phases: dict[Word, PretrainPhase] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _phases_inherit(cls, fields: Any) -> Any:
+        return inherit(fields, "phases", own=("after",))
+
+
 class PretrainSpec(Frozen):
     """The pretrain stage's whole config."""
 
     seed: int
     model: AnyModelConfig
     pretrain: PretrainConfig
+    rows_before: int = Field(default=0, ge=0)
+    """Training rows of its corpus that the phases before it consumed: it goes on after them."""
 
 
 class _Trained(Protocol):

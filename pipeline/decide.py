@@ -8,7 +8,7 @@ from configs.errors import ArtifactError, PlanError
 from pipeline.fingerprint import differences
 from pipeline.graph import LEFT, Graph, Node, Role, Selection, assign_roles
 from pipeline.store import Committed, Store, has_resume_state
-from stages.artifacts import read_manifest
+from stages.manifest import read_manifest
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any
 
 from configs.errors import PlanError
-from configs.recipe import check_node_name
+from configs.names import check_node_name
 from pipeline.fingerprint import Identity, identify
 from stages.contract import Planned
 from stages.hashing import Hashes

@@ -21,7 +21,7 @@ import psutil
 
 from configs.errors import LeaseLost
 from pipeline.files import create_exclusively, replace
-from stages.artifacts import LEASE_PREFIX, Lease
+from stages.manifest import LEASE_PREFIX, Lease
 
 HEARTBEAT_SECONDS = 2.0
 DEAD_SECONDS = 10.0

@@ -8,8 +8,8 @@ from typing import Any
 
 from pipeline.records import AcrossSeeds
 from pipeline.store import Committed
-from stages.artifacts import MANIFEST
-from stages.telemetry import METRICS
+from stages.manifest import MANIFEST
+from stages.steps import METRICS
 
 VALUE_CHARS, KEY_CHARS, DIGEST_CHARS = 6000, 250, 36
 SMALL_BYTES = 5_000_000

@@ -1,218 +1,179 @@
 """The whole line, read top to bottom: from raw text to a bundle for each target."""
 
-import importlib
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
-
-from configs.data import DataSpec, TokenizerConfig
-from configs.delivery import EvaluateSpec, ExportSpec
-from configs.errors import ConfigError, PlanError
+from configs.base import settings_of
+from configs.data import DataConfig, DataSpec, TokenizerConfig
+from configs.delivery import (
+    EvaluateConfig,
+    EvaluateSection,
+    EvaluateSpec,
+    ExportConfig,
+    ExportSection,
+    ExportSpec,
+    GateSpec,
+)
 from configs.imports import ImportSpec
 from configs.meaning import meant_data, meant_export, meant_posttrain, meant_pretrain
 from configs.model import ModelConfig
 from configs.parity import ParityConfig, ParitySpec
-from configs.recipe import NodeConfig, Recipe, explain
+from configs.recipe import Recipe
 from configs.rl import PosttrainConfig, PosttrainSpec
-from configs.shape import FP8_BLOCK
-from configs.train import PretrainSpec, check_fp8
-from stages.contract import Face, Planned
+from configs.train import PretrainConfig, PretrainSpec, check_fp8
+from pipeline.feasible import check_gates, check_line, has_problems
+from pipeline.phases import begin_of, corpus_node, given, last, name_models, rows_before, said_in
+from pipeline.wiring import Line, Wanted, added, wire
 from stages.data.face import data
 from stages.evaluate.face import evaluate
 from stages.export.face import export
+from stages.gate import gate
 from stages.imported.face import imported, read_base
 from stages.loss_parity.face import PRECISIONS, loss_parity, run_name
 from stages.names import TOKENIZER
 from stages.posttrain.face import posttrain
 from stages.pretrain.face import pretrain
 
-Line = dict[str, Planned[Any]]
+Nodes = dict[str, Wanted]
 IMPORT = "import"
-"""The node that stands in pretraining's place where a recipe has a `base`."""
+"""The node that stands where pretraining begins in a recipe that has a `base`."""
 
 
 def production(recipe: Recipe) -> Line:
-    """Plan everything that a recipe asks for. Runs nothing; PlanError if it cannot be wired."""
-    if recipe.parity is not None:
-        line = compare_precisions(recipe, recipe.parity)
+    """Plan everything that a recipe asks for. Runs nothing.
+
+    PlanError if it cannot be wired, ConfigError if its numbers cannot go together.
+    """
+    if recipe.parity is None:
+        line = make_bundles(recipe)
     else:
-        assert recipe.posttrain is not None
-        line = make_bundles(recipe, recipe.posttrain)
-    return extend(line, recipe.nodes)
+        line = compare_precisions(recipe, recipe.parity)
+    return wire(line | added(recipe.nodes, line))
 
 
-def make_bundles(recipe: Recipe, asked: PosttrainConfig) -> Line:
+def make_bundles(recipe: Recipe) -> Nodes:
     """From raw text to a bundle for each target, with the model judged on the way."""
-    seed = recipe.seed
-
     model = recipe.model if recipe.base is None else read_base(Path(recipe.base))
-    check_variants(recipe, model)
-    # As asked, before what this model has no part for is left out.
-    check_fp8("posttrain", asked, model)
-    beginning = begin_pretraining(recipe) if recipe.base is None else begin_importing(recipe)
-    corpus = beginning["data"]
-    first = beginning["pretrain" if recipe.base is None else IMPORT]
+    check_line(recipe, model)
 
-    posttrained = posttrain(
-        PosttrainSpec(seed=seed, posttrain=meant_posttrain(asked, model)),
-        corpus=corpus,
-        base=first,
-    )
-    report = evaluate(
-        EvaluateSpec(seed=seed, evaluate=recipe.evaluate),
-        corpus=corpus,
-        before=first,
-        after=posttrained,
-    )
-    bundles = {
-        f"export.{target}": export(
-            ExportSpec(seed=seed, target=target, export=meant_export(recipe.export, target)),
-            corpus=corpus,
-            checkpoint=posttrained,
+    line = prepare_data(recipe) | import_base(recipe)
+    first = train_model(recipe, model, begin=IMPORT if IMPORT in line else None)
+    made = last(line | first, but=recipe.corpora)
+    better = improve_model(recipe, model, begin=made)
+    final = last(better) or made
+    line |= first | better
+    if recipe.evaluate is not None:
+        models = recipe.evaluate.models or name_models(made, last(better))
+        line |= judge_models(recipe, recipe.evaluate, models)
+    if recipe.export is not None:
+        line |= write_bundles(recipe, recipe.export, recipe.export.checkpoint or final)
+    return line
+
+
+def prepare_data(recipe: Recipe) -> Nodes:
+    """The corpora, all encoded by one tokenizer: the first one's, or that of the imported model."""
+    nodes: Nodes = {}
+    for name, corpus in recipe.corpora.items():
+        meant = settings_of(meant_data(corpus), DataConfig)
+        inputs = {}
+        if recipe.base is not None:
+            tokenizer = TokenizerConfig(file=f"{recipe.base}/{TOKENIZER}")
+            meant = meant.model_copy(update={"tokenizer": tokenizer})
+        elif nodes and recipe.data.tokenizer.file is None:
+            inputs = {"tokenizer": "data"}
+        elif nodes:
+            meant = meant.model_copy(update={"tokenizer": recipe.data.tokenizer})
+        nodes[name] = Wanted(data, DataSpec(seed=recipe.seed, data=meant), inputs, name)
+    return nodes
+
+
+def import_base(recipe: Recipe) -> Nodes:
+    """A model made elsewhere, if the recipe starts from one."""
+    if recipe.base is None:
+        return {}
+    return {IMPORT: Wanted(imported, ImportSpec(folder=recipe.base))}
+
+
+def train_model(recipe: Recipe, model: ModelConfig, *, begin: str | None) -> Nodes:
+    """The phases of pretraining: each goes on from another, the first from `begin`, if anything."""
+    nodes: Nodes = {}
+    for name, phase in recipe.pretraining.items():
+        base = begin_of("pretrain", phase.after, recipe.pretraining) or last(nodes) or begin
+        asked = settings_of(meant_pretrain(phase, model), PretrainConfig)
+        before = rows_before(recipe.pretraining, name)
+        spec = PretrainSpec.model_validate(
+            {"seed": recipe.seed, "model": model, "pretrain": asked, "rows_before": before}
         )
-        for target in recipe.export.targets
-    }
+        inputs = given(corpus=corpus_node(phase.corpus), base=base)
+        nodes[name] = Wanted(pretrain, spec, inputs, said_in(name))
+    return nodes
+
+
+def improve_model(recipe: Recipe, model: ModelConfig, *, begin: str | None) -> Nodes:
+    """The phases of post-training: each improves another's model, the first that of `begin`."""
+    nodes: Nodes = {}
+    for name, phase in recipe.posttraining.items():
+        # As asked, before what this model has no part for is left out.
+        check_fp8(said_in(name), phase, model)
+        base = begin_of("posttrain", phase.after, recipe.posttraining) or last(nodes) or begin
+        meant = settings_of(meant_posttrain(phase, model), PosttrainConfig)
+        spec = PosttrainSpec(seed=recipe.seed, posttrain=meant)
+        inputs = given(corpus=corpus_node(phase.corpus), base=base)
+        nodes[name] = Wanted(posttrain, spec, inputs, said_in(name))
+    return nodes
+
+
+def judge_models(recipe: Recipe, asked: EvaluateSection, models: Mapping[str, str]) -> Nodes:
+    """A report on every model side by side, and whether it passes the recipe's gates, if any."""
+    spec = EvaluateSpec(
+        seed=recipe.seed,
+        evaluate=settings_of(asked, EvaluateConfig),
+        order=tuple(models),
+        has_baseline=all(phase.corpus == asked.corpus for phase in recipe.pretraining.values()),
+    )
+    inputs = {"corpus": corpus_node(asked.corpus), **models}
+    nodes = {"evaluate": Wanted(evaluate, spec, inputs, "evaluate.models")}
+    if asked.gates:
+        check_gates(asked, spec, has_problems=has_problems(recipe, asked.corpus))
+        nodes["gate"] = Wanted(gate, GateSpec(gates=asked.gates), {"report": "evaluate"})
+    return nodes
+
+
+def write_bundles(recipe: Recipe, asked: ExportSection, checkpoint: str | None) -> Nodes:
+    """A bundle of one model for each target, marked if the model did not pass the gates."""
+    judged = recipe.evaluate
+    corpus = asked.corpus or (judged.corpus if judged is not None else None)
+    report = "gate" if judged is not None and judged.gates else None
+    inputs = given(corpus=corpus_node(corpus), checkpoint=checkpoint, report=report)
     return {
-        **beginning,
-        "posttrain": posttrained,
-        "evaluate": report,
-        **bundles,
+        f"export.{target}": Wanted(
+            export,
+            ExportSpec(
+                seed=recipe.seed,
+                target=target,
+                export=settings_of(meant_export(asked, target), ExportConfig),
+            ),
+            inputs,
+            "export.checkpoint",
+        )
+        for target in asked.targets
     }
 
 
-def compare_precisions(recipe: Recipe, asked: ParityConfig) -> Line:
+def compare_precisions(recipe: Recipe, asked: ParityConfig) -> Nodes:
     """The same model, trained twice for each seed, and how far the two losses are apart.
 
     Both trainings of a seed begin with the same values and read the same rows of one corpus.
     """
-    corpus = data(DataSpec(seed=recipe.seed, data=meant_data(recipe.data)))
-    trained = {
-        (precision, seed): pretrain(
-            PretrainSpec(
-                seed=seed,
-                model=recipe.model,
-                pretrain=meant_pretrain(
-                    recipe.pretrain.model_copy(update={"precision": precision}), recipe.model
-                ),
-            ),
-            corpus=corpus,
-        )
-        for seed in asked.seeds
-        for precision in PRECISIONS
-    }
-    report = loss_parity(
-        ParitySpec(parity=asked),
-        **{run_name(precision, seed): one for (precision, seed), one in trained.items()},
-    )
-    return {
-        "data": corpus,
-        **{f"pretrain.{precision}.{seed}": one for (precision, seed), one in trained.items()},
-        "parity": report,
-    }
-
-
-def begin_pretraining(recipe: Recipe) -> Line:
-    """A corpus, and a model made of it."""
-    corpus = data(DataSpec(seed=recipe.seed, data=meant_data(recipe.data)))
-    meant = meant_pretrain(recipe.pretrain, recipe.model)
-    spec = PretrainSpec(seed=recipe.seed, model=recipe.model, pretrain=meant)
-    return {"data": corpus, "pretrain": pretrain(spec, corpus=corpus)}
-
-
-def begin_importing(recipe: Recipe) -> Line:
-    """A model made elsewhere, and a corpus in its tokens; ConfigError if the recipe is too large
-    for it."""
-    assert recipe.base is not None
-    check_base(recipe, recipe.base)
-    tokenizer = TokenizerConfig(file=f"{recipe.base}/{TOKENIZER}")
-    corpus = recipe.data.model_copy(update={"tokenizer": tokenizer})
-    return {
-        IMPORT: imported(ImportSpec(folder=recipe.base)),
-        "data": data(DataSpec(seed=recipe.seed, data=meant_data(corpus))),
-    }
-
-
-def check_variants(recipe: Recipe, model: ModelConfig) -> None:
-    """ConfigError if an FP8 bundle is asked for that servers would read wrongly."""
-    if "cuda" not in recipe.export.targets or "fp8" not in recipe.export.variants:
-        return
-    owner = "model" if recipe.base is None else f"base = {recipe.base!r}: its config"
-    for name, rows in model.ragged_rows.items():
-        raise ConfigError(
-            f"{owner}.{name} = {rows} is no multiple of {FP8_BLOCK}, which the FP8 variant of "
-            "export.cuda needs: servers put matrices of so many rows on top of others, and "
-            "would scale rows by another block's scale; change it, or leave FP8 out: "
-            'export.variants = ["bf16", "w8a8"]'
-        )
-
-
-def check_base(recipe: Recipe, base: str) -> None:
-    """What must agree with the model in the folder `base`; ConfigError where it does not."""
-    model, workers = read_base(Path(base)), recipe.cluster.trainers
-    if model.max_position_embeddings < recipe.data.sequence_tokens:
-        raise ConfigError(
-            f"base = {base!r}: its max_position_embeddings = {model.max_position_embeddings} is "
-            f"below data.sequence_tokens = {recipe.data.sequence_tokens}; lower the second"
-        )
-    if model.n_routed_experts % workers:
-        raise ConfigError(
-            f"base = {base!r}: its n_routed_experts = {model.n_routed_experts} does not divide "
-            f"over cluster.trainers = {workers}; change the second to a divisor"
-        )
-
-
-def extend(line: Line, added: Mapping[str, NodeConfig]) -> Line:
-    """The line with the nodes that a recipe adds, each after those that it is made of."""
-    line, waiting = dict(line), dict(added)
-    if taken := sorted(line.keys() & waiting.keys()):
-        raise PlanError(f"nodes.{taken[0]}: the line has a node of that name; choose another")
-    while waiting:
-        ready = [n for n, node in waiting.items() if all(i in line for i in node.inputs.values())]
-        if not ready:
-            name, node = next(iter(waiting.items()))
-            lacking = next(i for i in node.inputs.values() if i not in line)
-            raise PlanError(
-                f"nodes.{name}.inputs: {lacking!r} is not a node that comes before it; "
-                f"nodes: {', '.join([*line, *waiting])}"
-            )
-        for name in ready:
-            node = waiting.pop(name)
-            inputs = {role: line[supplier] for role, supplier in node.inputs.items()}
-            line[name] = plan_added(name, node, inputs)
-    return line
-
-
-def plan_added(name: str, node: NodeConfig, inputs: Mapping[str, Planned[Any]]) -> Planned[Any]:
-    """Plan one node of a recipe's own: find its stage, check its config by the stage's schema."""
-    stage = load_stage(name, node.use)
-    try:
-        config = stage.config.model_validate(node.config)
-    except ValidationError as error:
-        origin = f"nodes.{name}.config"
-        raise ConfigError(explain(error, stage.config, origin=origin)) from None
-    try:
-        return stage(config, **inputs)
-    except PlanError as error:
-        raise PlanError(f"nodes.{name}: {error}") from None
-
-
-def load_stage(name: str, use: str) -> Face[Any]:
-    """The stage at `package.module:stage`; PlanError if it cannot be imported or is none."""
-    module_name, _, attribute = use.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise PlanError(
-            f"nodes.{name}.use = {use!r}: cannot import {module_name} ({error}); install the "
-            "package that holds it, or put its folder on PYTHONPATH"
-        ) from None
-    found = getattr(module, attribute, None)
-    if not isinstance(found, Face):
-        stages = sorted(key for key, value in vars(module).items() if isinstance(value, Face))
-        raise PlanError(
-            f"nodes.{name}.use = {use!r}: {module_name} has no stage {attribute!r}; "
-            f"its stages: {', '.join(stages) or 'none (decorate a function with @stage)'}"
-        )
-    return found
+    assert recipe.pretrain is not None
+    nodes = {"data": prepare_data(recipe)["data"]}
+    runs: dict[str, str] = {}
+    for seed, precision in product(asked.seeds, PRECISIONS):
+        trained = recipe.pretrain.model_copy(update={"precision": precision})
+        meant = settings_of(meant_pretrain(trained, recipe.model), PretrainConfig)
+        spec = PretrainSpec(seed=seed, model=recipe.model, pretrain=meant)
+        name = f"pretrain.{precision}.{seed}"
+        nodes[name] = Wanted(pretrain, spec, {"corpus": "data"})
+        runs[run_name(precision, seed)] = name
+    return {**nodes, "parity": Wanted(loss_parity, ParitySpec(parity=asked), runs)}

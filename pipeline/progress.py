@@ -10,10 +10,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.figures import scalars, show_figure, show_figures, show_number, spoken
+from pipeline.figures import show_figure, show_figures, show_number, spoken
 from pipeline.graph import Node
 from pipeline.records import Blocked, Built, Failed, Reused, Run
 from pipeline.store import Committed
+from stages.steps import scalars
 
 LOG_SECONDS = 10.0
 _FIGURES = ("tokens_per_second", "reward", "loss")

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 
 from configs.parallel import ClusterConfig
-from stages.artifacts import now
 from stages.contract import Face
+from stages.manifest import now
 
 LIBRARIES = ("torch", "ray", "transformers", "tokenizers", "safetensors", "pyarrow", "mlflow")
 """Whose versions bear on what is built, or on who reads it."""

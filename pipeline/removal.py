@@ -12,7 +12,7 @@ from pathlib import Path
 
 from configs.errors import StoreError
 from pipeline.lease import is_held, newest, take
-from stages.artifacts import MANIFEST
+from stages.manifest import MANIFEST
 
 _SUFFIX = ".removed"
 

@@ -1,26 +1,24 @@
-"""Plots of a build's step log and of a report, as PNG files.
+"""Plots of a build's step log, and those that an artifact describes, as PNG files.
 
 The plotting library's global state is never touched, so that a background thread may draw.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pipeline.figures import scalars
+from stages.plots import Bars, Lines, Plot, read_plots
+from stages.steps import scalars
 
 EXPERT_LOAD = "expert_load"
 """The record entry that the heat map shows: shares of tokens, [layers][experts]."""
 _TOGETHER = ("loss", "mtp_loss")
 """Curves that share one plot, as do those of one name for many roles: `fp8_flushed/ROLE`."""
-_SIDES = ("before", "after")
 
 
 def plot_steps(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
@@ -32,79 +30,63 @@ def plot_steps(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]
     return [*paths, *_plot_load(loads, folder)] if loads else paths
 
 
-def plot_report(report: Path, folder: Path) -> list[Path]:
-    """What a report compares: losses of two precisions, or the model before and after."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record = json.loads(report.read_text())
-    if "seeds" in record:
-        return [_plot_parity(record, folder)]
-    return _plot_before_after(record["headline"], folder)
+def plot_artifact(folder: Path, into: Path) -> list[Path]:
+    """The plots that an artifact's `plots.json` describes, if it has any."""
+    into.mkdir(parents=True, exist_ok=True)
+    return [_draw(plot, into) for plot in read_plots(folder)]
 
 
-def _plot_before_after(headline: Mapping[str, float], folder: Path) -> list[Path]:
-    """Bars of every key figure that there is of both sides."""
-    shared = [
-        name.removeprefix("before_")
-        for name in headline
-        if name.startswith("before_")
-        and f"after_{name.removeprefix('before_')}" in headline
-        and not name.endswith(("_low", "_high"))
-    ]
-    if not shared:
-        return []
-    figure = Figure(figsize=(3.2 * len(shared), 3.6), layout="constrained")
-    for axes, name in zip(_grid(figure, len(shared)), shared, strict=True):
-        _draw_pair(axes, headline, name)
-    return [_save(figure, folder / "before_after.png")]
+def _draw(plot: Plot, into: Path) -> Path:
+    count = len(plot.panels)
+    size = (8, 3.25 * count) if plot.is_stacked else (3.2 * count, 3.6)
+    if not plot.is_stacked and isinstance(plot.panels[0], Lines):
+        size = (7 * count, 4)
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, panel in zip(_grid(figure, count, stacked=plot.is_stacked), plot.panels, strict=True):
+        axes.set_title(panel.title)
+        match panel:
+            case Lines():
+                _draw_lines(axes, panel)
+            case Bars():
+                _draw_bars(axes, panel)
+    return _save(figure, into / f"{plot.name}.png")
 
 
-def _plot_parity(record: Mapping[str, Any], folder: Path) -> Path:
-    """Rolling losses of both precisions above, their rolling gap beside the limit below."""
-    figure = Figure(figsize=(8, 6.5), layout="constrained")
-    losses, gaps = _grid(figure, 2, stacked=True)
-    seeds, steps = record["seeds"], range(1, record["steps"] + 1)
-    # The one wide and pale, the other thin and dark: losses in parity hide behind each other.
-    looks = {"high": ("#e8a33d", 5.0), "fp8": ("#2f6f9f", 1.5)}
-    for precision, (colour, width) in looks.items():
-        columns = list(
-            zip(*(one["rolling_losses"][precision] for one in seeds.values()), strict=True)
-        )
-        low, high = list(map(min, columns)), list(map(max, columns))
-        losses.fill_between(steps, low, high, color=colour, alpha=0.3, lw=0)
-        losses.plot(steps, list(map(fmean, columns)), color=colour, lw=width, label=precision)
-    for number, (seed, one) in enumerate(seeds.items()):
-        gaps.plot(
-            steps, _percent(one["rolling_gap"]), color=f"C{number % 10}", label=f"seed {seed}"
-        )
-    limit = 100 * record["headline"]["limit"]
-    for side in (-limit, limit):
-        gaps.axhline(side, color="black", ls="--", lw=1, label="limit" if side > 0 else None)
-    gaps.axhline(0, color="black", lw=0.5)
-    first = record["steps"] - record["tail_steps"] + 1
-    for axes in (losses, gaps):
-        axes.axvspan(first - 0.5, record["steps"] + 0.5, color="grey", alpha=0.15, lw=0)
-        axes.grid(alpha=0.3)
-        axes.set_xlim(0.5, record["steps"] + 0.5)
-    losses.legend(fontsize="small", loc="upper right", ncols=2)
-    gaps.legend(fontsize="small", loc="lower left", ncols=6)
-    gaps.set_ylim(-_reach(record, limit), _reach(record, limit))
-    window, mean = record["window_steps"], 100 * record["headline"]["relative_gap"]
-    losses.set_title(f"loss, mean of {window} steps and range over seeds")
-    losses.set_ylabel("nats a token")
-    gaps.set_title(f"relative gap of fp8 to high; {mean:+.3f} % over the grey steps, all seeds")
-    gaps.set_ylabel("percent")
-    gaps.set_xlabel("step")
-    return _save(figure, folder / "loss_parity.png")
+def _draw_lines(axes: Axes, panel: Lines) -> None:
+    for number, curve in enumerate(panel.curves):
+        # The wide one pale, another on it thin and dark: where they agree, both are seen.
+        colour = "#e8a33d" if curve.is_wide else f"C{number % 10}"
+        if curve.low and curve.high:
+            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.3, lw=0)
+        width = 5.0 if curve.is_wide else 1.5
+        axes.plot(curve.x, curve.y, color=colour, lw=width, label=curve.label)
+    for label, value in panel.levels.items():
+        axes.axhline(value, color="black", ls="--", lw=1, label=label)
+    if panel.shaded is not None:
+        axes.axvspan(*panel.shaded, color="grey", alpha=0.15, lw=0)
+    if panel.reach is not None:
+        axes.axhline(0, color="black", lw=0.5)
+        axes.set_ylim(-panel.reach, panel.reach)
+    axes.grid(alpha=0.3)
+    axes.margins(x=0)
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)
+    axes.legend(fontsize="small", loc="best", ncols=1 + len(panel.curves) // 4)
 
 
-def _reach(record: Mapping[str, Any], limit: float) -> float:
-    """How many percent the gap's axis shows: the limit, and all that the tail's gaps reach."""
-    tails = [one["rolling_gap"][-record["tail_steps"] :] for one in record["seeds"].values()]
-    return 1.15 * max(2 * limit, *(abs(gap) for tail in tails for gap in _percent(tail)))
-
-
-def _percent(shares: Sequence[float]) -> list[float]:
-    return [100 * share for share in shares]
+def _draw_bars(axes: Axes, panel: Bars) -> None:
+    shown = list(panel.bars.values())
+    errors = None
+    if all(bar.low is not None and bar.high is not None for bar in shown):
+        low = [max(0.0, bar.value - (bar.low or 0.0)) for bar in shown]
+        high = [max(0.0, (bar.high or 0.0) - bar.value) for bar in shown]
+        errors = [low, high]
+    colours = ["#9aa5b1", *["#2f6f9f"] * (len(shown) - 1)]
+    values = [bar.value for bar in shown]
+    bars = axes.bar(list(panel.bars), values, yerr=errors, capsize=4, color=colours)
+    axes.bar_label(bars, fmt="%.3g", padding=2)
+    axes.margins(y=0.15)
+    axes.tick_params(axis="x", rotation=30 if len(shown) > 2 else 0)
 
 
 def _groups(names: list[str]) -> Iterator[list[str]]:
@@ -167,19 +149,6 @@ def _plot_load(loads: Sequence[tuple[int, Sequence[Sequence[float]]]], folder: P
             axes.set_xlabel("step")
             figure.colorbar(image, ax=figure.axes[:layers], label="share of tokens")
     return [_save(figure, folder / f"{EXPERT_LOAD}.png")]
-
-
-def _draw_pair(axes: Axes, headline: Mapping[str, float], name: str) -> None:
-    values = [headline[f"{side}_{name}"] for side in _SIDES]
-    errors = None
-    if all(f"{side}_{name}_low" in headline for side in _SIDES):
-        low = [v - headline[f"{s}_{name}_low"] for v, s in zip(values, _SIDES, strict=True)]
-        high = [headline[f"{s}_{name}_high"] - v for v, s in zip(values, _SIDES, strict=True)]
-        errors = [[max(0.0, one) for one in low], [max(0.0, one) for one in high]]
-    bars = axes.bar(_SIDES, values, yerr=errors, capsize=4, color=["#9aa5b1", "#2f6f9f"])
-    axes.bar_label(bars, fmt="%.3g", padding=2)
-    axes.margins(y=0.15)
-    axes.set_title(name.replace("_", " "))
 
 
 def _grid(figure: Figure, count: int, *, stacked: bool = False) -> list[Axes]:

@@ -12,15 +12,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from configs.errors import DataError, IngotError, LeaseLost, StoreError
 from configs.parallel import ClusterConfig
-from pipeline.bodies import load_body
 from pipeline.decide import Damaged, Examiner, Fresh
-from pipeline.figures import key_figures
 from pipeline.fingerprint import differences, identify
 from pipeline.graph import LEFT, Graph, Node, Role, Selection, assign_roles
+from pipeline.loading import load_body
 from pipeline.provenance import machine_facts, source_digest
 from pipeline.records import Blocked, Built, Failed, Reused, Run
 from pipeline.store import Committed, Slot, Store
-from stages.artifacts import Artifact, Report
 from stages.contract import Tracker, Workspace
 
 
@@ -185,8 +183,8 @@ def _build(
         fingerprint=node.fingerprint,
         content=committed.manifest.content,
         seconds=time.monotonic() - started,
-        figures=key_figures(committed.artifact),
-        shortfall=_shortfall(committed.artifact),
+        figures=committed.artifact.key_figures(),
+        shortfall=committed.artifact.told(),
     )
 
 
@@ -275,11 +273,7 @@ def _reused(committed: Committed, seconds: float) -> Reused:
         fingerprint=committed.manifest.fingerprint,
         content=committed.manifest.content,
         seconds=seconds,
-        figures=key_figures(committed.artifact),
+        figures=committed.artifact.key_figures(),
         built_by=committed.manifest.provenance.get("run"),
-        shortfall=_shortfall(committed.artifact),
+        shortfall=committed.artifact.told(),
     )
-
-
-def _shortfall(artifact: Artifact) -> str | None:
-    return artifact.shortfall if isinstance(artifact, Report) else None

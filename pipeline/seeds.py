@@ -6,10 +6,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from configs.errors import ArtifactError, ConfigError
-from pipeline.figures import RATE, compared_figures
 from pipeline.graph import Graph, Node
 from pipeline.records import AcrossSeeds, Built, Reused, Run
-from stages.artifacts import Report
+from stages.artifacts import RATE, Artifact
 
 
 def parse_seeds(text: str | None) -> tuple[int, ...]:
@@ -69,11 +68,11 @@ def across_seeds(graph: Graph, run: Run, store_root: Path) -> tuple[AcrossSeeds,
 
 
 def _figures(node: Node, outcome: Built | Reused, store_root: Path) -> Mapping[str, float]:
-    """All that is compared of an artifact; of a report the record holds only part."""
-    if not issubclass(node.planned.stage.makes, Report):
-        return {name: value for name, value in outcome.figures.items() if name != RATE}
+    """All that is compared of an artifact, of which the record holds only part."""
+    recorded = {name: value for name, value in outcome.figures.items() if name != RATE}
     try:
-        return compared_figures(Report.load(str(store_root / outcome.address)))
+        made: Artifact = node.planned.stage.makes.load(str(store_root / outcome.address))
     except ArtifactError:
         # Deleted by hand since: that must not cost the figures of all other seeds.
-        return outcome.figures
+        return recorded
+    return made.figures() | recorded

@@ -33,12 +33,13 @@ from pipeline.files import create_exclusively, sync_folder
 from pipeline.graph import Node
 from pipeline.lease import Watch, beat, give_up, has_stopped, newest, take
 from pipeline.records import Records
-from stages.artifacts import (
+from stages.artifacts import Artifact
+from stages.hashing import Hashes
+from stages.manifest import (
     FILES,
     FORMAT,
     LEASE_PREFIX,
     MANIFEST,
-    Artifact,
     FileEntry,
     InputEntry,
     Lease,
@@ -50,8 +51,7 @@ from stages.artifacts import (
     read_manifest,
     verify,
 )
-from stages.hashing import Hashes
-from stages.telemetry import METRICS
+from stages.steps import METRICS
 
 RESUME = "resume"
 STORE = "store.json"

@@ -34,7 +34,6 @@ from pipeline.embedded import (
     schema_lock,
     set_environment,
 )
-from pipeline.figures import key_figures, scalars
 from pipeline.graph import Node
 from pipeline.lease import has_ended, this_process
 from pipeline.places import SQLITE, tracking_uri
@@ -49,10 +48,9 @@ from pipeline.plain import (
     small_files,
 )
 from pipeline.records import Blocked, Built, Failed, Records, Reused, Run
-from pipeline.report import plot_report, plot_steps
+from pipeline.report import plot_artifact, plot_steps
 from pipeline.store import Committed
-from stages.artifacts import Bundle, Checkpoint, Corpus, Report
-from stages.telemetry import METRICS, read_metrics
+from stages.steps import METRICS, read_metrics, scalars
 
 PROCESS_TAG = "ingot.process"
 """The driver of a run, by which a later one sees that it is gone."""
@@ -201,9 +199,8 @@ class Tracking:
         )
         run_id = run.info.run_id
         _log_params(client, run_id, node.planned.config.model_dump(mode="json"))
-        corpora = [one for one in inputs.values() if isinstance(one.artifact, Corpus)]
-        if corpora:
-            client.log_inputs(run_id, [_dataset(one, node.planned.stage.name) for one in corpora])
+        if data := [one for one in inputs.values() if one.artifact.is_dataset]:
+            client.log_inputs(run_id, [_dataset(one, stage.name) for one in data])
         return client, run_id
 
     def _create_reused(self, node: Node, outcome: Reused) -> tuple[MlflowClient, str]:
@@ -235,22 +232,21 @@ class Tracking:
             client.log_artifact(run_id, str(path))
         with tempfile.TemporaryDirectory() as folder:
             plot_steps(read_metrics(artifact.beside(METRICS)), Path(folder))
-            if isinstance(artifact, Report):
-                plot_report(artifact.path("report.json"), Path(folder))
+            plot_artifact(artifact.path(), Path(folder))
             client.log_artifacts(run_id, folder, "plots")
 
     def _show_figures(self, node: Node, child: "Child", made: Committed) -> None:
-        """A report's key figures, at its own run and, unless it is one seed's, at the parent."""
-        if isinstance(made.artifact, Report):
+        """What was measured, at its own run and, unless it is one seed's, at the parent."""
+        if measured := made.artifact.measured():
             for run_id in (child.id(), *([self._parent_id()] if node.seed is None else [])):
-                _log_figures(self._server.client(), run_id, made.artifact.headline)
+                _log_figures(self._server.client(), run_id, measured)
 
     def _show_model(self, node: Node, child: "Child", made: Committed) -> None:
         """A logged model that points to the store; no weight is uploaded."""
-        if not isinstance(made.artifact, Checkpoint | Bundle):
+        if not made.artifact.is_model:
             return
         client, model_id = self._server.client(), self._model_id(node, child, made)
-        for name, value in key_figures(made.artifact).items():
+        for name, value in made.artifact.key_figures().items():
             # Not the step log's own name, in whose curve it would be one more point.
             key = metric_name(f"final_{name}")
             client.log_metric(child.id(), key, value, model_id=model_id)
@@ -271,10 +267,11 @@ class Tracking:
         return self._models[node.name]
 
     def _register(self, node: Node, child: "Child", made: Committed) -> None:
-        """A new version of the registered model, which the bundle's target then names."""
-        if not isinstance(made.artifact, Bundle):
+        """A new version of the registered model, to which the artifact's alias then points."""
+        alias = made.artifact.alias()
+        if alias is None:
             return
-        client, name, bundle = self._server.client(), self.config.registered_model, made.artifact
+        client, name = self._server.client(), self.config.registered_model
         if node.name not in self._versions:
             try:
                 client.create_registered_model(name)
@@ -286,12 +283,12 @@ class Tracking:
                 name,
                 f"models:/{model_id}",
                 run_id=child.id(),
-                tags={"ingot.artifact": made.address, "ingot.target": bundle.target},
+                tags={"ingot.artifact": made.address, "ingot.target": alias},
                 await_creation_for=0,
                 model_id=model_id,
             )
             self._versions[node.name] = version.version
-        client.set_registered_model_alias(name, bundle.target, self._versions[node.name])
+        client.set_registered_model_alias(name, alias, self._versions[node.name])
 
     def _show_seeds(self, run: Run) -> None:
         """Mean and spread of each figure as metrics of the parent, and a table of all values."""
@@ -478,7 +475,7 @@ def _log_figures(client: MlflowClient, run_id: str, figures: Mapping[str, float]
 def _dataset(made: Committed, context: str) -> DatasetInput:
     source = json.dumps({"artifact": made.address})
     dataset = Dataset(
-        name="corpus",
+        name=made.manifest.kind,
         digest=made.manifest.content[:DIGEST_CHARS],
         source_type="local",
         source=source,

@@ -26,8 +26,9 @@ from typing import (
 from configs.base import Frozen
 from configs.errors import PlanError
 from configs.parallel import ClusterConfig
-from stages.artifacts import Artifact, Lease
+from stages.artifacts import Artifact
 from stages.hashing import Hashes
+from stages.manifest import Lease
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 """What a stage may be called: its name is a folder of the store and a selector."""

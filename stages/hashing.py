@@ -18,7 +18,7 @@ from typing import IO, Any
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from stages.artifacts import FileEntry, filesystem
+from stages.manifest import FileEntry, filesystem
 
 _CHUNK_BYTES = 1 << 20
 _SETTLED_SECONDS = 2.5

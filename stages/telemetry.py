@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract import Tracker, Workspace
+from stages.steps import METRICS, read_metrics
 
-METRICS = "metrics.jsonl"
 SAVES = "saves"
 """The folder of a training's sharded saves, below its resume state."""
 HISTORY = "history.json"
@@ -79,15 +79,6 @@ def begin_metrics(work: Workspace, saved: tuple[Path, int] | None) -> MetricsFil
 def open_metrics(folder: str, resume_step: int) -> MetricsFile:
     """The log in `folder` for a build that continues after `resume_step`."""
     return MetricsFile(folder, resume_step=resume_step)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a step log; a line cut short by a crash is left out."""
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def write_history(work: Workspace) -> list[dict[str, Any]]:

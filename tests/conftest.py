@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from configs.parallel import ClusterConfig, StoreConfig
-from stages.artifacts import FILES, Lease
 from stages.contract import Tracker, Workspace
 from stages.hashing import Hashes
+from stages.manifest import FILES, Lease
 from tests import checks
 
 # Two files run at a time, and threads that wait for each other's cores are slower than none. torch

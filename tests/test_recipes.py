@@ -212,6 +212,7 @@ def test_a_shipped_recipe_leaves_room_for_its_answers(name: str) -> None:
         assert recipe.parity is not None
         return
     assert recipe.posttrain.max_new_tokens < context
+    assert recipe.evaluate is not None
     assert recipe.evaluate.max_new_tokens < context
 
 
@@ -221,8 +222,8 @@ def test_the_comparison_of_precisions_sees_ten_million_parameters_and_no_token_t
     assert recipe.parity.limit == 0.0025
     assert recipe.model.parameters() >= 10_000_000
     assert {source.type for source in recipe.data.sources.values()} == {"stdlib"}
-    step = recipe.pretrain.batch_sequences * recipe.data.sequence_tokens
-    assert recipe.pretrain.steps * step <= recipe.data.train_tokens
+    step = recipe.pretraining["pretrain"].batch_sequences * recipe.data.sequence_tokens
+    assert recipe.pretraining["pretrain"].steps * step <= recipe.data.train_tokens
 
 
 def test_the_recipe_of_v4_that_runs_here_has_every_kind_of_layer() -> None:

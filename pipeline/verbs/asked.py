@@ -18,8 +18,8 @@ from pipeline.production import production
 from pipeline.records import Invocation, Records
 from pipeline.seeds import parse_seeds, sets_seed
 from pipeline.store import Store
-from stages.artifacts import MANIFEST
 from stages.hashing import Hashes
+from stages.manifest import MANIFEST
 
 DEFAULT_RECIPE = "tiny"
 _LOG_COLUMNS = 120

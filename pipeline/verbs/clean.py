@@ -16,7 +16,7 @@ from pipeline.records import Built, Reused
 from pipeline.removal import delete, remove, removed
 from pipeline.store import Store, builders, generations
 from pipeline.verbs.asked import load_asked
-from stages.artifacts import MANIFEST, Manifest, read_manifest
+from stages.manifest import MANIFEST, Manifest, read_manifest
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from pipeline.decide import Damaged, Examiner, Fresh, Missing, Stale, State, Uns
 from pipeline.graph import Graph, Node
 from pipeline.provenance import source_digest
 from pipeline.verbs.asked import Asked, load_asked, locate
-from stages.artifacts import read_manifest, verify
+from stages.manifest import read_manifest, verify
 
 
 def status(args: argparse.Namespace) -> int:

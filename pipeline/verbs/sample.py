@@ -11,13 +11,10 @@ from model import decode
 from model.drawing import Drawing
 from model.weights.files import load_pretrained
 from pipeline.verbs.asked import load_asked, locate
-from stages.artifacts import Bundle, Checkpoint, read_manifest
+from stages.artifacts import load_artifact
 from stages.conventions import read_end_tokens
 from stages.framing import BOS_ID
 from stages.tokens import load_tokenizer
-
-READABLE_VARIANT = "bf16"
-"""The variant of a bundle that holds plain weights."""
 
 
 def sample(args: argparse.Namespace) -> int:
@@ -70,11 +67,11 @@ def _model_folder(args: argparse.Namespace) -> Path:
         return asked
     loaded = load_asked(args)
     folder = locate(loaded.store(print), loaded.recipe.name, args.model)
-    manifest = read_manifest(str(folder))
-    match manifest.kind:
-        case Checkpoint.kind:
-            return folder / manifest.address
-        case Bundle.kind:
-            return folder / manifest.address / READABLE_VARIANT
-        case kind:
-            raise ArtifactError(f"{folder} holds a {kind}; sample from a checkpoint or a bundle")
+    artifact = load_artifact(str(folder))
+    found = artifact.weights()
+    if found is None:
+        raise ArtifactError(
+            f"{folder} holds a {artifact.kind} without plain weights; sample from a checkpoint, or "
+            "from a bundle with its bf16 variant"
+        )
+    return found

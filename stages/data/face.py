@@ -9,6 +9,7 @@ data = Face(
     name="data",
     revision=3,
     config=DataSpec,
+    may_take={"tokenizer": Corpus},
     makes=Corpus,
     reads=reads,
     body="stages.data.loop:data",

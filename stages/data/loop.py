@@ -57,10 +57,11 @@ _DOCUMENTS_PER_BATCH = 64
 
 
 @fills(face.data)
-def data(config: DataSpec, work: Workspace) -> Corpus:
+def data(config: DataSpec, work: Workspace, *, tokenizer: Corpus | None = None) -> Corpus:
     """Read, clean, tokenise and pack the sources. Equal inputs give equal bytes.
 
-    DataError if a source cannot be read, or leaves nothing to train on or to hold out.
+    With another corpus as `tokenizer`, that one's encodes this one too. DataError if a source
+    cannot be read, or leaves nothing to train on or to hold out.
     """
     # Said aloud, because workers forked after the first parallel call would otherwise warn.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -80,14 +81,14 @@ def data(config: DataSpec, work: Workspace) -> Corpus:
     for note in (*unread(spec, texts), *overlap.notes()):
         work.tracker.note(note)
 
-    adopted = _tokenizer(spec, texts)
-    tokenizer = adopted.tokenizer
+    adopted = _tokenizer(spec, texts, tokenizer)
+    encoder = adopted.tokenizer
     for line in adopted.said:
         work.tracker.note(f"data.tokenizer.file = {spec.tokenizer.file}: {line}")
-    work.tracker.log({"vocab_size": vocabulary_size(tokenizer)}, step=2)
+    work.tracker.log({"vocab_size": vocabulary_size(encoder)}, step=2)
 
-    train = _train_rows(spec, texts, tokenizer, seed=config.seed)
-    held_out = _held_out_rows(spec, texts, tokenizer)
+    train = _train_rows(spec, texts, encoder, seed=config.seed)
+    held_out = _held_out_rows(spec, texts, encoder)
     rows = interleave(train, seed=config.seed)
     work.tracker.log({"train_rows": len(rows), "train_tokens": rows.size}, step=3)
     for shortfall in shortfalls(spec, train):
@@ -104,7 +105,7 @@ def data(config: DataSpec, work: Workspace) -> Corpus:
     write_problems(out / "problems" / "held_out.parquet", held_out_problems)
     write_tokenizer(out / TOKENIZER, adopted.record)
     write_dropped(out / "dropped.jsonl", drops)
-    facts = statistics(spec, texts, train, held_out, tokenizer, overlap)
+    facts = statistics(spec, texts, train, held_out, encoder, overlap)
     (out / "statistics.json").write_text(json.dumps(facts, indent=2) + "\n")
     work.tracker.log({"held_out_rows": sum(map(len, held_out.values()))}, step=4)
     return Corpus(
@@ -112,7 +113,7 @@ def data(config: DataSpec, work: Workspace) -> Corpus:
         train_rows=len(rows),
         held_out_rows={name: len(block) for name, block in held_out.items()},
         sequence_tokens=spec.sequence_tokens,
-        vocab_size=vocabulary_size(tokenizer),
+        vocab_size=vocabulary_size(encoder),
         train_problems=len(train_problems),
         held_out_problems=len(held_out_problems),
     )
@@ -180,8 +181,10 @@ def _spell(split: Split, source: ArithmeticSource, *, seed: int) -> Texts:
     return Texts(train, held_out, read, Counter(), repeats=True)
 
 
-def _tokenizer(spec: DataConfig, texts: Mapping[str, Texts]) -> Adopted:
-    """The one that the config names, or one trained on the texts."""
+def _tokenizer(spec: DataConfig, texts: Mapping[str, Texts], other: Corpus | None) -> Adopted:
+    """That of another corpus, the one that the config names, or one trained on the texts."""
+    if other is not None:
+        return adopt_tokenizer(other.path(TOKENIZER))
     if spec.tokenizer.file is not None:
         return adopt_tokenizer(Path(spec.tokenizer.file))
     made = train_tokenizer(_training_sample(spec, texts), spec.tokenizer)

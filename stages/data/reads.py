@@ -8,8 +8,8 @@ from typing import Any
 
 from configs.data import DataSpec, FilesSource, Source, StdlibSource, TokenizerConfig
 from configs.errors import DataError
-from stages.artifacts import filesystem
 from stages.hashing import FileSystem, Hashes
+from stages.manifest import filesystem
 from stages.names import TOKENIZER
 
 _WILDCARD = re.compile(r"[*?\[]")

@@ -1,10 +1,9 @@
-"""Measure the model before and after post-training on held-out text and problems, side by side."""
+"""Measure models on held-out text and problems, side by side."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from configs.delivery import EvaluateSpec
 from configs.errors import DataError
 from model.weights.files import load_pretrained
 from stages.answers import Answered, ask, choose, greedy_accuracy, pass_values
-from stages.artifacts import Checkpoint, Corpus, Report
+from stages.artifacts import PAGE, Checkpoint, Corpus, Report
 from stages.contract import Workspace, fills
 from stages.conventions import read_end_tokens
 from stages.estimators import mean_over_problems
@@ -26,12 +25,14 @@ from stages.evaluate.render import (
     Baseline,
     Comparison,
     Findings,
-    Side,
     headline,
+    key,
+    plot,
     render_json,
     render_markdown,
 )
 from stages.evaluate.text import TextScore, byte_lengths, score_text, size, total
+from stages.plots import write_plots
 from stages.prompts import Prompt, answer_text, encode_prompts
 from stages.shards import Rows, consumed_rows
 from stages.tokens import load_tokenizer
@@ -43,7 +44,7 @@ _ROWS_PER_COUNT = 4096
 
 @dataclass(frozen=True, slots=True)
 class Exam:
-    """Everything both models are asked, read and checked before either is loaded."""
+    """Everything the models are asked, read and checked before any is loaded."""
 
     text: Mapping[str, NDArray[np.int64]]
     """Held-out rows [N, S] of each source."""
@@ -57,38 +58,51 @@ class Exam:
 
 @fills(face.evaluate)
 def evaluate(
-    config: EvaluateSpec, work: Workspace, *, corpus: Corpus, before: Checkpoint, after: Checkpoint
+    config: EvaluateSpec, work: Workspace, *, corpus: Corpus, **models: Checkpoint
 ) -> Report:
     """Bits per byte beside an n-gram baseline's, greedy accuracy and pass@k with 95 % intervals.
 
-    `config.seed` must be the seed that `before` was pretrained with: it fixes which rows of the
-    corpus that model consumed, and the baseline is counted on exactly those. An imported model's
-    are not known, so it has no baseline.
+    Figures bear the names of the inputs; the first in `config.order`, or as they come, is the one
+    that others are compared with. `config.seed` must be the seed that it was pretrained with: it
+    fixes which rows of the corpus that model consumed, and the baseline is counted on exactly
+    those. An imported model's are not known, so it has no baseline, nor has one that was pretrained
+    on another corpus.
     Documents are scored one by one: none attends to those packed before it in its row, even where
     pretraining did so (`pretrain.attend_across_documents`), for a checkpoint does not record that.
     DataError if a problem or row does not fit a model's context, before anything is sampled.
     """
-    exam = _prepare(config, work, corpus, (before, after))
+    if not models:
+        raise DataError("evaluate was given no model; name one or more in evaluate.models")
+    ordered = {name: models[name] for name in config.order or sorted(models)}
+    exam = _prepare(config, work, corpus, list(ordered.values()))
     if exam.prompts:
-        work.tracker.start(steps=2 * len(exam.prompts), unit="problem")
-    imported = before.sequences_seen == 0
+        work.tracker.start(steps=len(ordered) * len(exam.prompts), unit="problem")
+    first = next(iter(ordered.values()))
+    no_baseline = _no_baseline(config, first)
     # Models leave this process before samplers load theirs.
-    text = [_read_text(work, exam, before, "before"), _read_text(work, exam, after, "after")]
-    answered = _answer_problems(config, work, exam, {"before": before, "after": after})
+    text = {name: _read_text(work, exam, model, name) for name, model in ordered.items()}
+    answered = _answer_problems(config, work, exam, ordered)
     comparison = Comparison(
-        baseline={} if imported else _baseline(config, corpus, before, exam),
-        no_baseline="what the imported model consumed is not known" if imported else None,
-        before=Findings(text=text[0], answered=answered["before"]),
-        after=Findings(text=text[1], answered=answered["after"]),
+        models={name: Findings(text=text[name], answered=answered[name]) for name in ordered},
+        baseline={} if no_baseline else _baseline(config, corpus, first, exam),
+        no_baseline=no_baseline,
         pass_at=config.evaluate.pass_at,
         overlap=exam.overlap,
     )
-    figures = headline(comparison)
     work.lease.check()
-    out = Path(work.out)
-    (out / "report.json").write_text(render_json(comparison), encoding="utf-8")
-    (out / "report.md").write_text(render_markdown(comparison), encoding="utf-8")
-    return Report(uri=work.out, headline=figures)
+    work.path("report.json").write_text(render_json(comparison), encoding="utf-8")
+    work.path(PAGE).write_text(render_markdown(comparison), encoding="utf-8")
+    write_plots(work.path(), plot(comparison))
+    return Report(uri=work.out, headline=headline(comparison), key=key(comparison))
+
+
+def _no_baseline(config: EvaluateSpec, first: Checkpoint) -> str | None:
+    """Why no n-grams can be counted on what the first model consumed; none if they can."""
+    if first.sequences_seen == 0:
+        return "what the imported model consumed is not known"
+    if not config.has_baseline:
+        return "the first model was pretrained on another corpus"
+    return None
 
 
 def _prepare(
@@ -151,11 +165,11 @@ def _held_out_text(config: EvaluateSpec, corpus: Corpus) -> dict[str, NDArray[np
 
 
 def _baseline(
-    config: EvaluateSpec, corpus: Corpus, before: Checkpoint, exam: Exam
+    config: EvaluateSpec, corpus: Corpus, model: Checkpoint, exam: Exam
 ) -> dict[str, Baseline]:
-    """The n-gram's score of each source, counted on the rows that `before` consumed."""
+    """The n-gram's score of each source, counted on the rows that `model` consumed."""
     rows = Rows(corpus.path("train"))
-    consumed = consumed_rows(corpus.train_rows, before.sequences_seen, seed=config.seed)
+    consumed = consumed_rows(corpus.train_rows, model.sequences_seen, seed=config.seed)
     parts = np.array_split(consumed, 1 + len(consumed) // _ROWS_PER_COUNT)
     seen = count_pairs((rows.take(part) for part in parts), vocab_size=corpus.vocab_size)
     found = {}
@@ -168,30 +182,31 @@ def _baseline(
 
 
 def _read_text(
-    work: Workspace, exam: Exam, checkpoint: Checkpoint, side: Side
+    work: Workspace, exam: Exam, checkpoint: Checkpoint, name: str
 ) -> dict[str, TextScore]:
     model = load_pretrained(checkpoint.path())
     text = {
         source: score_text(model, rows_NS, exam.lengths_V) for source, rows_NS in exam.text.items()
     }
     bits_per_byte = total(text.values()).bits_per_byte
-    work.tracker.note(f"{side} post-training: {bits_per_byte:.4f} bits per byte of held-out text")
+    work.tracker.note(f"{name}: {bits_per_byte:.4f} bits per byte of held-out text")
     return text
 
 
 def _answer_problems(
-    config: EvaluateSpec, work: Workspace, exam: Exam, models: Mapping[Side, Checkpoint]
-) -> dict[Side, list[Answered]]:
-    """By side what its model answers: the same samplers load one model after the other."""
-    found: dict[Side, list[Answered]] = {side: [] for side in models}
+    config: EvaluateSpec, work: Workspace, exam: Exam, models: Mapping[str, Checkpoint]
+) -> dict[str, list[Answered]]:
+    """By name what each model answers: the same samplers load one model after the other."""
+    found: dict[str, list[Answered]] = {name: [] for name in models}
     if not exam.prompts:
         return found
-    first, *_ = models
+    first = next(iter(models))
     with open_generation(work.machines, models[first].path()) as pool:
-        for side, checkpoint in models.items():
-            if side != first:
+        for number, (name, checkpoint) in enumerate(models.items()):
+            if number:
                 pool.load(checkpoint.path())
-            found[side] = _ask_model(pool, config, work, exam, checkpoint, side)
+            step = number * len(exam.prompts)
+            found[name] = _ask_model(pool, config, work, exam, checkpoint, name, first_step=step)
     return found
 
 
@@ -201,10 +216,11 @@ def _ask_model(
     work: Workspace,
     exam: Exam,
     checkpoint: Checkpoint,
-    side: Side,
+    name: str,
+    *,
+    first_step: int,
 ) -> list[Answered]:
     answered: list[Answered] = []
-    first_step = len(exam.prompts) if side == "after" else 0
     asked, end_tokens = config.evaluate, read_end_tokens(checkpoint.path())
     for part in ask(
         pool.sample,
@@ -215,8 +231,8 @@ def _ask_model(
         answer_text=partial(answer_text, exam.tokenizer, end_tokens=end_tokens),
     ):
         answered += part
-        metrics = {f"{side}_greedy_accuracy": greedy_accuracy(answered).mean}
+        metrics = {f"{name}_greedy_accuracy": greedy_accuracy(answered).mean}
         for k in asked.pass_at:
-            metrics[f"{side}_pass_at_{k}"] = mean_over_problems(pass_values(answered, k)).mean
+            metrics[f"{name}_pass_at_{k}"] = mean_over_problems(pass_values(answered, k)).mean
         work.tracker.log(metrics, step=first_step + len(answered))
     return answered

@@ -3,17 +3,16 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from stages.answers import Answered, all_right_values, pass_values
 from stages.estimators import Estimate, mean_over_problems, paired_gain
 from stages.evaluate.text import TextScore, total
+from stages.plots import Bar, Bars, Plot
 
 _SHOWN_PROBLEMS = 8
 _SHOWN_CHARS = 48
 _HARMLESS = frozenset(" +-=.,:;()/")
-
-Side = Literal["before", "after"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,41 +35,54 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What both models and the baseline made of the same text and problems."""
+    """What each model and the baseline made of the same text and problems."""
 
+    models: Mapping[str, Findings]
+    """By the name that a model's figures bear; all others are compared with the first."""
     baseline: Mapping[str, Baseline]
     """By source; empty where it cannot be had."""
     no_baseline: str | None
     """Why it cannot."""
-    before: Findings
-    after: Findings
     pass_at: tuple[int, ...]
     overlap: Mapping[str, Any]
     """What training text and held-out data had in common, as the corpus records it."""
 
     @property
-    def sides(self) -> dict[Side, Findings]:
-        """The two models, by the name their figures bear."""
-        return {"before": self.before, "after": self.after}
+    def first(self) -> str:
+        """The model that all others are compared with."""
+        return next(iter(self.models))
 
     @property
-    def pairs(self) -> list[tuple[Answered, Answered]]:
-        """Each problem as answered before and after."""
-        return list(zip(self.before.answered, self.after.answered, strict=True))
+    def others(self) -> list[str]:
+        """The models that are compared with the first."""
+        return list(self.models)[1:]
 
-    def measures(self) -> dict[str, dict[Side, list[float]]]:
+    @property
+    def problems(self) -> list[dict[str, Answered]]:
+        """Each problem as every model answered it."""
+        answered = [one.answered for one in self.models.values()]
+        return [dict(zip(self.models, each, strict=True)) for each in zip(*answered, strict=True)]
+
+    def measures(self) -> dict[str, dict[str, list[float]]]:
         """Values in [0, 1], one a problem, by measure and model; none without problems."""
-        if not self.before.answered:
+        if not self.problems:
             return {}
-        samples = len(self.before.answered[0].answers)
-        found: dict[str, dict[Side, list[float]]] = {"greedy_accuracy": {}}
+        samples = len(self.problems[0][self.first].answers)
+        found: dict[str, dict[str, list[float]]] = {"greedy_accuracy": {}}
         found |= {f"pass_at_{k}": {} for k in self.pass_at} | {f"all_of_{samples}": {}}
-        for side, one in self.sides.items():
-            found["greedy_accuracy"][side] = [float(a.greedy_correct) for a in one.answered]
+        for name, one in self.models.items():
+            found["greedy_accuracy"][name] = [float(a.greedy_correct) for a in one.answered]
             for k in self.pass_at:
-                found[f"pass_at_{k}"][side] = pass_values(one.answered, k)
-            found[f"all_of_{samples}"][side] = all_right_values(one.answered)
+                found[f"pass_at_{k}"][name] = pass_values(one.answered, k)
+            found[f"all_of_{samples}"][name] = all_right_values(one.answered)
         return found
+
+    def gains(self) -> dict[str, dict[str, Estimate]]:
+        """How far each other model is above the first, by measure and that model's name."""
+        return {
+            measure: {name: paired_gain(values[self.first], values[name]) for name in self.others}
+            for measure, values in self.measures().items()
+        }
 
 
 def headline(comparison: Comparison) -> dict[str, float]:
@@ -79,13 +91,46 @@ def headline(comparison: Comparison) -> dict[str, float]:
     if comparison.baseline:
         ngram = total([entry.score for entry in comparison.baseline.values()])
         figures["ngram_bits_per_byte"] = ngram.bits_per_byte
-    for side, found in comparison.sides.items():
-        figures[f"{side}_bits_per_byte"] = total(found.text.values()).bits_per_byte
+    for name, found in comparison.models.items():
+        figures[f"{name}_bits_per_byte"] = total(found.text.values()).bits_per_byte
+    gains = comparison.gains()
     for measure, values in comparison.measures().items():
-        for side, some in values.items():
-            figures |= _named(f"{side}_{measure}", mean_over_problems(some))
-        figures |= _named(f"{measure}_gain", paired_gain(values["before"], values["after"]))
+        for name, some in values.items():
+            figures |= _named(f"{name}_{measure}", mean_over_problems(some))
+        for name, gain in gains[measure].items():
+            figures |= _named(f"{name}_{measure}_gain", gain)
     return figures
+
+
+def key(comparison: Comparison) -> tuple[str, ...]:
+    """The most telling figures: how often the first and the last model are right, and the text."""
+    first, last = comparison.first, list(comparison.models)[-1]
+    chosen = dict.fromkeys(
+        f"{name}_{measure}"
+        for measure in list(comparison.measures())[1:2]
+        for name in (first, last)
+    )
+    return (*chosen, f"{last}_bits_per_byte")
+
+
+def plot(comparison: Comparison) -> Plot:
+    """Bars of what every model came to: a panel a measure, and one of the text."""
+    figures = headline(comparison)
+    panels = [
+        Bars(
+            title=measure.replace("_", " "),
+            bars={
+                name: Bar(
+                    value=figures[f"{name}_{measure}"],
+                    low=figures.get(f"{name}_{measure}_low"),
+                    high=figures.get(f"{name}_{measure}_high"),
+                )
+                for name in comparison.models
+            },
+        )
+        for measure in ("bits_per_byte", *comparison.measures())
+    ]
+    return Plot(name="models", panels=tuple(panels))
 
 
 def _named(name: str, estimate: Estimate) -> dict[str, float]:
@@ -93,7 +138,7 @@ def _named(name: str, estimate: Estimate) -> dict[str, float]:
 
 
 def render_json(comparison: Comparison) -> str:
-    """Every number, and every problem with all answers of both models."""
+    """Every number, and every problem with all answers of every model."""
     measures = comparison.measures()
     record: dict[str, Any] = {
         "headline": headline(comparison),
@@ -103,29 +148,31 @@ def render_json(comparison: Comparison) -> str:
         },
         "no_ngram": comparison.no_baseline,
         "held_out_in_training": comparison.overlap,
+        "compared_with": comparison.first,
         "gains": {
-            measure: asdict(paired_gain(values["before"], values["after"]))
-            for measure, values in measures.items()
+            measure: {name: asdict(gain) for name, gain in gains.items()}
+            for measure, gains in comparison.gains().items()
         },
+        "models": {
+            name: {
+                "text": {source: _text_record(score) for source, score in found.text.items()},
+                "problems": {
+                    measure: asdict(mean_over_problems(values[name]))
+                    for measure, values in measures.items()
+                },
+            }
+            for name, found in comparison.models.items()
+        },
+        "problems": [
+            {
+                "id": each[comparison.first].problem.id,
+                "prompt": each[comparison.first].problem.prompt,
+                "answer": each[comparison.first].problem.answer,
+                "answers": {name: _answers_record(one) for name, one in each.items()},
+            }
+            for each in comparison.problems
+        ],
     }
-    for side, found in comparison.sides.items():
-        record[side] = {
-            "text": {source: _text_record(score) for source, score in found.text.items()},
-            "problems": {
-                measure: asdict(mean_over_problems(values[side]))
-                for measure, values in measures.items()
-            },
-        }
-    record["problems"] = [
-        {
-            "id": before.problem.id,
-            "prompt": before.problem.prompt,
-            "answer": before.problem.answer,
-            "before": _answers_record(before),
-            "after": _answers_record(after),
-        }
-        for before, after in comparison.pairs
-    ]
     return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -139,35 +186,43 @@ def _answers_record(answered: Answered) -> dict[str, Any]:
 
 
 def render_markdown(comparison: Comparison) -> str:
-    """One table of measurements, what they cover, and a few problems with both models' answers."""
-    lines = ["# Evaluation", "", *_table(comparison), "", *_text_lines(comparison), ""]
-    lines += [*_problem_lines(comparison), ""]
+    """Tables of measurements, what they cover, and a few problems with every model's answers."""
+    lines = ["# Evaluation", "", *_table(comparison), ""]
+    if gains := _gain_table(comparison):
+        lines += [*gains, ""]
+    lines += [*_text_lines(comparison), "", *_problem_lines(comparison), ""]
     return "\n".join(lines)
 
 
 def _table(comparison: Comparison) -> list[str]:
-    """Bits per byte and what the problems gave, both models side by side."""
-    before, after = comparison.before, comparison.after
-    columns = [before.text, after.text]
-    heads = ["", "pretrained", "post-trained", "gain"]
+    """Bits per byte and what the problems gave, all models side by side."""
+    columns = [found.text for found in comparison.models.values()]
+    heads = ["", *map(_plain, comparison.models)]
     if comparison.baseline:
         columns.append({source: entry.score for source, entry in comparison.baseline.items()})
         heads.append("bigram + unigram")
-
-    def row(name: str, cells: list[str]) -> str:
-        # Text has no gain, problems no baseline.
-        return _row(name, *cells[:2], "", *cells[2:])
-
     whole = [f"{total(column.values()).bits_per_byte:.4f}" for column in columns]
     lines = [_row(*heads), "|---" + "|---:" * (len(heads) - 1) + "|"]
-    lines.append(row("bits per byte, all held-out text", whole))
-    for source in before.text:
+    lines.append(_row("bits per byte, all held-out text", *whole))
+    for source in columns[0]:
         each = [f"{column[source].bits_per_byte:.4f}" for column in columns]
-        lines.append(row(f"bits per byte, {_plain(source)}", each))
+        lines.append(_row(f"bits per byte, {_plain(source)}", *each))
     for measure, values in comparison.measures().items():
         rates = [_percent(mean_over_problems(some)) for some in values.values()]
-        gain = _points(paired_gain(values["before"], values["after"]))
-        lines.append(_row(_label(measure), *rates, gain, *[""] * (len(heads) - 4)))
+        # Problems have no baseline.
+        lines.append(_row(_label(measure), *rates, *[""] * bool(comparison.baseline)))
+    return lines
+
+
+def _gain_table(comparison: Comparison) -> list[str]:
+    """How far the other models are above the first; nothing without any, or without problems."""
+    gains = comparison.gains()
+    if not comparison.others or not gains:
+        return []
+    heads = [f"gain over {_plain(comparison.first)}", *map(_plain, comparison.others)]
+    lines = [_row(*heads), "|---" + "|---:" * (len(heads) - 1) + "|"]
+    for measure, by_model in gains.items():
+        lines.append(_row(_label(measure), *map(_points, by_model.values())))
     return lines
 
 
@@ -208,14 +263,15 @@ def _text_lines(comparison: Comparison) -> list[str]:
 
 
 def _problem_lines(comparison: Comparison) -> list[str]:
-    pairs = comparison.pairs
-    if not pairs:
+    problems = comparison.problems
+    if not problems:
         return ["The corpus holds out no problems, so no answers are measured."]
-    samples = len(pairs[0][0].answers)
+    samples = len(problems[0][comparison.first].answers)
+    heads = [cell for name in comparison.models for cell in (_plain(name), "sampled")]
     lines = [
-        f"Problems: {len(pairs)} held-out ones, each answered greedily once (the likeliest token "
-        f"every time) and {samples} times by sampling. pass@k is the chance that one of k samples "
-        "is right.",
+        f"Problems: {len(problems)} held-out ones, each answered greedily once (the likeliest "
+        f"token every time) and {samples} times by sampling. pass@k is the chance that one of k "
+        "samples is right.",
         "",
         "In brackets: 95 % intervals. They cover the choice of problems, and with it the chance in "
         "sampling their answers: another draw of as many problems would give such figures. Gains "
@@ -225,13 +281,14 @@ def _problem_lines(comparison: Comparison) -> list[str]:
         "",
         "## Some problems, with each model's greedy answer",
         "",
-        _row("problem", "right answer", "pretrained", "sampled", "post-trained", "sampled"),
-        "|---|---|---|---:|---|---:|",
+        _row("problem", "right answer", *heads),
+        "|---|---" + "|---|---:" * len(comparison.models) + "|",
     ]
-    for before, after in pairs[:_SHOWN_PROBLEMS]:
-        row = [_code(before.problem.prompt), _code(before.problem.answer)]
-        for side in (before, after):
-            row += [_code(side.greedy), f"{sum(side.correct)} of {samples} right"]
+    for each in problems[:_SHOWN_PROBLEMS]:
+        problem = each[comparison.first].problem
+        row = [_code(problem.prompt), _code(problem.answer)]
+        for one in each.values():
+            row += [_code(one.greedy), f"{sum(one.correct)} of {samples} right"]
         lines.append(_row(*row))
     return lines
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 from configs.errors import DataError
+from stages.byte_level import alphabet
 from stages.framing import BOS_ID
 from stages.shards import segments_of
 
@@ -62,7 +62,7 @@ def byte_lengths(tokenizer_json: Path) -> NDArray[np.int64]:
     record = json.loads(tokenizer_json.read_text(encoding="utf-8"))
     vocabulary: dict[str, int] = record["model"]["vocab"]
     added: dict[str, dict[str, Any]] = {token["content"]: token for token in record["added_tokens"]}
-    alphabet = set(ByteLevel.alphabet())
+    known = alphabet()
     highest = max([*vocabulary.values(), *(token["id"] for token in added.values())])
     lengths = np.zeros(highest + 1, dtype=np.int64)
     for content, one in added.items():
@@ -70,7 +70,7 @@ def byte_lengths(tokenizer_json: Path) -> NDArray[np.int64]:
     for token, token_id in vocabulary.items():
         if token in added:
             continue
-        if strange := set(token) - alphabet:
+        if strange := set(token) - known:
             raise DataError(
                 f"{tokenizer_json}: token {token_id} {token!r} holds {sorted(strange)}, outside "
                 "the byte-level alphabet; only byte-level tokenizers have exact byte counts"

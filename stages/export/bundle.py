@@ -12,7 +12,7 @@ from configs.model import ModelConfig
 from configs.shape import FP8_BLOCK
 from model.transformer import Transformer
 from model.weights.files import load_pretrained
-from stages.artifacts import Asked, Bundle, Checkpoint, Corpus, Parity
+from stages.artifacts import Asked, Bundle, Checkpoint, Corpus, Parity, Report
 from stages.contract import Workspace, fills
 from stages.conventions import Conventions, as_field, read_conventions
 from stages.export import face, parity, served
@@ -59,10 +59,16 @@ def formats(
 
 @fills(face.export)
 def export(
-    config: ExportSpec, work: Workspace, *, corpus: Corpus, checkpoint: Checkpoint
+    config: ExportSpec,
+    work: Workspace,
+    *,
+    corpus: Corpus,
+    checkpoint: Checkpoint,
+    report: Report | None = None,
 ) -> Bundle:
     """One folder per variant, each compared with `checkpoint` before this returns.
 
+    If the `report` of its model says that it fell short, the bundle and its cards say so too.
     ExportError, and no bundle, if a variant does not reproduce its source, does not encode text as
     its source was trained to read it, or does not fit on disk.
     """
@@ -87,6 +93,7 @@ def export(
     )
     work.tracker.start(steps=PHASES * len(forms), unit="steps")
     proof = _Proof(config, work, source, reference, rows_NS, exam)
+    shortfall = None if report is None else report.shortfall
     figures: dict[str, Parity] = {}
     asked: dict[str, Asked] = {}
     for number, form in enumerate(forms):
@@ -96,13 +103,22 @@ def export(
         if answers is not None:
             asked[form.variant] = answers
         card = render(
-            Served(config.target, form.variant, figures[form.variant], answers, weight_bytes),
+            Served(
+                config.target,
+                form.variant,
+                figures[form.variant],
+                answers,
+                weight_bytes,
+                shortfall,
+            ),
             corpus,
             checkpoint,
             conventions,
         )
         Path(work.out, form.variant, "README.md").write_text(card, encoding="utf-8")
-    return Bundle(uri=work.out, target=config.target, parity=figures, asked=asked)
+    return Bundle(
+        uri=work.out, target=config.target, parity=figures, asked=asked, shortfall=shortfall
+    )
 
 
 def _check_disk(source: TensorFolder, forms: tuple[Format, ...], out: Path) -> None:

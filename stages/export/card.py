@@ -94,6 +94,15 @@ class Served:
     parity: Parity
     asked: Asked | None
     weight_bytes: int
+    shortfall: str | None = None
+    """Why the model is not what was asked for, if it is not."""
+
+
+def _warning(served: Served) -> str:
+    """What stands first in the card of a model that fell short."""
+    if served.shortfall is None:
+        return ""
+    return f"**This model did not come to what was asked of it:** {served.shortfall}.\n\n"
 
 
 def render(served: Served, corpus: Corpus, source: Checkpoint, conventions: Conventions) -> str:
@@ -107,7 +116,7 @@ pipeline_tag: text-generation
 ---
 # Ingot, {model.parameters() / 1e6:,.1f}M parameters, {variant} for {served.target}
 
-A causal language model of the {_WORDS[model.family].kind}{memory}.
+{_warning(served)}A causal language model of the {_WORDS[model.family].kind}{memory}.
 
 {_stored(model, variant)} Weights: {served.weight_bytes:,} bytes.
 

@@ -1,7 +1,7 @@
 """The face of the export stage: a checkpoint in, a bundle for one target out."""
 
 from configs.delivery import ExportSpec
-from stages.artifacts import Bundle, Checkpoint, Corpus
+from stages.artifacts import Bundle, Checkpoint, Corpus, Report
 from stages.contract import Face
 
 export = Face(
@@ -9,6 +9,7 @@ export = Face(
     revision=3,
     config=ExportSpec,
     takes={"corpus": Corpus, "checkpoint": Checkpoint},
+    may_take={"report": Report},
     makes=Bundle,
     body="stages.export.bundle:export",
 )

@@ -9,7 +9,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp8", "high")
 
 loss_parity = Face(
     name="loss_parity",
-    revision=2,
+    revision=3,
     config=ParitySpec,
     takes_more=Checkpoint,
     makes=Report,

@@ -7,12 +7,21 @@ from itertools import zip_longest
 
 from configs.errors import DataError
 from configs.parity import ParitySpec
-from stages.artifacts import Checkpoint, Report
+from stages.artifacts import PAGE, Checkpoint, Report
 from stages.contract import Workspace, fills
 from stages.loss_parity import face
 from stages.loss_parity.face import PRECISIONS, run_name
 from stages.loss_parity.gaps import Findings, Pair, compare
-from stages.loss_parity.render import headline, render_json, render_markdown, shortfall, verdict
+from stages.loss_parity.render import (
+    KEY,
+    headline,
+    plot,
+    render_json,
+    render_markdown,
+    shortfall,
+    verdict,
+)
+from stages.plots import write_plots
 from stages.telemetry import HISTORY
 
 LOSS = "next_token_loss"
@@ -31,12 +40,15 @@ def loss_parity(config: ParitySpec, work: Workspace, **runs: Checkpoint) -> Repo
     work.lease.check()
     _write(work, found)
     work.tracker.note(f"the report is {work.path('report.md')}")
-    return Report(uri=work.out, headline=headline(found), shortfall=shortfall(found))
+    figures = headline(found)
+    key = tuple(name for name in KEY if name in figures)
+    return Report(uri=work.out, headline=figures, key=key, shortfall=shortfall(found))
 
 
 def _write(work: Workspace, found: Findings) -> None:
     work.path("report.json").write_text(render_json(found), encoding="utf-8")
-    work.path("report.md").write_text(render_markdown(found), encoding="utf-8")
+    work.path(PAGE).write_text(render_markdown(found), encoding="utf-8")
+    write_plots(work.path(), plot(found))
 
 
 def _read_pairs(config: ParitySpec, runs: Mapping[str, Checkpoint]) -> dict[int, Pair]:

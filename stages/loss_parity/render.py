@@ -1,8 +1,13 @@
 """What was found, in words, as key figures, as JSON for machines and as Markdown for people."""
 
 import json
+from statistics import fmean
 
 from stages.loss_parity.gaps import Findings, rolling_mean
+from stages.plots import Curve, Lines, Plot
+
+KEY = ("relative_gap", "relative_gap_spread", "largest_gap")
+"""The most telling figures, of those that there are."""
 
 
 def headline(found: Findings) -> dict[str, float]:
@@ -102,6 +107,70 @@ def verdict(found: Findings) -> str:
     if max(map(abs, found.interval)) >= limit:
         return f"{said} The interval reaches beyond it: more seeds would make this surer."
     return f"{said} So is the whole 95 % interval of the mean."
+
+
+def plot(found: Findings) -> Plot:
+    """Rolling losses of both precisions above, their rolling gap beside the limit below."""
+    steps = tuple(float(step) for step in range(1, found.steps + 1))
+    first = found.steps - found.tail_steps + 1
+    shaded = (first - 0.5, found.steps + 0.5)
+    losses = [
+        Curve(
+            label=precision,
+            x=steps,
+            y=tuple(map(fmean, columns)),
+            low=tuple(map(min, columns)),
+            high=tuple(map(max, columns)),
+            is_wide=precision == "high",
+        )
+        for precision, columns in _rolling(found).items()
+    ]
+    gaps = [
+        Curve(label=f"seed {seed}", x=steps, y=tuple(100 * gap for gap in gaps))
+        for seed, gaps in found.rolling.items()
+    ]
+    limit = 100 * found.asked.limit
+    tails = [abs(value) for curve in gaps for value in curve.y[first - 1 :]]
+    return Plot(
+        name="loss_parity",
+        is_stacked=True,
+        panels=(
+            Lines(
+                title=f"loss, mean of {found.window_steps} steps and range over seeds",
+                x_label="step",
+                y_label="nats a token",
+                curves=tuple(losses),
+                shaded=shaded,
+            ),
+            Lines(
+                title=f"relative gap of fp8 to high; {100 * found.mean:+.3f} % over the grey "
+                "steps, all seeds",
+                x_label="step",
+                y_label="percent",
+                curves=tuple(gaps),
+                levels={"limit": limit, "- limit": -limit},
+                shaded=shaded,
+                reach=1.15 * max(2 * limit, *tails),
+            ),
+        ),
+    )
+
+
+def _rolling(found: Findings) -> dict[str, list[tuple[float, ...]]]:
+    """By precision, the wide curve first: at each step the rolling loss of every seed."""
+    window = found.window_steps
+    return {
+        precision: list(
+            zip(
+                *(
+                    rolling_mean(pair.high if precision == "high" else pair.fp8, window)
+                    for pair in found.pairs.values()
+                ),
+                strict=True,
+            )
+        )
+        for precision in ("high", "fp8")
+    }
 
 
 def _over_seeds(found: Findings) -> str:

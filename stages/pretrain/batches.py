@@ -15,6 +15,8 @@ class PackedBatches:
     folder: str
     batch_sequences: int
     seed: int
+    rows_before: int = 0
+    """Rows in training order that were consumed before the first step."""
 
     def __post_init__(self) -> None:
         self._rows: Rows | None = None
@@ -24,6 +26,6 @@ class PackedBatches:
         if self._rows is None:
             self._rows = Rows(self.folder)
         share = self.batch_sequences // world
-        start = (step - 1) * self.batch_sequences + rank * share
+        start = self.rows_before + (step - 1) * self.batch_sequences + rank * share
         rows = self._rows.take(row_order(len(self._rows), start, share, seed=self.seed))
         return {"tokens": torch.from_numpy(rows)}

@@ -9,6 +9,7 @@ pretrain = Face(
     revision=5,
     config=PretrainSpec,
     takes={"corpus": Corpus},
+    may_take={"base": Checkpoint},
     makes=Checkpoint,
     body="stages.pretrain.loop:pretrain",
 )

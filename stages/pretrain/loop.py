@@ -12,6 +12,7 @@ import torch
 from cluster.checkpoint import consolidate, latest
 from cluster.fit import FitJob, fit
 from configs.errors import ConfigError
+from configs.model import ModelConfig
 from configs.train import PretrainConfig, PretrainSpec
 from model.engram import canonical_ids
 from model.fp8.scheme import Numerics, settle
@@ -27,14 +28,25 @@ from stages.tokens import load_tokenizer, vocabulary_size
 
 
 @fills(face.pretrain)
-def pretrain(config: PretrainSpec, work: Workspace, *, corpus: Corpus) -> Checkpoint:
-    """Train a model on the corpus, over expert-parallel workers."""
+def pretrain(
+    config: PretrainSpec, work: Workspace, *, corpus: Corpus, base: Checkpoint | None = None
+) -> Checkpoint:
+    """Train a model on the corpus, over expert-parallel workers.
+
+    It begins with the weights of `base`, if there is one, and moments of its own; otherwise with
+    weights drawn by the seed. Rows are read on from `config.rows_before`.
+    """
     if corpus.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size = {config.model.vocab_size} is below the corpus's vocabulary of "
             f"{corpus.vocab_size}; raise the first"
         )
-    job = _job(config, work, corpus)
+    if base is not None and base.model != config.model:
+        raise ConfigError(
+            f"model: {_differing(base.model, config.model)} of the checkpoint that training begins "
+            "with, which was made otherwise; use its model, or another checkpoint"
+        )
+    job = _job(config, work, corpus, base)
     # What cannot be computed is told before any worker is started. Workers compute on CPUs.
     settle(_numerics(config, work), torch.device("cpu"))
     work.tracker.start(steps=config.pretrain.steps, unit="step")
@@ -51,11 +63,20 @@ def pretrain(config: PretrainSpec, work: Workspace, *, corpus: Corpus) -> Checkp
     return Checkpoint(
         uri=work.out,
         step=config.pretrain.steps,
-        sequences_seen=config.pretrain.steps * config.pretrain.batch_sequences,
+        sequences_seen=config.rows_before + config.pretrain.steps * config.pretrain.batch_sequences,
         model=config.model,
         final_loss=records[-1]["loss"],
         best_step=None if best is None else best["step"],
     )
+
+
+def _differing(theirs: ModelConfig, ours: ModelConfig) -> str:
+    """The first setting in which two models differ, as `hidden_size = 64 where 128 is asked`."""
+    for name in type(ours).model_fields:
+        found, asked = getattr(theirs, name, None), getattr(ours, name)
+        if found != asked:
+            return f"{name} = {found!r} where {asked!r} is asked"
+    return f"family = {theirs.family!r} where {ours.family!r} is asked"
 
 
 def best_measured(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -70,7 +91,7 @@ def _tell(best: Mapping[str, Any], last: Mapping[str, Any]) -> str:
     return f"{told}; it was lowest after step {best['step']}: {best[LOSS]:.4f}"
 
 
-def _job(config: PretrainSpec, work: Workspace, corpus: Corpus) -> FitJob:
+def _job(config: PretrainSpec, work: Workspace, corpus: Corpus, base: Checkpoint | None) -> FitJob:
     train = config.pretrain
     saves = work.resumable(SAVES)
     return FitJob(
@@ -84,10 +105,13 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus) -> FitJob:
         checkpoint_every_steps=train.checkpoint_every_steps,
         learning_rate=partial(learning_rate, train),
         indexer_learning_rate=train.indexer.learning_rate,
-        source=PackedBatches(str(corpus.path("train")), train.batch_sequences, config.seed),
+        source=PackedBatches(
+            str(corpus.path("train")), train.batch_sequences, config.seed, config.rows_before
+        ),
         loss=partial(loss_at, train),
         saves=tuple(map(str, saves)),
         start=latest(*saves[1:]),
+        base=None if base is None else str(base.path()),
         open_log=partial(open_metrics, str(work.beside())),
         may_write=work.lease.check,
         threads=work.machines.threads_per_worker,

@@ -46,7 +46,7 @@ LIMITS = {"tiny": 1.4, "hidden 1024": 1.25}
 
 
 def trainer(model: V3Config, precision: Precision) -> Trainer:
-    train = TINY.pretrain
+    train = TINY.pretraining["pretrain"]
     return build_trainer(
         model, optim=train.optim, balance=train.balance, precision=precision, seed=0
     )
@@ -59,7 +59,7 @@ def batch_of(sequences: int) -> dict[str, Tensor]:
 
 
 def seconds(one: Trainer, batch: dict[str, Tensor]) -> float:
-    train = TINY.pretrain
+    train = TINY.pretraining["pretrain"]
     loss = PretrainLoss(train.mtp_loss_weight, train.balance.sequence_loss_weight, False)
     begin = time.perf_counter()
     one.forward_backward(batch, loss)

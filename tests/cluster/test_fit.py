@@ -17,7 +17,8 @@ from cluster.checkpoint import latest, load_shards
 from cluster.fit import FitJob, fit
 from configs.errors import LeaseLost, MachineError, TrainingError
 from configs.parallel import ClusterConfig
-from stages.telemetry import MetricsFile, read_metrics
+from stages.steps import read_metrics
+from stages.telemetry import MetricsFile
 from tests.cluster.jobs import STEPS, NextToken, job, saves
 
 pytestmark = [

@@ -13,7 +13,7 @@ from cluster import checkpoint, fit
 from cluster.checkpoint import load_shards, step_folder
 from cluster.trainer import Trainer
 from configs.errors import ArtifactError, MachineError
-from stages.telemetry import read_metrics
+from stages.steps import read_metrics
 from tests.cluster.jobs import STEPS, NextToken, job, saves
 from tests.ranks import on_ranks
 

@@ -58,7 +58,11 @@ def message(recipe: str, *sets: str, overlays: tuple[str, ...] = ()) -> str:
 def test_a_recipe_becomes_a_checked_value(recipe: str) -> None:
     loaded = load_recipe(recipe)
     assert isinstance(loaded.data.sources["sums"], ArithmeticSource)
-    assert (loaded.seed, loaded.pretrain.steps, loaded.model.hidden_size) == (3, 100, 64)
+    assert (loaded.seed, loaded.pretraining["pretrain"].steps, loaded.model.hidden_size) == (
+        3,
+        100,
+        64,
+    )
 
 
 def test_overlays_merge_key_by_key_and_the_last_word_wins(recipe: str, tmp_path: Path) -> None:
@@ -66,10 +70,11 @@ def test_overlays_merge_key_by_key_and_the_last_word_wins(recipe: str, tmp_path:
     first.write_text("[pretrain]\nsteps = 200\nbatch_sequences = 8\n[evaluate]\npass_at = [1]\n")
     second.write_text("[pretrain]\nsteps = 300\n")
     loaded = load_recipe(recipe, [str(first), str(second)], ["pretrain.optim.beta1=0.8"])
-    assert loaded.pretrain.steps == 300
-    assert loaded.pretrain.batch_sequences == 8
-    assert loaded.pretrain.optim.beta1 == 0.8
-    assert loaded.pretrain.optim.beta2 == 0.95
+    assert loaded.pretraining["pretrain"].steps == 300
+    assert loaded.pretraining["pretrain"].batch_sequences == 8
+    assert loaded.pretraining["pretrain"].optim.beta1 == 0.8
+    assert loaded.pretraining["pretrain"].optim.beta2 == 0.95
+    assert loaded.evaluate is not None
     assert loaded.evaluate.pass_at == (1,)
 
 
@@ -289,14 +294,16 @@ def test_fp8_that_no_part_of_the_model_has_is_refused(recipe: str) -> None:
 
 def test_averages_may_be_slow_in_float32(recipe: str) -> None:
     settings = ["pretrain.optim.beta2=0.999", "pretrain.optim.moments=float32"]
-    assert load_recipe(recipe, sets=settings).pretrain.optim.beta2 == 0.999
+    assert load_recipe(recipe, sets=settings).pretraining["pretrain"].optim.beta2 == 0.999
     bound = load_recipe(recipe, sets=["pretrain.optim.beta2=0.984375"])
-    assert bound.pretrain.optim.moments == "bfloat16"
+    assert bound.pretraining["pretrain"].optim.moments == "bfloat16"
 
 
 def test_a_line_without_checkable_problems_is_refused(recipe: str) -> None:
     sets = ['data.sources.sums={type="files", share=0.5, glob="*.txt"}']
-    assert "no source of checkable problems" in message(recipe, *sets)
+    assert "needs checkable problems, and its corpus has no source of them" in message(
+        recipe, *sets
+    )
 
 
 def test_a_set_without_an_equals_sign_is_refused(recipe: str) -> None:
@@ -346,6 +353,5 @@ def test_beside_a_tokenizer_file_the_size_of_one_to_train_means_nothing(recipe: 
 def test_a_recipe_says_what_comes_after_pretraining(recipe: str) -> None:
     text = Path(recipe).read_text()
     Path(recipe).write_text(text[: text.index("[posttrain]")])
-    said = message(recipe)
-    assert "neither posttrain nor parity is there" in said
+    assert load_recipe(recipe).posttraining == {}
     assert load_recipe(recipe, sets=["parity={}"]).posttrain is None

@@ -23,9 +23,11 @@ from pipeline.lease import this_process
 from pipeline.records import Built, Failed, Invocation, Reused, Run, new_run_id
 from pipeline.runner import Listener, Setting, realise
 from pipeline.store import Slot, Store
-from stages.artifacts import Bundle, Checkpoint, Corpus, Parity, Report, read_manifest
+from stages.artifacts import Bundle, Checkpoint, Corpus, Parity, Report
 from stages.contract import Planned, Workspace, stage
 from stages.hashing import Hashes
+from stages.manifest import read_manifest
+from stages.plots import Bar, Bars, Plot, write_plots
 from stages.telemetry import MetricsFile, following
 
 RECIPE = "fake"
@@ -116,7 +118,12 @@ def judge(config: FakeConfig, work: Workspace, *, corpus: Corpus, checkpoint: Ch
         "after_greedy_accuracy": 1 - config.seed / 32,
     }
     work.path("report.json").write_text(json.dumps({"headline": headline}))
-    return Report(uri=work.out, headline=headline)
+    bars = {side: Bar(value=headline[f"{side}_pass_at_1"]) for side in ("before", "after")}
+    write_plots(
+        work.path(), Plot(name="before_after", panels=(Bars(title="pass at 1", bars=bars),))
+    )
+    key = ("before_pass_at_1", "after_pass_at_1")
+    return Report(uri=work.out, headline=headline, key=key)
 
 
 @stage(revision=1)

@@ -23,8 +23,9 @@ from pipeline.store import Committed, Slot, Store
 from pipeline.verbs import asked
 from pipeline.verbs import clean as clean_module
 from pipeline.verbs.clean import Entry, clean, inventory
-from stages.artifacts import Corpus, Report, verify
+from stages.artifacts import Corpus, Report
 from stages.contract import Planned, Workspace, stage
+from stages.manifest import verify
 from tests.pipeline.fakes import RECIPE, FakeConfig, World, gather, outcomes
 
 

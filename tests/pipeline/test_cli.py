@@ -38,7 +38,7 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """
 
     def fake(recipe: Recipe) -> dict[str, Planned[Any]]:
-        steps = recipe.pretrain.steps
+        steps = recipe.pretraining["pretrain"].steps
         return make_line(train={"steps": steps, "fails": steps == 13})
 
     monkeypatch.setattr(asked, "production", fake)

@@ -24,7 +24,7 @@ from pipeline.files import create_exclusively
 from pipeline.graph import Node
 from pipeline.lease import newest, take
 from pipeline.store import Committed, Slot, builders
-from stages.artifacts import MANIFEST, Lease, verify
+from stages.manifest import MANIFEST, Lease, verify
 from tests.pipeline.fakes import World, fill
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ import os, signal, sys
 from configs.errors import LeaseLost
 from configs.parallel import StoreConfig
 from pipeline import store as store_module
-from stages.artifacts import MANIFEST
+from stages.manifest import MANIFEST
 from tests.pipeline.fakes import World, fill
 
 def pause():

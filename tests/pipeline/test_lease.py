@@ -24,7 +24,7 @@ from pipeline.lease import (
     take,
     this_process,
 )
-from stages.artifacts import Lease
+from stages.manifest import Lease
 
 SILENT = 0.5
 """What stands for `DEAD_SECONDS` here."""

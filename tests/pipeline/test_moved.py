@@ -22,8 +22,8 @@ from pipeline import cli
 from pipeline.places import tracking_uri
 from pipeline.store import STORE, Store
 from pipeline.verbs import asked
-from stages.artifacts import FORMAT, MANIFEST, verify
 from stages.contract import Planned
+from stages.manifest import FORMAT, MANIFEST, verify
 from tests.pipeline.fakes import World, make_line, outcomes
 from tests.pipeline.test_tracking import tracked
 
@@ -170,7 +170,7 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's folder with a recipe of their own, and the fake line in place of the real one."""
 
     def fake(recipe: Recipe) -> dict[str, Planned[Any]]:
-        return make_line(train={"steps": recipe.pretrain.steps})
+        return make_line(train={"steps": recipe.pretraining["pretrain"].steps})
 
     monkeypatch.setattr(asked, "production", fake)
     monkeypatch.setattr(signal, "signal", lambda *args: None)

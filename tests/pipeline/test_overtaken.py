@@ -13,8 +13,9 @@ from pipeline.lease import take
 from pipeline.places import tracking_uri
 from pipeline.records import Built, Failed, Reused
 from pipeline.store import Committed, Slot
-from stages.artifacts import Corpus, Report, verify
+from stages.artifacts import Corpus, Report
 from stages.contract import Workspace, stage
+from stages.manifest import verify
 from tests.conftest import Recorder
 from tests.pipeline.fakes import FakeConfig, World, fill, outcomes
 from tests.pipeline.test_tracking import tracked

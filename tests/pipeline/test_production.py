@@ -106,7 +106,7 @@ def test_a_recipes_own_nodes_join_in_any_order() -> None:
         (
             added("train", {"corpus": "dat"}),
             PlanError,
-            "'dat' is not a node",
+            "nodes.mine: its input corpus is to come from 'dat', no node; did you mean 'data'?",
         ),
         (
             added("train", {"corpus": "pretrain"}),

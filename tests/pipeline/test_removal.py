@@ -17,7 +17,7 @@ from pipeline.graph import Node
 from pipeline.lease import is_held, newest, take
 from pipeline.removal import delete, remove, removed
 from pipeline.store import Committed, Slot
-from stages.artifacts import MANIFEST, Lease, verify
+from stages.manifest import MANIFEST, Lease, verify
 from tests.pipeline.fakes import World, fill
 
 

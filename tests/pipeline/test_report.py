@@ -1,7 +1,6 @@
 """Plots show every scalar there is, and are images."""
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,15 @@ import pytest
 from matplotlib.image import imread
 from numpy.typing import NDArray
 
+from configs.errors import ArtifactError
 from configs.model import V3Config
 from configs.parity import ParityConfig
-from pipeline.figures import key_figures, show_figures
-from pipeline.report import plot_report, plot_steps
+from pipeline.figures import show_figures
+from pipeline.report import plot_artifact, plot_steps
 from stages.artifacts import Checkpoint, Report
 from stages.loss_parity.gaps import Pair, compare
-from stages.loss_parity.render import render_json
+from stages.loss_parity.render import plot
+from stages.plots import Bar, Bars, Plot, write_plots
 from stages.telemetry import MetricsFile
 
 LOAD = [[0.25] * 4, [0.7, 0.1, 0.1, 0.1]]
@@ -72,28 +73,29 @@ def test_a_log_without_steps_has_no_plots(tmp_path: Path) -> None:
     assert plot_steps([], tmp_path) == []
 
 
-def test_before_and_after_stand_side_by_side(tmp_path: Path) -> None:
-    report = tmp_path / "report.json"
-    headline = {"before_pass_at_1": 0.2, "after_pass_at_1": 0.6, "ngram_bits_per_byte": 3.0}
-    headline |= {f"{side}_pass_at_1_low": 0.1 for side in ("before", "after")}
-    headline |= {f"{side}_pass_at_1_high": 0.7 for side in ("before", "after")}
-    report.write_text(json.dumps({"headline": headline}))
-    assert names(plot_report(report, tmp_path)) == {"before_after.png"}
+@pytest.mark.parametrize("bounded", [True, False])
+def test_models_stand_side_by_side_with_their_intervals(tmp_path: Path, bounded: bool) -> None:
+    bounds = {"low": 0.1, "high": 0.7} if bounded else {}
+    values = {"before": 0.2, "after": 0.6, "sft": 0.3}
+    bars = {name: Bar(value=value, **bounds) for name, value in values.items()}
+    panel = Bars(title="pass at 1", bars=bars)
+    write_plots(tmp_path, Plot(name="models", panels=(panel, panel)))
+    assert names(plot_artifact(tmp_path, tmp_path / "out")) == {"models.png"}
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_losses_of_two_precisions_stand_above_their_gap(tmp_path: Path, seeds: int) -> None:
-    def plot(early: float, folder: str) -> Path:
+    def drawn(early: float, folder: str) -> Path:
         """The FP8 loss is this many times the other, but for the tail, where they are equal."""
         high = [5 - step / 40 for step in range(100)]
         fp8 = [early * loss for loss in high[:80]] + high[80:]
-        report = tmp_path / "report.json"
         pairs = dict.fromkeys(range(seeds), Pair(fp8=fp8, high=high))
-        report.write_text(render_json(compare(pairs, ParityConfig())))
-        (path,) = plot_report(report, tmp_path / folder)
+        (tmp_path / folder).mkdir()
+        write_plots(tmp_path / folder, plot(compare(pairs, ParityConfig())))
+        (path,) = plot_artifact(tmp_path / folder, tmp_path / folder)
         return path
 
-    near, far = plot(1.0, "near"), plot(1.003, "far")
+    near, far = drawn(1.0, "near"), drawn(1.003, "far")
     assert names([near, far]) == {"loss_parity.png"}
     # Titles and axes are equal; the lower half is the gap's.
     half = imread(near).shape[0] // 2
@@ -102,14 +104,19 @@ def test_losses_of_two_precisions_stand_above_their_gap(tmp_path: Path, seeds: i
 
 def test_a_gap_is_shown_in_percent() -> None:
     report = Report(uri="/", headline={"relative_gap": 0.000834, "largest_gap": 0.001})
-    told = show_figures(key_figures(report))
+    told = show_figures(report.key_figures())
     assert told == "relative gap 0.083 %, largest gap 0.100 %"
 
 
-def test_a_report_without_pairs_has_no_plot(tmp_path: Path) -> None:
-    report = tmp_path / "report.json"
-    report.write_text(json.dumps({"headline": {"after_pass_at_1": 0.5}}))
-    assert plot_report(report, tmp_path) == []
+def test_an_artifact_that_describes_no_plots_has_none(tmp_path: Path) -> None:
+    assert plot_artifact(tmp_path, tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["{", "[{}]", '[{"name": "a/b", "panels": []}]'])
+def test_plots_that_cannot_be_drawn_are_one_clear_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plots.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"not plots that can be drawn .* mend the stage"):
+        plot_artifact(tmp_path, tmp_path)
 
 
 def test_a_trainings_rate_is_that_of_its_usual_step(tmp_path: Path) -> None:
@@ -119,4 +126,4 @@ def test_a_trainings_rate_is_that_of_its_usual_step(tmp_path: Path) -> None:
     made = Checkpoint(
         uri=str(tmp_path / "files"), step=5, sequences_seen=0, model=V3Config(), final_loss=None
     )
-    assert key_figures(made) == {"loss": -1.0, "tokens_per_second": 900.0}
+    assert made.key_figures() == {"loss": -1.0, "tokens_per_second": 900.0}

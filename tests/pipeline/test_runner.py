@@ -18,9 +18,10 @@ from pipeline.graph import Selection, make_graph
 from pipeline.lease import newest
 from pipeline.records import Built, Failed, Run, new_run_id
 from pipeline.runner import Chorus
-from stages.artifacts import Checkpoint, Corpus, Report, read_manifest
+from stages.artifacts import Checkpoint, Corpus, Report
 from stages.contract import Workspace, stage
 from stages.hashing import Hashes
+from stages.manifest import read_manifest
 from tests.conftest import Recorder
 from tests.pipeline.fakes import FakeConfig, World, failed, gather, made, outcomes
 

@@ -146,4 +146,6 @@ def test_what_holds_no_model_is_refused(
     world = World(StoreConfig(url=".ingot", min_free_bytes=0))
     folder = str(world.generation(world.run(), "data"))
     assert cli.main(["sample", folder, "--recipe", "smoke", "--prompt", "x"]) == 1
-    assert "holds a corpus; sample from a checkpoint or a bundle" in capsys.readouterr().err
+    assert (
+        "holds a corpus without plain weights; sample from a checkpoint" in capsys.readouterr().err
+    )

@@ -258,7 +258,7 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """
 
     def fake(recipe: Recipe) -> dict[str, Planned[Any]]:
-        steps = recipe.pretrain.steps
+        steps = recipe.pretraining["pretrain"].steps
         return seeded(recipe.seed, failing=(1,) if steps == 13 else (), steps=steps)
 
     monkeypatch.setattr(asked, "production", fake)

@@ -25,7 +25,8 @@ from pipeline.graph import Node
 from pipeline.lease import newest, take
 from pipeline.removal import remove
 from pipeline.store import Committed, Slot, Store
-from stages.artifacts import MANIFEST, Corpus, Lease, verify
+from stages.artifacts import Corpus
+from stages.manifest import MANIFEST, Lease, verify
 from tests.pipeline.fakes import World, fill
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,10 @@ from configs.engram import EngramConfig
 from configs.model import ModelConfig, V3Config, V4Config, V32Config
 from model.transformer import Transformer
 from model.weights.files import save_pretrained
-from stages.artifacts import FILES, MANIFEST, Bundle, Checkpoint, Corpus, Manifest
+from stages.artifacts import Bundle, Checkpoint, Corpus
 from stages.export.bundle import export
 from stages.framing import BOS_TOKEN, EOS_TOKEN
+from stages.manifest import FILES, MANIFEST, Manifest
 from stages.shards import write_rows
 from stages.verifiers import Problem, write_problems
 from tests.conftest import workspace_at

@@ -18,7 +18,7 @@ from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace
 from stages.framing import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 from stages.posttrain import loop
-from stages.telemetry import METRICS, read_metrics
+from stages.steps import METRICS, read_metrics
 from stages.tokens import begin_texts
 from stages.verifiers import Problem, write_problems
 from tests.references import random_model, tiny

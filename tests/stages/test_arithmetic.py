@@ -101,6 +101,7 @@ def test_the_seed_decides_order_and_split() -> None:
 @pytest.mark.parametrize("name", [n for n in shipped_recipes() if load_recipe(n).parity is None])
 def test_a_shipped_recipe_holds_out_the_problems_that_it_evaluates(name: str) -> None:
     recipe = load_recipe(name)
+    assert recipe.evaluate is not None
     assert held_out_problems(recipe) >= recipe.evaluate.problems
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from configs.errors import ArtifactError
-from stages.artifacts import (
+from stages.artifacts import Report
+from stages.manifest import (
     MANIFEST,
     FileEntry,
     Manifest,
-    Report,
     content_hash,
     filesystem,
     hash_file,

@@ -9,8 +9,8 @@ from configs.parallel import StoreConfig
 from configs.recipe import NodeConfig
 from pipeline.fingerprint import differences, identify
 from pipeline.graph import Graph, make_graph
-from pipeline.production import plan_added
 from pipeline.records import Run
+from pipeline.wiring import added, wire
 from stages.artifacts import Checkpoint, Corpus, Report
 from stages.contract import Planned, Workspace, stage
 from stages.hashing import Hashes
@@ -137,7 +137,7 @@ def test_stages_of_two_plugins_are_two_though_their_functions_share_a_name(
     for plugin in ("first_plugin", "second_plugin"):
         (tmp_path / f"{plugin}.py").write_text(PLUGIN.format(text=plugin))
         node = NodeConfig(use=f"{plugin}:clean")
-        planned = plan_added("mine", node, {})
+        planned = wire(added({"mine": node}, {}))["mine"]
         assert planned.stage.function == f"{plugin}:clean"
         line = make_graph({"mine": planned}, HASHES)
         assert outcomes(world.run(graph=line)) == {"mine": "built"}

@@ -11,7 +11,7 @@ from configs.delivery import ExportConfig, ExportSpec
 from configs.errors import ArtifactError
 from configs.imports import ImportSpec
 from model.weights.files import save_pretrained
-from stages.artifacts import MANIFEST, Bundle, Checkpoint, Manifest
+from stages.artifacts import Bundle, Checkpoint
 from stages.conventions import (
     PLAIN_TEMPLATE,
     Conventions,
@@ -22,6 +22,7 @@ from stages.conventions import (
 from stages.export.bundle import export
 from stages.export.client import Client
 from stages.imported.loop import imported
+from stages.manifest import MANIFEST, Manifest
 from stages.tokens import load_tokenizer, vocabulary_size
 from tests.conftest import Recorder, workspace_at
 from tests.references import random_model

@@ -24,9 +24,11 @@ from stages.answers import choose
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace
 from stages.evaluate import loop
+from stages.evaluate.face import reported
 from stages.evaluate.ngram import best_bits, count_pairs
 from stages.evaluate.text import byte_lengths, score_text, size
 from stages.framing import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
+from stages.plots import Bars, read_plots
 from stages.shards import consumed_rows, write_rows
 from stages.verifiers import Problem, write_problems
 from tests.conftest import workspace_at
@@ -208,6 +210,8 @@ class Lab:
     """What was sampled."""
     greedy: dict[str, list[tuple[tuple[int, ...], int]]] = field(default_factory=dict)
     loaded: list[str] = field(default_factory=list)
+    models: tuple[str, ...] = ("before", "after")
+    has_baseline: bool = True
 
     @property
     def work(self) -> Workspace:
@@ -243,11 +247,19 @@ class Lab:
     def run(self, seen: int = 5, context_tokens: int = 64, **settings: Any) -> Any:
         asked = {"problems": 6, "samples_per_problem": 4, "pass_at": (1, 4), "max_new_tokens": 4}
         return loop.evaluate(
-            EvaluateSpec(seed=SEED, evaluate=EvaluateConfig.model_validate(asked | settings)),
+            EvaluateSpec(
+                seed=SEED,
+                evaluate=EvaluateConfig.model_validate(asked | settings),
+                order=self.models,
+                has_baseline=self.has_baseline,
+            ),
             self.work,
             corpus=self.corpus,
-            before=self.checkpoint("before", context_tokens=context_tokens, seen=seen),
-            after=self.checkpoint("after", context_tokens=context_tokens),
+            **{
+                # Names are in no order when a stage is called.
+                name: self.checkpoint(name, context_tokens=context_tokens, seen=seen)
+                for name in sorted(self.models)
+            },
         )
 
     def report(self) -> Any:
@@ -263,7 +275,7 @@ class Pool:
 
     def load(self, path: Path) -> None:
         # What scores text is done by then: no two models are in memory at a time.
-        assert self.lab.loaded[-2:] == ["before", "after"]
+        assert self.lab.loaded[-len(self.lab.models) :] == list(self.lab.models)
         assert path.name not in self.lab.asked
         self.lab.asked[path.name] = []
         self.name = path.name
@@ -344,13 +356,13 @@ def test_the_report_sets_both_models_side_by_side(lab: Lab) -> None:
     figures = report.headline
     assert figures["before_pass_at_1"] == figures["before_pass_at_4"] == 0.0
     assert figures["after_pass_at_1"] == figures["after_pass_at_4"] == 1.0
-    assert figures["pass_at_1_gain"] == figures["pass_at_4_gain"] == 1.0
+    assert figures["after_pass_at_1_gain"] == figures["after_pass_at_4_gain"] == 1.0
     assert figures["before_pass_at_1_low"] == 0.0
     assert figures["before_pass_at_1_high"] < figures["after_pass_at_1_low"] < 1.0
     assert figures["before_greedy_accuracy"] == figures["before_all_of_4"] == 0.0
     assert figures["after_greedy_accuracy"] == figures["after_all_of_4"] == 1.0
-    assert figures["greedy_accuracy_gain"] == figures["all_of_4_gain"] == 1.0
-    assert 0.5 < figures["pass_at_1_gain_low"] < figures["pass_at_1_gain_high"] == 1.0
+    assert figures["after_greedy_accuracy_gain"] == figures["after_all_of_4_gain"] == 1.0
+    assert 0.5 < figures["after_pass_at_1_gain_low"] < figures["after_pass_at_1_gain_high"] == 1.0
     assert figures["after_bits_per_byte"] < figures["before_bits_per_byte"]
     assert lab.report()["headline"] == figures
     assert len(lab.report()["problems"]) == 6
@@ -360,6 +372,57 @@ def test_the_report_sets_both_models_side_by_side(lab: Lab) -> None:
     assert "| all 4 samples right | 0.0% [0.0%, " in text
     assert "| +100.0 [" in text
     assert "Documents are scored one by one" in text
+
+
+def test_every_other_model_is_compared_with_the_first(lab: Lab) -> None:
+    lab.models = ("base", "sft", "after")
+    report = lab.run()
+    figures = report.headline
+    assert {name: figures[f"{name}_pass_at_1"] for name in lab.models} == {
+        "base": 0.0,
+        "sft": 0.0,
+        "after": 1.0,
+    }
+    assert (figures["sft_pass_at_1_gain"], figures["after_pass_at_1_gain"]) == (0.0, 1.0)
+    assert "base_pass_at_1_gain" not in figures
+    key = ["base_pass_at_1", "after_pass_at_1", "after_bits_per_byte"]
+    assert list(report.key_figures()) == key
+    text = lab.work.path("report.md").read_text()
+    assert "|  | base | sft | after | bigram + unigram |" in text
+    assert "| gain over base | sft | after |" in text
+    (plot,) = read_plots(lab.work.path())
+    assert all(isinstance(panel, Bars) for panel in plot.panels)
+    assert [list(panel.bars) for panel in plot.panels if isinstance(panel, Bars)] == [
+        ["base", "sft", "after"]
+    ] * len(plot.panels)
+    entry = lab.report()["problems"][0]
+    assert list(entry["answers"]) == ["base", "sft", "after"]
+
+
+def test_a_single_model_is_measured_without_gains(lab: Lab) -> None:
+    lab.models = ("model",)
+    figures = lab.run().headline
+    assert figures["model_pass_at_1"] == 0.0
+    assert not [name for name in figures if "gain" in name]
+    assert "gain over" not in lab.work.path("report.md").read_text()
+
+
+@pytest.mark.parametrize("models", [("model",), ("before", "after"), ("base", "sft", "after")])
+@pytest.mark.parametrize("has_baseline", [True, False])
+def test_the_face_knows_every_figure_that_is_reported(
+    lab: Lab, models: tuple[str, ...], has_baseline: bool
+) -> None:
+    lab.models, lab.has_baseline = models, has_baseline
+    asked = EvaluateConfig(samples_per_problem=4, pass_at=(1, 4))
+    spec = EvaluateSpec(seed=SEED, evaluate=asked, order=models, has_baseline=has_baseline)
+    assert list(lab.run().headline) == list(reported(spec, has_problems=True))
+
+
+def test_a_model_of_another_corpus_has_no_baseline_and_the_report_says_why(lab: Lab) -> None:
+    lab.has_baseline = False
+    assert "ngram_bits_per_byte" not in lab.run().headline
+    text = lab.work.path("report.md").read_text()
+    assert "no n-gram baseline: the first model was pretrained on another corpus" in text
 
 
 def test_the_report_says_what_its_intervals_cover_and_what_they_do_not(lab: Lab) -> None:
@@ -384,8 +447,10 @@ def test_a_skill_that_sampling_hides_is_seen_greedily(lab: Lab) -> None:
     figures = lab.run().headline
     assert figures["before_greedy_accuracy"] == 1.0
     assert figures["before_pass_at_1"] == 0.0
-    assert figures["greedy_accuracy_gain"] == 0.0
-    assert figures["greedy_accuracy_gain_low"] < 0 < figures["greedy_accuracy_gain_high"]
+    assert figures["after_greedy_accuracy_gain"] == 0.0
+    assert (
+        figures["after_greedy_accuracy_gain_low"] < 0 < figures["after_greedy_accuracy_gain_high"]
+    )
     assert lab.greedy["before"] == lab.greedy["after"]
     assert len(lab.greedy["before"]) == 6
 
@@ -419,7 +484,7 @@ def test_bits_per_byte_join_all_sources_by_their_bytes(lab: Lab, lengths: np.nda
     text = "".join(["return naïve(x)", TEXT, *(p.prompt + p.answer for p in lab.problems)])
     unscored = sum(int(lengths[rows[:, 0]].sum()) for rows in lab.held_out.values())
     assert num_bytes + unscored == len(text.encode())  # a row's first token is nobody's target
-    by_source = lab.report()["before"]["text"]
+    by_source = lab.report()["models"]["before"]["text"]
     assert {name: entry["bytes"] for name, entry in by_source.items()} == {
         name: size(rows, lengths)[0] for name, rows in lab.held_out.items()
     }
@@ -437,7 +502,7 @@ def test_the_baseline_is_counted_on_exactly_the_rows_that_the_model_consumed(
         bits, weight = best_bits(counts, rows)
         entry = lab.report()["ngram"][source]
         assert (entry["bits"], entry["bigram_weight"]) == pytest.approx((bits, weight))
-        assert entry["targets"] == lab.report()["before"]["text"][source]["targets"]
+        assert entry["targets"] == lab.report()["models"]["before"]["text"][source]["targets"]
 
 
 def test_both_models_are_asked_the_same_with_seeds_of_problem_and_sample(lab: Lab) -> None:
@@ -491,7 +556,9 @@ def test_rows_longer_than_the_context_are_an_error_with_both_numbers(lab: Lab) -
 
 def test_no_more_held_out_tokens_are_scored_than_asked_for(lab: Lab) -> None:
     lab.run(max_held_out_tokens=20)
-    targets = {name: entry["targets"] for name, entry in lab.report()["before"]["text"].items()}
+    targets = {
+        name: entry["targets"] for name, entry in lab.report()["models"]["before"]["text"].items()
+    }
     assert targets == {
         name: size(rows[:1], np.zeros(999, np.int64))[1] for name, rows in lab.held_out.items()
     }

@@ -15,8 +15,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from stages import hashing
-from stages.artifacts import FileEntry
 from stages.hashing import HashedReader, Hashes, hash_stream
+from stages.manifest import FileEntry
 
 SETTLED_SECONDS = hashing._SETTLED_SECONDS
 

@@ -23,7 +23,7 @@ from stages.artifacts import Checkpoint, Corpus
 from stages.framing import BOS_ID
 from stages.pretrain.held_out_text import HeldOutText, held_out_text
 from stages.pretrain.loop import best_measured, loss_at, pretrain
-from stages.telemetry import METRICS, read_metrics
+from stages.steps import METRICS, read_metrics
 from tests.conftest import Recorder, workspace_at
 from tests.model.transformers_twin import transformers_twin
 from tests.ranks import on_ranks

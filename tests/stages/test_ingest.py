@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 from configs.data import ArithmeticSource, FilesSource, StdlibSource
 from configs.errors import DataError
-from stages.artifacts import FileEntry
 from stages.data.files import split_text
 from stages.data.ingest import read_files, read_stdlib
 from stages.data.reads import identify
 from stages.hashing import Hashes
+from stages.manifest import FileEntry
 
 
 def source(glob: object, **settings: object) -> FilesSource:

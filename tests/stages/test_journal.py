@@ -5,7 +5,7 @@ import pytest
 from configs.errors import LeaseLost
 from stages.contract import Workspace
 from stages.posttrain.journal import Journal, Stopwatch
-from stages.telemetry import METRICS, read_metrics
+from stages.steps import METRICS, read_metrics
 from tests.conftest import steal
 
 

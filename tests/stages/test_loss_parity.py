@@ -14,11 +14,13 @@ from configs.model import V3Config
 from configs.parallel import StoreConfig
 from configs.parity import ParityConfig, ParitySpec
 from pipeline.graph import Selection, make_graph
-from stages.artifacts import Checkpoint, Report, verify
+from stages.artifacts import Checkpoint, Report
 from stages.contract import Workspace, stage
 from stages.loss_parity import face
 from stages.loss_parity.loop import loss_parity
-from stages.telemetry import METRICS, MetricsFile, write_history
+from stages.manifest import verify
+from stages.steps import METRICS
+from stages.telemetry import MetricsFile, write_history
 from tests.conftest import Recorder, workspace_at
 from tests.pipeline.fakes import World, outcomes
 

@@ -16,10 +16,12 @@ from configs.train import PretrainConfig, PretrainSpec
 from pipeline.graph import Graph, make_graph
 from pipeline.records import Failed
 from pipeline.store import Committed
-from stages.artifacts import MANIFEST, Corpus
+from stages.artifacts import Corpus
 from stages.contract import Workspace, stage
+from stages.manifest import MANIFEST
 from stages.pretrain import face, loop
-from stages.telemetry import METRICS, MetricsFile, begin_metrics, read_metrics
+from stages.steps import METRICS, read_metrics
+from stages.telemetry import MetricsFile, begin_metrics
 from tests.conftest import Recorder
 from tests.pipeline.fakes import FakeConfig, World, outcomes
 from tests.references import TINY

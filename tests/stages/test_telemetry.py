@@ -8,16 +8,8 @@ from pathlib import Path
 import pytest
 
 from stages.contract import Workspace
-from stages.telemetry import (
-    HISTORY,
-    METRICS,
-    SAVES,
-    MetricsFile,
-    begin_metrics,
-    following,
-    read_metrics,
-    write_history,
-)
+from stages.steps import METRICS, read_metrics
+from stages.telemetry import HISTORY, SAVES, MetricsFile, begin_metrics, following, write_history
 from tests.conftest import Recorder, workspace_at
 
 

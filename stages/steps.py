@@ -1,0 +1,26 @@
+"""The step log as it is read: one JSON line a step (see `stages/telemetry.py`, which writes it)."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a step log; a line cut short by a crash is left out."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def scalars(record: Mapping[str, object]) -> dict[str, float]:
+    """The entries of a step's record that are plain numbers."""
+    return {
+        name: float(value)
+        for name, value in record.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
