@@ -124,7 +124,7 @@ def test_a_body_that_cannot_be_had_is_one_clear_error(
     if text is not None:
         (tmp_path / f"{module}.py").write_text(text)
     face = Face(name="mine", revision=1, config=FakeConfig, makes=Corpus, body=f"{module}:{name}")
-    with pytest.raises(PlanError, match=r"^stage mine: its body ") as caught:
+    with pytest.raises(PlanError, match=r"^stage mine: its ") as caught:
         load_body(face)
     assert message in str(caught.value)
 
