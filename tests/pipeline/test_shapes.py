@@ -245,7 +245,7 @@ def tokenizer(path: Path, **odd: int) -> str:
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused_when_planned(tmp_path: Path) -> None:
     setting = tokenizer(tmp_path / "tokenizer.json", abc=100_000)
-    with pytest.raises(ConfigError, match=r"has 100001 tokens, which is above .* vocab_size = 384"):
+    with pytest.raises(ConfigError, match=r"has 100001 tokens, which is above .* vocab_size = 512"):
         plan(None, "", setting)
 
 
