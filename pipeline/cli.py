@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import keyword
 import os
 import sys
 import traceback
@@ -16,9 +15,12 @@ _VERBS = {
     "plan": "pipeline.verbs.plan",
     "status": "pipeline.verbs.inspect",
     "why": "pipeline.verbs.inspect",
-    "show": "pipeline.verbs.inspect",
+    "show": "pipeline.verbs.show",
+    "runs": "pipeline.verbs.runs",
+    "diff": "pipeline.verbs.diff",
     "ui": "pipeline.verbs.ui",
     "sample": "pipeline.verbs.sample",
+    "eval": "pipeline.verbs.eval_",
     "import": "pipeline.verbs.import_",
     "clean": "pipeline.verbs.clean",
     "doctor": "pipeline.verbs.doctor",
@@ -26,6 +28,8 @@ _VERBS = {
 """Where each verb's function of the same name stands (`import_` for `import`). Resolved when
 called: stages load torch and ray, which takes seconds, and `--help` must answer at once."""
 
+_TAKEN = frozenset({"import", "eval"})
+"""Verbs that Python has taken: their functions end in `_`, as their modules do."""
 _INTERRUPTED = 130
 _SEEDS = "--seeds"
 _SEEDS_HELP = (
@@ -43,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
-        name = f"{args.verb}_" if keyword.iskeyword(args.verb) else args.verb
+        name = _VERBS[args.verb].rpartition(".")[2] if args.verb in _TAKEN else args.verb
         verb = getattr(importlib.import_module(_VERBS[args.verb]), name)
         return int(verb(args))
     except IngotError as error:
@@ -105,8 +109,17 @@ def _parser() -> argparse.ArgumentParser:
     _with_latest(verbs.add_parser("status", help="which nodes are fresh, stale or missing"))
     why = _with_latest(verbs.add_parser("why", help="why a node must be built"))
     why.add_argument("stage", metavar="STAGE", help="a node or a stage")
-    show = _with_latest(verbs.add_parser("show", help="what an artifact holds; hashes its files"))
+    show = _with_latest(verbs.add_parser("show", help="what an artifact holds"))
     show.add_argument("artifact", metavar="ARTIFACT", help="a node or an artifact's folder")
+    show.add_argument("--verify", action="store_true", help="hash every file again")
+    runs = _with_latest(verbs.add_parser("runs", help="what was run here, the newest first"))
+    runs.add_argument("--limit", type=int, default=20, help="default: %(default)s")
+    runs.add_argument("--json", action="store_true", help="print as JSON, with all nodes")
+    diff = _with_latest(
+        verbs.add_parser("diff", help="how two runs, two recipes or two artifacts differ")
+    )
+    diff.add_argument("first", metavar="A", help="a run's id, a recipe, a node or a folder")
+    diff.add_argument("second", metavar="B", help="another of the same kind")
 
     ui = _with_latest(verbs.add_parser("ui", help="browse runs in MLflow on 127.0.0.1"))
     ui.add_argument("--port", type=int, default=5000, help="default: %(default)s")
@@ -123,6 +136,23 @@ def _parser() -> argparse.ArgumentParser:
         "--top-p", type=float, default=1.0, help="draw from the likeliest that make up this share"
     )
     sample.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+    evaluation = _with_latest(
+        verbs.add_parser("eval", help="how many problems a model answers rightly")
+    )
+    evaluation.add_argument(
+        "model", metavar="MODEL", help="a node, or a checkpoint's or bundle's folder"
+    )
+    evaluation.add_argument(
+        "--problems",
+        metavar="FILE",
+        help=".jsonl with prompt and answer, or a corpus's .parquet; default: the held-out "
+        "problems of the corpus that the model was made of",
+    )
+    evaluation.add_argument("--limit", type=int, default=200, help="default: %(default)s")
+    evaluation.add_argument("--samples", type=int, default=4, help="a problem; default: 4")
+    evaluation.add_argument("--max-new-tokens", type=int, default=16, help="default: %(default)s")
+    evaluation.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
     imports = _with_latest(
         verbs.add_parser("import", help="take a model made elsewhere in place of pretraining")

@@ -6,6 +6,7 @@ Its plots are data in its file `plots.json` (see `stages/plots.py`), its page is
 nothing above needs to know its kind, and a plugin's artifacts are shown as the line's own are.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar, Literal, Self
@@ -104,7 +105,7 @@ def load_artifact(generation: str) -> Artifact:
 
     ArtifactError as of `read_manifest`, or for a kind that only a plugin knows.
     """
-    kinds = {one.kind: one for one in Artifact.__subclasses__()}
+    kinds = {one.kind: one for one in reversed(list(_below(Artifact)))}
     found = read_manifest(generation).kind
     if found not in kinds:
         raise ArtifactError(
@@ -112,6 +113,14 @@ def load_artifact(generation: str) -> Artifact:
             "by its node in a recipe whose stage makes it"
         )
     return kinds[found].load(generation)
+
+
+def _below(kind: type[Artifact]) -> Iterator[type[Artifact]]:
+    """The nouns that are made of `kind`, nearest first."""
+    for one in kind.__subclasses__():
+        yield one
+    for one in kind.__subclasses__():
+        yield from _below(one)
 
 
 class Corpus(Artifact):

@@ -1,14 +1,12 @@
-"""`ingot status`, `why` and `show`: what is there, why it is not fresh, and what it holds."""
+"""`ingot status` and `why`: what is there, and why it is not fresh."""
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping
 
 from pipeline.decide import Damaged, Examiner, Fresh, Missing, Stale, State, Unsettled, survey
 from pipeline.graph import Graph, Node
 from pipeline.provenance import source_digest
-from pipeline.verbs.asked import Asked, load_asked, locate
-from stages.manifest import read_manifest, verify
+from pipeline.verbs.asked import Asked, load_asked
 
 
 def status(args: argparse.Namespace) -> int:
@@ -29,32 +27,6 @@ def why(args: argparse.Namespace) -> int:
     for name in graph.resolve(args.stage):
         for line in _explain(graph, states, name, ""):
             print(line)
-    return 0
-
-
-def show(args: argparse.Namespace) -> int:
-    """Print an artifact's facts, inputs and files, and hash every file again."""
-    asked = load_asked(args)
-    folder = locate(asked.store(print), asked.recipe.name, args.artifact)
-    manifest = read_manifest(str(folder))
-    print(f"{manifest.kind} {manifest.fingerprint}, content {manifest.content[:16]}")
-    print(f"at {folder / manifest.address}")
-    made = manifest.provenance
-    print(
-        f"by stage {manifest.stage_name} revision {manifest.revision}, run {made.get('run')}, "
-        f"{made.get('time')}, {made.get('seconds', 0):.1f} s, ingot {made.get('ingot')}"
-    )
-    print("facts")
-    for name, value in manifest.facts.items():
-        print(f"  {name} = {json.dumps(value)}")
-    print("inputs" if manifest.inputs else "inputs: none")
-    for name, entry in manifest.inputs.items():
-        print(f"  {name} = {entry.address}, content {entry.content[:16]}")
-    print("files")
-    for name, file in manifest.files.items():
-        print(f"  {file.bytes:>14,}  {file.sha256[:16]}  {name}")
-    verify(str(folder))
-    print(f"verified: {len(manifest.files)} files have the sizes and hashes of the manifest")
     return 0
 
 

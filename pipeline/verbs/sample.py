@@ -23,7 +23,7 @@ def sample(args: argparse.Namespace) -> int:
     ConfigError for a setting that means nothing.
     """
     _check(args)
-    folder = _model_folder(args)
+    folder = model_folder(args)
     print(f"sampling from {folder}", file=sys.stderr)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     prompts = [
@@ -60,7 +60,7 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def _model_folder(args: argparse.Namespace) -> Path:
+def model_folder(args: argparse.Namespace) -> Path:
     """The folder with weights that the user means; ArtifactError if it holds no model."""
     asked = Path(args.model)
     if (asked / "config.json").is_file():

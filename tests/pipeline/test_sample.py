@@ -132,7 +132,7 @@ def test_a_node_of_the_line_is_sampled_from_its_artifacts_files(
 
     def meant(model: str) -> Path:
         words = ["sample", model, "--recipe", "smoke", "--prompt", "x"]
-        return verb._model_folder(cli.parse(words))
+        return verb.model_folder(cli.parse(words))
 
     checkpoint, bundle = (world.generation(made, node) for node in ("train", "pack.cuda"))
     assert meant(str(checkpoint)) == world.files(made, "train")

@@ -1,0 +1,77 @@
+"""`ingot runs`: what was run here, the newest first."""
+
+import argparse
+import json
+import time
+from collections import Counter
+
+from pipeline.figures import show_figures
+from pipeline.records import Built, Reused, Run
+from pipeline.verbs.asked import load_asked
+
+
+def runs(args: argparse.Namespace) -> int:
+    """Print one line a run: when, how long, what became of it, and its last key figure."""
+    records = load_asked(args).store(print).records
+    found = [run for _, run in zip(range(args.limit), records.newest_first(), strict=False)]
+    if args.json:
+        print(json.dumps([_record(run) for run in found], indent=1))
+        return 0
+    if not found:
+        print(f"no run is recorded in {records.root}")
+        return 0
+    width = max(len(run.recipe) for run in found)
+    for run in found:
+        print(
+            f"{run.id}  {run.recipe:{width}}  {_when(run.started)}  {_clock(run.seconds):>8}  "
+            f"{state_of(run):11}  {_nodes(run)}  {_figure(run)}".rstrip()
+        )
+    return 0
+
+
+def state_of(run: Run) -> str:
+    """What became of a run, in a word or two."""
+    if run.live:
+        return "running"
+    if run.interrupted:
+        return "interrupted"
+    if not run.finished:
+        return "cut short"
+    return "succeeded" if run.succeeded else "failed"
+
+
+def _record(run: Run) -> dict[str, object]:
+    return {
+        "id": run.id,
+        "recipe": run.recipe,
+        "started": run.started,
+        "seconds": run.seconds,
+        "state": state_of(run),
+        "nodes": {
+            name: {
+                "outcome": one.outcome,
+                **({"figures": dict(one.figures)} if isinstance(one, Built | Reused) else {}),
+            }
+            for name, one in run.outcomes.items()
+        },
+    }
+
+
+def _nodes(run: Run) -> str:
+    """How many nodes came to what."""
+    counts = Counter(one.outcome for one in run.outcomes.values())
+    return ", ".join(f"{count} {word}" for word, count in counts.items())
+
+
+def _figure(run: Run) -> str:
+    """The figures of the node that measured last, else of the last that is there."""
+    there = [one for one in run.outcomes.values() if isinstance(one, Built | Reused)]
+    return show_figures(dict(list(there[-1].figures.items())[:1])) if there else ""
+
+
+def _when(started: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(started))
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(seconds))

@@ -1,0 +1,110 @@
+"""`ingot show`: what an artifact holds, and how the build of it went."""
+
+import argparse
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from configs.errors import ArtifactError
+from pipeline.chart import draw_curve
+from pipeline.figures import show_figure, spoken
+from pipeline.plain import flatten
+from pipeline.verbs.asked import load_asked, locate
+from stages.artifacts import PAGE, load_artifact
+from stages.manifest import Manifest, read_manifest, verify
+from stages.steps import METRICS, read_metrics, scalars
+
+_CURVES = ("reward", "loss", "held_out_loss")
+"""Figures of a step log of which the first that is there is drawn."""
+_FACTS_SHOWN = 40
+
+
+def show(args: argparse.Namespace) -> int:
+    """Print an artifact's figures, facts, inputs and files; with `--verify` hash every file."""
+    asked = load_asked(args)
+    folder = locate(asked.store(print), asked.recipe.name, args.artifact)
+    manifest = read_manifest(str(folder))
+    for line in _lines(folder, manifest):
+        print(line)
+    if args.verify:
+        verify(str(folder))
+        print(f"verified: {len(manifest.files)} files have the sizes and hashes of the manifest")
+    return 0
+
+
+def _lines(folder: Path, manifest: Manifest) -> Iterator[str]:
+    made, files = manifest.provenance, folder / manifest.address
+    yield f"{manifest.kind} {manifest.fingerprint}, content {manifest.content[:16]}"
+    yield (
+        f"built by {manifest.stage_name} revision {manifest.revision}, run {made.get('run')}, "
+        f"{made.get('time')}, {made.get('seconds', 0):.1f} s, ingot {made.get('ingot')}"
+    )
+    yield f"files   {files}"
+    if PAGE in manifest.files:
+        yield f"report  {files / PAGE}"
+    yield ""
+    yield from _figures(folder)
+    yield from _table("facts", _facts(manifest))
+    inputs = {name: f"{one.address}  {one.content[:16]}" for name, one in manifest.inputs.items()}
+    yield from _table("made of", inputs)
+    sizes = {name: f"{one.bytes:>15,} bytes" for name, one in manifest.files.items()}
+    yield from _table("files", sizes)
+    yield from _curve(files.parent / METRICS)
+
+
+def _figures(folder: Path) -> Iterator[str]:
+    """Key figures, with intervals where there are some; and why it fell short, if it did."""
+    try:
+        artifact = load_artifact(str(folder))
+    except ArtifactError as error:
+        # Of a plugin that is not loaded: what its manifest says is shown all the same.
+        yield f"figures: {error}"
+        yield ""
+        return
+    measured = artifact.measured()
+    found = {}
+    for name, value in artifact.key_figures().items():
+        shown = show_figure(name, value)
+        if f"{name}_low" in measured and f"{name}_high" in measured:
+            low, high = (show_figure(name, measured[f"{name}_{side}"]) for side in ("low", "high"))
+            shown += f"  [{low}, {high}]"
+        found[spoken(name)] = shown
+    yield from _table("figures", found)
+    if (shortfall := artifact.told()) is not None:
+        yield f"fell short: {shortfall}"
+        yield ""
+
+
+def _facts(manifest: Manifest) -> Mapping[str, str]:
+    """Facts by dotted name; very many are cut, for the manifest has them all."""
+    facts = flatten(manifest.facts)
+    shown = dict(list(facts.items())[:_FACTS_SHOWN])
+    if left := len(facts) - len(shown):
+        shown["..."] = f"{left} more in the manifest"
+    return shown
+
+
+def _table(title: str, rows: Mapping[str, str]) -> Iterator[str]:
+    """A title and aligned rows, then an empty line; nothing for no rows."""
+    if not rows:
+        return
+    yield title
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        yield f"  {name:{width}}  {value}"
+    yield ""
+
+
+def _curve(log: Path) -> Iterator[str]:
+    """The first curve that the step log has, drawn."""
+    records = [scalars(record) for record in read_metrics(log)]
+    for name in _CURVES:
+        points = [
+            (record["step"], record[name])
+            for record in records
+            if name in record and math.isfinite(record[name])
+        ]
+        if lines := draw_curve(points):
+            yield f"{spoken(name)} by step"
+            yield from lines
+            return

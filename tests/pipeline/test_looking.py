@@ -1,0 +1,131 @@
+"""Looking at what is there: runs, and how two of a kind differ."""
+
+import json
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.recipe import Recipe
+from pipeline import cli
+from pipeline.verbs import asked
+from stages.contract import Planned
+from tests.pipeline.fakes import make_line
+
+# MLflow's own use of SQLAlchemy is behind its deprecations.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def ingot(*words: str) -> int:
+    return cli.main(words)
+
+
+@pytest.fixture
+def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder in which the fake line ran twice, the second time with other settings."""
+
+    def fake(recipe: Recipe) -> dict[str, Planned[Any]]:
+        steps = recipe.pretraining["pretrain"].steps
+        return make_line(train={"steps": steps, "fails": steps == 13}, judge={"seed": recipe.seed})
+
+    monkeypatch.setattr(asked, "production", fake)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    (tmp_path / "over.toml").write_text('[tracking]\nuri = "http://127.0.0.1:9"\n')
+    assert ingot("run", "smoke", "@over.toml") == 0
+    assert ingot("run", "smoke", "@over.toml", "--set", "pretrain.steps=25", "--set", "seed=4") == 0
+    return tmp_path
+
+
+@pytest.fixture
+def ids(line: Path) -> list[str]:
+    """The two runs, the first first."""
+    return sorted(path.stem for path in (line / ".ingot" / "runs").glob("*.json"))
+
+
+def test_runs_are_listed_the_newest_first(
+    ids: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ingot("run", "smoke", "@over.toml", "--set", "pretrain.steps=13") == 1
+    capsys.readouterr()
+    assert ingot("runs") == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [one.split()[0] for one in told][1:] == ids[::-1]
+    assert [re.findall("succeeded|failed ", one)[0].strip() for one in told] == [
+        "failed",
+        "succeeded",
+        "succeeded",
+    ]
+    assert "1 reused, 1 failed, 3 blocked" in told[0]
+    assert ingot("runs", "--limit", "1", "--json") == 0
+    (newest,) = json.loads(capsys.readouterr().out)
+    assert (newest["state"], newest["nodes"]["train"]["outcome"]) == ("failed", "failed")
+
+
+def test_where_nothing_ran_no_run_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ingot("runs") == 0
+    assert "no run is recorded in" in capsys.readouterr().out
+
+
+def test_two_runs_differ_by_settings_inputs_and_figures_node_by_node(
+    ids: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert ingot("diff", *ids) == 3
+    told = capsys.readouterr().out
+    assert "data:" not in told
+    assert re.search(r"^train:\n  steps: 24 -> 25\n  loss: 0.04167 -> 0.04$", told, re.M)
+    assert re.search(r"^  seed: default -> 4$", told, re.M)
+    assert "after pass at 1: 0.75 -> 0.8125" in told
+    assert "before pass at 1: " not in told
+    assert re.search(r"^  input checkpoint: artifacts/train/\S+ \(\w{8}\) -> ", told, re.M)
+    assert ingot("diff", ids[0], ids[0]) == 0
+    assert capsys.readouterr().out == "no difference\n"
+
+
+def test_two_artifacts_differ_as_two_runs_do(
+    line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = sorted(line.glob(".ingot/artifacts/train/*/g1"))
+    capsys.readouterr()
+    assert ingot("diff", *map(str, folders)) == 3
+    told = capsys.readouterr().out
+    assert re.search(r"^steps: 2[45] -> 2[45]$", told, re.M)
+    assert "files that differ: weights.bin" in told
+    assert ingot("diff", "train", "train") == 0
+
+
+def test_two_recipes_differ_by_their_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ingot("diff", "tiny", "smoke") == 3
+    told = capsys.readouterr().out.splitlines()
+    assert "pretrain.steps: 640 -> 24" in told
+    assert not [one for one in told if one.startswith("cluster.")]
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ("tiny", "is a run and tiny is a recipe; name two runs, two recipes or two artifacts"),
+        ("train", "is a run and train is an artifact"),
+        ("2", "begins 2 ids of runs"),
+        ("trian", "nor is it a run (`ingot runs`) or a recipe"),
+    ],
+)
+def test_unlike_things_are_one_clear_error(
+    ids: list[str], second: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ingot("diff", ids[0], second) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_artifacts_of_two_kinds_are_not_compared(
+    line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ingot("diff", "train", "data") == 2
+    assert "name two artifacts of one kind" in capsys.readouterr().err
