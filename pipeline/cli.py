@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
+        if args.verb == "run" and args.dry_run:
+            args.verb = "plan"
         name = _VERBS[args.verb].rpartition(".")[2] if args.verb in _TAKEN else args.verb
         verb = getattr(importlib.import_module(_VERBS[args.verb]), name)
         return int(verb(args))

@@ -15,7 +15,6 @@ from pipeline.records import Blocked, Built, Failed, Reused, Run, new_run_id
 from pipeline.runner import Setting, realise
 from pipeline.seeds import across_seeds
 from pipeline.tracking import Tracking
-from pipeline.verbs import plan
 from pipeline.verbs.asked import Asked, command, load_asked, make_console, selection
 
 INTERRUPTED = 130
@@ -23,8 +22,6 @@ INTERRUPTED = 130
 
 def run(args: argparse.Namespace) -> int:
     """Build what is stale. Exit 1 if a node failed or fell short, 130 if stopped by the user."""
-    if args.dry_run:
-        return plan.plan(args)
     asked = load_asked(args)
     recipe, chosen = asked.recipe, selection(args)
     display = Display(make_console())
