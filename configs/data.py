@@ -6,7 +6,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from configs.base import Frozen
-from configs.merge import inherit
 from configs.names import Word
 
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -150,11 +149,6 @@ class DataSection(DataConfig):
     """
 
     corpora: dict[Word, DataConfig] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _corpora_inherit(cls, fields: Any) -> Any:
-        return inherit(fields, "corpora", own=("sources", "train_tokens", "tokenizer"))
 
     @model_validator(mode="after")
     def _one_tokenizer(self) -> Self:

@@ -1,8 +1,10 @@
 """Recipes: TOML read left to right, merged deeply, validated whole."""
 
+import codecs
 import difflib
+import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from types import UnionType
@@ -10,11 +12,11 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from configs.base import Frozen
+from configs.base import Frozen, FrozenT
 from configs.data import ArithmeticSource, DataConfig, DataSection
 from configs.delivery import EvaluateSection, ExportSection
 from configs.errors import ConfigError
-from configs.merge import merge
+from configs.merge import inherit, merge
 from configs.model import AnyModelConfig
 from configs.names import NodeName
 from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
@@ -24,6 +26,13 @@ from configs.train import PretrainPhase, PretrainSection, check_fp8
 
 _STAGES = frozenset({"pretrain", "posttrain", "evaluate", "export"})
 """Tables in whose place a recipe may say `false`."""
+_NAMED_TABLES = {
+    "data": ("corpora", ("sources", "train_tokens", "tokenizer")),
+    "pretrain": ("phases", ("after",)),
+    "posttrain": ("phases", ("after",)),
+}
+"""By section: its tables that have the section's settings where they say nothing else, and those
+settings that each has of its own."""
 _TAG_FIELDS = ("type", "family")
 """Fields of one fixed value, by which the members of a union are told apart."""
 
@@ -66,13 +75,6 @@ class Recipe(Frozen):
     tracking: TrackingConfig = TrackingConfig()
     store: StoreConfig = StoreConfig()
     nodes: dict[NodeName, NodeConfig] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _false_leaves_out(cls, fields: Any) -> Any:
-        if not isinstance(fields, Mapping):
-            return fields
-        return {k: None if k in _STAGES and v is False else v for k, v in fields.items()}
 
     @property
     def pretraining(self) -> dict[str, PretrainPhase]:
@@ -260,9 +262,27 @@ def load_recipe(name: str, overlays: Sequence[str] = (), sets: Sequence[str] = (
         asked = merge(asked, _parse_set(assignment))
     tree = merge(tree, asked)
     try:
-        return Recipe.model_validate(tree)
+        return validate(Recipe, _laid_out(tree))
     except ValidationError as error:
         raise ConfigError(explain(error, Recipe, origin=name)) from None
+
+
+def validate(schema: type[FrozenT], tree: Mapping[str, Any]) -> FrozenT:
+    """A value of `schema` from what TOML says; pydantic's ValidationError if it is none.
+
+    Nothing is converted: `"25"` is no number and `true` no 1. Only lists become tuples, which TOML
+    cannot say.
+    """
+    return schema.model_validate_json(json.dumps(tree, default=str), strict=True)
+
+
+def _laid_out(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe means: `false` for no table, and named tables with their section's settings."""
+    meant = {k: None if k in _STAGES and value is False else value for k, value in tree.items()}
+    for section, (tables, own) in _NAMED_TABLES.items():
+        if section in meant:
+            meant[section] = inherit(meant[section], tables, own=own)
+    return meant
 
 
 _WISHES = {
@@ -282,6 +302,8 @@ _WISHES = {
     "string_type": "should be text",
 }
 """What is said in place of pydantic's words, which are a programmer's, by kind of fault."""
+_NUMBERS = frozenset({"bool_type", "int_type", "float_type"})
+"""Faults of what TOML writes without quotes."""
 
 
 def explain(error: ValidationError, schema: type[BaseModel], *, origin: str) -> str:
@@ -310,9 +332,19 @@ def explain(error: ValidationError, schema: type[BaseModel], *, origin: str) -> 
                 message = fault["msg"].removeprefix("Value error, ")
                 lines.append(f"{where}: {message}" if path else message)
             case kind:
-                wish = _WISHES.get(kind, fault["msg"].lower())
-                lines.append(f"{where} = {_short(fault['input'])}: {wish}")
+                lines.append(f"{where} = {_short(fault['input'])}: {_wish(kind, fault)}")
     return f"recipe {origin}: " + "\n".join(lines)
+
+
+def _wish(kind: str, fault: Any) -> str:
+    """What should stand in place of what was seen."""
+    found, message = fault["input"], str(fault["msg"])
+    wish = _WISHES.get(kind, message[:1].lower() + message[1:])
+    if isinstance(found, str) and kind in _NUMBERS:
+        return f"{wish}, without quotes"
+    if not isinstance(found, str | Mapping | list) and kind == "string_type":
+        return f"{wish}, in quotes"
+    return wish
 
 
 def _unknown_tag(schema: type[BaseModel], path: Sequence[Any], found: object) -> str:
@@ -341,10 +373,10 @@ def _spelling(schema: type[BaseModel], path: Sequence[Any]) -> str:
 def _read(name: str) -> dict[str, Any]:
     path = Path(name)
     shipped = resources.files("configs") / "recipes" / f"{name}.toml"
-    if path.suffix == ".toml" and path.is_file():
-        text = path.read_text()
+    if path.suffix == ".toml" and path.exists():
+        text = _decoded(name, path)
     elif shipped.is_file():
-        text = shipped.read_text()
+        text = shipped.read_text(encoding="utf-8")
     else:
         near = difflib.get_close_matches(name, shipped_recipes(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"shipped: {', '.join(shipped_recipes())}"
@@ -355,18 +387,69 @@ def _read(name: str) -> dict[str, Any]:
         raise ConfigError(f"recipe {name!r}: not valid TOML: {error}") from None
 
 
+def _decoded(name: str, path: Path) -> str:
+    """The text of a recipe's file, which may begin with the mark that some editors put there."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"recipe {name!r}: cannot be read ({error.strerror}); name a file that can"
+        ) from None
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError(f"recipe {name!r}: is in UTF-16; save it as UTF-8, as TOML is")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"recipe {name!r}: byte 0x{raw[error.start]:02x} in line {line} is not UTF-8; save it "
+            "as UTF-8, as TOML is"
+        ) from None
+
+
 def _parse_set(assignment: str) -> dict[str, Any]:
-    key, separator, text = assignment.partition("=")
-    if not separator or not key.strip():
+    """The tables that one `a.b=c` means: a value of TOML or, if it is none, text as it stands."""
+    key, separator, text = (part.strip() for part in assignment.partition("="))
+    if not separator or not key:
         raise ConfigError(f"--set {assignment!r}: expected key=value, as pretrain.steps=200")
     try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
+        path = list(_path(tomllib.loads(f"{key} = 0")))
     except tomllib.TOMLDecodeError:
-        value = text.strip()
+        raise ConfigError(
+            f"--set {assignment!r}: {key!r} is no field's path; write words joined by single dots, "
+            "as pretrain.steps=200"
+        ) from None
+    try:
+        tree = tomllib.loads(f"{key} = {text}")
+    except tomllib.TOMLDecodeError:
+        tree = _nested(path, text)
+    if "\n" in text and (tree != _nested(path, _at(tree, path)) or _at(tree, path) == text):
+        raise ConfigError(
+            f"--set {assignment!r}: a line break ends a value; give each setting a --set of its "
+            "own, and put text that has line breaks into quotes as TOML has them"
+        )
+    return tree
+
+
+def _path(tree: Mapping[str, Any]) -> Iterator[str]:
+    """The keys down to the one leaf of nested tables."""
+    for key, value in tree.items():
+        yield key
+        if isinstance(value, Mapping):
+            yield from _path(value)
+
+
+def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:
     tree: Any = value
-    for part in reversed(key.strip().split(".")):
-        tree = {part: tree}
+    for key in reversed(path):
+        tree = {key: tree}
     return dict(tree)
+
+
+def _at(tree: Any, path: Sequence[str]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
 
 
 def _fields_at(schema: type[BaseModel], path: Sequence[Any]) -> list[str]:

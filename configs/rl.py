@@ -1,11 +1,10 @@
 """How the model is improved by reinforcement learning."""
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from configs.base import Frozen
-from configs.merge import inherit
 from configs.names import NodeName, Word
 from configs.train import Fp8Config, OptimConfig, Precision
 
@@ -97,11 +96,6 @@ class PosttrainSection(PosttrainPhase):
     """
 
     phases: dict[Word, PosttrainPhase] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _phases_inherit(cls, fields: Any) -> Any:
-        return inherit(fields, "phases", own=("after",))
 
 
 class PosttrainSpec(Frozen):

@@ -1,12 +1,11 @@
 """How the model is pretrained."""
 
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
+from typing import Annotated, ClassVar, Literal, Protocol, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from configs.base import Frozen
 from configs.errors import ConfigError
-from configs.merge import inherit
 from configs.model import AnyModelConfig, ModelConfig
 from configs.names import NodeName, Word
 
@@ -210,11 +209,6 @@ class PretrainSection(PretrainPhase):
     """
 
     phases: dict[Word, PretrainPhase] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _phases_inherit(cls, fields: Any) -> Any:
-        return inherit(fields, "phases", own=("after",))
 
 
 class PretrainSpec(Frozen):

@@ -1,14 +1,20 @@
 """The command line: reads the arguments, then loads the verb asked for and nothing else."""
 
 import argparse
+import difflib
 import importlib
+import importlib.metadata
+import importlib.util
+import io
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import NoReturn
 
-from configs.errors import IngotError
+from configs.errors import ConfigError, IngotError
 
 _VERBS = {
     "run": "pipeline.verbs.run",
@@ -30,6 +36,7 @@ called: stages load torch and ray, which takes seconds, and `--help` must answer
 
 _TAKEN = frozenset({"import", "eval"})
 """Verbs that Python has taken: their functions end in `_`, as their modules do."""
+_FLOORS = ("configs", "model", "cluster", "stages")
 _INTERRUPTED = 130
 _SEEDS = "--seeds"
 _SEEDS_HELP = (
@@ -41,27 +48,66 @@ _SEEDS_HELP = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. A deliberate error is one line on stderr."""
-    args = parse(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that cannot show a sign is told its number instead.
+            stream.reconfigure(errors="backslashreplace")
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words:
+        _parser().print_help()
+        return 0
+    if words[0] == "--version":
+        print(f"ingot {importlib.metadata.version('ingot')}")
+        return 0
     # Set before MLflow and pydantic are loaded, which read them then; looking for plugins of
     # pydantic among all installed packages would take longer than a plan.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
-        if args.verb == "run" and args.dry_run:
-            args.verb = "plan"
-        name = _VERBS[args.verb].rpartition(".")[2] if args.verb in _TAKEN else args.verb
-        verb = getattr(importlib.import_module(_VERBS[args.verb]), name)
-        return int(verb(args))
+        _check_path()
+        return _call(parse(words))
     except IngotError as error:
         _report(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         _report("stopped; what is committed stays, and the same command goes on from it")
         return _INTERRUPTED
+    except BrokenPipeError:
+        # Whoever reads, as `head`, has seen enough. What is still to be written goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         # A fault of ours: say so in one line, and how to see more.
         _report(f"internal error: {type(error).__name__}: {error} (INGOT_DEBUG=1 shows where)")
         return 1
+
+
+def _call(args: argparse.Namespace) -> int:
+    """Load the verb's function and call it."""
+    if args.verb == "run" and args.dry_run:
+        args.verb = "plan"
+    name = _VERBS[args.verb].rpartition(".")[2] if args.verb in _TAKEN else args.verb
+    verb = getattr(importlib.import_module(_VERBS[args.verb]), name)
+    code = int(verb(args))
+    sys.stdout.flush()
+    return code
+
+
+def _check_path() -> None:
+    """ConfigError if files of the user's stand on Python's path where Ingot's own should.
+
+    It cannot tell of a `pipeline` of the user's, which would be run in place of this.
+    """
+    root = Path(__file__).resolve().parents[1]
+    for floor in _FLOORS:
+        spec = importlib.util.find_spec(floor)
+        places = [] if spec is None else [*(spec.submodule_search_locations or ()), spec.origin]
+        found = next((Path(place).resolve() for place in places if place), None)
+        if found is None or not found.is_relative_to(root / floor):
+            raise ConfigError(
+                f"PYTHONPATH: {found} stands before Ingot's own {floor}; take its folder off "
+                "PYTHONPATH, or rename it"
+            )
 
 
 def _report(message: str) -> None:
@@ -70,11 +116,29 @@ def _report(message: str) -> None:
     print(f"ingot: {message}", file=sys.stderr)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the words, and where to look."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"ingot: error: {message}; `{self.prog} --help` says what it takes\n")
+
+
+def _check_verb(words: Sequence[str]) -> None:
+    """ConfigError with the nearest spelling for a verb that there is not."""
+    verb = next((word for word in words if not word.startswith(("-", "@"))), None)
+    if verb is not None and verb not in _VERBS:
+        near = difflib.get_close_matches(verb, _VERBS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"verbs: {', '.join(_VERBS)}"
+        raise ConfigError(f"{verb!r} is no verb; {hint}")
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments, with `@overlay.toml` wherever it stands collected in `overlays`.
 
     Not for `sample`, whose prompts may begin with any sign.
     """
+    _check_verb(argv)
     if list(argv[:1]) == ["sample"]:
         args = _parser().parse_args(argv)
         args.overlays = []
@@ -94,10 +158,11 @@ def _bind(words: list[str]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ingot",
         description="A DeepSeek-style mixture-of-experts model, from raw text to a bundle.",
     )
+    parser.add_argument("--version", action="store_true", help="print it")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     run = _with_recipe(verbs.add_parser("run", help="build what is stale"))

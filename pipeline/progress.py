@@ -111,7 +111,7 @@ class Display:
 
     def table(self, run: Run, links: Mapping[str, str]) -> None:
         """One row a node: outcome, seconds, key figure, and where MLflow shows it."""
-        table = Table(title=f"{run.recipe} {run.id}", title_justify="left")
+        table = Table(title=Text(f"{run.recipe} {run.id}"), title_justify="left")
         for heading in ("node", "outcome", "seconds", "key figure", "MLflow"):
             table.add_column(heading, justify="right" if heading == "seconds" else "left")
         for name, outcome in run.outcomes.items():
@@ -119,7 +119,9 @@ class Display:
             seconds = "" if isinstance(outcome, Blocked) else f"{outcome.seconds:.1f}"
             url = links.get(name, "")
             link = Text(url.rpartition("/")[2][:8], f"link {url}" if url else "")
-            table.add_row(name, Text(word, _COLOURS[word]), seconds, _figure(outcome), link)
+            table.add_row(
+                Text(name), Text(word, _COLOURS[word]), seconds, Text(_figure(outcome)), link
+            )
         self.console.print(table)
         if not self.console.is_terminal:
             # A log keeps no hyperlinks, so the pages are spelt out, unbroken.
@@ -138,7 +140,7 @@ class Display:
         asked = len(run.invocation.seeds)
         for one in run.across_seeds:
             found = len(one.values)
-            table.add_row(
+            cells = (
                 one.node,
                 spoken(one.figure),
                 show_figure(one.figure, one.mean),
@@ -146,6 +148,8 @@ class Display:
                 str(found) if found == asked else f"{found} of {asked}",
                 ", ".join(f"{s}: {show_figure(one.figure, v)}" for s, v in one.values.items()),
             )
+            # As text: a name may look like markup.
+            table.add_row(*map(Text, cells))
         self.console.print(table)
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from configs.base import Frozen
 from configs.errors import ConfigError, PlanError
-from configs.recipe import NodeConfig, explain
+from configs.recipe import NodeConfig, explain, validate
 from pipeline.loading import load_stage
 from stages.contract import Face, Planned
 
@@ -69,7 +69,7 @@ def added(nodes: Mapping[str, NodeConfig], line: Mapping[str, Wanted]) -> dict[s
 def _added(name: str, node: NodeConfig) -> Wanted:
     stage = load_stage(name, node.use)
     try:
-        config = stage.config.model_validate(node.config)
+        config = validate(stage.config, node.config)
     except ValidationError as error:
         origin = f"nodes.{name}.config"
         raise ConfigError(explain(error, stage.config, origin=origin)) from None

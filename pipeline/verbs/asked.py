@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,9 +89,9 @@ def selection(args: argparse.Namespace) -> Selection:
 def command(verb: str, invocation: Invocation) -> str:
     """The command line that repeats an invocation."""
     overlays = [f"@{path}" for path in invocation.overlays]
-    sets = [f"--set {one}" for one in invocation.sets]
-    seeds = [f"--seeds {','.join(map(str, invocation.seeds))}"] if invocation.seeds else []
-    return " ".join(["ingot", verb, invocation.recipe, *overlays, *sets, *seeds])
+    sets = [word for one in invocation.sets for word in ("--set", one)]
+    seeds = ["--seeds", ",".join(map(str, invocation.seeds))] if invocation.seeds else []
+    return shlex.join(["ingot", verb, invocation.recipe, *overlays, *sets, *seeds])
 
 
 def make_console() -> Console:
