@@ -1,62 +1,55 @@
-"""What must be built, and why: the state of each node, and what a selection makes of it."""
+"""What becomes of each node: one judgement, for a plan and for the run that follows it.
 
-from collections.abc import Collection, Iterator, Mapping
+A node is judged by its role (what the selection asks of it), its state (what there is of it) and
+its suppliers (what is known of the nodes that its inputs come from). A plan judges before anything
+is built, when some suppliers are still moving; a run judges a node once none of its suppliers is.
+"""
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from configs.errors import ArtifactError, PlanError
-from pipeline.fingerprint import differences
+from configs.errors import PlanError
 from pipeline.graph import LEFT, Graph, Node, Role, Selection, assign_roles
-from pipeline.store import Committed, Store, has_resume_state
-from stages.manifest import read_manifest
+from pipeline.states import Damaged, Examiner, Fresh, Missing, Stale, State
+from pipeline.store import Committed
 
 
 @dataclass(frozen=True, slots=True)
-class Fresh:
-    """Committed, undamaged, and made of what its inputs are now."""
+class Settled:
+    """A supplier whose artifact is there to be taken."""
 
     committed: Committed
 
 
 @dataclass(frozen=True, slots=True)
-class Stale:
-    """An earlier artifact of the node exists, but is not what is asked for now."""
+class Moving:
+    """A supplier that is still to be built or rechecked, and may come out different.
 
-    reasons: tuple[str, ...]
-    generation: int = 0
-    """The committed generation that a rebuild replaces; 0 if there is none of this identity."""
-
-
-@dataclass(frozen=True, slots=True)
-class Missing:
-    """The node was never built."""
-
-    reasons: tuple[str, ...] = ("never built",)
-    generation: int = 0
+    Only a plan knows such, and `Doubtful` ones.
+    """
 
 
 @dataclass(frozen=True, slots=True)
-class Damaged:
-    """Committed, but not readable, or its files are not what its manifest says."""
-
-    reasons: tuple[str, ...]
-    generation: int
+class Doubtful:
+    """A supplier that is left as it is, and up to date only if a moving one comes out as before."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unsettled:
-    """Committed, but what it is made of must be built first and may come out different."""
+class Lost:
+    """A supplier that was to be had and is not."""
 
-    committed: Committed
-    inputs: tuple[str, ...]
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """One line for each input that is to be built."""
-        return tuple(f"depends on {name}, which is not up to date" for name in self.inputs)
+    outcome: str
+    """`refused`, `failed` or `blocked`."""
 
 
-State = Fresh | Stale | Missing | Damaged | Unsettled
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A supplier that the selection leaves as it is, and that cannot be used so."""
+
+    reason: str
+
+
+Supplier = Settled | Moving | Doubtful | Lost | Left
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +64,8 @@ class Build:
     """Build, for these reasons."""
 
     reasons: tuple[str, ...]
+    provided: tuple[str, ...] = ()
+    """Doubtful suppliers: if one of them is out of date when its turn has come, this is blocked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,147 +73,141 @@ class Recheck:
     """Decided once these nodes are built: reused if they come out as they were, built if not."""
 
     inputs: tuple[str, ...]
+    provided: tuple[str, ...] = ()
+    """As that of `Build`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Cannot be used as it is; building goes on without it and what depends on it."""
+    """Cannot be used as it is; the run goes on without it and what is made of it."""
 
     reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class NotSelected:
+class Block:
+    """Cannot be built, for want of a supplier."""
+
+    by: str
+    reason: str = ""
+    """Why `by` is not there, if the selection left it as it is; empty if it did not succeed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
     """Left as it is."""
 
     reason: str
+    supplier: Settled | Doubtful | Left
+    """What it is, as it is, to those that are made of it."""
 
 
-Decision = Reuse | Build | Recheck | Refuse | NotSelected
+Decision = Reuse | Build | Recheck | Refuse | Block | Leave
 
 
-class Examiner:
-    """Judges nodes against the store, remembering which artifact each node made last."""
-
-    def __init__(self, store: Store, recipe: str) -> None:
-        """Judge for the recipe of this name, whose runs tell what a stale node was before."""
-        self._store = store
-        self._recipe = recipe
-        self._latest = store.records.latest_artifacts()
-
-    def examine(
-        self, node: Node, inputs: Mapping[str, Committed], *, hashes: bool
-    ) -> Fresh | Stale | Missing | Damaged:
-        """The state of one node, given what its inputs are; `hashes` also hashes its files."""
-        try:
-            committed = self._store.find(node)
-        except ArtifactError as error:
-            return Damaged((str(error),), self._store.newest(node))
-        if committed is None:
-            return self._what_changed(node)
-        recorded = committed.manifest.inputs
-        rebuilt = tuple(
-            f"input {role} rebuilt"
-            for role, one in inputs.items()
-            if recorded[role].content != one.manifest.content
-        )
-        if rebuilt:
-            return Stale(rebuilt, committed.generation)
-        try:
-            committed.check(hashes=hashes)
-        except ArtifactError as error:
-            return Damaged((str(error),), committed.generation)
-        return Fresh(committed)
-
-    def _what_changed(self, node: Node) -> Stale | Missing:
-        unfinished = any(map(has_resume_state, self._store.folder(node).glob("g*/[0-9]*-*")))
-        extra = ("continues an interrupted build",) if unfinished else ()
-        path = self._latest.get((self._recipe, node.name))
-        if path is None:
-            return Missing(("never built", *extra))
-        try:
-            old = read_manifest(str(path))
-        except ArtifactError:
-            return Missing((f"its last artifact, {path}, is unreadable", *extra))
-        changed = differences(old.identity, node.identity.fields, node.planned.config)
-        return Stale((*(changed or (f"{path.parent} was emptied",)), *extra))
-
-
-def survey(graph: Graph, examiner: Examiner, *, hashed: Collection[str] = ()) -> dict[str, State]:
-    """The state of every node; the files of those in `hashed` are hashed as well."""
-    states: dict[str, State] = {}
-    for node in graph:
-        fresh = {role: states[supplier] for role, supplier in node.inputs.items()}
-        inputs = {role: s.committed for role, s in fresh.items() if isinstance(s, Fresh)}
-        state: State = examiner.examine(node, inputs, hashes=node.name in hashed)
-        if isinstance(state, Fresh) and len(inputs) < len(node.inputs):
-            late = sorted({node.inputs[role] for role in fresh if role not in inputs})
-            state = Unsettled(state.committed, tuple(late))
-        states[node.name] = state
-    return states
-
-
-def in_use(states: Mapping[str, State]) -> tuple[str, ...]:
-    """Addresses of the artifacts that a run over these states may reuse."""
-    found = (one.committed.address for one in states.values() if isinstance(one, Fresh | Unsettled))
-    return tuple(sorted(set(found)))
-
-
-def relied_on(graph: Graph, selection: Selection) -> set[str]:
-    """Nodes that the selection leaves as they are and that a node it asks for is made of.
-
-    A run takes them as they are or not at all, so they are worth hashing before it starts.
-    """
-    return {upstream.name for _, upstream in _outside(graph, assign_roles(graph, selection))}
-
-
-def decide(graph: Graph, selection: Selection, states: Mapping[str, State]) -> dict[str, Decision]:
-    """What a run with this selection would do with every node.
-
-    PlanError if a node that is asked for is made of one that the selection leaves as it is and
-    that is not fresh.
-    """
-    roles = assign_roles(graph, selection)
-    _require_fresh_upstream(graph, roles, states)
-    decisions: dict[str, Decision] = {}
-    for node in graph:
-        moving = tuple(
-            supplier
-            for supplier in dict.fromkeys(node.inputs.values())
-            if isinstance(decisions[supplier], Build | Recheck)
-        )
-        refused = [one for one in node.inputs.values() if isinstance(decisions[one], Refuse)]
-        decision = _decide_one(roles[node.name], states[node.name], moving)
-        if refused and not isinstance(decision, NotSelected):
-            decision = Refuse((f"made of {refused[0]}, which cannot be used as it is",))
-        decisions[node.name] = decision
-    return decisions
-
-
-def _decide_one(role: Role, state: State, moving: tuple[str, ...]) -> Decision:
+def judge(role: Role, state: State, suppliers: Mapping[str, Supplier]) -> Decision:
+    """What becomes of a node, given its suppliers by their names."""
+    for name, supplier in suppliers.items():
+        if isinstance(supplier, Lost | Left):
+            return _without(role, name, supplier)
+    doubtful = tuple(name for name, one in suppliers.items() if isinstance(one, Doubtful))
+    moving = tuple(name for name, one in suppliers.items() if isinstance(one, Moving | Doubtful))
     match role, state:
-        case Role.LEAVE, _:
-            return NotSelected(role.value)
-        case Role.AFTER_FORCE, _:
-            return NotSelected(f"{role.value}; a plain run rebuilds it if that came out different")
         case ((Role.ALWAYS_FORCE | Role.ALWAYS_FROM), _):
-            return Build((role.value,))
-        case _, Fresh(committed):
-            return Recheck(moving) if moving else Reuse(committed)
-        case _, Unsettled(inputs=inputs):
-            return Recheck(inputs)
-        case _, Damaged(reasons):
+            return Build((role.value,), doubtful)
+        case Role.IF_STALE, Fresh(committed):
+            return Recheck(moving, doubtful) if moving else Reuse(committed)
+        case Role.IF_STALE, Damaged(reasons):
             return Refuse(reasons)
-        case _, Stale(reasons) | Missing(reasons):
-            return Build(reasons)
+        case Role.IF_STALE, Stale(reasons) | Missing(reasons):
+            return Build(reasons, doubtful)
+        case Role.AFTER_FORCE, Fresh(committed) if not moving:
+            return Reuse(committed)
+        case _, Fresh(committed):
+            return Leave(_why_left(role), Doubtful() if moving else Settled(committed))
+        case _, Stale(reasons) | Missing(reasons) | Damaged(reasons):
+            left = Left(f"{role.value}, and not up to date ({'; '.join(reasons)})")
+            return Leave(_why_left(role), left)
     raise AssertionError(role)
 
 
+def _without(role: Role, name: str, supplier: Lost | Left) -> Decision:
+    """What becomes of a node that the supplier of this name leaves without an input."""
+    match role, supplier:
+        case (Role.LEAVE, Lost(why) | Left(why)) | (Role.AFTER_FORCE, Left(why)):
+            left = Left(f"{role.value}, and made of {name}, which is {why}")
+            return Leave(_why_left(role), left)
+        case _, Left(why):
+            return Block(name, why)
+        case _, Lost():
+            return Block(name)
+    raise AssertionError(role)
+
+
+def _why_left(role: Role) -> str:
+    later = "; a plain run rebuilds it if that came out different"
+    return f"{role.value}{later if role is Role.AFTER_FORCE else ''}"
+
+
+def supply(decision: Decision) -> Supplier:
+    """What a node is to those that are made of it, before a run does what is decided."""
+    match decision:
+        case Reuse(committed):
+            return Settled(committed)
+        case Build() | Recheck():
+            return Moving()
+        case Refuse():
+            return Lost("refused")
+        case Block():
+            return Lost("blocked")
+        case Leave(supplier=supplier):
+            return supplier
+
+
+def settled_inputs(node: Node, suppliers: Mapping[str, Supplier]) -> dict[str, Committed]:
+    """The artifacts of a node's inputs that are there to be taken, by input name."""
+    found = {name: suppliers[supplier] for name, supplier in node.inputs.items()}
+    return {name: one.committed for name, one in found.items() if isinstance(one, Settled)}
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A node as a plan sees it."""
+
+    state: State
+    decision: Decision
+
+
+def decide(graph: Graph, selection: Selection, examiner: Examiner) -> dict[str, Judged]:
+    """What a run with this selection would do with every node, and why.
+
+    PlanError if a node that is asked for is made of one that the selection leaves as it is and
+    that is not fresh. The files of such nodes are hashed: a run takes them as they are or not at
+    all.
+    """
+    roles = assign_roles(graph, selection)
+    relied_on = {upstream.name for _, upstream in _outside(graph, roles)}
+    judged: dict[str, Judged] = {}
+    for node in graph:
+        suppliers = {name: supply(judged[name].decision) for name in node.inputs.values()}
+        inputs = settled_inputs(node, suppliers)
+        state = examiner.examine(node, inputs, hashes=node.name in relied_on)
+        judged[node.name] = Judged(state, judge(roles[node.name], state, suppliers))
+    _require_fresh_upstream(graph, roles, judged)
+    return judged
+
+
+def in_use(judged: Mapping[str, Judged]) -> tuple[str, ...]:
+    """Addresses of the artifacts that a run over these nodes may reuse."""
+    states = (one.state for one in judged.values())
+    return tuple(sorted({one.committed.address for one in states if isinstance(one, Fresh)}))
+
+
 def _require_fresh_upstream(
-    graph: Graph, roles: Mapping[str, Role], states: Mapping[str, State]
+    graph: Graph, roles: Mapping[str, Role], judged: Mapping[str, Judged]
 ) -> None:
     for name, upstream in _outside(graph, roles):
-        state = states[upstream.name]
+        state = judged[upstream.name].state
         if not isinstance(state, Fresh):
             word = type(state).__name__.lower()
             raise PlanError(
@@ -245,21 +234,23 @@ def _outside(graph: Graph, roles: Mapping[str, Role]) -> Iterator[tuple[str, Nod
                     yield node.name, upstream
 
 
-def as_json(decision: Decision) -> dict[str, Any]:
-    """A decision as JSON values, for `plan --json`."""
+def in_words(decision: Decision) -> tuple[str, tuple[str, ...]]:
+    """A decision as one verb, and its reasons."""
     match decision:
-        case Reuse(committed):
-            return {"decision": "reuse", "uri": str(committed.path), "reasons": []}
-        case Build(reasons):
-            return {"decision": "build", "reasons": list(reasons)}
-        case Recheck(inputs):
-            return {"decision": "recheck", "reasons": [explain_recheck(inputs)]}
+        case Reuse():
+            return "reuse", ()
+        case Build(reasons, provided):
+            return "build", (*reasons, *map(_proviso, provided))
+        case Recheck(inputs, provided):
+            why = f"reused if {' and '.join(inputs)} come out as before, built if not"
+            return "recheck", (why, *map(_proviso, provided))
         case Refuse(reasons):
-            return {"decision": "refuse", "reasons": list(reasons)}
-        case NotSelected(reason):
-            return {"decision": "leave", "reasons": [reason]}
+            return "refuse", reasons
+        case Block(by, reason):
+            return "block", (f"made of {by}, which {f'is {reason}' if reason else 'is not there'}",)
+        case Leave(reason):
+            return "leave", (reason,)
 
 
-def explain_recheck(inputs: tuple[str, ...]) -> str:
-    """Why a decision must wait, in one clause."""
-    return f"reused if {' and '.join(inputs)} come out as before, built if not"
+def _proviso(supplier: str) -> str:
+    return f"blocked if {supplier}, which is left as it is, is out of date then"

@@ -7,35 +7,30 @@ the run (the terminal, MLflow) is handed in as a listener.
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
 
-from configs.errors import DataError, IngotError, LeaseLost, StoreError
+from configs.errors import IngotError
 from configs.parallel import ClusterConfig
-from pipeline.decide import Damaged, Examiner, Fresh
-from pipeline.fingerprint import differences, identify
-from pipeline.graph import LEFT, Graph, Node, Role, Selection, assign_roles
-from pipeline.loading import load_body
-from pipeline.provenance import machine_facts, source_digest
+from pipeline.building import Site, build, reuse
+from pipeline.decide import (
+    Block,
+    Build,
+    Leave,
+    Lost,
+    Recheck,
+    Refuse,
+    Reuse,
+    Settled,
+    Supplier,
+    judge,
+    settled_inputs,
+)
+from pipeline.graph import Graph, Node, Role, Selection, assign_roles
+from pipeline.listeners import Audience, Listener
+from pipeline.provenance import source_digest
 from pipeline.records import Blocked, Built, Failed, Reused, Run
-from pipeline.store import Committed, Slot, Store
-from stages.contract import Tracker, Workspace
-
-
-@runtime_checkable
-class Listener(Protocol):
-    """Someone who is told what happens to each node."""
-
-    def begin(self, node: Node, inputs: Mapping[str, Committed]) -> Tracker:
-        """A node starts to build; its steps go to the tracker."""
-
-    def end(
-        self, node: Node, outcome: Built | Reused | Failed | Blocked, made: Committed | None
-    ) -> None:
-        """What became of a node, and its artifact if there is one."""
-
-    def note(self, message: str) -> None:
-        """Something the user should know, in one line."""
+from pipeline.states import Examiner, Fresh
+from pipeline.store import Committed, Store
 
 
 @dataclass(frozen=True)
@@ -49,41 +44,19 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
-class Chorus:
-    """A tracker that passes everything on to several."""
+class Visited:
+    """What became of one node."""
 
-    members: Sequence[Tracker]
+    outcome: Built | Reused | Failed | Blocked | None
+    """None only if the selection leaves it as it is."""
+    supplier: Supplier
+    """What it is now to those that are made of it."""
+    interrupted: bool = False
 
-    def start(self, *, steps: int, unit: str) -> None:
-        """Announce how many steps follow."""
-        for member in self.members:
-            member.start(steps=steps, unit=unit)
-
-    def log(self, metrics: Mapping[str, Any], *, step: int) -> None:
-        """Record one step."""
-        for member in self.members:
-            member.log(metrics, step=step)
-
-    def note(self, message: str) -> None:
-        """Tell the user one thing."""
-        for member in self.members:
-            member.note(message)
-
-    def tag(self, name: str, value: str) -> None:
-        """Mark the build."""
-        for member in self.members:
-            member.tag(name, value)
-
-
-@dataclass(frozen=True, slots=True)
-class _Ledger:
-    """What later nodes may be made of, and why they may not be made of others."""
-
-    sources: Mapping[str, str]
-    """By node: the digest of its stage's source, as it was when the run began."""
-    made: dict[str, Committed] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
-    """By node that the selection leaves as it is and that cannot be used so: the reason."""
+    @property
+    def made(self) -> Committed | None:
+        """Its artifact, if there is one."""
+        return self.supplier.committed if isinstance(self.supplier, Settled) else None
 
 
 def realise(graph: Graph, selection: Selection, setting: Setting, run: Run) -> Run:
@@ -94,120 +67,71 @@ def realise(graph: Graph, selection: Selection, setting: Setting, run: Run) -> R
     """
     roles = assign_roles(graph, selection)
     # Hours later the files may say what this process, which has loaded them, does not do.
-    ledger = _Ledger({node.name: source_digest(node.planned.stage) for node in graph})
+    sources = {node.name: source_digest(node.planned.stage) for node in graph}
+    audience = Audience(setting.listeners)
+    site = Site(setting.store, setting.machines, audience, run.id, run.recipe, sources)
+    suppliers: dict[str, Supplier] = {}
     setting.store.records.save(run)
     for node in graph:
-        started = time.monotonic()
-        outcome: Built | Reused | Failed | Blocked | None
-        try:
-            outcome = _visit(node, roles[node.name], ledger, setting, run)
-        except KeyboardInterrupt:
-            run = replace(run, interrupted=True)
-            outcome = Failed("interrupted", time.monotonic() - started)
-        except Exception as error:
-            # Nodes that do not depend on this one must still run, whatever was raised.
-            outcome = Failed(_explain(error, node, setting, run), time.monotonic() - started)
-        if outcome is not None:
-            run = run.with_outcome(node.name, outcome)
-            for listener in setting.listeners:
-                listener.end(node, outcome, ledger.made.get(node.name))
+        given = {name: suppliers[name] for name in node.inputs.values()}
+        visited = _visit(node, roles[node.name], given, setting.examiner, site)
+        suppliers[node.name] = visited.supplier
+        if visited.outcome is not None:
+            run = run.with_outcome(node.name, visited.outcome)
+            run = replace(run, interrupted=visited.interrupted)
+            audience.end(node, visited.outcome, visited.made)
             setting.store.records.update(run)
-        if run.interrupted:
+        if visited.interrupted:
             break
     return run
 
 
 def _visit(
-    node: Node, role: Role, ledger: _Ledger, setting: Setting, run: Run
-) -> Built | Reused | Failed | Blocked | None:
-    """What becomes of one node; none only if the selection leaves it as it is."""
+    node: Node, role: Role, suppliers: Mapping[str, Supplier], examiner: Examiner, site: Site
+) -> Visited:
+    """Judge a node whose suppliers have been visited, and do what is decided."""
     started = time.monotonic()
-    lacking = next((one for one in node.inputs.values() if one not in ledger.made), None)
-    if lacking is not None:
-        return _without(node, role, lacking, ledger, run)
-    inputs = {name: ledger.made[supplier] for name, supplier in node.inputs.items()}
-    state = setting.examiner.examine(node, inputs, hashes=True)
-    if isinstance(state, Fresh) and role not in (Role.ALWAYS_FROM, Role.ALWAYS_FORCE):
-        ledger.made[node.name] = state.committed
-        if role is Role.LEAVE:
-            return None
-        return _reused(state.committed, time.monotonic() - started)
-    if role in LEFT and not isinstance(state, Fresh):
-        reasons = "; ".join(state.reasons)
-        ledger.left[node.name] = f"{role.value}, and not up to date ({reasons})"
-        if role is Role.AFTER_FORCE:
-            for listener in setting.listeners:
-                listener.note(f"{node.name}: left as it is ({reasons}); a plain run rebuilds it")
-        return None
-    if isinstance(state, Damaged) and role is Role.IF_STALE:
-        return Failed("; ".join(state.reasons), time.monotonic() - started)
-    # As seen when it was judged: a generation that another run adds meanwhile is reused.
-    replacing = state.committed.generation if isinstance(state, Fresh) else state.generation
-    return _build(node, replacing, inputs, ledger, setting, run)
-
-
-def _without(node: Node, role: Role, lacking: str, ledger: _Ledger, run: Run) -> Blocked | None:
-    """What becomes of a node that lacks an input."""
-    reason = ledger.left.get(lacking, "")
-    if role is Role.LEAVE or (role is Role.AFTER_FORCE and lacking not in run.outcomes):
-        why = reason or run.outcomes[lacking].outcome
-        ledger.left[node.name] = f"{role.value}, and made of {lacking}, which is {why}"
-        return None
-    return Blocked(lacking, reason)
-
-
-def _build(
-    node: Node,
-    replacing: int,
-    inputs: Mapping[str, Committed],
-    ledger: _Ledger,
-    setting: Setting,
-    run: Run,
-) -> Built | Reused:
-    started = time.monotonic()
-    with setting.store.slot(node, inputs, replacing=replacing) as slot:
-        if isinstance(slot, Committed):
-            ledger.made[node.name] = slot
-            return _reused(slot, time.monotonic() - started)
-        # Waiting for another builder is not part of what building took.
-        started = time.monotonic()
-        try:
-            committed = _fill(slot, node, ledger.sources[node.name], inputs, setting, run)
-        except Exception as error:
-            other = _made_by_another(slot, node, setting, error)
-            ledger.made[node.name] = other
-            return _reused(other, time.monotonic() - started)
-    ledger.made[node.name] = committed
-    return Built(
-        address=committed.address,
-        fingerprint=node.fingerprint,
-        content=committed.manifest.content,
-        seconds=time.monotonic() - started,
-        figures=committed.artifact.key_figures(),
-        shortfall=committed.artifact.told(),
-    )
-
-
-def _made_by_another(slot: Slot, node: Node, setting: Setting, error: Exception) -> Committed:
-    """What another builder committed in place of this one, which stopped with `error`.
-
-    Raises `error` if this builder still holds the lease, or LeaseLost if nothing is there yet.
-    """
     try:
-        slot.lease.check()
-    except LeaseLost as lost:
-        committed = setting.store.find(node)
-        if committed is None or committed.generation < slot.generation:
-            raise lost from error
-        for listener in setting.listeners:
-            listener.note(f"{node.name}: another builder took over and was quicker; taking its own")
-        return committed
-    raise error
+        return _treat(node, role, suppliers, examiner, site)
+    except KeyboardInterrupt:
+        failed = Failed("interrupted", time.monotonic() - started)
+        return Visited(failed, Lost("failed"), interrupted=True)
+    except Exception as error:
+        # Nodes that do not depend on this one must still run, whatever was raised.
+        failed = Failed(_explain(error, node, site), time.monotonic() - started)
+        return Visited(failed, Lost("failed"))
 
 
-def _explain(error: Exception, node: Node, setting: Setting, run: Run) -> str:
+def _treat(
+    node: Node, role: Role, suppliers: Mapping[str, Supplier], examiner: Examiner, site: Site
+) -> Visited:
+    started = time.monotonic()
+    inputs = settled_inputs(node, suppliers)
+    state = examiner.examine(node, inputs, hashes=len(inputs) == len(node.inputs))
+    match judge(role, state, suppliers):
+        case Reuse(committed):
+            return Visited(reuse(committed, time.monotonic() - started), Settled(committed))
+        case Build():
+            replacing = state.committed.generation if isinstance(state, Fresh) else state.generation
+            outcome, made = build(node, inputs, site, replacing=replacing)
+            return Visited(outcome, Settled(made))
+        case Refuse(reasons):
+            failed = Failed("; ".join(reasons), time.monotonic() - started)
+            return Visited(failed, Lost("failed"))
+        case Block(by, reason):
+            return Visited(Blocked(by, reason), Lost("blocked"))
+        case Leave(supplier=supplier):
+            if role is Role.AFTER_FORCE and not isinstance(state, Fresh):
+                why = "; ".join(state.reasons)
+                site.audience.note(f"{node.name}: left as it is ({why}); a plain run rebuilds it")
+            return Visited(None, supplier)
+        case Recheck():
+            raise AssertionError(f"{node.name} was judged before what it is made of")
+
+
+def _explain(error: Exception, node: Node, site: Site) -> str:
     """What went wrong, in one line; its traceback goes beside the run's record if it can."""
-    path = setting.store.records.folder / f"{run.id}.{node.name}.txt"
+    path = site.store.records.folder / f"{site.run}.{node.name}.txt"
     try:
         path.write_text("".join(traceback.format_exception(error)))
         kept = f"traceback in {path}"
@@ -216,64 +140,3 @@ def _explain(error: Exception, node: Node, setting: Setting, run: Run) -> str:
     if isinstance(error, IngotError):
         return str(error)
     return f"{type(error).__name__}: {error} ({kept})"
-
-
-def _fill(
-    slot: Slot,
-    node: Node,
-    source: str,
-    inputs: Mapping[str, Committed],
-    setting: Setting,
-    run: Run,
-) -> Committed:
-    """Run the stage in its slot and commit what it made."""
-    started = time.monotonic()
-    tracker = Chorus([listener.begin(node, inputs) for listener in setting.listeners])
-    if slot.earlier:
-        tracker.note(f"{node.name}: continues the interrupted build in {slot.earlier[0]}")
-    work = Workspace(
-        out=str(slot.files),
-        machines=setting.machines,
-        tracker=tracker,
-        lease=slot.lease,
-        hashes=setting.store.hashes,
-        earlier=slot.earlier,
-    )
-    stage = node.planned.stage
-    artifact = load_body(stage)(
-        node.planned.config, work, **{name: one.artifact for name, one in inputs.items()}
-    )
-    if not isinstance(artifact, stage.makes) or artifact.uri != work.out:
-        raise StoreError(
-            f"stage {stage.name} returned {artifact!r}, not a {stage.makes.__name__} at "
-            f"{work.out}; have it return one with uri=work.out"
-        )
-    inputs_now = {name: one.manifest.fingerprint for name, one in inputs.items()}
-    now = identify(node.planned, inputs_now, setting.store.hashes)
-    changed = differences(node.identity.fields, now.fields, node.planned.config)
-    if changed:
-        raise DataError(
-            f"{node.name}: what it reads changed after it was planned ({'; '.join(changed)}); run "
-            "again to build from it as it is now"
-        )
-    provenance = {
-        **machine_facts(setting.machines),
-        "run": run.id,
-        "recipe": run.recipe,
-        "node": node.name,
-        "seconds": time.monotonic() - started,
-        "source": source,
-    }
-    return setting.store.commit(slot, node, artifact, inputs, provenance)
-
-
-def _reused(committed: Committed, seconds: float) -> Reused:
-    return Reused(
-        address=committed.address,
-        fingerprint=committed.manifest.fingerprint,
-        content=committed.manifest.content,
-        seconds=seconds,
-        figures=committed.artifact.key_figures(),
-        built_by=committed.manifest.provenance.get("run"),
-        shortfall=committed.artifact.told(),
-    )

@@ -14,10 +14,16 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/pipeline/test_runner.py",
         "tests/pipeline/test_overtaken.py",
         "tests/pipeline/test_decide.py",
+        "tests/pipeline/test_agreement.py",
+    ),
+    "pipeline/building.py": (
+        "tests/pipeline/test_runner.py",
+        "tests/pipeline/test_overtaken.py",
         "tests/pipeline/test_provenance.py",
         "tests/pipeline/test_late_builders.py",
         "tests/pipeline/test_tracking.py",
     ),
+    "pipeline/listeners.py": ("tests/pipeline/test_listeners.py",),
     "pipeline/store.py": (
         "tests/pipeline/test_store.py",
         "tests/pipeline/test_removal.py",
@@ -35,8 +41,11 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/pipeline/test_store.py",
         "tests/pipeline/test_clean.py",
     ),
+    "pipeline/states.py": ("tests/pipeline/test_decide.py", "tests/pipeline/test_clean.py"),
     "pipeline/decide.py": (
+        "tests/pipeline/test_judge.py",
         "tests/pipeline/test_decide.py",
+        "tests/pipeline/test_agreement.py",
         "tests/pipeline/test_runner.py",
         "tests/pipeline/test_clean.py",
         "tests/pipeline/test_cli.py",

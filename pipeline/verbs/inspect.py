@@ -3,74 +3,84 @@
 import argparse
 from collections.abc import Iterator, Mapping
 
-from pipeline.decide import Damaged, Examiner, Fresh, Missing, Stale, State, Unsettled, survey
-from pipeline.graph import Graph, Node
+from pipeline.decide import Block, Judged, Recheck, Reuse, decide
+from pipeline.graph import Graph, Node, Selection
 from pipeline.provenance import source_digest
+from pipeline.states import Damaged, Examiner, Fresh, Missing, Stale
 from pipeline.verbs.asked import Asked, load_asked
 
 
 def status(args: argparse.Namespace) -> int:
     """Print every node as fresh, stale or missing, with the reason."""
-    asked, graph, states = _survey(args)
+    asked, graph, judged = _judge(args)
     print(f"{asked.title} in {asked.recipe.store.url}")
     width = max(map(len, graph.nodes))
     for node in graph:
-        state = states[node.name]
-        reasons = [*_reasons(state), *_code_changes(node, state)]
-        print(f"  {node.name:{width}}  {_word(state):8} {'; '.join(reasons)}".rstrip())
+        one = judged[node.name]
+        reasons = [*_reasons(one), *_code_changes(node, one)]
+        print(f"  {node.name:{width}}  {_word(one):8} {'; '.join(reasons)}".rstrip())
     return 0
 
 
 def why(args: argparse.Namespace) -> int:
     """Print the field, input or file for which a node must be built, and so on up the line."""
-    _, graph, states = _survey(args)
+    _, graph, judged = _judge(args)
     for name in graph.resolve(args.stage):
-        for line in _explain(graph, states, name, ""):
+        for line in _explain(graph, judged, name, ""):
             print(line)
     return 0
 
 
-def _survey(args: argparse.Namespace) -> tuple[Asked, Graph, dict[str, State]]:
+def _judge(args: argparse.Namespace) -> tuple[Asked, Graph, dict[str, Judged]]:
+    """The line as a plain run would find it."""
     asked = load_asked(args)
     store = asked.store(print)
     graph = asked.graph(store.hashes)
-    return asked, graph, survey(graph, Examiner(store, asked.recipe.name))
+    return asked, graph, decide(graph, Selection(), Examiner(store, asked.recipe.name))
 
 
-def _explain(graph: Graph, states: Mapping[str, State], name: str, indent: str) -> Iterator[str]:
-    state = states[name]
-    yield f"{indent}{name} is {_word(state)}"
-    if isinstance(state, Fresh):
-        made = state.committed.manifest.provenance
+def _explain(graph: Graph, judged: Mapping[str, Judged], name: str, indent: str) -> Iterator[str]:
+    one = judged[name]
+    yield f"{indent}{name} is {_word(one)}"
+    if isinstance(one.decision, Reuse):
+        made = one.decision.committed.manifest.provenance
         yield f"{indent}  built {made.get('time')} by run {made.get('run')}, and nothing changed"
-    for reason in [*_reasons(state), *_code_changes(graph[name], state)]:
+    for reason in [*_reasons(one), *_code_changes(graph[name], one)]:
         yield f"{indent}  {reason}"
     for supplier in dict.fromkeys(graph[name].inputs.values()):
-        if not isinstance(states[supplier], Fresh):
-            yield from _explain(graph, states, supplier, indent + "  ")
+        if not isinstance(judged[supplier].decision, Reuse):
+            yield from _explain(graph, judged, supplier, indent + "  ")
 
 
-def _word(state: State) -> str:
-    match state:
-        case Fresh():
+def _word(one: Judged) -> str:
+    match one.state, one.decision:
+        case Fresh(), Reuse():
             return "fresh"
-        case Stale() | Unsettled():
+        case ((Fresh() | Stale()), _):
             return "stale"
-        case Missing():
+        case Missing(), _:
             return "missing"
-        case Damaged():
+        case Damaged(), _:
             return "damaged"
+    raise AssertionError(one)
 
 
-def _reasons(state: State) -> tuple[str, ...]:
-    return () if isinstance(state, Fresh) else state.reasons
+def _reasons(one: Judged) -> tuple[str, ...]:
+    match one.state, one.decision:
+        case Fresh(), Recheck(inputs):
+            return tuple(f"depends on {name}, which is not up to date" for name in inputs)
+        case Fresh(), Block(by):
+            return (f"depends on {by}, which is not up to date",)
+        case ((Stale(reasons) | Missing(reasons) | Damaged(reasons)), _):
+            return reasons
+    return ()
 
 
-def _code_changes(node: Node, state: State) -> list[str]:
+def _code_changes(node: Node, one: Judged) -> list[str]:
     """Code is provenance, not identity: a change is told, and rebuilds nothing."""
-    if not isinstance(state, Fresh):
+    if not isinstance(one.decision, Reuse):
         return []
-    built_by = state.committed.manifest.provenance.get("source")
+    built_by = one.decision.committed.manifest.provenance.get("source")
     if built_by == source_digest(node.planned.stage):
         return []
     return [f"code changed since; --force {node.name} rebuilds it"]

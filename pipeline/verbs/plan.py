@@ -5,21 +5,9 @@ import json
 import sys
 from collections.abc import Mapping
 
-from pipeline.decide import (
-    Build,
-    Decision,
-    Examiner,
-    NotSelected,
-    Recheck,
-    Refuse,
-    Reuse,
-    as_json,
-    decide,
-    explain_recheck,
-    relied_on,
-    survey,
-)
+from pipeline.decide import Decision, Judged, Refuse, Reuse, decide, in_words
 from pipeline.graph import Graph
+from pipeline.states import Examiner
 from pipeline.verbs.asked import Asked, load_asked, selection
 
 
@@ -28,12 +16,9 @@ def plan(args: argparse.Namespace) -> int:
     asked = load_asked(args)
     store = asked.store(_to_stderr)
     graph = asked.graph(store.hashes)
-    chosen = selection(args)
-    examiner = Examiner(store, asked.recipe.name)
-    states = survey(graph, examiner, hashed=relied_on(graph, chosen))
-    decisions = decide(graph, chosen, states)
+    judged = decide(graph, selection(args), Examiner(store, asked.recipe.name))
     if args.json:
-        print(json.dumps(_plan_record(asked, graph, decisions), indent=1))
+        print(json.dumps(_plan_record(asked, graph, judged), indent=1))
     else:
         print(f"{asked.title} in {store.root}")
         if not asked.recipe.base:
@@ -43,28 +28,14 @@ def plan(args: argparse.Namespace) -> int:
                 f"{model.parameters(active=True):,} of them a token"
             )
         width = max(map(len, graph.nodes))
-        for name, decision in decisions.items():
-            print(f"  {name:{width}}  {_line(decision)}")
-    return 1 if any(isinstance(one, Refuse) for one in decisions.values()) else 0
+        for name, one in judged.items():
+            verb, reasons = in_words(one.decision)
+            what = one.decision.committed.address if isinstance(one.decision, Reuse) else ""
+            print(f"  {name:{width}}  {verb:8} {what or '; '.join(reasons)}")
+    return 1 if any(isinstance(one.decision, Refuse) for one in judged.values()) else 0
 
 
-def _line(decision: Decision) -> str:
-    match decision:
-        case Reuse(committed):
-            return f"reuse    {committed.address}"
-        case Build(reasons):
-            return f"build    {'; '.join(reasons)}"
-        case Recheck(inputs):
-            return f"recheck  {explain_recheck(inputs)}"
-        case Refuse(reasons):
-            return f"refuse   {'; '.join(reasons)}"
-        case NotSelected(reason):
-            return f"leave    {reason}"
-
-
-def _plan_record(
-    asked: Asked, graph: Graph, decisions: Mapping[str, Decision]
-) -> dict[str, object]:
+def _plan_record(asked: Asked, graph: Graph, judged: Mapping[str, Judged]) -> dict[str, object]:
     nodes = [
         {
             "node": node.name,
@@ -72,11 +43,17 @@ def _plan_record(
             "fingerprint": node.fingerprint,
             "inputs": dict(node.inputs),
             **({} if node.seed is None else {"seed": node.seed}),
-            **as_json(decisions[node.name]),
+            **_decision_record(judged[node.name].decision),
         }
         for node in graph
     ]
     return {"recipe": asked.recipe.name, "store": asked.recipe.store.url, "nodes": nodes}
+
+
+def _decision_record(decision: Decision) -> dict[str, object]:
+    verb, reasons = in_words(decision)
+    taken = {"uri": str(decision.committed.path)} if isinstance(decision, Reuse) else {}
+    return {"decision": verb, **taken, "reasons": list(reasons)}
 
 
 def _to_stderr(message: str) -> None:

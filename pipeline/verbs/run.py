@@ -7,13 +7,14 @@ import time
 from dataclasses import replace
 
 from configs.errors import IngotError
-from pipeline.decide import Examiner, decide, in_use, relied_on, survey
+from pipeline.decide import decide, in_use
 from pipeline.lease import this_process
 from pipeline.progress import Display
 from pipeline.provenance import machine_facts
 from pipeline.records import Blocked, Built, Failed, Reused, Run, new_run_id
 from pipeline.runner import Setting, realise
 from pipeline.seeds import across_seeds
+from pipeline.states import Examiner
 from pipeline.tracking import Tracking
 from pipeline.verbs.asked import Asked, command, load_asked, make_console, selection
 
@@ -29,8 +30,7 @@ def run(args: argparse.Namespace) -> int:
     graph = asked.graph(store.hashes)
     store.prepare()
     examiner = Examiner(store, recipe.name)
-    states = survey(graph, examiner, hashed=relied_on(graph, chosen))
-    decide(graph, chosen, states)
+    judged = decide(graph, chosen, examiner)
     record = Run(
         id=new_run_id(),
         recipe=recipe.name,
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         started=time.time(),
         store_root=str(store.root),
         process=this_process(),
-        in_use=in_use(states),
+        in_use=in_use(judged),
     )
     # A scheduler's polite end is the same as the user's.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -17,11 +17,13 @@ from configs.delivery import Target
 from configs.errors import TrainingError
 from configs.model import V3Config
 from configs.parallel import ClusterConfig, StoreConfig
-from pipeline.decide import Examiner
+from pipeline.decide import Judged, decide
 from pipeline.graph import Graph, Selection, make_graph
 from pipeline.lease import this_process
+from pipeline.listeners import Listener
 from pipeline.records import Built, Failed, Invocation, Reused, Run, new_run_id
-from pipeline.runner import Listener, Setting, realise
+from pipeline.runner import Setting, realise
+from pipeline.states import Examiner
 from pipeline.store import Slot, Store
 from stages.artifacts import Bundle, Checkpoint, Corpus, Parity, Report
 from stages.contract import Planned, Workspace, stage
@@ -167,6 +169,11 @@ class World:
     def graph(self, **changes: Any) -> Graph:
         """The line under these changes."""
         return make_graph(make_line(**changes), self.store.hashes)
+
+    def judged(self, selection: Selection | None = None, **changes: Any) -> dict[str, Judged]:
+        """What a run of the line under these changes would do."""
+        examiner = Examiner(self.store, RECIPE)
+        return decide(self.graph(**changes), selection or Selection(), examiner)
 
     def begin(self) -> Run:
         """The record of a run of this process that has done nothing yet."""

@@ -14,7 +14,7 @@ import pytest
 from configs.errors import StoreError
 from configs.parallel import StoreConfig
 from pipeline import cli
-from pipeline.decide import Examiner, in_use, survey
+from pipeline.decide import in_use
 from pipeline.graph import make_graph
 from pipeline.lease import give_up, newest, take, this_process
 from pipeline.records import Run
@@ -26,7 +26,7 @@ from pipeline.verbs.clean import Entry, clean, inventory
 from stages.artifacts import Corpus, Report
 from stages.contract import Planned, Workspace, stage
 from stages.manifest import verify
-from tests.pipeline.fakes import RECIPE, FakeConfig, World, gather, outcomes
+from tests.pipeline.fakes import FakeConfig, World, gather, outcomes
 
 
 @pytest.fixture
@@ -92,9 +92,8 @@ def test_the_inputs_of_a_build_that_goes_on_are_kept(world: World, old: Run) -> 
 
 
 def test_what_a_live_run_began_with_is_kept_until_it_is_finished(world: World, old: Run) -> None:
-    graph = world.graph(train={"steps": 2})
-    states = survey(graph, Examiner(world.store, RECIPE))
-    run = replace(world.begin(), in_use=in_use(states))
+    judged = world.judged(train={"steps": 2})
+    run = replace(world.begin(), in_use=in_use(judged))
     world.store.records.save(run)
     for node in ("train", "judge", "pack.cuda"):
         entry = listed(world)[world.generation(old, node)]
@@ -150,14 +149,14 @@ def test_a_run_says_in_its_record_what_it_may_reuse_and_when_it_is_finished(
 
 
 def test_a_run_whose_process_is_gone_pins_nothing(world: World, old: Run) -> None:
-    states = survey(world.graph(train={"steps": 2}), Examiner(world.store, RECIPE))
+    judged = world.judged(train={"steps": 2})
     run = world.begin()
     gone = {**run.process, "started": float(run.process["started"]) - 1000}
-    world.store.records.save(replace(run, in_use=in_use(states), process=gone))
+    world.store.records.save(replace(run, in_use=in_use(judged), process=gone))
     assert listed(world)[world.generation(old, "train")].verdict == "remove"
     # Of another machine one cannot know, and keeps.
     away = {**gone, "host": "elsewhere/1"}
-    world.store.records.save(replace(run, in_use=in_use(states), process=away))
+    world.store.records.save(replace(run, in_use=in_use(judged), process=away))
     assert listed(world)[world.generation(old, "train")].verdict == "keep"
 
 
@@ -220,8 +219,8 @@ def test_a_run_between_the_look_and_the_removal_loses_nothing(
             if ends:
                 assert outcomes(world.run(train={"steps": 2}))["train"] == "reused"
             else:
-                states = survey(world.graph(train={"steps": 2}), Examiner(world.store, RECIPE))
-                world.store.records.save(replace(world.begin(), in_use=in_use(states)))
+                judged = world.judged(train={"steps": 2})
+                world.store.records.save(replace(world.begin(), in_use=in_use(judged)))
         looks.append(entries)
         return entries
 
@@ -244,8 +243,8 @@ def test_a_run_that_begins_while_others_are_deleted_loses_nothing(
 
     def begin(path: Path, used_by: Callable[[], str | None]) -> None:
         if not runs:
-            states = survey(world.graph(train={"steps": 2}), Examiner(world.store, RECIPE))
-            runs.append(replace(world.begin(), in_use=in_use(states), finished=ends))
+            judged = world.judged(train={"steps": 2})
+            runs.append(replace(world.begin(), in_use=in_use(judged), finished=ends))
             world.store.records.save(runs[0])
         remove(path, used_by)
 

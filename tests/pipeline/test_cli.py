@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -278,6 +279,33 @@ def test_status_why_and_show_speak_of_the_latest_run(
     assert "verified" not in told
     assert ingot("show", "train", "--verify") == 0
     assert "verified: 1 files" in capsys.readouterr().out
+
+
+def test_status_and_why_tell_what_waits_for_another_node(
+    line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ingot("run", "smoke", "@over.toml") == 0
+    (lost,) = (line / ".ingot" / "artifacts" / "train").glob("*/g1")
+    shutil.rmtree(lost)
+    capsys.readouterr()
+    assert ingot("status") == 0
+    told = capsys.readouterr().out
+    assert re.findall(r"^  \S+ +(\S+)", told, re.M) == ["fresh", "missing", *["stale"] * 3]
+    assert re.search(r"^  judge +stale +depends on train, which is not up to date$", told, re.M)
+    assert ingot("plan", "smoke", "@over.toml") == 0
+    assert re.search(r"judge +recheck +reused if train come out as before", capsys.readouterr().out)
+    assert ingot("run", "smoke", "@over.toml") == 0
+    (file,) = (line / ".ingot" / "artifacts" / "train").rglob("weights.bin")
+    file.write_text("x")
+    capsys.readouterr()
+    assert ingot("why", "judge") == 0
+    told = capsys.readouterr().out
+    assert told.startswith("judge is stale\n  depends on train, which is not up to date\n")
+    assert "  train is damaged\n" in told
+    assert ingot("plan", "smoke", "@over.toml") == 1
+    told = capsys.readouterr().out
+    assert re.search(r"train +refuse +.*weights.bin has 1 bytes", told)
+    assert re.search(r"judge +block +made of train, which is not there", told)
 
 
 def test_what_another_recipe_has_is_pointed_to(

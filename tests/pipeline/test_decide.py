@@ -9,27 +9,13 @@ from fsspec.implementations.local import LocalFileSystem
 
 from configs.errors import PlanError
 from configs.parallel import StoreConfig
-from pipeline.decide import (
-    Build,
-    Damaged,
-    Decision,
-    Examiner,
-    Fresh,
-    Missing,
-    NotSelected,
-    Recheck,
-    Refuse,
-    Reuse,
-    Stale,
-    decide,
-    relied_on,
-    survey,
-)
+from pipeline.decide import Block, Build, Decision, Leave, Recheck, Refuse, Reuse
 from pipeline.graph import Selection
 from pipeline.records import Blocked
 from pipeline.removal import remove
+from pipeline.states import Damaged, Fresh, Missing, Stale
 from pipeline.store import Slot
-from tests.pipeline.fakes import RECIPE, World, failed, outcomes
+from tests.pipeline.fakes import World, failed, outcomes
 
 ALL = ["data", "train", "judge", "pack.cuda", "pack.ascend"]
 
@@ -42,10 +28,7 @@ def world(store_config: StoreConfig) -> World:
 def plan(
     world: World, selection: Selection | None = None, **changes: object
 ) -> dict[str, Decision]:
-    graph, chosen = world.graph(**changes), selection or Selection()
-    hashed = relied_on(graph, chosen)
-    states = survey(graph, Examiner(world.store, RECIPE), hashed=hashed)
-    return decide(graph, chosen, states)
+    return {name: one.decision for name, one in world.judged(selection, **changes).items()}
 
 
 def kinds(decisions: dict[str, Decision]) -> dict[str, type]:
@@ -88,7 +71,7 @@ def test_only_builds_one_and_nothing_else(world: World) -> None:
     only = Selection(only=("judge",))
     decisions = plan(world, only, judge={"steps": 9})
     assert decisions.pop("judge") == Build(("steps: 3 -> 9",))
-    assert set(kinds(decisions).values()) == {NotSelected}
+    assert set(kinds(decisions).values()) == {Leave}
     assert outcomes(world.run(selection=only, judge={"steps": 9})) == {"judge": "built"}
     assert outcomes(world.run(selection=only, judge={"steps": 9})) == {"judge": "reused"}
 
@@ -120,7 +103,7 @@ def test_force_rebuilds_one_and_equal_content_leaves_the_rest_fresh(world: World
     chosen = Selection(force=("train",))
     decisions = plan(world, chosen)
     assert decisions["train"] == Build(("asked for by --force",))
-    assert isinstance(decisions["judge"], NotSelected)
+    assert isinstance(decisions["judge"], Leave)
     run = world.run(selection=chosen)
     assert outcomes(run) == {**dict.fromkeys(ALL, "reused"), "train": "built"}
 
@@ -160,6 +143,19 @@ def test_damage_is_refused_until_forced(world: World) -> None:
     assert outcomes(world.run()) == dict.fromkeys(ALL, "reused")
 
 
+def test_damage_is_refused_also_where_an_input_is_rebuilt(world: World) -> None:
+    differs = {"differs": True}
+    run = world.run(data=differs)
+    (world.files(run, "train") / "weights.bin").write_text("x")
+    remove(world.generation(run, "data"))
+    decisions = plan(world, data=differs)
+    assert isinstance(decisions["data"], Build)
+    assert isinstance(decisions["train"], Refuse)
+    assert decisions["judge"] == Block("train")
+    done = outcomes(world.run(data=differs))
+    assert (done["data"], done["train"], done["judge"]) == ("built", "failed", "blocked")
+
+
 def flip_byte(file: Path) -> None:
     """Damage that only a hash can see."""
     text = file.read_bytes()
@@ -187,7 +183,9 @@ def test_a_middle_node_that_the_run_makes_stale_blocks_what_is_asked_for(world: 
         Selection(force=("data",), start=("judge",)),
         Selection(force=("data",), only=("data", "judge")),
     ):
-        assert isinstance(plan(world, chosen, data=differs)["judge"], Build | Reuse | Recheck)
+        decided = plan(world, chosen, data=differs)["judge"]
+        assert isinstance(decided, Build | Recheck)
+        assert decided.provided == ("train",)
         run = world.run(selection=chosen, data=differs)
         blocked = run.outcomes["judge"]
         assert isinstance(blocked, Blocked)
@@ -282,14 +280,13 @@ def test_an_interrupted_build_that_can_be_continued_is_told_among_others(world: 
 
 def test_an_unreadable_manifest_is_damage(world: World) -> None:
     (world.generation(world.run(), "data") / "manifest.json").write_text("{")
-    states = survey(world.graph(), Examiner(world.store, RECIPE))
-    assert isinstance(states["data"], Damaged)
+    assert isinstance(world.judged()["data"].state, Damaged)
     assert outcomes(world.run(selection=Selection(force=("data",))))["data"] == "built"
 
 
 def test_states_tell_fresh_stale_and_missing_apart(world: World) -> None:
     world.run(selection=Selection(only=("data",)))
-    states = survey(world.graph(data={"steps": 8}), Examiner(world.store, RECIPE))
+    states = {name: one.state for name, one in world.judged(data={"steps": 8}).items()}
     assert states["data"] == Stale(("steps: 3 -> 8",))
     assert isinstance(states["train"], Missing)
-    assert isinstance(survey(world.graph(), Examiner(world.store, RECIPE))["data"], Fresh)
+    assert isinstance(world.judged()["data"].state, Fresh)

@@ -17,7 +17,6 @@ from pipeline import runner
 from pipeline.graph import Selection, make_graph
 from pipeline.lease import newest
 from pipeline.records import Built, Failed, Run, new_run_id
-from pipeline.runner import Chorus
 from stages.artifacts import Checkpoint, Corpus, Report
 from stages.contract import Workspace, stage
 from stages.hashing import Hashes
@@ -295,22 +294,6 @@ def test_an_artifact_of_another_kind_is_refused(world: World) -> None:
     assert "not a Corpus at" in failed.error
 
 
-def test_a_chorus_passes_everything_on() -> None:
-    members = [Recorder(), Recorder()]
-    chorus = Chorus(members)
-    chorus.start(steps=2, unit="step")
-    chorus.log({"loss": 1.0}, step=1)
-    chorus.note("hello")
-    chorus.tag("kind", "fake")
-    for one in members:
-        assert (one.started, one.logged, one.notes, one.tags) == (
-            [(2, "step")],
-            [(1, {"loss": 1.0})],
-            ["hello"],
-            {"kind": "fake"},
-        )
-
-
 RUN = """
 import sys
 from configs.parallel import StoreConfig
@@ -352,13 +335,13 @@ def test_ctrl_c_stops_the_run_keeps_what_is_committed_and_the_next_goes_on(
 LOADED = """
 import sys
 from configs.parallel import StoreConfig
-from pipeline.decide import Examiner, decide, survey
+from pipeline.decide import decide
 from pipeline.graph import Selection
+from pipeline.states import Examiner
 from tests.pipeline.fakes import RECIPE, World, outcomes
 world = World(StoreConfig(url=sys.argv[1], min_free_bytes=0))
 for told in ("built", "reused"):
-    graph, everything = world.graph(), Selection()
-    decide(graph, everything, survey(graph, Examiner(world.store, RECIPE)))
+    decide(world.graph(), Selection(), Examiner(world.store, RECIPE))
     assert set(outcomes(world.run()).values()) == {told}
 print(sorted({"torch", "ray", "mlflow"} & sys.modules.keys()))
 """

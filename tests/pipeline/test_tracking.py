@@ -16,7 +16,6 @@ from mlflow.tracking import MlflowClient
 from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
 from configs.recipe import load_recipe
 from pipeline import tracking as tracking_module
-from pipeline.decide import Examiner
 from pipeline.embedded import schema_lock
 from pipeline.graph import Selection, make_graph
 from pipeline.lease import this_process
@@ -24,6 +23,7 @@ from pipeline.places import tracking_uri
 from pipeline.plain import SMALL_BYTES, metric_name
 from pipeline.records import Blocked, Run
 from pipeline.runner import Setting, realise
+from pipeline.states import Examiner
 from pipeline.tracking import Child, Tracking
 from stages.artifacts import Corpus
 from stages.contract import Workspace, stage
