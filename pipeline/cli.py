@@ -14,8 +14,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
-from configs.errors import ConfigError, IngotError
-
 _VERBS = {
     "run": "pipeline.verbs.run",
     "plan": "pipeline.verbs.plan",
@@ -53,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             # A terminal that cannot show a sign is told its number instead.
             stream.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if argv is None else list(argv)
+    if fault := _path_fault() or _verb_fault(words):
+        _report(f"error: {fault}")
+        return 2
     if not words:
         _parser().print_help()
         return 0
@@ -63,12 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # pydantic among all installed packages would take longer than a plan.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    errors = importlib.import_module("configs.errors")
     try:
-        _check_path()
         return _call(parse(words))
-    except IngotError as error:
+    except errors.IngotError as error:
         _report(f"error: {error}")
-        return error.exit_code
+        return int(error.exit_code)
     except KeyboardInterrupt:
         _report("stopped; what is committed stays, and the same command goes on from it")
         return _INTERRUPTED
@@ -93,10 +94,11 @@ def _call(args: argparse.Namespace) -> int:
     return code
 
 
-def _check_path() -> None:
-    """ConfigError if files of the user's stand on Python's path where Ingot's own should.
+def _path_fault() -> str | None:
+    """What of the user's stands on Python's path where Ingot's own should, and what to do.
 
-    It cannot tell of a `pipeline` of the user's, which would be run in place of this.
+    Looked for before anything of ours is loaded. A `pipeline` of the user's cannot be told of: it
+    would be run in place of this.
     """
     root = Path(__file__).resolve().parents[1]
     for floor in _FLOORS:
@@ -104,10 +106,11 @@ def _check_path() -> None:
         places = [] if spec is None else [*(spec.submodule_search_locations or ()), spec.origin]
         found = next((Path(place).resolve() for place in places if place), None)
         if found is None or not found.is_relative_to(root / floor):
-            raise ConfigError(
+            return (
                 f"PYTHONPATH: {found} stands before Ingot's own {floor}; take its folder off "
                 "PYTHONPATH, or rename it"
             )
+    return None
 
 
 def _report(message: str) -> None:
@@ -124,13 +127,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"ingot: error: {message}; `{self.prog} --help` says what it takes\n")
 
 
-def _check_verb(words: Sequence[str]) -> None:
-    """ConfigError with the nearest spelling for a verb that there is not."""
+def _verb_fault(words: Sequence[str]) -> str | None:
+    """That there is no verb of this name, with the nearest spelling."""
     verb = next((word for word in words if not word.startswith(("-", "@"))), None)
-    if verb is not None and verb not in _VERBS:
-        near = difflib.get_close_matches(verb, _VERBS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"verbs: {', '.join(_VERBS)}"
-        raise ConfigError(f"{verb!r} is no verb; {hint}")
+    if verb is None or verb in _VERBS:
+        return None
+    near = difflib.get_close_matches(verb, _VERBS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"verbs: {', '.join(_VERBS)}"
+    return f"{verb!r} is no verb; {hint}"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -138,7 +142,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     Not for `sample`, whose prompts may begin with any sign.
     """
-    _check_verb(argv)
     if list(argv[:1]) == ["sample"]:
         args = _parser().parse_args(argv)
         args.overlays = []

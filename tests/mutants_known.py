@@ -93,6 +93,10 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/stages/test_drawn.py",
     ),
     "stages/evaluate/loop.py": ("tests/stages/test_evaluate.py",),
+    "stages/imported/loop.py": (
+        "tests/stages/test_imported.py",
+        "tests/stages/test_conventions.py",
+    ),
     "stages/loss_parity/loop.py": ("tests/stages/test_loss_parity.py",),
     "stages/posttrain/learner.py": (
         "tests/stages/test_learner.py",

@@ -389,7 +389,7 @@ def test_later_commands_speak_of_all_seeds_of_the_latest_run(
         ("train.seed-0", "missing"),
         ("train.seed-1", "fresh"),
     ]
-    assert ingot("show", "train.seed-1") == 0
+    assert ingot("show", "train.seed-1", "--verify") == 0
     assert "verified: 1 files" in capsys.readouterr().out
     assert ingot("show", "train") == 2
     assert "built: train.seed-1, data" in capsys.readouterr().err
