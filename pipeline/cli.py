@@ -176,7 +176,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(_SEEDS, metavar="0,1,2", help=_SEEDS_HELP)
         _add_selectors(command)
 
-    _with_latest(verbs.add_parser("status", help="which nodes are fresh, stale or missing"))
+    status = _with_latest(
+        verbs.add_parser("status", help="which nodes are fresh, stale or missing; exit code 3")
+    )
+    status.add_argument("--json", action="store_true", help="print as JSON")
     why = _with_latest(verbs.add_parser("why", help="why a node must be built"))
     why.add_argument("stage", metavar="STAGE", help="a node or a stage")
     show = _with_latest(verbs.add_parser("show", help="what an artifact holds"))

@@ -24,3 +24,21 @@ def show_figure(name: str, value: float) -> str:
 def show_number(value: float) -> str:
     """Four significant digits; large numbers whole, with separators."""
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+def show_bytes(count: int) -> str:
+    """A size in the unit in which people say it: `2.8 MB`."""
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.3g} {units[0]}"
+
+
+def show_seconds(seconds: float) -> str:
+    """A duration: seconds below a minute, else a clock: `49.6 s`, `10:30`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    hours, rest = divmod(round(seconds), 3600)
+    clock = f"{rest // 60:02}:{rest % 60:02}"
+    return f"{hours}:{clock}" if hours else clock

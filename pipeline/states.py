@@ -7,7 +7,7 @@ from configs.errors import ArtifactError
 from pipeline.fingerprint import differences
 from pipeline.graph import Node
 from pipeline.store import Committed, Store, has_resume_state
-from stages.manifest import read_manifest
+from stages.manifest import Manifest, read_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,14 @@ class Examiner:
         self._store = store
         self._recipe = recipe
         self._latest = store.records.latest_artifacts()
+
+    def last(self, node: Node) -> Manifest | None:
+        """The manifest of what the node made or took last in this recipe; none if there is none."""
+        path = self._latest.get((self._recipe, node.name))
+        try:
+            return None if path is None else read_manifest(str(path))
+        except ArtifactError:
+            return None
 
     def examine(self, node: Node, inputs: Mapping[str, Committed], *, hashes: bool) -> State:
         """The state of one node, given those of its inputs that are settled, by input name.

@@ -76,8 +76,12 @@ class Committed:
 
     def check(self, *, hashes: bool) -> None:
         """ArtifactError naming the file if one is missing or damaged."""
-        size = sum(entry.bytes for entry in self.manifest.files.values())
-        verify(str(self.path), hashes=hashes and size <= HASHED_BYTES)
+        verify(str(self.path), hashes=hashes and self.num_bytes <= HASHED_BYTES)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its files."""
+        return self.manifest.num_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,11 @@ class Manifest(Frozen):
     """When, where and by which code; never part of identity or content."""
 
     @property
+    def num_bytes(self) -> int:
+        """Of all files."""
+        return sum(entry.bytes for entry in self.files.values())
+
+    @property
     def stage_name(self) -> str:
         """The function's own name, by which selectors know the stage."""
         return self.stage.rpartition(":")[2]

@@ -1,25 +1,76 @@
 """`ingot status` and `why`: what is there, and why it is not fresh."""
 
 import argparse
+import json
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 
 from pipeline.decide import Block, Judged, Recheck, Reuse, decide
+from pipeline.figures import show_bytes, show_figures, show_seconds
 from pipeline.graph import Graph, Node, Selection
 from pipeline.provenance import source_digest
 from pipeline.states import Damaged, Examiner, Fresh, Missing, Stale
 from pipeline.verbs.asked import Asked, load_asked
 
+STALE = 3
+"""The exit code of `status` if something is not fresh."""
+
 
 def status(args: argparse.Namespace) -> int:
-    """Print every node as fresh, stale or missing, with the reason."""
+    """Print every node: fresh or why it is not, when it was built, how long that took, its key
+    figure and its size. Exit 3 if one is not fresh."""
     asked, graph, judged = _judge(args)
-    print(f"{asked.title} in {asked.recipe.store.url}")
-    width = max(map(len, graph.nodes))
-    for node in graph:
-        one = judged[node.name]
-        reasons = [*_reasons(one), *_code_changes(node, one)]
-        print(f"  {node.name:{width}}  {_word(one):8} {'; '.join(reasons)}".rstrip())
-    return 0
+    if args.json:
+        nodes = [_record(node, judged[node.name]) for node in graph]
+        record = {"recipe": asked.recipe.name, "store": asked.recipe.store.url, "nodes": nodes}
+        print(json.dumps(record, indent=1))
+    else:
+        print(f"{asked.title} in {asked.recipe.store.url}")
+        width = max(map(len, graph.nodes))
+        for node in graph:
+            for line in _lines(node, judged[node.name], width):
+                print(line.rstrip())
+    return 0 if all(isinstance(one.decision, Reuse) for one in judged.values()) else STALE
+
+
+def _lines(node: Node, one: Judged, width: int) -> Iterator[str]:
+    """What is there of a node, or why it is not fresh; then that its code changed, if it did."""
+    begin = f"  {node.name:{width}}  {_word(one):8}"
+    if isinstance(one.decision, Reuse):
+        committed = one.decision.committed
+        made = committed.manifest.provenance
+        figures = dict(list(committed.artifact.key_figures().items())[:1])
+        size, seconds = show_bytes(committed.num_bytes), show_seconds(made.get("seconds", 0.0))
+        when = _local(made.get("time"))
+        yield f"{begin} {when}  {seconds:>8}  {size:>8}  {show_figures(figures)}"
+    else:
+        yield f"{begin} {'; '.join(_reasons(one))}"
+    yield from (f"  {'':{width}}  {'':8} {told}" for told in _code_changes(node, one))
+
+
+def _record(node: Node, one: Judged) -> dict[str, object]:
+    """The same as JSON values."""
+    record: dict[str, object] = {"node": node.name, "state": _word(one)}
+    if isinstance(one.decision, Reuse):
+        committed = one.decision.committed
+        made = committed.manifest.provenance
+        record |= {
+            "built": made.get("time"),
+            "seconds": made.get("seconds"),
+            "bytes": committed.num_bytes,
+            "figures": committed.artifact.key_figures(),
+            "uri": str(committed.path),
+        }
+    return record | {"reasons": [*_reasons(one), *_code_changes(node, one)]}
+
+
+def _local(stamp: object) -> str:
+    """A record's time as clocks here show it, to the minute."""
+    try:
+        moment = datetime.fromisoformat(str(stamp))
+    except ValueError:
+        return f"{'?':16}"
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M")
 
 
 def why(args: argparse.Namespace) -> int:

@@ -2,13 +2,21 @@
 
 import argparse
 import json
+import re
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
-from pipeline.decide import Decision, Judged, Refuse, Reuse, decide, in_words
-from pipeline.graph import Graph
+from pipeline.decide import Build, Decision, Judged, Recheck, Refuse, Reuse, decide, in_words
+from pipeline.figures import show_bytes, show_seconds
+from pipeline.graph import Graph, Node
 from pipeline.states import Examiner
 from pipeline.verbs.asked import Asked, load_asked, selection
+from stages.manifest import Manifest
+
+_INPUT = re.compile(r"input (\S+) (?:changed|rebuilt|added)")
+"""A reason that is not the node's own."""
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -16,9 +24,10 @@ def plan(args: argparse.Namespace) -> int:
     asked = load_asked(args)
     store = asked.store(_to_stderr)
     graph = asked.graph(store.hashes)
-    judged = decide(graph, selection(args), Examiner(store, asked.recipe.name))
+    examiner = Examiner(store, asked.recipe.name)
+    judged = decide(graph, selection(args), examiner)
     if args.json:
-        print(json.dumps(_plan_record(asked, graph, judged), indent=1))
+        print(json.dumps(_plan_record(asked, graph, judged, examiner), indent=1))
     else:
         print(f"{asked.title} in {store.root}")
         if not asked.recipe.base:
@@ -27,15 +36,69 @@ def plan(args: argparse.Namespace) -> int:
                 f"  {model.family} of {model.parameters():,} parameters, "
                 f"{model.parameters(active=True):,} of them a token"
             )
-        width = max(map(len, graph.nodes))
-        for name, one in judged.items():
-            verb, reasons = in_words(one.decision)
-            what = one.decision.committed.address if isinstance(one.decision, Reuse) else ""
-            print(f"  {name:{width}}  {verb:8} {what or '; '.join(reasons)}")
+        for line in _lines(graph, judged, examiner, store.root):
+            print(line)
     return 1 if any(isinstance(one.decision, Refuse) for one in judged.values()) else 0
 
 
-def _plan_record(asked: Asked, graph: Graph, judged: Mapping[str, Judged]) -> dict[str, object]:
+def _lines(
+    graph: Graph, judged: Mapping[str, Judged], examiner: Examiner, root: Path
+) -> Iterator[str]:
+    """A line a node; then how long what is built took last time, and the disk that it needs."""
+    width = max(map(len, graph.nodes))
+    building: list[Manifest] = []
+    unknown = 0
+    for node in graph:
+        decision = judged[node.name].decision
+        verb, reasons = in_words(decision)
+        said = list(_with_causes(graph, judged, node, reasons))
+        last = examiner.last(node) if isinstance(decision, Build | Recheck) else None
+        if last is not None:
+            building.append(last)
+            said.append(f"took {show_seconds(last.provenance.get('seconds', 0.0))} last time")
+        elif isinstance(decision, Build):
+            unknown += 1
+        what = decision.committed.address if isinstance(decision, Reuse) else ""
+        yield f"  {node.name:{width}}  {verb:8} {what or '; '.join(said)}"
+    if building:
+        seconds = sum(one.provenance.get("seconds", 0.0) for one in building)
+        needed = sum(one.num_bytes for one in building)
+        free = shutil.disk_usage(next(one for one in (root, *root.parents) if one.exists())).free
+        beside = f", and {unknown} more nodes that were never built" if unknown else ""
+        yield (
+            f"  last time these took {show_seconds(seconds)} and {show_bytes(needed)}{beside}; "
+            f"{show_bytes(free)} are free in {root}"
+        )
+
+
+def _with_causes(
+    graph: Graph, judged: Mapping[str, Judged], node: Node, reasons: Sequence[str]
+) -> Iterator[str]:
+    """Reasons; each that is an input's with what changed up the line, unless that was said."""
+    told: set[str] = set()
+    for reason in reasons:
+        found = _INPUT.fullmatch(reason)
+        supplier = None if found is None else node.inputs.get(found[1])
+        roots = [] if supplier is None else list(_roots(graph, judged, supplier))
+        new = [root for root in dict.fromkeys(roots) if root not in told]
+        told |= set(new)
+        yield f"{reason} ({'; '.join(new)})" if new else reason
+
+
+def _roots(graph: Graph, judged: Mapping[str, Judged], name: str) -> Iterator[str]:
+    """What of its own is changed in a node, or in those that it is made of."""
+    node = graph[name]
+    for reason in in_words(judged[name].decision)[1]:
+        found = _INPUT.fullmatch(reason)
+        if found is not None and found[1] in node.inputs:
+            yield from _roots(graph, judged, node.inputs[found[1]])
+        else:
+            yield f"{name}: {reason}"
+
+
+def _plan_record(
+    asked: Asked, graph: Graph, judged: Mapping[str, Judged], examiner: Examiner
+) -> dict[str, object]:
     nodes = [
         {
             "node": node.name,
@@ -44,6 +107,7 @@ def _plan_record(asked: Asked, graph: Graph, judged: Mapping[str, Judged]) -> di
             "inputs": dict(node.inputs),
             **({} if node.seed is None else {"seed": node.seed}),
             **_decision_record(judged[node.name].decision),
+            **_last_record(examiner.last(node)),
         }
         for node in graph
     ]
@@ -54,6 +118,13 @@ def _decision_record(decision: Decision) -> dict[str, object]:
     verb, reasons = in_words(decision)
     taken = {"uri": str(decision.committed.path)} if isinstance(decision, Reuse) else {}
     return {"decision": verb, **taken, "reasons": list(reasons)}
+
+
+def _last_record(last: Manifest | None) -> dict[str, object]:
+    """How long the node took last time, and what it left on the disk."""
+    if last is None:
+        return {}
+    return {"last_seconds": last.provenance.get("seconds"), "last_bytes": last.num_bytes}
 
 
 def _to_stderr(message: str) -> None:

@@ -7,8 +7,9 @@ import time
 from dataclasses import replace
 
 from configs.errors import IngotError
-from pipeline.decide import decide, in_use
+from pipeline.decide import Build, Recheck, decide, in_use
 from pipeline.lease import this_process
+from pipeline.loading import load_body
 from pipeline.progress import Display
 from pipeline.provenance import machine_facts
 from pipeline.records import Blocked, Built, Failed, Reused, Run, new_run_id
@@ -31,6 +32,10 @@ def run(args: argparse.Namespace) -> int:
     store.prepare()
     examiner = Examiner(store, recipe.name)
     judged = decide(graph, chosen, examiner)
+    # A body that cannot be loaded is told of before anything starts.
+    for node in graph:
+        if isinstance(judged[node.name].decision, Build | Recheck):
+            load_body(node.planned.stage)
     record = Run(
         id=new_run_id(),
         recipe=recipe.name,

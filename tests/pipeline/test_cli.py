@@ -245,7 +245,7 @@ def test_one_record_that_cannot_be_read_stops_no_command(
 def test_a_command_that_assumes_a_recipe_says_which_and_its_store(
     line: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert ingot("status") == 0
+    assert ingot("status") == 3
     (told,) = capsys.readouterr().err.splitlines()
     assert told == (
         f"no run is recorded in {line}/.ingot: assuming the recipe tiny and its store "
@@ -253,8 +253,8 @@ def test_a_command_that_assumes_a_recipe_says_which_and_its_store(
     )
     assert ingot("run", "smoke", "@over.toml", "--only", "data") == 0
     capsys.readouterr()
-    assert ingot("status") == 0
-    assert ingot("status", "--recipe", "smoke") == 0
+    assert ingot("status") == 3
+    assert ingot("status", "--recipe", "smoke") == 3
     assert capsys.readouterr().err == ""
 
 
@@ -264,8 +264,16 @@ def test_status_why_and_show_speak_of_the_latest_run(
     assert ingot("run", "smoke", "@over.toml", "--set", "pretrain.steps=25") == 0
     capsys.readouterr()
     assert ingot("status") == 0
-    assert re.findall(r"^  \S+ +(\S+)", capsys.readouterr().out, re.M) == ["fresh"] * 5
-    assert ingot("status", "--recipe", "smoke") == 0
+    told = capsys.readouterr().out
+    assert re.findall(r"^  \S+ +(\S+)", told, re.M) == ["fresh"] * 5
+    assert re.search(
+        r"^  train +fresh +20\d\d-\d\d-\d\d \d\d:\d\d +\S+ s +\d+ B  loss 0.04$", told, re.M
+    )
+    assert ingot("status", "--json") == 0
+    (_, train, *_) = json.loads(capsys.readouterr().out)["nodes"]
+    assert (train["state"], train["figures"], train["reasons"]) == ("fresh", {"loss": 0.04}, [])
+    assert train["bytes"] > 0
+    assert ingot("status", "--recipe", "smoke") == 3
     told = capsys.readouterr().out
     assert told.startswith(f"smoke in {line}/.ingot\n")
     assert re.search(r"^  train +stale +steps: 25 -> 24$", told, re.M)
@@ -288,7 +296,7 @@ def test_status_and_why_tell_what_waits_for_another_node(
     (lost,) = (line / ".ingot" / "artifacts" / "train").glob("*/g1")
     shutil.rmtree(lost)
     capsys.readouterr()
-    assert ingot("status") == 0
+    assert ingot("status") == 3
     told = capsys.readouterr().out
     assert re.findall(r"^  \S+ +(\S+)", told, re.M) == ["fresh", "missing", *["stale"] * 3]
     assert re.search(r"^  judge +stale +depends on train, which is not up to date$", told, re.M)
@@ -341,7 +349,9 @@ def test_status_warns_of_code_that_changed_since(
     capsys.readouterr()
     assert ingot("status") == 0
     told = capsys.readouterr().out
-    assert re.search(r"^  train +fresh +code changed since; --force train rebuilds it$", told, re.M)
+    assert re.search(
+        r"^  train +fresh .*\n +code changed since; --force train rebuilds it$", told, re.M
+    )
 
 
 def test_show_names_a_damaged_file(line: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,9 @@ import pytest
 from configs.recipe import Recipe
 from pipeline import cli
 from pipeline.verbs import asked
-from stages.contract import Planned
-from tests.pipeline.fakes import make_line
+from stages.artifacts import Corpus
+from stages.contract import Face, Planned
+from tests.pipeline.fakes import FakeConfig, gather, make_line
 
 # MLflow's own use of SQLAlchemy is behind its deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -129,3 +130,48 @@ def test_artifacts_of_two_kinds_are_not_compared(
 ) -> None:
     assert ingot("diff", "train", "data") == 2
     assert "name two artifacts of one kind" in capsys.readouterr().err
+
+
+def test_a_plan_says_down_to_the_last_node_what_changed_and_what_it_took_last_time(
+    line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    words = ("plan", "smoke", "@over.toml", "--set", "pretrain.steps=26", "--set", "seed=4")
+    assert ingot(*words) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^  data +reuse ", told, re.M)
+    assert re.search(r"^  train +build +steps: 25 -> 26; took \d+\.\d s last time$", told, re.M)
+    cause = r"input checkpoint changed \(train: steps: 25 -> 26\); took"
+    for node in ("judge", "pack.cuda", "pack.ascend"):
+        assert re.search(rf"^  {re.escape(node)} +build +{cause}", told, re.M)
+    assert re.search(r"^  last time these took \S+ s and \d+ B; \S+ GB are free in ", told, re.M)
+    assert ingot(*words, "--json") == 0
+    nodes = {one["node"]: one for one in json.loads(capsys.readouterr().out)["nodes"]}
+    assert nodes["train"]["last_bytes"] > 0
+    assert nodes["train"]["last_seconds"] >= 0
+
+
+def test_a_body_that_is_not_there_is_told_before_anything_starts(
+    line: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    face = Face(
+        name="gone",
+        revision=1,
+        config=FakeConfig,
+        takes={"corpus": Corpus},
+        makes=Corpus,
+        body="tests.pipeline.fakes:nothing",
+    )
+
+    def fake(recipe: Recipe) -> dict[str, Planned[Any]]:
+        corpus = gather(FakeConfig(steps=99))
+        return {"data": corpus, "gone": face(FakeConfig(), corpus=corpus)}
+
+    monkeypatch.setattr(asked, "production", fake)
+    runs = len(list(line.glob(".ingot/runs/*.json")))
+    capsys.readouterr()
+    assert ingot("plan", "smoke", "@over.toml") == 0
+    assert ingot("run", "smoke", "@over.toml") == 2
+    assert "has no function 'nothing'" in capsys.readouterr().err
+    assert len(list(line.glob(".ingot/runs/*.json"))) == runs
+    assert not list(line.glob(".ingot/artifacts/gather/*/g1/manifest.json"))[1:]
