@@ -28,6 +28,10 @@ _VERBS = {
     "import": "pipeline.verbs.import_",
     "clean": "pipeline.verbs.clean",
     "doctor": "pipeline.verbs.doctor",
+    "recipes": "pipeline.verbs.recipes",
+    "fields": "pipeline.verbs.fields",
+    "new": "pipeline.verbs.new",
+    "completion": "pipeline.verbs.completion",
 }
 """Where each verb's function of the same name stands (`import_` for `import`). Resolved when
 called: stages load torch and ray, which takes seconds, and `--help` must answer at once."""
@@ -244,6 +248,21 @@ def _parser() -> argparse.ArgumentParser:
         help="also delete what interrupted builds left, which a run would continue",
     )
     verbs.add_parser("doctor", help="what this machine has and lacks, with the fix for each")
+
+    verbs.add_parser("recipes", help="what can be run here, and how long it took last")
+    fields = verbs.add_parser("fields", help="every setting, its type, default and meaning")
+    fields.add_argument("prefix", metavar="PREFIX", nargs="?", help="as pretrain.optim")
+    new = verbs.add_parser("new", help="write a recipe of your own, to be edited")
+    new.add_argument("name", metavar="NAME", help="the recipe's name, and its file's")
+    new.add_argument(
+        "--from", dest="source", default="tiny", metavar="RECIPE", help="a shipped one"
+    )
+    completion = verbs.add_parser("completion", help="a script that makes a shell complete words")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
+    completion.set_defaults(
+        options={name: sorted(one._option_string_actions) for name, one in verbs.choices.items()},
+        helps={one.dest: str(one.help) for one in verbs._choices_actions},
+    )
     return parser
 
 

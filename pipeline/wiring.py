@@ -13,7 +13,9 @@ from pydantic import ValidationError
 
 from configs.base import Frozen
 from configs.errors import ConfigError, PlanError
-from configs.recipe import NodeConfig, explain, validate
+from configs.explain import explain
+from configs.reading import validate
+from configs.recipe import NodeConfig
 from pipeline.loading import load_stage
 from stages.contract import Face, Planned
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from configs.model import ModelConfig, V3Config, V4Config, V32Config
-from configs.recipe import load_recipe, shipped_recipes
+from configs.reading import load_recipe, shipped_recipes
 from pipeline.graph import make_graph
 from pipeline.production import production
 from stages.hashing import Hashes

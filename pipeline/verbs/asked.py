@@ -12,7 +12,8 @@ from rich.console import Console
 
 from configs.errors import ConfigError, PlanError
 from configs.parallel import StoreConfig
-from configs.recipe import Recipe, load_recipe
+from configs.reading import load_recipe
+from configs.recipe import Recipe
 from pipeline.graph import Graph, Selection, make_graph, side_by_side
 from pipeline.places import absolute
 from pipeline.production import production

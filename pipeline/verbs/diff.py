@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ArtifactError, ConfigError, PlanError, StoreError
-from configs.recipe import Recipe, load_recipe, shipped_recipes
+from configs.reading import load_recipe, shipped_recipes
+from configs.recipe import Recipe
 from pipeline.figures import show_figure, spoken
 from pipeline.plain import flatten
 from pipeline.records import Built, Records, Reused, Run

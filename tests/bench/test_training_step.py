@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cluster.trainer import Trainer, build_trainer
 from configs.model import V3Config
-from configs.recipe import load_recipe
+from configs.reading import load_recipe
 from configs.train import Precision
 from stages.pretrain.objective import PretrainLoss
 from tests.bench import machine

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from configs.recipe import Recipe, load_recipe
+from configs.reading import load_recipe
+from configs.recipe import Recipe
 from pipeline.graph import make_graph
 from pipeline.production import production
 from stages.hashing import Hashes

@@ -4,7 +4,7 @@ import pytest
 
 from configs.errors import ConfigError
 from configs.parity import ParityConfig
-from configs.recipe import load_recipe
+from configs.reading import load_recipe
 
 
 def test_the_order_of_seeds_means_nothing() -> None:

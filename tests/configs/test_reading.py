@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from configs.errors import ConfigError
-from configs.recipe import load_recipe, validate
+from configs.reading import load_recipe, validate
 from tests.pipeline.fakes import FakeConfig
 
 SMOKE = Path("configs/recipes/smoke.toml")

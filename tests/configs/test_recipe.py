@@ -9,7 +9,8 @@ import pytest
 from configs.data import ArithmeticSource, FilesSource, TokenizerConfig
 from configs.errors import ConfigError
 from configs.model import V4Config, V32Config
-from configs.recipe import Recipe, load_recipe, shipped_recipes
+from configs.reading import load_recipe, shipped_recipes
+from configs.recipe import Recipe
 from tests.configs.test_model import TINY
 
 RECIPE = """

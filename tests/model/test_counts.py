@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs.model import ModelConfig
-from configs.recipe import load_recipe
+from configs.reading import load_recipe
 from model.transformer import Transformer
 
 SIZES = {

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from configs.recipe import Recipe, load_recipe
+from configs.reading import load_recipe
+from configs.recipe import Recipe
 from pipeline import cli
 from pipeline.graph import Selection
 from pipeline.records import Invocation, Records

@@ -17,7 +17,8 @@ from mlflow.tracking import MlflowClient
 
 from configs.errors import StoreError
 from configs.parallel import StoreConfig, TrackingConfig
-from configs.recipe import Recipe, load_recipe
+from configs.reading import load_recipe
+from configs.recipe import Recipe
 from pipeline import cli
 from pipeline.places import tracking_uri
 from pipeline.store import STORE, Store

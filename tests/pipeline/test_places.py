@@ -7,7 +7,7 @@ from sqlalchemy.engine import make_url
 
 from configs.data import FilesSource
 from configs.parallel import TrackingConfig
-from configs.recipe import load_recipe
+from configs.reading import load_recipe
 from pipeline.places import absolute, sqlite_path, tracking_uri
 
 BASE = Path("/home/user")

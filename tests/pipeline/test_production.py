@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from configs.errors import ConfigError, PlanError
-from configs.recipe import NodeConfig, Recipe, load_recipe
+from configs.reading import load_recipe
+from configs.recipe import NodeConfig, Recipe
 from model.weights.files import save_pretrained
 from pipeline.graph import Graph, make_graph, side_by_side
 from pipeline.production import production

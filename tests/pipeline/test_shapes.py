@@ -7,7 +7,7 @@ import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
 from configs.errors import ConfigError, PlanError
-from configs.recipe import load_recipe
+from configs.reading import load_recipe
 from pipeline.graph import Graph, make_graph
 from pipeline.production import production
 from stages.byte_level import alphabet

@@ -14,7 +14,7 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 
 from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
-from configs.recipe import load_recipe
+from configs.reading import load_recipe
 from pipeline import tracking as tracking_module
 from pipeline.embedded import schema_lock
 from pipeline.graph import Selection, make_graph

@@ -8,7 +8,8 @@ import pytest
 
 from configs.data import ArithmeticSource
 from configs.errors import DataError
-from configs.recipe import Recipe, load_recipe, shipped_recipes
+from configs.reading import load_recipe, shipped_recipes
+from configs.recipe import Recipe
 from stages.data.arithmetic import Split, make_problems, training_documents, wrong_share
 
 
