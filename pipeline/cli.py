@@ -176,7 +176,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="the same as `ingot plan`")
     plan = _with_recipe(verbs.add_parser("plan", help="say what a run would do, and why"))
     for command in (run, plan):
-        command.add_argument("--json", action="store_true", help="print the plan as JSON")
+        told = "what became of each node" if command is run else "the plan"
+        command.add_argument("--json", action="store_true", help=f"print {told} as JSON")
         command.add_argument(_SEEDS, metavar="0,1,2", help=_SEEDS_HELP)
         _add_selectors(command)
 

@@ -159,6 +159,12 @@ class Run:
 _RUN = TypeAdapter(Run)
 
 
+def as_json(run: Run) -> dict[str, Any]:
+    """A run's record as JSON values, as its file has it."""
+    record: dict[str, Any] = _RUN.dump_python(run, mode="json")
+    return record | {"succeeded": run.succeeded}
+
+
 def new_run_id() -> str:
     """An id that sorts by time and that no other run has."""
     moment = time.time_ns()

@@ -5,6 +5,7 @@ does not answer is reported once; its calls are then left out for a while and tr
 a child has not yet sent goes with the next attempt. Nothing here can fail or hold up a run.
 """
 
+import importlib
 import json
 import tempfile
 import time
@@ -48,7 +49,6 @@ from pipeline.plain import (
     small_files,
 )
 from pipeline.records import Blocked, Built, Failed, Records, Reused, Run
-from pipeline.report import plot_artifact, plot_steps
 from pipeline.store import Committed
 from stages.steps import METRICS, read_metrics, scalars
 
@@ -231,8 +231,10 @@ class Tracking:
         for path in small_files(made):
             client.log_artifact(run_id, str(path))
         with tempfile.TemporaryDirectory() as folder:
-            plot_steps(read_metrics(artifact.beside(METRICS)), Path(folder))
-            plot_artifact(artifact.path(), Path(folder))
+            # With it comes the plotting library, which a run that builds nothing has no use for.
+            report = importlib.import_module("pipeline.report")
+            report.plot_steps(read_metrics(artifact.beside(METRICS)), Path(folder))
+            report.plot_artifact(artifact.path(), Path(folder))
             client.log_artifacts(run_id, folder, "plots")
 
     def _show_figures(self, node: Node, child: "Child", made: Committed) -> None:

@@ -95,10 +95,10 @@ def command(verb: str, invocation: Invocation) -> str:
     return shlex.join(["ingot", verb, invocation.recipe, *overlays, *sets, *seeds])
 
 
-def make_console() -> Console:
-    """The terminal, or a log of a fixed width."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_LOG_COLUMNS)
+def make_console(*, stderr: bool = False) -> Console:
+    """The terminal, or a log of a fixed width; on stderr where stdout is for machines."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=_LOG_COLUMNS)
 
 
 def locate(store: Store, recipe: str, target: str) -> Path:

@@ -1,6 +1,7 @@
 """`ingot run`: bring the line up to date."""
 
 import argparse
+import json
 import signal
 import sys
 import time
@@ -12,7 +13,7 @@ from pipeline.lease import this_process
 from pipeline.loading import load_body
 from pipeline.progress import Display
 from pipeline.provenance import machine_facts
-from pipeline.records import Blocked, Built, Failed, Reused, Run, new_run_id
+from pipeline.records import Blocked, Built, Failed, Reused, Run, as_json, new_run_id
 from pipeline.runner import Setting, realise
 from pipeline.seeds import across_seeds
 from pipeline.states import Examiner
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Build what is stale. Exit 1 if a node failed or fell short, 130 if stopped by the user."""
     asked = load_asked(args)
     recipe, chosen = asked.recipe, selection(args)
-    display = Display(make_console())
+    display = Display(make_console(stderr=args.json))
     store = asked.store(display.note)
     graph = asked.graph(store.hashes)
     store.prepare()
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     record = replace(record, across_seeds=across_seeds(graph, record, store.root))
     record = tracking.finish(record)
     store.records.update(replace(record, finished=True))
+    if args.json:
+        print(json.dumps(as_json(record), indent=1))
     return _conclude(record, asked, tracking, display)
 
 

@@ -175,3 +175,21 @@ def test_a_body_that_is_not_there_is_told_before_anything_starts(
     assert "has no function 'nothing'" in capsys.readouterr().err
     assert len(list(line.glob(".ingot/runs/*.json"))) == runs
     assert not list(line.glob(".ingot/artifacts/gather/*/g1/manifest.json"))[1:]
+
+
+def test_a_run_tells_machines_what_became_of_each_node_and_nothing_else_on_stdout(
+    line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert ingot("run", "smoke", "@over.toml", "--json") == 0
+    told = capsys.readouterr()
+    record = json.loads(told.out)
+    assert record["succeeded"]
+    assert {name: one["outcome"] for name, one in record["outcomes"].items()} == dict.fromkeys(
+        ("data", "train", "judge", "pack.cuda", "pack.ascend"), "reused"
+    )
+    assert "│ train" in told.err
+    assert ingot("run", "smoke", "@over.toml", "--set", "pretrain.steps=13", "--json") == 1
+    told = capsys.readouterr()
+    assert json.loads(told.out)["outcomes"]["train"]["error"] == "train was told to fail"
+    assert "ingot: error: train: train was told to fail" in told.err
