@@ -130,7 +130,8 @@ def judge_models(recipe: Recipe, asked: EvaluateSection, models: Mapping[str, st
         seed=recipe.seed,
         evaluate=settings_of(asked, EvaluateConfig),
         order=tuple(models),
-        has_baseline=all(phase.corpus == asked.corpus for phase in recipe.pretraining.values()),
+        has_baseline=recipe.base is None
+        and all(phase.corpus == asked.corpus for phase in recipe.pretraining.values()),
     )
     inputs = {"corpus": corpus_node(asked.corpus), **models}
     nodes = {"evaluate": Wanted(evaluate, spec, inputs, "evaluate.models")}

@@ -101,7 +101,7 @@ def _no_baseline(config: EvaluateSpec, first: Checkpoint) -> str | None:
     if first.sequences_seen == 0:
         return "what the imported model consumed is not known"
     if not config.has_baseline:
-        return "the first model was pretrained on another corpus"
+        return "not all that the first model was pretrained on is in this corpus"
     return None
 
 
