@@ -112,6 +112,19 @@ def test_phases_corpora_and_models_are_wired_as_they_are_named(shaped: Path) -> 
     }
 
 
+def test_rows_that_were_consumed_count_within_one_corpus(shaped: Path) -> None:
+    graph = plan(shaped, PHASES)
+    before = {
+        name: graph[f"pretrain.{name}"].planned.config.model_dump()["rows_before"]
+        for name in ("short", "long", "sums")
+    }
+    steps, batch = (
+        PLAIN["pretrain"].planned.config.model_dump()["pretrain"][field]
+        for field in ("steps", "batch_sequences")
+    )
+    assert before == {"short": 0, "long": steps * batch, "sums": 0}
+
+
 def test_a_phase_has_its_sections_settings_where_it_says_nothing_else(shaped: Path) -> None:
     recipe_text = "[pretrain.phases.short]\n[pretrain.phases.long]\nsteps = 12\n"
     graph = plan(shaped, recipe_text, "pretrain.batch_sequences=8", "pretrain.steps=9")
