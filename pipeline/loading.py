@@ -4,6 +4,7 @@ Bodies bring torch, ray and the like with them, and are loaded when a node is to
 """
 
 import importlib
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,10 @@ from typing import Any
 from configs.errors import PlanError
 from stages.artifacts import Artifact
 from stages.contract import Face, Stage, check_body
+
+_importing = threading.Lock()
+"""Large libraries import each other in circles, into which two threads must not come from two
+sides: one would find a module half made."""
 
 
 def load_body(face: Face[Any]) -> Callable[..., Artifact]:
@@ -49,7 +54,8 @@ def load_stage(node: str, use: str) -> Face[Any]:
 def _import(owner: str, module_name: str) -> ModuleType:
     """A module by name; PlanError whatever happens while it is imported."""
     try:
-        return importlib.import_module(module_name)
+        with _importing:
+            return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise PlanError(
             f"{owner}: cannot import {module_name} ({error}); install the package that holds it, "
