@@ -30,7 +30,7 @@ from ray.train.v2.api.config import FailureConfig, RunConfig
 from safetensors import SafetensorError
 
 from cluster import checkpoint
-from cluster.session import ensure_ray, worker_env
+from cluster.session import close_ray, hear, ray_for, worker_env
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
 from cluster.workers import await_cpus
 from configs import errors
@@ -134,11 +134,10 @@ def fit(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
     (root / _FAILURE).unlink(missing_ok=True)
     done = job.resume()
     if done is None or done[1] != job.steps:
-        workers = machines.trainers
-        ensure_ray(machines, home, cpus_needed=workers * machines.cpus_per_worker)
-        await_cpus(machines, workers, role="trainer")
-        job.may_write()
-        _run(job, machines, root, notes)
+        with ray_for(machines, home, workers=machines.trainers):
+            await_cpus(machines, machines.trainers, role="trainer")
+            job.may_write()
+            _run(job, machines, root, notes)
         done = job.resume()
     if done is None or done[1] != job.steps:
         seen = 0 if done is None else done[1]
@@ -148,6 +147,7 @@ def fit(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
 
 def _run(job: FitJob, machines: ClusterConfig, root: Path, notes: str) -> None:
     timeout = math.ceil(machines.step_timeout_seconds)
+    # Of the whole process; those who train beside this one set the same.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(machines.startup_timeout_seconds)
     # Ray annotates its first generation of settings and takes its second.
     settings: Any = RunConfig(
@@ -183,7 +183,7 @@ def _fit_interruptibly(trainer: TorchTrainer) -> None:
     """Run `trainer.fit()` so that Ctrl-C reaches the caller, as KeyboardInterrupt.
 
     On the main thread Ray Train would take the signal for itself, and end the process with exit
-    code 0 or 1. An interrupt closes Ray, and with it the workers.
+    code 0 or 1. An interrupt closes Ray, and with it the workers, once no other stage uses it.
     """
     ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
@@ -197,9 +197,9 @@ def _fit_interruptibly(trainer: TorchTrainer) -> None:
 
     try:
         threading.Thread(target=run, daemon=True).start()
-        error = ended.get()
+        error = hear(ended)
     except KeyboardInterrupt:
-        ray.shutdown()
+        close_ray()
         raise
     if error is not None:
         raise error

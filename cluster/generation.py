@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.session import ensure_ray
+from cluster.session import ray_for
 from cluster.workers import Actor, dismiss, gather, spawn
 from configs.errors import MachineError
 from configs.parallel import ClusterConfig
@@ -103,13 +103,13 @@ def open_generation(
     machines: ClusterConfig, checkpoint: Path, *, precision: Precision | Numerics = "high"
 ) -> Iterator[GenerationPool]:
     """A pool of `machines.samplers` that holds `checkpoint` as version 0, closed afterwards."""
-    ensure_ray(machines, str(checkpoint), cpus_needed=machines.samplers * machines.cpus_per_worker)
     arguments = (str(checkpoint), precision, machines.threads_per_worker)
-    actors = spawn(_Sampler, machines, machines.samplers, role=_ROLE, arguments=arguments)
-    try:
-        yield GenerationPool(actors, machines)
-    finally:
-        dismiss(actors)
+    with ray_for(machines, str(checkpoint), workers=machines.samplers):
+        actors = spawn(_Sampler, machines, machines.samplers, role=_ROLE, arguments=arguments)
+        try:
+            yield GenerationPool(actors, machines)
+        finally:
+            dismiss(actors)
 
 
 class _Sampler:

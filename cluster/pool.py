@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cluster import checkpoint
 from cluster.expert_parallel import join_group
-from cluster.session import ensure_ray
+from cluster.session import ray_for
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
 from cluster.workers import Actor, dismiss, free_address, gather, spawn
 from configs.errors import ConfigError
@@ -126,17 +126,17 @@ class TrainerPool:
 @contextmanager
 def open_trainers(machines: ClusterConfig, start: Path, spec: TrainerSpec) -> Iterator[TrainerPool]:
     """A pool of `machines.trainers` that starts from the checkpoint `start`, closed afterwards."""
-    ensure_ray(machines, str(start), cpus_needed=machines.trainers * machines.cpus_per_worker)
     arguments = (str(start), spec, machines)
-    actors = spawn(_TrainWorker, machines, machines.trainers, role=_ROLE, arguments=arguments)
-    try:
-        wait = machines.startup_timeout_seconds
-        (rendezvous,) = gather([actors[0].address.remote()], role=_ROLE, timeout_seconds=wait)
-        joined = [actor.join.remote(rendezvous) for actor in actors]
-        gather(joined, role=_ROLE, timeout_seconds=wait)
-        yield TrainerPool(actors, machines)
-    finally:
-        dismiss(actors)
+    with ray_for(machines, str(start), workers=machines.trainers):
+        actors = spawn(_TrainWorker, machines, machines.trainers, role=_ROLE, arguments=arguments)
+        try:
+            wait = machines.startup_timeout_seconds
+            (rendezvous,) = gather([actors[0].address.remote()], role=_ROLE, timeout_seconds=wait)
+            joined = [actor.join.remote(rendezvous) for actor in actors]
+            gather(joined, role=_ROLE, timeout_seconds=wait)
+            yield TrainerPool(actors, machines)
+        finally:
+            dismiss(actors)
 
 
 class _TrainWorker:

@@ -1,14 +1,29 @@
-"""Opens Ray for this process, once, and knows how its workers must be set up."""
+"""Opens Ray for this process, once, and knows how its workers must be set up.
+
+Stages may run side by side, each on a thread of its own, with one Ray between them. They share it
+here: each waits until there is room for its workers, and who is stopped closes it for all.
+"""
 
 import logging
 import os
+import queue
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import ray
 
 from configs.errors import MachineError
 from configs.parallel import ClusterConfig
 
+T = TypeVar("T")
+
+LOOK_SECONDS = 0.5
+"""A thread that waits looks up so often: another can interrupt it between two lines of Python, and
+not within one."""
 _OBJECT_STORE_BYTES = 512 * 1024**2
 _LOCAL = "127.0.0.1"
 
@@ -33,33 +48,131 @@ def worker_env(machines: ClusterConfig) -> dict[str, str]:
     return env
 
 
+class _Sharing:
+    """Who of this process's threads uses its Ray, of which there is one as well."""
+
+    def __init__(self) -> None:
+        self.opening = threading.Lock()
+        self.changed = threading.Condition()
+        self.cpus: dict[int, float] = {}
+        """By thread: what its workers reserve."""
+        self.closing = False
+
+
+_sharing = _Sharing()
+
+
+@contextmanager
+def ray_for(machines: ClusterConfig, home: str, *, workers: int) -> Iterator[None]:
+    """Ray, open, with room for so many workers of the calling thread's stage.
+
+    Waits while other stages of this process leave too little. A stage that has several groups of
+    workers at a time asks once for all of them, and for each again within: two stages that had each
+    half of theirs would wait for each other. MachineError if Ray is too small, or not there.
+    """
+    me, cpus = threading.get_ident(), workers * machines.cpus_per_worker
+    ensure_ray(machines, home, cpus_needed=cpus)
+    if me in _sharing.cpus:
+        yield
+        return
+    with _sharing.changed:
+        # No deadline of its own: those who are waited for have theirs in all that they do.
+        while sum(_sharing.cpus.values()) + cpus > _cpus_of_ray() + 1e-6 and _sharing.cpus:
+            _sharing.changed.wait(LOOK_SECONDS)
+        _sharing.cpus[me] = cpus
+    try:
+        yield
+    finally:
+        with _sharing.changed:
+            del _sharing.cpus[me]
+            _sharing.changed.notify_all()
+        _close_if_unused()
+
+
+def hear(said: "queue.SimpleQueue[T]") -> T:
+    """What another thread says, whenever that is; an interrupt is noticed meanwhile."""
+    while True:
+        with suppress(queue.Empty):
+            return said.get(timeout=LOOK_SECONDS)
+
+
+def close_ray() -> None:
+    """Close Ray, and with it all workers, as soon as no other thread uses it."""
+    _sharing.closing = True
+    _close_if_unused()
+
+
+def _close_if_unused() -> None:
+    with _sharing.changed:
+        if _sharing.closing and not _sharing.cpus.keys() - {threading.get_ident()}:
+            _sharing.closing = False
+            ray.shutdown()
+
+
 def ensure_ray(machines: ClusterConfig, home: str, *, cpus_needed: float) -> None:
     """Connect to the cluster, or start a local one; MachineError if it is too small.
 
     The process moves meanwhile to `home`, a folder without Python files: Ray puts the driver's
     working directory on its workers' import path, where a user's own `model.py` would hide ours.
-    Ray stays open until the process ends, for the stages that follow.
+    Nobody else minds, since a run's paths are absolute. Ray stays open until the process ends, for
+    the stages that follow.
     """
-    if not ray.is_initialized():
-        here = Path.cwd()
-        os.chdir(Path(home))
-        for name in ("ray", "ray.data", "ray.train", "ray._private.authentication"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            _start(machines)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise MachineError(
-                f"cluster.address = {machines.address!r}: Ray cannot be reached or started: {error}"
-            ) from error
-        finally:
-            os.chdir(here)
-    available = float(ray.cluster_resources().get("CPU", 0))
+    with _sharing.opening:
+        if not ray.is_initialized():
+            _open(machines, Path(home))
+    available = _cpus_of_ray()
     if available < cpus_needed:
         raise MachineError(
             f"the workers ask for {cpus_needed:g} CPUs, the cluster has {available:g}; lower "
             "cluster.trainers, cluster.samplers or cluster.cpus_per_worker, or name a larger "
             "cluster in cluster.address"
         )
+
+
+def _cpus_of_ray() -> float:
+    return float(ray.cluster_resources().get("CPU", 0))
+
+
+def _open(machines: ClusterConfig, home: Path) -> None:
+    here, politely = Path.cwd(), signal.getsignal(signal.SIGTERM)
+    os.chdir(home)
+    for name in ("ray", "ray.data", "ray.train", "ray._private.authentication"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        _start_to_last(machines)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise MachineError(
+            f"cluster.address = {machines.address!r}: Ray cannot be reached or started: {error}"
+        ) from error
+    finally:
+        os.chdir(here)
+        if threading.current_thread() is threading.main_thread():
+            # Ray takes the signal for itself, and would end the process in the middle of a stage.
+            signal.signal(signal.SIGTERM, politely)
+
+
+def _start_to_last(machines: ClusterConfig) -> None:
+    """Start Ray for as long as the process lives, whatever thread asks for it.
+
+    Linux ends Ray's processes with the thread that has started them: so that one must not end.
+    """
+    if threading.current_thread() is threading.main_thread():
+        _start(machines)
+        return
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def start() -> None:
+        try:
+            _start(machines)
+        except BaseException as error:  # whatever ends the thread must end the wait for it
+            ended.put(error)
+        else:
+            ended.put(None)
+            threading.Event().wait()
+
+    threading.Thread(target=start, name="ray", daemon=True).start()
+    if (error := hear(ended)) is not None:
+        raise error
 
 
 def _start(machines: ClusterConfig) -> None:

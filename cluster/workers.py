@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.session import worker_env
+from cluster.session import LOOK_SECONDS, worker_env
 from configs.errors import DeadlineError, IngotError, MachineError
 from configs.parallel import ClusterConfig
 
@@ -84,7 +84,7 @@ def gather(refs: Sequence[Any], *, role: str, timeout_seconds: float) -> list[An
     failures: list[Exception] = []
     waiting = {ref: rank for rank, ref in enumerate(refs)}
     while waiting and (left := deadline - time.monotonic()) > 0:
-        done, _ = ray.wait(list(waiting), num_returns=1, timeout=left)
+        done, _ = ray.wait(list(waiting), num_returns=1, timeout=min(left, LOOK_SECONDS))
         for ref in done:
             rank = waiting.pop(ref)
             try:

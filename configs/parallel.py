@@ -30,6 +30,17 @@ class ClusterConfig(Frozen):
     """Longest wait for a placed worker to import its libraries and load its model."""
     step_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     """Longest wait for one call on a worker, or for one collective."""
+    parallel_nodes: PositiveInt | None = None
+    """How many nodes of the line that do not need each other are built at a time; none means as
+    many as the driver's cores bear: one below 8, then one for every 4, 4 at most."""
+
+
+def nodes_at_once(asked: int | None, cores: int) -> int:
+    """How many nodes are built at a time, if so many are asked for on so many cores."""
+    if asked is not None:
+        return asked
+    # A node may fill two cores by itself, and what runs beside it on fewer slows it down.
+    return 1 if cores < 8 else min(4, cores // 4)
 
 
 class TrackingConfig(Frozen):

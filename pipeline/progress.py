@@ -1,11 +1,11 @@
-"""What the user sees while the line runs: one live line, or one log line per interval."""
+"""What the user sees while the line runs: a live line for each node, or log lines at intervals."""
 
 import threading
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +17,7 @@ from pipeline.store import Committed
 from stages.steps import scalars
 
 LOG_SECONDS = 10.0
+_LIVE_SECONDS = 0.25
 _FIGURES = ("tokens_per_second", "reward", "loss")
 _COLOURS = {"built": "green", "reused": "cyan", "failed": "red", "blocked": "yellow"}
 
@@ -72,42 +73,53 @@ class Display:
     """A listener that speaks to the terminal, or to a log when there is none."""
 
     def __init__(self, console: Console) -> None:
-        """Write to `console`; its being a terminal decides between a live line and log lines."""
+        """Write to `console`; its being a terminal decides between live lines and log lines."""
         self.console = console
-        self._stop = threading.Event()
+        self.lines: Mapping[str, Line] = {}
+        """By node that is being built. Replaced, never changed: another thread shows them."""
+        self._idle = threading.Event()
         self._thread: threading.Thread | None = None
 
     def begin(self, node: Node, inputs: Mapping[str, Committed]) -> "NodeDisplay":
         """Start the line of a node."""
         line = Line(node.name)
-        self._stop = threading.Event()
-        target = self._live if self.console.is_terminal else self._log
-        self._thread = threading.Thread(target=target, args=(line, self._stop), daemon=True)
-        self._thread.start()
+        self.lines = {**self.lines, node.name: line}
+        if self._thread is None:
+            self._idle = threading.Event()
+            target = self._live if self.console.is_terminal else self._log
+            self._thread = threading.Thread(target=target, args=(self._idle,), daemon=True)
+            self._thread.start()
         return NodeDisplay(line, self)
 
     def end(
         self, node: Node, outcome: Built | Reused | Failed | Blocked, made: Committed | None
     ) -> None:
         """Replace the line by what became of the node."""
-        if self._thread is not None:
-            self._stop.set()
+        self.lines = {name: line for name, line in self.lines.items() if name != node.name}
+        if self._thread is not None and not self.lines:
+            self._idle.set()
             self._thread.join()
             self._thread = None
         self.console.print(Text(f"{node.name} {_tell(outcome)}"), soft_wrap=True)
 
     def note(self, message: str) -> None:
-        """One line above the live one."""
+        """One line above the live ones."""
         self.console.print(Text(message), soft_wrap=True)
 
-    def _live(self, line: Line, stop: threading.Event) -> None:
-        with Live(console=self.console, transient=True, auto_refresh=False) as live:
-            while not stop.wait(0.25):
-                live.update(Text(line.text(), no_wrap=True, overflow="ellipsis"), refresh=True)
+    def __rich__(self) -> Group:
+        """The live lines, as they stand whenever they are drawn."""
+        texts = [line.text() for line in self.lines.values()]
+        return Group(*(Text(text, no_wrap=True, overflow="ellipsis") for text in texts))
 
-    def _log(self, line: Line, stop: threading.Event) -> None:
-        while not stop.wait(LOG_SECONDS):
-            self.note(line.text())
+    def _live(self, idle: threading.Event) -> None:
+        with Live(self, console=self.console, transient=True, auto_refresh=False) as live:
+            while not idle.wait(_LIVE_SECONDS):
+                live.refresh()
+
+    def _log(self, idle: threading.Event) -> None:
+        while not idle.wait(LOG_SECONDS):
+            for line in self.lines.values():
+                self.note(line.text())
 
     def table(self, run: Run, links: Mapping[str, str]) -> None:
         """One row a node: outcome, seconds, key figure, and where MLflow shows it."""
@@ -169,8 +181,9 @@ class NodeDisplay:
         self._line.log(metrics, step=step)
 
     def note(self, message: str) -> None:
-        """One line above the live one."""
-        self._display.note(message)
+        """One line above the live ones, which says whose it is where there are several."""
+        alone = len(self._display.lines) == 1
+        self._display.note(message if alone else f"{self._line.name}: {message}")
 
     def tag(self, name: str, value: str) -> None:
         """How a build was made is for its record; what a user should know comes as a note."""

@@ -1,17 +1,21 @@
-"""Realise a plan: one node at a time, reuse what is fresh, build the rest, go on past a failure.
+"""Realise a plan: reuse what is fresh, build the rest, side by side where the machine bears it, and
+go on past a failure.
 
 Imports neither torch nor ray nor mlflow: stages bring the first two, and whoever wants to hear of
 the run (the terminal, MLflow) is handed in as a listener.
 """
 
+import os
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from configs.errors import IngotError
-from configs.parallel import ClusterConfig
+from configs.parallel import ClusterConfig, nodes_at_once
 from pipeline.building import Site, build, reuse
+from pipeline.crew import Crew, hire
 from pipeline.decide import (
     Block,
     Build,
@@ -31,6 +35,9 @@ from pipeline.provenance import source_digest
 from pipeline.records import Blocked, Built, Failed, Reused, Run
 from pipeline.states import Examiner, Fresh
 from pipeline.store import Committed, Store
+
+STOP_SECONDS = 20.0
+"""How long nodes that run side by side may take to stop."""
 
 
 @dataclass(frozen=True)
@@ -62,28 +69,85 @@ class Visited:
 def realise(graph: Graph, selection: Selection, setting: Setting, run: Run) -> Run:
     """Bring every selected node up to date and return `run` with what became of each.
 
-    The record is saved after every node. A node that fails blocks those made of it; the others
-    still run. On Ctrl-C the run ends there, marked as interrupted.
+    A node's turn comes once all that it is made of has been visited; nodes that do not need each
+    other are visited side by side, as many as `setting.machines` says. The record is saved after
+    every node, its outcomes in the order of the line. A node that fails blocks those made of it;
+    the others still run. On Ctrl-C the run ends there, marked as interrupted.
     """
-    roles = assign_roles(graph, selection)
     # Hours later the files may say what this process, which has loaded them, does not do.
     sources = {node.name: source_digest(node.planned.stage) for node in graph}
     audience = Audience(setting.listeners)
     site = Site(setting.store, setting.machines, audience, run.id, run.recipe, sources)
-    suppliers: dict[str, Supplier] = {}
+    tour = _Tour(graph, assign_roles(graph, selection), setting.examiner, site, run)
+    hands = nodes_at_once(setting.machines.parallel_nodes, os.cpu_count() or 1)
+    crew: Crew[Visited] = hire(hands)
     setting.store.records.save(run)
-    for node in graph:
-        given = {name: suppliers[name] for name in node.inputs.values()}
-        visited = _visit(node, roles[node.name], given, setting.examiner, site)
-        suppliers[node.name] = visited.supplier
-        if visited.outcome is not None:
-            run = run.with_outcome(node.name, visited.outcome)
-            run = replace(run, interrupted=visited.interrupted)
-            audience.end(node, visited.outcome, visited.made)
-            setting.store.records.update(run)
-        if visited.interrupted:
-            break
-    return run
+    try:
+        while not tour.run.interrupted:
+            while crew.free and (node := tour.next_ready()) is not None:
+                crew.start(node.name, tour.visit(node))
+            if not crew.busy:
+                break
+            tour.keep(*crew.next())
+    except KeyboardInterrupt:
+        tour.run = replace(tour.run, interrupted=True)
+    tour.stop(crew)
+    return tour.run
+
+
+class _Tour:
+    """How far a run has come. Its own thread alone changes it; what a visit needs is handed out."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        roles: Mapping[str, Role],
+        examiner: Examiner,
+        site: Site,
+        run: Run,
+    ) -> None:
+        self._graph, self._roles, self._examiner, self._site = graph, roles, examiner, site
+        self._waiting = list(graph)
+        self._suppliers: dict[str, Supplier] = {}
+        self.run = run
+
+    def next_ready(self) -> Node | None:
+        """The first node of the line that waits for nothing more; it is taken off the list."""
+        for node in self._waiting:
+            if all(one in self._suppliers for one in node.inputs.values()):
+                self._waiting.remove(node)
+                return node
+        return None
+
+    def visit(self, node: Node) -> Callable[[], Visited]:
+        """What is to be done at a node that is ready."""
+        suppliers = {name: self._suppliers[name] for name in node.inputs.values()}
+        role = self._roles[node.name]
+        return partial(_visit, node, role, suppliers, self._examiner, self._site)
+
+    def keep(self, name: str, visited: Visited) -> None:
+        """Note what became of a node, tell it, and save the record."""
+        self._suppliers[name] = visited.supplier
+        if visited.outcome is None:
+            return
+        run = self.run.with_outcome(name, visited.outcome)
+        known = run.outcomes
+        in_order = {node.name: known[node.name] for node in self._graph if node.name in known}
+        interrupted = run.interrupted or visited.interrupted
+        self.run = replace(run, outcomes=in_order, interrupted=interrupted)
+        self._site.audience.end(self._graph[name], visited.outcome, visited.made)
+        self._site.store.records.update(self.run)
+
+    def stop(self, crew: Crew[Visited]) -> None:
+        """End what still runs, which is nothing unless the run was interrupted."""
+        if crew.busy:
+            names = " and ".join(crew.busy)
+            self._site.audience.note(f"stopping {names}; Ctrl-C again does not wait for that")
+        for name, visited in crew.stop(STOP_SECONDS).items():
+            if visited is None:
+                self._site.audience.note(f"{name}: does not stop by itself; ends with this process")
+                visited = Visited(Failed("interrupted", STOP_SECONDS), Lost("failed"), True)
+            self.keep(name, visited)
 
 
 def _visit(

@@ -15,6 +15,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/pipeline/test_overtaken.py",
         "tests/pipeline/test_decide.py",
         "tests/pipeline/test_agreement.py",
+        "tests/pipeline/test_side_by_side.py",
     ),
     "pipeline/building.py": (
         "tests/pipeline/test_runner.py",
@@ -24,6 +25,8 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/pipeline/test_tracking.py",
     ),
     "pipeline/listeners.py": ("tests/pipeline/test_listeners.py",),
+    "pipeline/crew.py": ("tests/pipeline/test_crew.py", "tests/pipeline/test_side_by_side.py"),
+    "cluster/session.py": ("tests/cluster/test_sharing.py", "tests/cluster/test_session.py"),
     "pipeline/store.py": (
         "tests/pipeline/test_store.py",
         "tests/pipeline/test_removal.py",

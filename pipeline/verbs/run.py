@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     store.prepare()
     examiner = Examiner(store, recipe.name)
     judged = decide(graph, chosen, examiner)
-    # A body that cannot be loaded is told of before anything starts.
+    # A body that cannot be loaded is told of before anything starts. And large libraries import
+    # each other in circles: threads that came into one from two sides would find it half made.
     for node in graph:
         if isinstance(judged[node.name].decision, Build | Recheck):
             load_body(node.planned.stage)

@@ -14,6 +14,7 @@ import torch
 from cluster import checkpoint
 from cluster.generation import GenerationPool, open_generation
 from cluster.pool import TrainerPool, open_trainers
+from cluster.session import ray_for
 from cluster.workers import WorkerDied
 from configs.errors import MachineError
 from configs.rl import PosttrainSpec
@@ -125,6 +126,7 @@ def _measure_before(run: Run, samplers: GenerationPool, journal: Journal) -> Non
 def _pools(run: Run) -> Iterator[tuple[TrainerPool, GenerationPool]]:
     start, machines = run.base.path(), run.work.machines
     with (
+        ray_for(machines, str(start), workers=machines.trainers + machines.samplers),
         open_trainers(machines, start, run.trainers) as trainers,
         open_generation(machines, start, precision=run.numerics) as samplers,
     ):

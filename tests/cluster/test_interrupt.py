@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from cluster import fit
+from pipeline.crew import Crew, hire
 
 
 class Fitting:
@@ -49,4 +50,28 @@ def test_an_interrupt_closes_ray_and_reaches_the_caller(monkeypatch: pytest.Monk
     monkeypatch.setattr(ray, "shutdown", lambda: closed.append(True))
     with pytest.raises(KeyboardInterrupt):
         run(Fitting(None, interrupts=True))
+    assert closed == [True]
+
+
+def test_a_fit_on_a_thread_of_its_own_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+    monkeypatch.setattr(ray, "shutdown", lambda: closed.append(True))
+    released = threading.Event()
+
+    class Lasting(Fitting):
+        def fit(self) -> None:
+            released.wait(30)
+
+    def train() -> str:
+        try:
+            run(Lasting(None))
+        except KeyboardInterrupt:
+            return "interrupted"
+        return "trained"
+
+    crew: Crew[str] = hire(2)
+    crew.start("pretrain", train)
+    time.sleep(0.2)
+    assert crew.stop(20) == {"pretrain": "interrupted"}
+    released.set()
     assert closed == [True]

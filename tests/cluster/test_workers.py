@@ -12,6 +12,7 @@ import pytest
 from cluster.workers import WorkerDied, dismiss, free_address, gather, spawn
 from configs.errors import DataError, DeadlineError, MachineError
 from configs.parallel import ClusterConfig
+from pipeline.crew import Crew, hire
 
 
 class Toy:
@@ -105,3 +106,20 @@ def test_an_address_is_on_loopback_and_free() -> None:
     assert (scheme, host) == ("tcp", "127.0.0.1")
     with socket.socket() as probe:
         probe.bind((host, int(port)))
+
+
+def test_a_stage_that_waits_on_a_thread_of_its_own_can_be_interrupted(toys: list[Any]) -> None:
+    def ask() -> str:
+        try:
+            refs = [toy.fail.remote(1, "wait") for toy in toys]
+            gather(refs, role="toy", timeout_seconds=60)
+        except KeyboardInterrupt:
+            return "interrupted"
+        return "answered"
+
+    crew: Crew[str] = hire(2)
+    crew.start("stage", ask)
+    time.sleep(2)
+    started = time.monotonic()
+    assert crew.stop(20) == {"stage": "interrupted"}
+    assert time.monotonic() - started < 5

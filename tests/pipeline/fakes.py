@@ -193,11 +193,13 @@ class World:
         selection: Selection | None = None,
         listeners: tuple[Listener, ...] = (),
         graph: Graph | None = None,
+        at_once: int | None = 1,
         **changes: Any,
     ) -> Run:
-        """Realise the line under these changes."""
+        """Realise the line under these changes, `at_once` nodes at a time."""
         run = self.begin()
-        setting = Setting(self.store, Examiner(self.store, RECIPE), ClusterConfig(), listeners)
+        machines = ClusterConfig(parallel_nodes=at_once)
+        setting = Setting(self.store, Examiner(self.store, RECIPE), machines, listeners)
         chosen = graph or self.graph(**changes)
         run = replace(realise(chosen, selection or Selection(), setting, run), finished=True)
         self.store.records.update(run)

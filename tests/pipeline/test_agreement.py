@@ -38,12 +38,13 @@ def mixing(config: FakeConfig, work: Workspace, **others: Corpus) -> Corpus:
 
 @dataclass(frozen=True)
 class Story:
-    """A line, what happened to its artifacts, and what is asked for."""
+    """A line, what happened to its artifacts, what is asked for, and how many nodes at a time."""
 
     inputs: Sequence[Sequence[int]]
     """Of each node, the numbers of those that it is made of."""
     accidents: Sequence[tuple[str, int]]
     selection: Selection
+    at_once: int
 
     def graph(self, world: World, anew: Sequence[int] = ()) -> Graph:
         """The line; those nodes that are asked for anew have another config."""
@@ -104,7 +105,7 @@ def stories(draw: st.DrawFn) -> Story:
             chosen = Selection(only=(only := draw(names)), force=only[:1])
         case _:
             chosen = Selection()
-    return Story(inputs, accidents, chosen)
+    return Story(inputs, accidents, chosen, draw(st.sampled_from([1, 3])))
 
 
 def allowed(
@@ -150,7 +151,7 @@ def test_a_run_does_what_its_plan_says(story: Story) -> None:
         except PlanError:
             event("refused: a node that is left is out of date")
             return
-        run = world.run(graph=graph, selection=story.selection)
+        run = world.run(graph=graph, selection=story.selection, at_once=story.at_once)
     done = {name: outcomes(run).get(name, "none") for name in graph.nodes}
     expected = allowed(graph, roles, judged)
     assert {name: one for name, one in done.items() if one not in expected[name]} == {}

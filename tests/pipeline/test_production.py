@@ -68,7 +68,13 @@ def test_a_comparison_trains_what_the_line_trains() -> None:
 
 
 def test_machines_store_and_tracking_change_no_identity() -> None:
-    sets = ["cluster.trainers=1", "store.url='/x'", "tracking.experiment='y'", "name='z'"]
+    sets = [
+        "cluster.trainers=1",
+        "cluster.parallel_nodes=3",
+        "store.url='/x'",
+        "tracking.experiment='y'",
+        "name='z'",
+    ]
     plain, moved = (
         make_graph(production(load_recipe("smoke", sets=s)), HASHES) for s in ([], sets)
     )

@@ -1,6 +1,8 @@
 """The line that a user watches, and the table at the end."""
 
 import io
+import re
+import threading
 import time
 
 import pytest
@@ -53,6 +55,50 @@ def test_a_terminal_gets_a_live_line(store_config: StoreConfig) -> None:
     display = Display(Console(file=out, width=120, force_terminal=True))
     World(store_config).run(listeners=(display,), train={"seconds": 0.7})
     assert "train 3/3 steps" in out.getvalue()
+
+
+def displayed(world: World, console: Console) -> None:
+    """Two nodes that are built at the same time, one for longer than the other, with notes."""
+    display, graph = Display(console), world.graph()
+    one, other = display.begin(graph["pack.cuda"], {}), display.begin(graph["pack.ascend"], {})
+    one.start(steps=4, unit="step")
+    one.log({"loss": 1.5}, step=1)
+    one.note("both run")
+    time.sleep(0.5)
+    display.end(graph["judge"], Blocked("train"), None)
+    display.end(graph["pack.cuda"], Failed("it broke", 1.0), None)
+    time.sleep(0.5)
+    other.note("alone now")
+    display.end(graph["pack.ascend"], Failed("it broke too", 2.0), None)
+
+
+def test_a_terminal_shows_a_line_for_each_node_that_runs(store_config: StoreConfig) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=120, height=30, force_terminal=True)
+    displayed(World(store_config), console)
+    told = out.getvalue()
+    both = re.search(r"pack.cuda 1/4 steps, loss 1.5 *\r?\n.*pack.ascend 00:00", told)
+    assert both is not None
+    # Once the one has ended its line is gone, and the other's goes on.
+    after = told[told.index("pack.cuda failed") :]
+    assert "pack.cuda 1/4" not in after
+    assert re.search(r"pack.ascend 00:0", after)
+    assert threading.active_count() == 1
+
+
+def test_a_log_tells_of_each_node_and_whose_a_note_is(
+    monkeypatch: pytest.MonkeyPatch, store_config: StoreConfig
+) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.2)
+    out = io.StringIO()
+    displayed(World(store_config), Console(file=out, width=120))
+    lines = out.getvalue().splitlines()
+    assert 1 <= lines.count("pack.cuda 1/4 steps, loss 1.5") <= 3
+    assert lines[0] == "pack.cuda: both run"
+    broke = lines.index("pack.cuda failed after 1.0 s: it broke")
+    assert lines.index("judge blocked by train") < broke
+    assert any(line.startswith("pack.ascend 00:0") for line in lines[broke:])
+    assert lines[-2:] == ["alone now", "pack.ascend failed after 2.0 s: it broke too"]
 
 
 def test_the_table_has_a_row_for_every_outcome() -> None:
