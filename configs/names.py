@@ -9,7 +9,7 @@ _WORD = r"[A-Za-z0-9_][A-Za-z0-9_-]*"
 _NODE = re.compile(rf"{_WORD}(\.{_WORD})*")
 _NODE_CHARS = 100
 _WORD_CHARS = 40
-_TAKEN = frozenset({"config", "work", "corpus"})
+_TAKEN = frozenset({"config", "work", "corpus", "ngram"})
 _FIGURE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
 
 
@@ -35,7 +35,7 @@ def _check_word(name: str) -> str:
 
 def _check_figure(name: str) -> str:
     if name in _TAKEN:
-        raise ValueError(f"a model cannot be called {name!r}, as an input of its own is; rename it")
+        raise ValueError(f"a model cannot be called {name!r}, as something else is; rename it")
     if not _FIGURE.fullmatch(name):
         raise ValueError(
             "a model's name begins with a letter and holds at most 40 of A-Z, a-z, 0-9 and _, as "

@@ -83,10 +83,18 @@ class Recipe(Frozen):
     def _sections_agree(self) -> Self:
         for owner, phase in (self.pretraining | self.posttraining).items():
             self._corpus_of(_table(owner), phase.corpus)
+        for name, section in (("pretrain", self.pretrain), ("posttrain", self.posttrain)):
+            if section is not None and section.phases and section.after is not None:
+                raise ValueError(
+                    f"{name}.after = {section.after!r} means nothing beside {name}.phases; say it "
+                    "in the first of them"
+                )
         if self.parity is not None:
             self._check_parity()
         if self.base is None:
             self._check_pretraining()
+        for owner, trained in self.pretraining.items():
+            self._check_batch(_table(owner), trained)
         if self.parity is None:
             self._check_posttraining()
             self._check_delivery()
@@ -116,6 +124,12 @@ class Recipe(Frozen):
                 f"pretrain {what}, but parity compares one training with itself; drop one of the "
                 "two"
             )
+        for field in ("corpus", "after"):
+            if (asked := getattr(self.pretrain, field)) is not None:
+                raise ValueError(
+                    f"pretrain.{field} = {asked!r}, but parity compares trainings of the node data "
+                    "from values drawn anew; drop it"
+                )
         if self.pretrain.precision != "fp8":
             raise ValueError(
                 f'pretrain.precision = "{self.pretrain.precision}", but parity compares "fp8" with '
@@ -194,14 +208,16 @@ class Recipe(Frozen):
                     "first"
                 )
 
-    def _check_phase(self, table: str, phase: PretrainPhase) -> None:
-        """What must agree in one phase of pretraining."""
+    def _check_batch(self, table: str, phase: PretrainPhase) -> None:
         workers = self.cluster.trainers
         if phase.batch_sequences % workers:
             raise ValueError(
                 f"{table}.batch_sequences = {phase.batch_sequences} does not divide over "
                 f"cluster.trainers = {workers}; choose a multiple"
             )
+
+    def _check_phase(self, table: str, phase: PretrainPhase) -> None:
+        """What must agree in one phase of pretraining."""
         dense_steps, steps = phase.indexer.dense_steps, phase.steps
         if self.model.has_indexer and dense_steps >= steps:
             raise ValueError(

@@ -15,6 +15,7 @@ from configs.delivery import (
     ExportSpec,
     GateSpec,
 )
+from configs.errors import PlanError
 from configs.imports import ImportSpec
 from configs.meaning import meant_data, meant_export, meant_posttrain, meant_pretrain
 from configs.model import ModelConfig
@@ -126,6 +127,10 @@ def improve_model(recipe: Recipe, model: ModelConfig, *, begin: str | None) -> N
 
 def judge_models(recipe: Recipe, asked: EvaluateSection, models: Mapping[str, str]) -> Nodes:
     """A report on every model side by side, and whether it passes the recipe's gates, if any."""
+    if not models:
+        raise PlanError(
+            "evaluate.models: names no model, and the line makes none; name one or more"
+        )
     spec = EvaluateSpec(
         seed=recipe.seed,
         evaluate=settings_of(asked, EvaluateConfig),

@@ -88,7 +88,8 @@ def _run(records: Records, name: str) -> Run | None:
 
 
 def _recipes(first: Recipe, second: Recipe) -> Iterator[str]:
-    yield from _changes(first.model_dump(mode="json"), second.model_dump(mode="json"))
+    one, other = first.model_dump(mode="json"), second.model_dump(mode="json")
+    yield from _changes(one, other, absent="none")
 
 
 def _runs(store: Store, first: Run, second: Run) -> Iterator[str]:
@@ -170,9 +171,11 @@ def _figure(figures: Mapping[str, float], name: str) -> str:
     return f"{shown} [{low}, {high}]"
 
 
-def _changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
+def _changes(
+    one: Mapping[str, Any], other: Mapping[str, Any], *, absent: str = "default"
+) -> Iterator[str]:
     """Leaves of nested tables that differ; what an identity leaves out has its default."""
     before, after = flatten(one), flatten(other)
     for path in sorted(before.keys() | after.keys()):
         if before.get(path) != after.get(path):
-            yield f"{path}: {before.get(path, 'default')} -> {after.get(path, 'default')}"
+            yield f"{path}: {before.get(path, absent)} -> {after.get(path, absent)}"

@@ -34,7 +34,10 @@ def eval_(args: argparse.Namespace) -> int:
         raise ConfigError("--limit and --samples must be 1 or more; leave them out for 200 and 4")
     folder = model_folder(args)
     path = Path(args.problems) if args.problems else _held_out(folder)
-    problems = choose(_read(path), args.limit, seed=args.seed)
+    found = _read(path)
+    if not found:
+        raise DataError(f"--problems {path}: holds no problem; give one or more")
+    problems = choose(found, args.limit, seed=args.seed)
     print(f"asking {folder} {len(problems)} problems of {path}", file=sys.stderr)
     answered = _ask(load_pretrained(folder), folder, problems, args)
     print(f"right greedily  {_shown(greedy_accuracy(answered))}")
@@ -86,6 +89,7 @@ def _held_out(folder: Path) -> Path:
 
     ConfigError if it was not made here, or its corpus is gone.
     """
+    folder = folder.resolve()
     generation = next((one for one in folder.parents if (one / MANIFEST).is_file()), None)
     while generation is not None:
         manifest = read_manifest(str(generation))
@@ -107,10 +111,18 @@ def _read(path: Path) -> list[Problem]:
     """Problems of a corpus's parquet file, or of lines of JSON with `prompt` and `answer`."""
     if not path.is_file():
         raise DataError(f"--problems {path}: no such file; name a .jsonl or .parquet file")
-    if path.suffix == ".parquet":
-        return read_problems(path)
+    try:
+        if path.suffix == ".parquet":
+            return read_problems(path)
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise DataError(
+            f"--problems {path}: cannot be read ({type(error).__name__}: {said}); give lines of "
+            "JSON in UTF-8, or a corpus's parquet file"
+        ) from None
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -123,8 +135,6 @@ def _read(path: Path) -> list[Problem]:
                 f"--problems {path} line {number}: not a JSON object with the texts prompt and "
                 f"answer ({type(error).__name__}: {error}); correct the line"
             ) from None
-    if not found:
-        raise DataError(f"--problems {path}: holds no problem; give one a line")
     return found
 
 

@@ -33,6 +33,10 @@ def new(args: argparse.Namespace) -> int:
             file.write(text)
     except FileExistsError:
         raise ConfigError(f"{path}: is there already; choose another name, or move it") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror}); choose a folder"
+        ) from None
     load_recipe(str(path))
     print(f"wrote {path}; `ingot plan {path}` says what it would build")
     return 0

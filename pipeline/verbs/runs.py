@@ -5,13 +5,16 @@ import json
 import time
 from collections import Counter
 
-from pipeline.figures import show_figures
+from configs.errors import ConfigError
+from pipeline.figures import show_figures, show_seconds
 from pipeline.records import Built, Reused, Run
 from pipeline.verbs.asked import load_asked
 
 
 def runs(args: argparse.Namespace) -> int:
     """Print one line a run: when, how long, what became of it, and its last key figure."""
+    if args.limit < 1:
+        raise ConfigError(f"--limit {args.limit}: must be 1 or more; leave it out for 20")
     records = load_asked(args).store(print).records
     found = [run for _, run in zip(range(args.limit), records.newest_first(), strict=False)]
     if args.json:
@@ -22,8 +25,9 @@ def runs(args: argparse.Namespace) -> int:
         return 0
     width = max(len(run.recipe) for run in found)
     for run in found:
+        took = show_seconds(run.seconds)
         print(
-            f"{run.id}  {run.recipe:{width}}  {_when(run.started)}  {_clock(run.seconds):>8}  "
+            f"{run.id}  {run.recipe:{width}}  {_when(run.started)}  {took:>8}  "
             f"{state_of(run):11}  {_nodes(run)}  {_figure(run)}".rstrip()
         )
     return 0
@@ -71,7 +75,3 @@ def _figure(run: Run) -> str:
 
 def _when(started: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(started))
-
-
-def _clock(seconds: float) -> str:
-    return time.strftime("%H:%M:%S", time.gmtime(seconds))

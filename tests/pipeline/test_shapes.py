@@ -214,6 +214,14 @@ def test_a_gate_stands_between_the_report_and_the_bundles(shaped: Path) -> None:
             "all corpora are encoded by data.tokenizer",
         ),
         ("[pretrain.phases.'a.b']\n", "a name is one word"),
+        ('[posttrain]\nafter = "x"\n[posttrain.phases.a]\n', "means nothing beside"),
+        ('[parity]\n[pretrain]\nafter = "x"\n', "pretrain.after = 'x', but parity"),
+        ('[evaluate]\nmodels = { ngram = "pretrain" }\n', "a model cannot be called 'ngram'"),
+        (
+            "pretrain = false\nposttrain = false\nexport = false\n"
+            f'[nodes.own]\nuse = "{FAKE}:gather"\n',
+            "evaluate.models: names no model",
+        ),
     ],
 )
 def test_a_line_that_cannot_be_wired_is_one_clear_error(
