@@ -13,7 +13,7 @@ from configs.names import NodeName
 from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
 from configs.parity import ParityConfig
 from configs.rl import PosttrainPhase, PosttrainSection
-from configs.train import PretrainPhase, PretrainSection, check_fp8
+from configs.train import PretrainPhase, PretrainSection, check_fp8, check_indexer
 
 
 class NodeConfig(Frozen):
@@ -194,7 +194,7 @@ class Recipe(Frozen):
             )
         for owner, phase in self.pretraining.items():
             check_fp8(_table(owner), phase, self.model)
-            self._check_phase(_table(owner), phase)
+            check_indexer(_table(owner), phase, self.model)
         if tokenizer.file is None and self.model.vocab_size < tokenizer.vocab_size:
             raise ValueError(
                 f"model.vocab_size = {self.model.vocab_size} is below data.tokenizer.vocab_size = "
@@ -214,16 +214,6 @@ class Recipe(Frozen):
             raise ValueError(
                 f"{table}.batch_sequences = {phase.batch_sequences} does not divide over "
                 f"cluster.trainers = {workers}; choose a multiple"
-            )
-
-    def _check_phase(self, table: str, phase: PretrainPhase) -> None:
-        """What must agree in one phase of pretraining."""
-        dense_steps, steps = phase.indexer.dense_steps, phase.steps
-        if self.model.has_indexer and dense_steps >= steps:
-            raise ValueError(
-                f"{table}.indexer.dense_steps = {dense_steps} leaves none of {table}.steps = "
-                f"{steps} in which attention is as sparse as it is when the model is used; lower "
-                "the first"
             )
 
 

@@ -245,3 +245,13 @@ def check_fp8(where: str, trained: _Trained, model: ModelConfig) -> None:
             f'{where}.precision = "fp8", but {where}.fp8 sets every part of this model to "high"; '
             f'set {where}.precision = "high", or one of {there} to "fp8"'
         )
+
+
+def check_indexer(where: str, trained: PretrainConfig, model: ModelConfig) -> None:
+    """ConfigError if no step of `where` is left in which attention is sparse."""
+    dense_steps, steps = trained.indexer.dense_steps, trained.steps
+    if model.has_indexer and dense_steps >= steps:
+        raise ConfigError(
+            f"{where}.indexer.dense_steps = {dense_steps} leaves none of {where}.steps = {steps} "
+            "in which attention is as sparse as it is when the model is used; lower the first"
+        )

@@ -9,13 +9,55 @@ from typing import Any
 from configs.data import ArithmeticSource, DataConfig
 from configs.delivery import EvaluateSection, EvaluateSpec
 from configs.errors import ConfigError
-from configs.model import ModelConfig
+from configs.model import ModelConfig, V3Config, V4Config
 from configs.recipe import Recipe
 from configs.shape import FP8_BLOCK
 from pipeline.phases import said_in
 from stages.byte_level import odd_token
 from stages.evaluate.face import reported
+from stages.imported.face import read_base
 from stages.names import TOKENIZER
+
+_LATENTS = (320, 512, 576)
+"""Widths of a latent, its rotary part included, that vLLM 0.32 has attention for."""
+_V4_SIZES = {"head_dim": 512, "index_head_dim": 128}
+"""What servers of V4 were written for."""
+
+
+def model_of(recipe: Recipe) -> ModelConfig:
+    """The model that the recipe trains or starts from; ConfigError if it cannot be read."""
+    return recipe.model if recipe.base is None else read_base(Path(recipe.base))
+
+
+def unserved(recipe: Recipe) -> Iterator[str]:
+    """Which sizes of the model keep servers from its bundles, one line each.
+
+    Not errors: transformers and Ingot load such bundles, and a small recipe has no other sizes.
+    """
+    if recipe.export is None:
+        return
+    model = model_of(recipe)
+    match model:
+        case V3Config():
+            width = model.kv_lora_rank + model.qk_rope_head_dim
+            if width not in _LATENTS:
+                yield (
+                    f"kv_lora_rank + qk_rope_head_dim = {width}: vLLM serves latents of "
+                    f"{', '.join(map(str, _LATENTS))} alone; transformers loads the bundles"
+                )
+        case V4Config():
+            for name, size in _V4_SIZES.items():
+                if (found := getattr(model, name)) != size:
+                    yield (
+                        f"{name} = {found}: servers of V4 want {size}; transformers loads the "
+                        "bundles"
+                    )
+            odd = sorted(set(model.compress_ratios) - {0, 4, 128})
+            if odd:
+                yield (
+                    f"compress_ratios holds {odd[0]}: servers of V4 know 0, 4 and 128; "
+                    "transformers loads the bundles"
+                )
 
 
 def check_line(recipe: Recipe, model: ModelConfig) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 
+from configs.recipe import Recipe
 from configs.train import PretrainPhase
 
 
@@ -34,16 +35,27 @@ def name_models(made: str | None, better: str | None) -> dict[str, str]:
     return given(before=made, after=better)
 
 
-def rows_before(phases: Mapping[str, PretrainPhase], name: str) -> int:
-    """Training rows of its corpus that the phases consumed which `name` goes on from."""
-    corpus, rows, seen = phases[name].corpus, 0, {name}
-    while (before := _phase_before(phases, name)) is not None and before not in seen:
-        phase = phases[before]
-        if phase.corpus == corpus:
-            rows += phase.steps * phase.batch_sequences
-        seen.add(before)
-        name = before
-    return rows
+def rows_before(recipe: Recipe, phase: str) -> int:
+    """Training rows of its corpus that the phases consumed which the node `phase` goes on from.
+
+    A recipe's own node between two phases consumes none; of several that it is made of, the one
+    that went farthest counts.
+    """
+    phases, corpus = recipe.pretraining, recipe.pretraining[phase].corpus
+
+    def consumed(node: str | None, above: frozenset[str]) -> int:
+        if node is None or node in above:
+            return 0  # A circle is told of when the line is wired.
+        above |= {node}
+        if node in phases:
+            own = phases[node].steps * phases[node].batch_sequences
+            before = consumed(_begin_of_phase(phases, node), above)
+            return before + (own if phases[node].corpus == corpus else 0)
+        added = recipe.nodes.get(node)
+        suppliers = () if added is None else added.inputs.values()
+        return max((consumed(one, above) for one in suppliers), default=0)
+
+    return consumed(_begin_of_phase(phases, phase), frozenset({phase}))
 
 
 def said_in(node: str) -> str:
@@ -52,11 +64,8 @@ def said_in(node: str) -> str:
     return f"{stage}.phases.{name}" if dot else stage
 
 
-def _phase_before(phases: Mapping[str, PretrainPhase], name: str) -> str | None:
-    """The phase that `name` goes on from; none if it is the first, or begins with another node."""
-    if phases[name].after is not None:
-        found = begin_of("pretrain", phases[name].after, phases)
-        return found if found in phases else None
+def _begin_of_phase(phases: Mapping[str, PretrainPhase], name: str) -> str | None:
+    """The node that a phase goes on from; none if it is the first."""
     names = list(phases)
     place = names.index(name)
-    return names[place - 1] if place else None
+    return begin_of("pretrain", phases[name].after, phases) or (names[place - 1] if place else None)

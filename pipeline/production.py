@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from itertools import product
-from pathlib import Path
 
 from configs.base import settings_of
 from configs.data import DataConfig, DataSpec, TokenizerConfig
@@ -22,15 +21,15 @@ from configs.model import ModelConfig
 from configs.parity import ParityConfig, ParitySpec
 from configs.recipe import Recipe
 from configs.rl import PosttrainConfig, PosttrainSpec
-from configs.train import PretrainConfig, PretrainSpec, check_fp8
-from pipeline.feasible import check_gates, check_line, has_problems
+from configs.train import PretrainConfig, PretrainSpec, check_fp8, check_indexer
+from pipeline.feasible import check_gates, check_line, has_problems, model_of
 from pipeline.phases import begin_of, corpus_node, given, last, name_models, rows_before, said_in
 from pipeline.wiring import Line, Wanted, added, wire
 from stages.data.face import data
 from stages.evaluate.face import evaluate
 from stages.export.face import export
 from stages.gate import gate
-from stages.imported.face import imported, read_base
+from stages.imported.face import imported
 from stages.loss_parity.face import PRECISIONS, loss_parity, run_name
 from stages.names import TOKENIZER
 from stages.posttrain.face import posttrain
@@ -55,7 +54,7 @@ def production(recipe: Recipe) -> Line:
 
 def make_bundles(recipe: Recipe) -> Nodes:
     """From raw text to a bundle for each target, with the model judged on the way."""
-    model = recipe.model if recipe.base is None else read_base(Path(recipe.base))
+    model = model_of(recipe)
     check_line(recipe, model)
 
     line = prepare_data(recipe) | import_base(recipe)
@@ -100,9 +99,12 @@ def train_model(recipe: Recipe, model: ModelConfig, *, begin: str | None) -> Nod
     """The phases of pretraining: each goes on from another, the first from `begin`, if anything."""
     nodes: Nodes = {}
     for name, phase in recipe.pretraining.items():
+        # As asked, before what this model has no part for is left out.
+        check_fp8(said_in(name), phase, model)
+        check_indexer(said_in(name), phase, model)
         base = begin_of("pretrain", phase.after, recipe.pretraining) or last(nodes) or begin
         asked = settings_of(meant_pretrain(phase, model), PretrainConfig)
-        before = rows_before(recipe.pretraining, name)
+        before = rows_before(recipe, name)
         spec = PretrainSpec.model_validate(
             {"seed": recipe.seed, "model": model, "pretrain": asked, "rows_before": before}
         )

@@ -12,6 +12,9 @@ import numpy as np
 
 from cluster.generation import Sampling
 from configs.seed import derive
+from model import decode
+from model.drawing import Drawing
+from model.transformer import Transformer
 from stages.estimators import Estimate, mean_over_problems, pass_at_k
 from stages.prompts import Prompt
 from stages.verifiers import Problem, verify
@@ -29,6 +32,8 @@ class Drawn(Protocol):
 
 Sampler = Callable[[list[list[int]], Sampling, list[int]], Sequence[Drawn]]
 """prompts, sampling, a seed for each prompt -> one answer for each prompt."""
+_ROWS = 128
+"""Answers that a model in this process works on at a time; their caches are in memory together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,25 @@ class Answered:
     """Sampled."""
     correct: tuple[bool, ...]
     """One verdict a sampled answer."""
+
+
+def sampler_of(model: Transformer) -> Sampler:
+    """Answers by a model in this process."""
+
+    def sample(
+        prompts: list[list[int]], sampling: Sampling, seeds: list[int]
+    ) -> Sequence[decode.Sample]:
+        return decode.sample(
+            model,
+            prompts,
+            max_new_tokens=sampling.max_new_tokens,
+            drawing=Drawing(sampling.temperature, sampling.top_k, sampling.top_p),
+            stop_tokens=sampling.stop_tokens,
+            seeds=seeds,
+            max_rows=_ROWS,
+        )
+
+    return sample
 
 
 def choose(problems: Sequence[Problem], count: int, *, seed: int) -> list[Problem]:

@@ -5,6 +5,7 @@ import difflib
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from configs.parallel import StoreConfig
 from configs.reading import load_recipe
 from configs.recipe import Recipe
 from pipeline.graph import Graph, Selection, make_graph, side_by_side
+from pipeline.loading import load_stage
 from pipeline.places import absolute
 from pipeline.production import production
 from pipeline.records import Invocation, Records
@@ -48,6 +50,15 @@ class Asked:
             {seed: make_graph(production(one), hashes) for seed, one in recipes.items()}
         )
 
+    def know_kinds(self) -> None:
+        """Load the stages that the recipe adds, so that their kinds of artifacts are known.
+
+        What cannot be loaded stays unknown: whoever looks at something else has no need of it.
+        """
+        for name, node in self.recipe.nodes.items():
+            with suppress(PlanError):
+                load_stage(name, node.use)
+
     def store(self, say: Callable[[str], None]) -> Store:
         """The recipe's store."""
         return Store(self.recipe.store, say=say)
@@ -80,6 +91,23 @@ def load_asked(args: argparse.Namespace) -> Asked:
             file=sys.stderr,
         )
     return asked
+
+
+def find_store(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[Store, str]:
+    """The store that a command means, and the name of its recipe.
+
+    Both are known of the latest run here even where its recipe's file is gone.
+    """
+    try:
+        asked = load_asked(args)
+    except ConfigError:
+        store = Store(StoreConfig(url=str(Path.cwd() / StoreConfig().url)), say=say)
+        latest = next(store.records.newest_first(), None)
+        if latest is None or args.recipe is not None or args.overlays or args.sets:
+            raise
+        return store, latest.recipe
+    asked.know_kinds()
+    return asked.store(say), asked.recipe.name
 
 
 def selection(args: argparse.Namespace) -> Selection:

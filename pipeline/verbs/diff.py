@@ -13,7 +13,7 @@ from pipeline.figures import show_figure, spoken
 from pipeline.plain import flatten
 from pipeline.records import Built, Records, Reused, Run
 from pipeline.store import Store
-from pipeline.verbs.asked import load_asked, locate
+from pipeline.verbs.asked import find_store, locate
 from stages.artifacts import load_artifact
 from stages.manifest import MANIFEST, Manifest, read_manifest
 
@@ -34,23 +34,31 @@ def diff(args: argparse.Namespace) -> int:
 
     ConfigError for two things of different kinds.
     """
-    asked = load_asked(args)
-    store = asked.store(print)
-    first, second = (_find(store, asked.recipe.name, name) for name in (args.first, args.second))
+    if _is_recipe(args.first) and _is_recipe(args.second):
+        return _conclude(_recipes(load_recipe(args.first), load_recipe(args.second)))
+    store, recipe = find_store(args, print)
+    first, second = (_find(store, recipe, name) for name in (args.first, args.second))
     match first, second:
-        case Recipe(), Recipe():
-            lines = list(_recipes(first, second))
         case Run(), Run():
-            lines = list(_runs(store, first, second))
+            return _conclude(_runs(store, first, second))
         case Committed(), Committed():
-            lines = list(_artifacts(first, second))
+            return _conclude(_artifacts(first, second))
         case _:
             raise ConfigError(
                 f"{args.first} is {_kind(first)} and {args.second} is {_kind(second)}; name two "
                 "runs, two recipes or two artifacts"
             )
+
+
+def _conclude(differences: Iterator[str]) -> int:
+    """Print what differs; the exit code."""
+    lines = list(differences)
     print("\n".join(lines) or "no difference")
     return 3 if lines else 0
+
+
+def _is_recipe(name: str) -> bool:
+    return name in shipped_recipes() or name.endswith(".toml")
 
 
 def _kind(thing: Thing) -> str:
@@ -68,7 +76,7 @@ def _find(store: Store, recipe: str, name: str) -> Thing:
     if (Path(name) / MANIFEST).is_file():
         folder = Path(name).resolve()
         return Committed(folder, read_manifest(str(folder)))
-    if name in shipped_recipes() or name.endswith(".toml"):
+    if _is_recipe(name):
         return load_recipe(name)
     if (run := _run(store.records, name)) is not None:
         return run

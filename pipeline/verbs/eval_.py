@@ -9,12 +9,17 @@ from pathlib import Path
 
 from cluster.generation import Sampling
 from configs.errors import ConfigError, DataError
-from model import decode
-from model.drawing import Drawing
 from model.transformer import Transformer
 from model.weights.files import load_pretrained
 from pipeline.verbs.sample import model_folder
-from stages.answers import Answered, ask, choose, greedy_accuracy, pass_values
+from stages.answers import (
+    Answered,
+    ask,
+    choose,
+    greedy_accuracy,
+    pass_values,
+    sampler_of,
+)
 from stages.conventions import read_end_tokens
 from stages.estimators import Estimate, mean_over_problems
 from stages.manifest import MANIFEST, read_manifest
@@ -61,20 +66,8 @@ def _ask(
         max_new_tokens=args.max_new_tokens,
     )
 
-    def sample(
-        asked: list[list[int]], sampling: Sampling, seeds: list[int]
-    ) -> Sequence[decode.Sample]:
-        return decode.sample(
-            model,
-            asked,
-            max_new_tokens=sampling.max_new_tokens,
-            drawing=Drawing(sampling.temperature, sampling.top_k, sampling.top_p),
-            stop_tokens=sampling.stop_tokens,
-            seeds=seeds,
-        )
-
     parts = ask(
-        sample,
+        sampler_of(model),
         prompts,
         Sampling(args.max_new_tokens, 1.0, end_tokens),
         samples_per_problem=args.samples,

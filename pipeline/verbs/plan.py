@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.decide import Build, Decision, Judged, Recheck, Refuse, Reuse, decide, in_words
+from pipeline.feasible import unserved
 from pipeline.figures import show_bytes, show_seconds
 from pipeline.graph import Graph, Node
 from pipeline.states import Examiner
@@ -38,6 +39,8 @@ def plan(args: argparse.Namespace) -> int:
             )
         for line in _lines(graph, judged, examiner, store.root):
             print(line)
+        for told in unserved(asked.recipe):
+            print(f"  note: {told}")
     return 1 if any(isinstance(one.decision, Refuse) for one in judged.values()) else 0
 
 

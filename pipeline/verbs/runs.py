@@ -8,14 +8,15 @@ from collections import Counter
 from configs.errors import ConfigError
 from pipeline.figures import show_figures, show_seconds
 from pipeline.records import Built, Reused, Run
-from pipeline.verbs.asked import load_asked
+from pipeline.verbs.asked import find_store
 
 
 def runs(args: argparse.Namespace) -> int:
     """Print one line a run: when, how long, what became of it, and its last key figure."""
     if args.limit < 1:
         raise ConfigError(f"--limit {args.limit}: must be 1 or more; leave it out for 20")
-    records = load_asked(args).store(print).records
+    store, _ = find_store(args, print)
+    records = store.records
     found = [run for _, run in zip(range(args.limit), records.newest_first(), strict=False)]
     if args.json:
         print(json.dumps([_record(run) for run in found], indent=1))

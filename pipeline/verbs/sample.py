@@ -10,7 +10,7 @@ from configs.seed import derive
 from model import decode
 from model.drawing import Drawing
 from model.weights.files import load_pretrained
-from pipeline.verbs.asked import load_asked, locate
+from pipeline.verbs.asked import find_store, locate
 from stages.artifacts import load_artifact
 from stages.conventions import read_end_tokens
 from stages.framing import BOS_ID
@@ -65,8 +65,8 @@ def model_folder(args: argparse.Namespace) -> Path:
     asked = Path(args.model)
     if (asked / "config.json").is_file():
         return asked
-    loaded = load_asked(args)
-    folder = locate(loaded.store(print), loaded.recipe.name, args.model)
+    store, recipe = find_store(args, print)
+    folder = locate(store, recipe, args.model)
     artifact = load_artifact(str(folder))
     found = artifact.weights()
     if found is None:

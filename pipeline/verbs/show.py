@@ -9,7 +9,7 @@ from configs.errors import ArtifactError
 from pipeline.chart import draw_curve
 from pipeline.figures import show_figure, spoken
 from pipeline.plain import flatten
-from pipeline.verbs.asked import load_asked, locate
+from pipeline.verbs.asked import find_store, locate
 from stages.artifacts import PAGE, load_artifact
 from stages.manifest import Manifest, read_manifest, verify
 from stages.steps import METRICS, read_metrics, scalars
@@ -21,8 +21,8 @@ _FACTS_SHOWN = 40
 
 def show(args: argparse.Namespace) -> int:
     """Print an artifact's figures, facts, inputs and files; with `--verify` hash every file."""
-    asked = load_asked(args)
-    folder = locate(asked.store(print), asked.recipe.name, args.artifact)
+    store, recipe = find_store(args, print)
+    folder = locate(store, recipe, args.artifact)
     manifest = read_manifest(str(folder))
     for line in _lines(folder, manifest):
         print(line)

@@ -16,10 +16,8 @@ from tokenizers import Tokenizer
 from cluster.generation import Sampling
 from configs.delivery import ExportConfig
 from configs.errors import ExportError
-from model import decode
-from model.drawing import Drawing
 from model.transformer import Transformer
-from stages.answers import Answered, ask, choose
+from stages.answers import Answered, ask, choose, sampler_of
 from stages.artifacts import Asked, Corpus
 from stages.estimators import pass_at_k
 from stages.export.client import Client
@@ -29,9 +27,6 @@ from stages.prompts import Prompt, answer_text
 from stages.shards import Int64
 from stages.tokens import load_tokenizer
 from stages.verifiers import read_problems
-
-_ROWS = 128
-"""Answers that are worked on at a time; their caches are in memory together."""
 
 
 class Examination:
@@ -185,7 +180,7 @@ def _ask(
         )
     answered: list[Answered] = []
     for part in ask(
-        partial(_sample, model),
+        sampler_of(model),
         prompts,
         sampling,
         samples_per_problem=config.samples_per_problem,
@@ -194,20 +189,6 @@ def _ask(
     ):
         answered += part
     return answered
-
-
-def _sample(
-    model: Transformer, prompts: list[list[int]], sampling: Sampling, seeds: list[int]
-) -> list[decode.Sample]:
-    return decode.sample(
-        model,
-        prompts,
-        max_new_tokens=sampling.max_new_tokens,
-        drawing=Drawing(sampling.temperature, sampling.top_k, sampling.top_p),
-        stop_tokens=sampling.stop_tokens,
-        seeds=seeds,
-        max_rows=_ROWS,
-    )
 
 
 def _greedy(answered: Sequence[Answered]) -> float:

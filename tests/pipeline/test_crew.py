@@ -3,6 +3,7 @@
 import _thread
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -65,7 +66,7 @@ def test_whichever_ends_first_is_told_first() -> None:
 def test_an_interrupt_reaches_every_thread_and_what_had_ended_is_not_lost() -> None:
     crew: Crew[str] = hire(3)
     for name, seconds in (("one", 30), ("two", 30), ("quick", 0)):
-        crew.start(name, lambda seconds=seconds: wait(seconds))  # type: ignore[misc]
+        crew.start(name, partial(wait, seconds))
     time.sleep(0.2)
     started = time.monotonic()
     assert crew.stop(10) == {"one": "interrupted", "two": "interrupted", "quick": "done"}

@@ -84,6 +84,28 @@ def test_a_file_that_holds_no_problems_is_one_clear_error(
     assert message in capsys.readouterr().err
 
 
+def test_files_that_cannot_be_read_are_one_clear_error(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latin, broken, empty = (tmp_path / name for name in ("a.jsonl", "b.parquet", "c.parquet"))
+    latin.write_bytes('{"prompt": "größe", "answer": "2"}'.encode("latin-1"))
+    broken.write_bytes(b"no parquet")
+    write_problems(empty, [])
+    for path, message in (
+        (latin, "cannot be read (UnicodeDecodeError"),
+        (broken, "cannot be read (ArrowInvalid"),
+        (empty, "holds no problem"),
+    ):
+        assert ask(str(model_folder), "--problems", str(path)) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_line_may_hold_any_sign_that_json_has(model_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text(json.dumps({"prompt": "a\u2028b", "answer": "2"}, ensure_ascii=False))
+    assert ask(str(model_folder), "--problems", str(path)) == 0
+
+
 def test_odd_numbers_and_missing_files_are_one_clear_error(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -140,3 +140,11 @@ def test_other_shells_get_a_script_with_every_verb(
     assert cli.main(["completion", shell]) == 0
     told = capsys.readouterr().out
     assert all(verb in told for verb in cli._VERBS)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir("/sys")
+    assert cli.main(["new", "mine"]) == 2
+    assert "mine.toml: cannot be written (" in capsys.readouterr().err

@@ -193,3 +193,74 @@ def test_a_run_tells_machines_what_became_of_each_node_and_nothing_else_on_stdou
     told = capsys.readouterr()
     assert json.loads(told.out)["outcomes"]["train"]["error"] == "train was told to fail"
     assert "ingot: error: train: train was told to fail" in told.err
+
+
+def test_history_is_there_though_a_recipes_file_is_gone(
+    line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (line / "over.toml").unlink()
+    capsys.readouterr()
+    assert ingot("runs") == 0
+    assert capsys.readouterr().out.count("succeeded") == 2
+    assert ingot("show", "train") == 0
+    assert ingot("diff", "train", "train") == 0
+    assert ingot("status") == 2
+    assert "over.toml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", ["0", "-1"])
+def test_a_limit_of_no_runs_is_refused(limit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ingot("runs", "--limit", limit) == 2
+    assert "must be 1 or more" in capsys.readouterr().err
+
+
+def test_recipes_are_compared_without_a_store_and_what_is_absent_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ingot("diff", "tiny", "parity") == 3
+    told = capsys.readouterr()
+    assert "data.sources.arithmetic.digits: 2 -> none\n" in told.out
+    assert told.err == ""
+
+
+OWN = """
+from typing import ClassVar
+from configs.base import Frozen
+from stages.artifacts import Artifact
+from stages.contract import Workspace, stage
+
+class Config(Frozen):
+    pass
+
+class Own(Artifact):
+    kind: ClassVar[str] = "own_thing"
+    value: float
+
+    def key_figures(self) -> dict[str, float]:
+        return {"value": self.value}
+
+@stage(revision=1)
+def own(config: Config, work: Workspace) -> Own:
+    work.path("own.txt").write_text("own")
+    return Own(uri=work.out, value=7.0)
+"""
+
+
+def test_a_plugins_own_kind_of_artifact_is_shown_as_the_lines_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    (tmp_path / "own_plugin.py").write_text(OWN)
+    (tmp_path / "over.toml").write_text(
+        '[tracking]\nuri = "http://127.0.0.1:9"\n[nodes.own]\nuse = "own_plugin:own"\n'
+    )
+    assert ingot("run", "smoke", "@over.toml", "--only", "own") == 0
+    capsys.readouterr()
+    assert ingot("show", "own") == 0
+    assert re.search(r"^  value  7$", capsys.readouterr().out, re.M)
+    assert ingot("sample", "own", "--prompt", "x") == 1
+    assert "holds a own_thing without plain weights" in capsys.readouterr().err

@@ -219,6 +219,21 @@ def test_a_recipe_too_large_for_its_base_is_refused_when_planned(
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        ("batch_sequences=3", "pretrain.phases.a.batch_sequences = 3 does not divide over"),
+        ("fp8.engram='fp8'", 'pretrain.phases.a.fp8.engram = "fp8", but this model has no such'),
+    ],
+)
+def test_phases_on_a_base_are_held_to_its_model(base: Path, ask: str, message: str) -> None:
+    found = based_on(base, "pretrain.phases.a={}")
+    assert found["pretrain.a"].inputs == {"corpus": "data", "base": "import"}
+    with pytest.raises(ConfigError) as caught:
+        based_on(base, f"pretrain.phases.a.{ask}")
+    assert message in str(caught.value)
+
+
 def test_fp8_of_a_part_that_a_base_lacks_is_refused_when_planned(base: Path) -> None:
     """What the base lacks is otherwise left out of what the recipe means."""
     with pytest.raises(ConfigError, match=r'posttrain\.fp8\.engram = "fp8", but this model has no'):

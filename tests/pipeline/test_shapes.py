@@ -8,7 +8,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from configs.errors import ConfigError, PlanError
 from configs.reading import load_recipe
+from pipeline.feasible import unserved
 from pipeline.graph import Graph, make_graph
+from pipeline.phases import rows_before
 from pipeline.production import production
 from stages.byte_level import alphabet
 from stages.hashing import Hashes
@@ -165,6 +167,46 @@ inputs = {{ corpus = "data" }}
     assert list(found).index("mine") < list(found).index("posttrain")
     # What is not said stays: the model before post-training is still the pretrained one.
     assert found["evaluate"] == {"corpus": "data", "before": "pretrain", "after": "posttrain"}
+
+
+def test_rows_count_through_a_plugins_node_between_two_phases(shaped: Path) -> None:
+    text = f"""
+[pretrain.phases.a]
+steps = 9
+[pretrain.phases.b]
+after = "mid"
+[pretrain.phases.c]
+after = "a"
+[pretrain.phases.d]
+after = "both"
+[nodes.mid]
+use = "{FAKE}:judge"
+inputs = {{ corpus = "data", checkpoint = "pretrain.a" }}
+[nodes.both]
+use = "{FAKE}:judge"
+inputs = {{ corpus = "data", checkpoint = "pretrain.c" }}
+"""
+    shaped.write_text(text)
+    recipe = load_recipe("smoke", [str(shaped)])
+    steps = recipe.pretraining["pretrain.c"].steps
+    batch = recipe.pretraining["pretrain.a"].batch_sequences
+    assert {name: rows_before(recipe, name) for name in recipe.pretraining} == {
+        "pretrain.a": 0,
+        "pretrain.b": 9 * batch,
+        "pretrain.c": 9 * batch,
+        "pretrain.d": (9 + steps) * batch,
+    }
+
+
+def test_a_plan_notes_which_sizes_servers_refuse() -> None:
+    assert list(unserved(load_recipe("deepseek-v3"))) == []
+    assert list(unserved(load_recipe("deepseek-v4-flash"))) == []
+    (told,) = unserved(load_recipe("tiny"))
+    assert told.startswith("kv_lora_rank + qk_rope_head_dim = 80: vLLM serves latents of 320, 512")
+    small = " ".join(unserved(load_recipe("tiny-v4")))
+    assert "head_dim = 32: servers of V4 want 512" in small
+    assert "compress_ratios holds 16" in small
+    assert list(unserved(load_recipe("tiny", sets=["export=false"]))) == []
 
 
 def test_a_gate_stands_between_the_report_and_the_bundles(shaped: Path) -> None:
