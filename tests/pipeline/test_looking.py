@@ -1,8 +1,11 @@
 """Looking at what is there: runs, and how two of a kind differ."""
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from pipeline.verbs import asked
 from stages.artifacts import Corpus
 from stages.contract import Face, Planned
 from tests.pipeline.fakes import FakeConfig, gather, make_line
+
+ROOT = Path(__file__).parents[2]
 
 # MLflow's own use of SQLAlchemy is behind its deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -259,8 +264,16 @@ def test_a_plugins_own_kind_of_artifact_is_shown_as_the_lines_are(
         '[tracking]\nuri = "http://127.0.0.1:9"\n[nodes.own]\nuse = "own_plugin:own"\n'
     )
     assert ingot("run", "smoke", "@over.toml", "--only", "own") == 0
+    # In a process that has not run it, and so has not loaded it.
+    told = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", "show", "own"],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert re.search(r"^  value  7$", told.stdout, re.M)
     capsys.readouterr()
-    assert ingot("show", "own") == 0
-    assert re.search(r"^  value  7$", capsys.readouterr().out, re.M)
     assert ingot("sample", "own", "--prompt", "x") == 1
     assert "holds a own_thing without plain weights" in capsys.readouterr().err
