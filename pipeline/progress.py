@@ -17,6 +17,7 @@ from pipeline.store import Committed
 from stages.steps import scalars
 
 LOG_SECONDS = 10.0
+_LOG_COLUMNS = 120
 _LIVE_SECONDS = 0.25
 _FIGURES = ("tokens_per_second", "reward", "loss")
 _COLOURS = {"built": "green", "reused": "cyan", "failed": "red", "blocked": "yellow"}
@@ -24,6 +25,12 @@ _COLOURS = {"built": "green", "reused": "cyan", "failed": "red", "blocked": "yel
 
 _PAST_SECONDS = 1.0
 """How long after the first step others may arrive that were done by an earlier run."""
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """The terminal, or a log of a fixed width; on stderr where stdout is for machines."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=_LOG_COLUMNS)
 
 
 class Line:

@@ -123,18 +123,21 @@ def source_digest(stage: Face[Any]) -> str:
         return "unknown"
     root = file.parents[module.count(".") + (file.name == _PACKAGE)]
     ours = FLOORS | {module.partition(".")[0]}
-    seen: dict[str, Path] = {}
-    waiting = [module]
+    found: dict[str, bytes] = {}
+    tried, waiting = {module}, [module]
     while waiting:
         name = waiting.pop()
         path = _module_file(root, name)
-        if name not in seen and path is not None:
-            seen[name] = path
-            package = name if path.name == _PACKAGE else name.rpartition(".")[0]
-            waiting += [one for one in _imports(path, package) if one.partition(".")[0] in ours]
+        if path is None:
+            continue
+        package = name if path.name == _PACKAGE else name.rpartition(".")[0]
+        found[name], imported = _read(path, package)
+        new = {one for one in imported if one.partition(".")[0] in ours} - tried
+        tried |= new
+        waiting += new
     digest = hashlib.sha256()
-    for name, path in sorted(seen.items()):
-        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for name, content in sorted(found.items()):
+        digest.update(name.encode() + b"\0" + content + b"\0")
     return digest.hexdigest()[:16]
 
 
@@ -158,14 +161,15 @@ def _module_file(root: Path, name: str) -> Path | None:
 
 
 @cache
-def _imports(path: Path, package: str) -> tuple[str, ...]:
-    """Dotted names that may be modules: `from a.b import c` yields both `a.b` and `a.b.c`.
+def _read(path: Path, package: str) -> tuple[bytes, tuple[str, ...]]:
+    """What a file holds, and dotted names that may be the modules it imports.
 
-    `from .b import c` is read as in a file of `package`. Found by the lines that look like imports,
-    which takes a tenth of the time of parsing; one in a text is a name too many, and does no harm.
+    `from a.b import c` yields both `a.b` and `a.b.c`; `from .b import c` is read as in a file of
+    `package`. Found by the lines that look like imports, which takes a tenth of the time of
+    parsing; one in a text is a name too many, and does no harm.
     """
-    found = []
-    for origin, names, plain in _IMPORT.findall(path.read_text(errors="replace")):
+    found, content = [], path.read_bytes()
+    for origin, names, plain in _IMPORT.findall(content.decode(errors="replace")):
         if plain:
             found += [one.split()[0] for one in plain.split(",") if one.strip()]
             continue
@@ -176,4 +180,4 @@ def _imports(path: Path, package: str) -> tuple[str, ...]:
         found.append(parent)
         kept = _COMMENT.sub("", names.strip("()"))
         found += [f"{parent}.{one.split()[0]}" for one in kept.split(",") if one.strip()]
-    return tuple(found)
+    return content, tuple(found)

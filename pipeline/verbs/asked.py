@@ -9,8 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from configs.errors import ConfigError, PlanError
 from configs.parallel import StoreConfig
 from configs.reading import load_recipe
@@ -26,7 +24,6 @@ from stages.hashing import Hashes
 from stages.manifest import MANIFEST
 
 DEFAULT_RECIPE = "tiny"
-_LOG_COLUMNS = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +118,6 @@ def command(verb: str, invocation: Invocation) -> str:
     sets = [word for one in invocation.sets for word in ("--set", one)]
     seeds = ["--seeds", ",".join(map(str, invocation.seeds))] if invocation.seeds else []
     return shlex.join(["ingot", verb, invocation.recipe, *overlays, *sets, *seeds])
-
-
-def make_console(*, stderr: bool = False) -> Console:
-    """The terminal, or a log of a fixed width; on stderr where stdout is for machines."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=_LOG_COLUMNS)
 
 
 def locate(store: Store, recipe: str, target: str) -> Path:

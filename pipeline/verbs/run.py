@@ -11,14 +11,14 @@ from configs.errors import IngotError
 from pipeline.decide import Build, Recheck, decide, in_use
 from pipeline.lease import this_process
 from pipeline.loading import load_body
-from pipeline.progress import Display
+from pipeline.progress import Display, make_console
 from pipeline.provenance import machine_facts
 from pipeline.records import Blocked, Built, Failed, Reused, Run, as_json, new_run_id
 from pipeline.runner import Setting, realise
 from pipeline.seeds import across_seeds
 from pipeline.states import Examiner
 from pipeline.tracking import Tracking
-from pipeline.verbs.asked import Asked, command, load_asked, make_console, selection
+from pipeline.verbs.asked import Asked, command, load_asked, selection
 
 INTERRUPTED = 130
 

@@ -13,7 +13,7 @@ import pytest
 
 from configs.parallel import ClusterConfig
 from pipeline import provenance
-from pipeline.provenance import _imports, git_state, machine_facts, source_digest
+from pipeline.provenance import _read, git_state, machine_facts, source_digest
 from stages.contract import Stage
 from tests.pipeline.fakes import gather
 
@@ -45,7 +45,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def digest(package: Path, name: str = "mine.steps") -> str:
     for loaded in [one for one in sys.modules if one.partition(".")[0] == "mine"]:
         del sys.modules[loaded]
-    _imports.cache_clear()
+    _read.cache_clear()
     module = importlib.import_module(name)
     stage: Stage[Any] = module.made
     return source_digest(stage)
@@ -103,7 +103,7 @@ def test_a_file_that_is_no_python_is_digested_as_it_is(package: Path) -> None:
     stage: Stage[Any] = importlib.import_module("mine.steps").made
     for text in ("def make(", "\0"):
         (package / "helper.py").write_text(text)
-        _imports.cache_clear()
+        _read.cache_clear()
         assert source_digest(stage) != before
 
 

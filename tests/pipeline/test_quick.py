@@ -14,7 +14,7 @@ from tests.pipeline.fakes import World
 ROOT = Path(__file__).parents[2]
 HEAVY = {
     *("torch", "ray", "mlflow", "numpy", "pyarrow", "tokenizers", "transformers"),
-    *("matplotlib", "safetensors", "jinja2", "pandas"),
+    *("matplotlib", "safetensors", "jinja2", "pandas", "rich"),
 }
 MAX_BYTES = 120_000_000
 
