@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from configs.base import Frozen
 from configs.train import Fp8Backend
@@ -43,14 +43,29 @@ def nodes_at_once(asked: int | None, cores: int) -> int:
     return 1 if cores < 8 else min(4, cores // 4)
 
 
+NO_SCHEME = (
+    "an address of MLflow begins with what it is: http://HOST:5000 for a server, or "
+    "sqlite:///PATH, postgresql+psycopg2://... for a database"
+)
+
+
 class TrackingConfig(Frozen):
     """Where runs are recorded."""
 
     uri: str | None = None
-    """MLflow tracking URI; none means a SQLite file inside the store."""
+    """MLflow tracking URI; none means the variable MLFLOW_TRACKING_URI, and without that a SQLite
+    file inside the store."""
     experiment: str = Field(default="ingot", min_length=1)
     registered_model: str = Field(default="ingot", min_length=1)
+    """What names of registered models begin with; the recipe's name follows: `ingot-tiny`."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 5.0
+
+    @field_validator("uri")
+    @classmethod
+    def _has_a_scheme(cls, uri: str | None) -> str | None:
+        if uri is not None and "://" not in uri:
+            raise ValueError(NO_SCHEME)
+        return uri
 
 
 class StoreConfig(Frozen):

@@ -38,6 +38,7 @@ class Background:
         self._silent_until = 0.0
         self._warned = False
         self._done = 0.0
+        self._allowed = 0.0
         self._thread = threading.Thread(target=self._work, daemon=True, name="background")
         self._thread.start()
 
@@ -48,6 +49,11 @@ class Background:
         """
         self._jobs.put((job, owed))
 
+    def allow(self, seconds: float) -> None:
+        """Let the job that calls this take so much longer than others before it is given up."""
+        self._done = max(self._done, time.monotonic() + seconds)
+        self._allowed += seconds
+
     def watch(self, one: Watched) -> None:
         """Sample and send `one` at intervals from now on."""
         self._watched = [*self._watched, one]
@@ -57,13 +63,18 @@ class Background:
         self._watched = [other for other in self._watched if other is not one]
 
     def stop(self, *, patience_seconds: float, limit_seconds: float) -> None:
-        """Wait until all jobs are done, unless one takes `patience` or all take `limit`."""
+        """Wait until all jobs are done, unless one takes `patience` or all take `limit`.
+
+        What a job is allowed beyond that (`allow`) is added to both.
+        """
         self._jobs.put(None)
-        started = self._done = time.monotonic()
+        started = time.monotonic()
+        self._done = max(self._done, started)
         while self._thread.is_alive():
             self._thread.join(0.05)
             moment = time.monotonic()
-            if moment - self._done > patience_seconds or moment - started > limit_seconds:
+            late = moment - self._done > patience_seconds
+            if late or moment - started > limit_seconds + self._allowed:
                 self._warn(f"it was still busy after {moment - started:.1f} s")
                 return
 

@@ -8,14 +8,22 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from http import HTTPStatus
 from pathlib import Path
+from typing import TextIO
+from urllib.request import urlopen
 
 from configs.parallel import TrackingConfig
 from pipeline.places import sqlite_path
 
 UI_PORT = 5000
+LOCK_SECONDS = 180.0
+"""Making the schema takes seconds, and on a busy machine a minute."""
+_LOOK_SECONDS = 0.1
+_START_SECONDS = 120.0
 _ARTIFACTS = "mlflow-artifacts"
 _LOCATIONS = (
     ("experiments", "artifact_location"),
@@ -34,9 +42,28 @@ def schema_lock(uri: str) -> Iterator[None]:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    lock = path.with_name(f"{path.name}.lock")
+    with lock.open("a+") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not _is_taken(file):
+            if time.monotonic() > deadline:
+                file.seek(0)
+                holder = file.read(40).strip() or "another process"
+                raise TimeoutError(f"{holder} held {lock} for more than {LOCK_SECONDS:g} s")
+            time.sleep(_LOOK_SECONDS)
+        file.truncate(0)
+        file.write(f"process {os.getpid()}")
+        file.flush()
         yield
+
+
+def _is_taken(file: TextIO) -> bool:
+    """Whether the lock is ours now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def artifact_location(store_root: Path) -> str:
@@ -75,6 +102,8 @@ def set_environment(config: TrackingConfig) -> None:
     """Bound every call, whose own defaults would retry for minutes, and keep libraries quiet."""
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(math.ceil(config.timeout_seconds))
+    # What MLflow itself would print of each run that ends stands in our own last lines.
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     # It would make every run that is opened the one it names.
     os.environ.pop("MLFLOW_RUN_ID", None)
     # Each retry, and each table made, would otherwise be a line of its own.
@@ -82,8 +111,11 @@ def set_environment(config: TrackingConfig) -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-def serve(uri: str, store_root: Path, port: int) -> int:
-    """Serve the embedded store on 127.0.0.1 until it is stopped; returns the server's exit code."""
+def serve(uri: str, store_root: Path, port: int, *, ready: str) -> int:
+    """Serve the embedded store on 127.0.0.1 until it is stopped; returns the server's exit code.
+
+    Prints `ready` once the server answers.
+    """
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1"]
     command += [
@@ -99,8 +131,23 @@ def serve(uri: str, store_root: Path, port: int) -> int:
     # Not from the user's folder, whose modules could shadow those of the server.
     server = subprocess.Popen(command, env=environment, cwd=store_root)
     try:
+        if _answers(port, server):
+            print(ready, flush=True)
+        else:
+            print(f"MLflow does not answer on 127.0.0.1:{port} yet; {ready}", flush=True)
         return server.wait()
     except KeyboardInterrupt:
         server.terminate()
         server.wait(10)
         return 0
+
+
+def _answers(port: int, server: "subprocess.Popen[bytes]") -> bool:
+    """Wait until the server answers; false if it ended, or took too long."""
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            if answer.status == HTTPStatus.OK:
+                return True
+        time.sleep(_LOOK_SECONDS)
+    return False

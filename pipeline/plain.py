@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,54 @@ from typing import Any
 from pipeline.records import AcrossSeeds
 from pipeline.store import Committed
 from stages.manifest import MANIFEST
-from stages.steps import METRICS
+from stages.steps import KEY_CURVES, METRICS, scalars
 
 VALUE_CHARS, KEY_CHARS, DIGEST_CHARS = 6000, 250, 36
 SMALL_BYTES = 5_000_000
 """Files of an artifact above this are referred to, never uploaded."""
+CURVES, DETAILS, FIGURES, BOUNDS, SEEDS = "curves", "details", "figures", "intervals", "seeds"
+"""What stands before the one slash of a metric's name. MLflow shows a section for each, in the
+order of the alphabet: so the curves that tell most come first, the machine's (`system`) last."""
+_MOST_PARTS = 8
+_IS_BOUND = ("_low", "_high")
 
 
 def metric_name(name: str) -> str:
-    """A name that MLflow takes, without slashes: a name may not be the folder of another."""
+    """A name that MLflow takes, without slashes: one is for the section."""
     return re.sub(r"[^\w.\- :]", "_", name.replace("@", "_at_").replace("/", "."))
+
+
+def clean(text: str) -> str:
+    """Text that every database takes: PostgreSQL takes no NUL."""
+    return text.replace("\0", "\\0")
+
+
+def step_metrics(record: Mapping[str, object]) -> dict[str, float]:
+    """What MLflow is told of one step, by the metric's name.
+
+    What is measured of each of many parts (`fp8_flushed/ROLE`) would be as many charts: it stands
+    in the step log, and is shown as a table and a plot.
+    """
+    numbers = {name: value for name, value in scalars(record).items() if name != "step"}
+    parts = Counter(name.partition("/")[0] for name in numbers if "/" in name)
+    return {
+        f"{CURVES if _base(name) in KEY_CURVES else DETAILS}/{metric_name(name)}": value
+        for name, value in numbers.items()
+        if parts[_base(name)] <= _MOST_PARTS
+    }
+
+
+def _base(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def figure_metrics(figures: Mapping[str, float], node: str = "") -> dict[str, float]:
+    """Figures by the metric's name; with `node`, as a run of many nodes has them."""
+    where = f"{node}." if node else ""
+    return {
+        f"{BOUNDS if name.endswith(_IS_BOUND) else FIGURES}/{metric_name(where + name)}": value
+        for name, value in figures.items()
+    }
 
 
 def flatten(value: object, path: str = "") -> dict[str, str]:
@@ -32,14 +71,14 @@ def flatten(value: object, path: str = "") -> dict[str, str]:
 
 
 def seed_metrics(found: Sequence[AcrossSeeds]) -> dict[str, float]:
-    """Mean, spread and number of seeds of each figure, as `evaluate.after_pass_at_1.mean`."""
+    """Mean, spread and number of seeds of each figure: `seeds/evaluate.after_pass_at_1.mean`."""
     metrics: dict[str, float] = {}
     for one in found:
-        name = f"{one.node}.{one.figure}"
+        name = f"{SEEDS}/{metric_name(f'{one.node}.{one.figure}')}"
         metrics[f"{name}.mean"] = one.mean
         if one.spread is not None:
             metrics[f"{name}.spread"] = one.spread
-        metrics[f"{name}.seeds"] = len(one.values)
+        metrics[f"{name}.count"] = len(one.values)
     return metrics
 
 

@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
+KEY_CURVES = (
+    *("loss", "held_out_loss", "reward", "held_out_pass_at_1", "held_out_greedy_accuracy"),
+    "tokens_per_second",
+)
+"""What tells most of how a training goes, where it is measured: shown before all else."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

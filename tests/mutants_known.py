@@ -54,7 +54,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/pipeline/test_cli.py",
     ),
     "pipeline/files.py": ("tests/pipeline/test_files.py",),
-    "pipeline/tracking.py": ("tests/pipeline/test_tracking.py",),
+    "pipeline/tracking/*.py": ("tests/pipeline/test_tracking.py",),
     "pipeline/plain.py": ("tests/pipeline/test_tracking.py",),
     "pipeline/embedded.py": ("tests/pipeline/test_cli.py",),
     "pipeline/verbs/run.py": ("tests/pipeline/test_cli.py",),
@@ -238,7 +238,7 @@ NAMED = (
     ),
     Named(
         "MLflow params cut at 100",
-        "pipeline/tracking.py",
+        "pipeline/tracking/runs.py",
         "range(0, len(params), _PARAMS_A_BATCH)",
         "range(0, min(1, len(params)), _PARAMS_A_BATCH)",
     ),

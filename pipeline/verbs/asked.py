@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs.errors import ConfigError, PlanError
@@ -15,7 +15,8 @@ from configs.reading import load_recipe
 from configs.recipe import Recipe
 from pipeline.graph import Graph, Selection, make_graph, side_by_side
 from pipeline.loading import load_stage
-from pipeline.places import absolute
+from pipeline.places import absolute, masked
+from pipeline.plain import flatten
 from pipeline.production import production
 from pipeline.records import Invocation, Records
 from pipeline.seeds import parse_seeds, sets_seed
@@ -80,6 +81,8 @@ def load_asked(args: argparse.Namespace) -> Asked:
         seeds = _seeds(args)
         invocation = Invocation(name, _absolute(args.overlays, base), tuple(args.sets), seeds)
     recipe = load_recipe(invocation.recipe, invocation.overlays, invocation.sets)
+    # What is remembered of a command, and printed, holds no password.
+    invocation = replace(invocation, sets=tuple(map(masked, invocation.sets)))
     asked = Asked(absolute(recipe, base), invocation)
     if args.recipe is None and latest is None:
         print(
@@ -118,6 +121,20 @@ def command(verb: str, invocation: Invocation) -> str:
     sets = [word for one in invocation.sets for word in ("--set", one)]
     seeds = ["--seeds", ",".join(map(str, invocation.seeds))] if invocation.seeds else []
     return shlex.join(["ingot", verb, invocation.recipe, *overlays, *sets, *seeds])
+
+
+def changed_settings(asked: Asked) -> dict[str, str]:
+    """What overlays and `--set` change in the recipe, by dotted path."""
+    invocation = asked.invocation
+    if not (invocation.overlays or invocation.sets):
+        return {}
+    try:
+        own = absolute(load_recipe(invocation.recipe), Path.cwd())
+    except ConfigError:
+        # It is no recipe by itself.
+        return {}
+    before, now = (flatten(one.model_dump(mode="json")) for one in (own, asked.recipe))
+    return {key: masked(value) for key, value in now.items() if before.get(key) != value}
 
 
 def locate(store: Store, recipe: str, target: str) -> Path:

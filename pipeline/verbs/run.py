@@ -17,8 +17,9 @@ from pipeline.records import Blocked, Built, Failed, Reused, Run, as_json, new_r
 from pipeline.runner import Setting, realise
 from pipeline.seeds import across_seeds
 from pipeline.states import Examiner
-from pipeline.tracking import Tracking
-from pipeline.verbs.asked import Asked, command, load_asked, selection
+from pipeline.tracking.listener import Tracking
+from pipeline.tracking.runs import Told
+from pipeline.verbs.asked import Asked, changed_settings, command, load_asked, selection
 
 INTERRUPTED = 130
 
@@ -50,9 +51,14 @@ def run(args: argparse.Namespace) -> int:
     )
     # A scheduler's polite end is the same as the user's.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    tracking = Tracking(
-        recipe, record, store_root=store.root, records=store.records, say=display.note
+    told = Told(
+        recipe,
+        record,
+        line=list(graph.nodes),
+        command=command("run", asked.invocation),
+        changed=changed_settings(asked),
     )
+    tracking = Tracking(told, store_root=store.root, records=store.records, say=display.note)
     setting = Setting(store, examiner, recipe.cluster, [tracking, display])
     record = realise(graph, chosen, setting, record)
     record = replace(record, across_seeds=across_seeds(graph, record, store.root))
@@ -73,8 +79,9 @@ def _conclude(record: Run, asked: Asked, tracking: Tracking, display: Display) -
     display.table(record, shown)
     display.across_seeds(record)
     if record.tracking_id is not None:
-        hint = "" if tracking.uri.startswith("http") else " (`ingot ui` serves these pages)"
-        display.note(f"MLflow: {tracking.link(record.tracking_id)}{hint}")
+        hint = " (`ingot ui` serves these pages)" if tracking.is_embedded else ""
+        display.note(f"MLflow, this run: {tracking.link(record.tracking_id)}{hint}")
+        display.note(f"MLflow, all runs: {tracking.landing()}")
     if record.interrupted:
         display.note(
             f"Stopped. What is committed stays; {command('run', asked.invocation)} goes on from it."

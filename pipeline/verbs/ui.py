@@ -2,21 +2,26 @@
 
 import argparse
 import socket
+from pathlib import Path
 
 from configs.errors import MachineError
+from configs.parallel import TrackingConfig
 from pipeline.embedded import serve, set_environment
-from pipeline.places import tracking_uri
-from pipeline.tracking import make_schema
+from pipeline.landing import landing_page
+from pipeline.places import masked, tracking_uri
+from pipeline.tracking.server import Server, open_server
 from pipeline.verbs.asked import load_asked
 
 
 def ui(args: argparse.Namespace) -> int:
-    """Serve until stopped. MachineError if the port is taken."""
+    """Serve until stopped. MachineError if the port is taken, or the store cannot be opened."""
     asked = load_asked(args)
-    store = asked.store(print)
-    uri = tracking_uri(asked.recipe.tracking, store.root)
+    store, tracking = asked.store(print), asked.recipe.tracking
+    uri = tracking_uri(tracking, store.root)
+    set_environment(tracking)
     if uri.startswith("http"):
-        print(f"tracking.uri = {uri}: that server shows the runs; open it in a browser")
+        link = _landing(tracking, uri, store.root, asked.recipe.name, uri)
+        print(f"{masked(uri)} shows the runs: {link}")
         return 0
     if not is_free(args.port):
         raise MachineError(
@@ -24,10 +29,16 @@ def ui(args: argparse.Namespace) -> int:
             f"choose another: --port {args.port + 1}"
         )
     store.prepare()
-    set_environment(asked.recipe.tracking)
-    make_schema(uri, store.root)
-    print(f"MLflow on http://127.0.0.1:{args.port} (Ctrl-C stops it)", flush=True)
-    return serve(uri, store.root, args.port)
+    base = f"http://127.0.0.1:{args.port}"
+    link = _landing(tracking, uri, store.root, asked.recipe.name, base)
+    return serve(uri, store.root, args.port, ready=f"MLflow: {link} (Ctrl-C stops it)")
+
+
+def _landing(tracking: TrackingConfig, uri: str, root: Path, recipe: str, base: str) -> str:
+    """The page with the table of runs; makes or migrates an embedded store."""
+    server = Server(tracking, uri, root, print)
+    open_server(server)
+    return landing_page(masked(base), server.experiment_id, recipe)
 
 
 def is_free(port: int) -> bool:

@@ -15,7 +15,6 @@ from mlflow.tracking import MlflowClient
 
 from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
 from configs.reading import load_recipe
-from pipeline import tracking as tracking_module
 from pipeline.embedded import schema_lock
 from pipeline.graph import Selection, make_graph
 from pipeline.lease import this_process
@@ -24,7 +23,10 @@ from pipeline.plain import SMALL_BYTES, metric_name
 from pipeline.records import Blocked, Run
 from pipeline.runner import Setting, realise
 from pipeline.states import Examiner
-from pipeline.tracking import Child, Tracking
+from pipeline.tracking import runs as runs_module
+from pipeline.tracking.child import Child
+from pipeline.tracking.listener import Tracking
+from pipeline.tracking.runs import Told
 from stages.artifacts import Corpus
 from stages.contract import Workspace, stage
 from tests.pipeline.fakes import RECIPE, FakeConfig, World, gather, made, outcomes
@@ -46,11 +48,11 @@ def tracked(world: World, config: TrackingConfig, **changes: object) -> tuple[Ru
     recipe = load_recipe("smoke").model_copy(update={"tracking": config, "name": RECIPE})
     run, store = world.begin(), world.store
     store.prepare()
-    tracking = Tracking(
-        recipe, run, store_root=store.root, records=store.records, say=world.said.append
-    )
+    graph = world.graph(**changes)
+    told = Told(recipe, run, list(graph.nodes), f"ingot run {RECIPE}")
+    tracking = Tracking(told, store_root=store.root, records=store.records, say=world.said.append)
     setting = Setting(store, Examiner(store, RECIPE), ClusterConfig(), [tracking])
-    run = tracking.finish(realise(world.graph(**changes), Selection(), setting, run))
+    run = tracking.finish(realise(graph, Selection(), setting, run))
     store.records.save(run)
     return run, tracking
 
@@ -122,9 +124,9 @@ def test_each_step_is_there_once_under_a_name_without_slashes(
     client: MlflowClient, embedded: tuple[World, Run, Run]
 ) -> None:
     run = child(client, embedded[1], "train")
-    history = client.get_metric_history(run.info.run_id, "loss")
+    history = client.get_metric_history(run.info.run_id, "curves/loss")
     assert [(one.step, one.value) for one in history] == [(k, 1 / k) for k in (1, 2, 3)]
-    assert len(client.get_metric_history(run.info.run_id, "pass_at_1")) == 3
+    assert len(client.get_metric_history(run.info.run_id, "details/pass_at_1")) == 3
     assert run.data.params["steps"] == "3"
 
 
@@ -196,20 +198,20 @@ def test_checkpoints_are_external_models_that_point_to_the_store(
     )
     address = made(embedded[1], "train").address
     assert (model.name, model.tags["ingot.artifact"]) == ("train", address)
-    assert model.metrics is not None
-    assert {one.key: one.value for one in model.metrics} == {"final_loss": pytest.approx(1 / 3)}
+    # Its loss is the last value of its run's curve.
+    assert not model.metrics
 
 
 def test_the_final_model_is_registered_with_an_alias_for_each_target(
     client: MlflowClient, embedded: tuple[World, Run, Run]
 ) -> None:
     for target in ("cuda", "ascend"):
-        version = client.get_model_version_by_alias("ingot", target)
+        version = client.get_model_version_by_alias("ingot-fake", target)
         assert version.source is not None
         assert version.source.startswith("models:/m-")
         run = child(client, embedded[1], f"pack.{target}")
         assert version.run_id == run.info.run_id
-    assert len(client.search_model_versions("name = 'ingot'")) == 2
+    assert len(client.search_model_versions("name = 'ingot-fake'")) == 2
 
 
 def test_a_reused_node_links_to_the_run_that_built_it(
@@ -248,7 +250,7 @@ def test_what_a_killed_driver_left_running_is_marked_as_killed_by_the_next_run(
     processes = {"killed": {**this_process(), "pid": gone.pid}, "alive": this_process()}
     left: dict[str, list[str]] = {}
     for name, process in processes.items():
-        monkeypatch.setattr(tracking_module, "this_process", lambda process=process: process)
+        monkeypatch.setattr(runs_module, "this_process", lambda process=process: process)
         left[name] = _abandoned(world, config)
     monkeypatch.undo()
     run, _ = tracked(world, config)
@@ -264,11 +266,13 @@ def _abandoned(world: World, config: TrackingConfig) -> list[str]:
     recipe = load_recipe("smoke").model_copy(update={"tracking": config, "name": RECIPE})
     run, root, records = world.begin(), world.store.root, world.store.records
     world.store.prepare()
-    tracking = Tracking(recipe, run, store_root=root, records=records, say=world.said.append)
-    one = tracking.begin(world.graph()["data"], {})
+    graph = world.graph()
+    told = Told(recipe, run, list(graph.nodes), "ingot run")
+    tracking = Tracking(told, store_root=root, records=records, say=world.said.append)
+    one = tracking.begin(graph["data"], {})
     tracking._worker.unwatch(one)
     tracking._worker.stop(patience_seconds=30, limit_seconds=30)
-    return [str(tracking._parent), str(one.run_id)]
+    return [str(tracking._runs.parent), str(one.run_id)]
 
 
 def test_a_short_outage_loses_neither_the_end_of_a_run_nor_a_registration(
@@ -296,8 +300,8 @@ def test_a_short_outage_loses_neither_the_end_of_a_run_nor_a_registration(
     assert client.get_run(str(run.tracking_id)).info.status == "FINISHED"
     assert {child(client, run, node).info.status for node in run.outcomes} == {"FINISHED"}
     for target in ("cuda", "ascend"):
-        assert client.get_model_version_by_alias("ingot", target)
-    assert len(client.search_model_versions("name = 'ingot'")) == 2
+        assert client.get_model_version_by_alias("ingot-fake", target)
+    assert len(client.search_model_versions("name = 'ingot-fake'")) == 2
     models = client.search_logged_models([client.get_run(str(run.tracking_id)).info.experiment_id])
     assert sorted(one.name for one in models) == ["pack-ascend", "pack-cuda", "train"]
 
@@ -338,7 +342,7 @@ def test_a_step_logged_twice_is_sent_once() -> None:
     one = Child(Still(), lambda: pytest.fail("not opened"))  # type: ignore[arg-type]
     one.log({"loss": 1.0, "flag": True, "text": "x"}, step=1)
     one.log({"loss": 2.0}, step=1)
-    assert [(m.key, m.value, m.step) for m in one._pending] == [("loss", 1.0, 1)]
+    assert [(m.key, m.value, m.step) for m in one._pending] == [("curves/loss", 1.0, 1)]
 
 
 def test_no_metric_name_is_the_folder_of_another() -> None:

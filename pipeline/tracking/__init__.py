@@ -1,0 +1,1 @@
+"""Runs as MLflow shows them. The only folder that knows MLflow."""

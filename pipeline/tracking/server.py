@@ -1,0 +1,107 @@
+"""The MLflow store and our experiment in it, opened on first use."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+from mlflow.entities import LifecycleStage
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+
+from configs.errors import MachineError
+from configs.parallel import TrackingConfig
+from pipeline.embedded import artifact_location, move_in, schema_lock
+from pipeline.landing import EXPERIMENT_NOTE
+from pipeline.places import SQLITE, URI_VARIABLE, masked, sqlite_path
+
+REGISTRY_VARIABLE = "MLFLOW_REGISTRY_URI"
+
+
+class Server:
+    """A client of one tracking address, and the experiment that runs are recorded in."""
+
+    def __init__(
+        self, config: TrackingConfig, uri: str, store_root: Path, say: Callable[[str], None]
+    ) -> None:
+        """Nothing is opened yet; `say` is told what the user should know."""
+        self._config, self._root, self._say = config, store_root, say
+        self._client: MlflowClient | None = None
+        self.uri = uri
+        self.experiment_id = "0"
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the store is a file that this process opens itself."""
+        return self.uri.startswith(SQLITE)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has answered before."""
+        return self._client is not None
+
+    def client(self) -> MlflowClient:
+        """The client, once its experiment is there."""
+        if self._client is None:
+            _tell_mlflow(self.uri)
+            with schema_lock(self.uri):
+                move_in(self.uri, self._root)
+                client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+                self.experiment_id = self._experiment(client)
+            self._client = client
+        return self._client
+
+    def _experiment(self, client: MlflowClient) -> str:
+        name = self._config.experiment
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            location = artifact_location(self._root) if self.is_embedded else None
+            try:
+                made = str(client.create_experiment(name, artifact_location=location))
+            except MlflowException as error:
+                found = client.get_experiment_by_name(name)
+                if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+                    raise
+                return str(found.experiment_id)
+            client.set_experiment_tag(made, MLFLOW_RUN_NOTE, EXPERIMENT_NOTE)
+            return made
+        if found.lifecycle_stage == LifecycleStage.DELETED:
+            # No other may bear its name, and in a deleted one nothing can be recorded.
+            client.restore_experiment(found.experiment_id)
+            self._say(
+                f"MLflow's experiment {name!r} was deleted; it is restored with its runs, since "
+                "this run is recorded there. tracking.experiment names another"
+            )
+        return str(found.experiment_id)
+
+
+def _tell_mlflow(uri: str) -> None:
+    """Have its own functions go to `uri`, and leave the variables that name it to the user."""
+    asked = {name: os.environ.get(name) for name in (URI_VARIABLE, REGISTRY_VARIABLE)}
+    mlflow.set_tracking_uri(uri)
+    # Where the runs are: an address of ours in another server's registry would lead nowhere.
+    mlflow.set_registry_uri(uri)
+    for name, value in asked.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+def open_server(server: Server) -> None:
+    """Create or migrate the store, and make the experiment; MachineError if it cannot be read."""
+    try:
+        server.client()
+    except Exception as error:  # whatever SQLAlchemy or MLflow makes of a file that is no store
+        why = (str(error).splitlines() or [""])[0]
+        path = sqlite_path(server.uri)
+        if "out-of-date database schema" in str(error):
+            fix = f"save a copy of it, then run: mlflow db upgrade '{masked(server.uri)}'"
+        elif path is not None:
+            fix = f"move {path} away, and a new one is made; artifacts do not depend on it"
+        else:
+            fix = "see that the server runs and that tracking.uri names it"
+        raise MachineError(
+            f"tracking.uri = {masked(server.uri)}: MLflow cannot open it "
+            f"({type(error).__name__}: {masked(why)[:300]}); {fix}"
+        ) from None

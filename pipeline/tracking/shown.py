@@ -1,0 +1,77 @@
+"""What MLflow shows of an artifact: its figures, small files, plots and tables."""
+
+import importlib
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_RUN_NOTE
+
+from pipeline import described
+from pipeline.plain import figure_metrics, metric_name, small_files, step_metrics
+from pipeline.store import Committed
+from pipeline.tracking.runs import log_figures
+from stages.steps import METRICS, read_metrics
+
+# Each bears being done again: it stops at its first failure.
+
+
+def upload(client: MlflowClient, run_id: str, made: Committed) -> None:
+    """The small files of an artifact, and plots."""
+    for path in small_files(made):
+        client.log_artifact(run_id, str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        # With it comes the plotting library, which a run that builds nothing has no use for.
+        report = importlib.import_module("pipeline.report")
+        report.plot_steps(read_metrics(made.artifact.beside(METRICS)), Path(folder))
+        report.plot_artifact(made.artifact.path(), Path(folder))
+        client.log_artifacts(run_id, folder, "plots")
+
+
+def show_figures(client: MlflowClient, run_id: str, made: Committed) -> None:
+    """What was measured; not what is the last value of a curve that is there."""
+    figures = made.artifact.measured() or made.artifact.key_figures()
+    curves = _curves(made)
+    shown = {name: value for name, value in figures.items() if metric_name(name) not in curves}
+    if shown:
+        log_figures(client, run_id, figure_metrics(shown))
+
+
+def show_in_parent(client: MlflowClient, parent: str, node: str, made: Committed) -> list[str]:
+    """The node's figures in the run of the whole line; the names of its key ones."""
+    key = made.artifact.key_figures()
+    if figures := made.artifact.figures() | key:
+        log_figures(client, parent, figure_metrics(figures, node))
+    return list(figure_metrics(key, node))
+
+
+def describe(client: MlflowClient, run_id: str, node: str, made: Committed, parent: str) -> None:
+    """The words of a node that was built."""
+    size = sum(entry.bytes for entry in made.manifest.files.values())
+    text = described.built(node, made.address, size, made.artifact.key_figures(), parent)
+    client.set_tag(run_id, MLFLOW_RUN_NOTE, text)
+
+
+def log_table(client: MlflowClient, run_id: str, name: str, table: Mapping[str, Any]) -> None:
+    """A file that MLflow's pages show as a table: `columns`, and `data` by row.
+
+    MLflow's own call for tables appends to one that is there, so that what is done again would be
+    there twice.
+    """
+    client.log_dict(run_id, dict(table), name)
+    tagged = client.get_run(run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]")
+    entry = {"path": name, "type": "table"}
+    shown = [one for one in json.loads(tagged) if one != entry]
+    client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*shown, entry]))
+
+
+def _curves(made: Committed) -> set[str]:
+    """Names of what the step log has, without the section."""
+    return {
+        name.partition("/")[2]
+        for record in read_metrics(made.artifact.beside(METRICS))[-1:]
+        for name in step_metrics(record)
+    }
