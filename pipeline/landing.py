@@ -18,7 +18,9 @@ EXPERIMENT_NOTE = (
     "the line. Nodes that were taken as they were are left out: clear the filter to see them too."
 )
 _LAST_MS = 9_999_999_999_999
-_WIDTHS = {"run_name": 260}
+_LETTER_PIXELS, _MARGIN_PIXELS = 6, 30
+_TRAINING = "workflowType=machine_learning"
+"""Without it MLflow shows its pages for chats and agents."""
 
 
 def order(started: float, place: int = 0) -> str:
@@ -36,7 +38,9 @@ def view_key(recipe: str) -> str:
 
 def view(metrics: Sequence[str]) -> str:
     """A shared view of MLflow 3.17, as JSON: recipe, outcome, duration and these metrics."""
-    columns = [f"tags.`{OUTCOME}`", f"tags.`{RECIPE}`", *(f"metrics.`{one}`" for one in metrics)]
+    tags = {f"tags.`{name}`": name for name in (OUTCOME, RECIPE)}
+    named = tags | {f"metrics.`{name}`": name for name in metrics}
+    columns = list(named)
     return json.dumps(
         {
             "searchFilter": f"tags.`{OUTCOME}` != '{REUSED}'",
@@ -47,6 +51,11 @@ def view(metrics: Sequence[str]) -> str:
             "datasetsFilter": [],
             "modelVersionFilter": "All Runs",
             "selectedColumns": columns,
+            "columnOrder": columns,
+            "columnWidths": {
+                column: _MARGIN_PIXELS + _LETTER_PIXELS * len(name)
+                for column, name in named.items()
+            },
         }
     )
 
@@ -64,10 +73,11 @@ def landing_page(base: str, experiment_id: str, recipe: str) -> str:
     """The link that ends on the table, in a browser that has never seen MLflow too."""
     return (
         f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs"
-        f"?workflowType=machine_learning&viewStateShareKey={view_key(recipe)}"
+        f"?{_TRAINING}&viewStateShareKey={view_key(recipe)}"
     )
 
 
 def run_page(experiment_id: str, run_id: str, base: str = "") -> str:
     """The page of one run; without `base` for texts that MLflow itself shows, whatever its port."""
-    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}".removeprefix("/")
+    path = f"#/experiments/{experiment_id}/runs/{run_id}?{_TRAINING}"
+    return f"{base.rstrip('/')}/{path}" if base else path

@@ -51,13 +51,17 @@ def _base(name: str) -> str:
     return name.partition("/")[0]
 
 
-def figure_metrics(figures: Mapping[str, float], node: str = "") -> dict[str, float]:
-    """Figures by the metric's name; with `node`, as a run of many nodes has them."""
-    where = f"{node}." if node else ""
+def figure_metrics(figures: Mapping[str, float]) -> dict[str, float]:
+    """Figures of a node's own run, by the metric's name."""
     return {
-        f"{BOUNDS if name.endswith(_IS_BOUND) else FIGURES}/{metric_name(where + name)}": value
+        f"{BOUNDS if name.endswith(_IS_BOUND) else FIGURES}/{metric_name(name)}": value
         for name, value in figures.items()
     }
+
+
+def line_metrics(node: str, figures: Mapping[str, float]) -> dict[str, float]:
+    """Figures as the run of the whole line has them: `evaluate/after_pass_at_1`."""
+    return {f"{metric_name(node)}/{metric_name(name)}": v for name, v in figures.items()}
 
 
 def flatten(value: object, path: str = "") -> dict[str, str]:

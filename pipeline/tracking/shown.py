@@ -11,7 +11,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_RUN_NOTE
 
 from pipeline import described
-from pipeline.plain import figure_metrics, metric_name, small_files, step_metrics
+from pipeline.plain import figure_metrics, line_metrics, metric_name, small_files, step_metrics
 from pipeline.store import Committed
 from pipeline.tracking.runs import log_figures
 from stages.steps import METRICS, read_metrics
@@ -44,8 +44,8 @@ def show_in_parent(client: MlflowClient, parent: str, node: str, made: Committed
     """The node's figures in the run of the whole line; the names of its key ones."""
     key = made.artifact.key_figures()
     if figures := made.artifact.figures() | key:
-        log_figures(client, parent, figure_metrics(figures, node))
-    return list(figure_metrics(key, node))
+        log_figures(client, parent, line_metrics(node, figures))
+    return list(line_metrics(node, key))
 
 
 def describe(client: MlflowClient, run_id: str, node: str, made: Committed, parent: str) -> None:

@@ -115,12 +115,15 @@ def selection(args: argparse.Namespace) -> Selection:
     return Selection(only=tuple(args.only), start=tuple(args.start), force=tuple(args.force))
 
 
-def command(verb: str, invocation: Invocation) -> str:
+def command(verb: str, invocation: Invocation, chosen: Selection | None = None) -> str:
     """The command line that repeats an invocation."""
+    chosen = chosen or Selection()
     overlays = [f"@{path}" for path in invocation.overlays]
     sets = [word for one in invocation.sets for word in ("--set", one)]
     seeds = ["--seeds", ",".join(map(str, invocation.seeds))] if invocation.seeds else []
-    return shlex.join(["ingot", verb, invocation.recipe, *overlays, *sets, *seeds])
+    options = {"--only": chosen.only, "--from": chosen.start, "--force": chosen.force}
+    nodes = [word for option, names in options.items() for one in names for word in (option, one)]
+    return shlex.join(["ingot", verb, invocation.recipe, *overlays, *sets, *seeds, *nodes])
 
 
 def changed_settings(asked: Asked) -> dict[str, str]:

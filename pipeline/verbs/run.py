@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         recipe,
         record,
         line=list(graph.nodes),
-        command=command("run", asked.invocation),
+        command=command("run", asked.invocation, chosen),
         changed=changed_settings(asked),
     )
     tracking = Tracking(told, store_root=store.root, records=store.records, say=display.note)
