@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Generic, TypeVar
 
+from stages.samples import ENTRY, MAX_SAMPLES, Sample, read_entry
 from stages.steps import METRICS, each_step, scalars
 from stages.telemetry import is_held_out
 
@@ -101,6 +102,8 @@ class StepLog:
     """Steps and their expert load, at most about `COLUMNS`, evenly chosen."""
     lines: Sequence[Mapping[str, float]]
     """The log with plain numbers alone, at most `LOG_BYTES` as JSON, evenly chosen."""
+    samples: Sequence[Sample]
+    """Answers that were drawn during the training, at most about `MAX_SAMPLES`, evenly chosen."""
     steps: int
     """Lines of the whole log."""
 
@@ -117,6 +120,7 @@ def collect(records: Iterable[Mapping[str, Any]]) -> StepLog:
     # What was measured on held-out data is rare, and would seldom be among every n-th.
     measured: Evenly[dict[str, float]] = Evenly(_MEASURED_BYTES, _line_bytes)
     others: Evenly[dict[str, float]] = Evenly(LOG_BYTES - _MEASURED_BYTES, _line_bytes)
+    samples: Evenly[Sample] = Evenly(MAX_SAMPLES)
     count = 0
     for record in records:
         count += 1
@@ -132,10 +136,12 @@ def collect(records: Iterable[Mapping[str, Any]]) -> StepLog:
         plain["step"] = record["step"]
         if record.get(EXPERT_LOAD):
             loads.add((record["step"], record[EXPERT_LOAD]))
+        for sample in read_entry(record["step"], record.get(ENTRY, ())):
+            samples.add(sample)
         (measured if any(map(is_held_out, plain)) else others).add(plain)
     chosen = sorted([*measured.items(), *others.items()], key=itemgetter("step"))
     shown = {name: points for name, points in curves.items() if name != "step" and points.values}
-    return StepLog(shown, loads.items(), chosen, count)
+    return StepLog(shown, loads.items(), chosen, samples.items(), count)
 
 
 def log_to_send(path: Path, log: StepLog, into: Path) -> tuple[Path, str] | None:
