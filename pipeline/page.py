@@ -208,7 +208,7 @@ def _seeds(run: Run) -> list[dict[str, str]]:
             "figure": spoken(one.figure),
             "mean": show_figure(one.figure, one.mean),
             "spread": "" if one.spread is None else show_figure(one.figure, one.spread),
-            "values": ", ".join(
+            "by_seed": ", ".join(
                 f"{seed}: {show_figure(one.figure, value)}" for seed, value in one.values.items()
             ),
         }

@@ -173,6 +173,14 @@ def test_mlflow_is_linked_only_where_it_has_a_page(world: World, first: Run) -> 
     assert links == ["http://mlflow/parent", "http://mlflow/child"]
 
 
+def test_several_seeds_are_a_table_in_place_of_each_ones_figures(world: World, first: Run) -> None:
+    one = AcrossSeeds("judge", "after_pass_at_1", {3: 0.5, 4: 0.75}, 0.625, 0.25)
+    text = read(world, replace(first, across_seeds=(one,))).text
+    for part in ("after pass at 1", "0.625", "0.25", "3: 0.5, 4: 0.75"):
+        assert part in text
+    assert "judge: before pass at 1" not in text
+
+
 def test_what_makes_the_page_too_large_is_left_out_and_said(
     world: World, first: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
