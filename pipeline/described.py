@@ -30,7 +30,7 @@ def outcome_word(run: Run) -> str:
     return "succeeded"
 
 
-def beginning(run: Run, command: str, changed: Mapping[str, str]) -> str:
+def beginning(run: Run, command: str, changed: Mapping[str, tuple[str, str]]) -> str:
     """What is said of a run while it goes on."""
     return "\n\n".join([f"**{_escape(run.recipe)}** is running.", *_how(command, changed)])
 
@@ -38,7 +38,7 @@ def beginning(run: Run, command: str, changed: Mapping[str, str]) -> str:
 def conclusion(
     run: Run,
     command: str,
-    changed: Mapping[str, str],
+    changed: Mapping[str, tuple[str, str]],
     pages: Mapping[str, str],
     built_by: Mapping[str, str],
 ) -> str:
@@ -108,15 +108,18 @@ def version(
     return "\n\n".join(parts)
 
 
-def _how(command: str, changed: Mapping[str, str]) -> list[str]:
+def _how(command: str, changed: Mapping[str, tuple[str, str]]) -> list[str]:
     """How to do it again, and what differs from the recipe as it stands in its file."""
     parts = [f"Again: `{command.replace('`', '')}`"]
     if changed:
-        rows = ["| setting | value |", "|---|---|"]
+        rows = ["| setting | in the recipe | here |", "|---|---|---|"]
         shown = list(changed.items())[:_MOST_SETTINGS]
-        rows += [f"| {_escape(key)} | {_escape(value[:_ERROR_CHARS])} |" for key, value in shown]
+        rows += [
+            f"| {_escape(key)} | {_escape(own[:_ERROR_CHARS])} | {_escape(now[:_ERROR_CHARS])} |"
+            for key, (own, now) in shown
+        ]
         more = len(changed) - len(shown)
-        rows += [f"| and {more} more | see the parameters |"] if more else []
+        rows += [f"| and {more} more | | see the parameters |"] if more else []
         parts.append("Settings that differ from the recipe's own:\n\n" + "\n".join(rows))
     return parts
 

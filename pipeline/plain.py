@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.records import AcrossSeeds
+from pipeline.steplog import LOG_BYTES, StepLog
 from pipeline.store import Committed
 from stages.manifest import MANIFEST
+from stages.samples import as_table, read_samples
 from stages.steps import KEY_CURVES, METRICS, scalars
 
 VALUE_CHARS, KEY_CHARS, DIGEST_CHARS = 6000, 250, 36
@@ -96,9 +98,22 @@ def seed_table(found: Sequence[AcrossSeeds], seeds: Sequence[int]) -> dict[str, 
     return {"columns": columns, "data": rows}
 
 
+def samples_table(folder: Path, log: StepLog) -> dict[str, list[Any]] | None:
+    """Some of a model's answers, one a row, in the form of MLflow's tables; none without any.
+
+    They are those that an artifact's `folder` has, or else those of its step log.
+    """
+    return as_table(read_samples(folder) or log.samples)
+
+
 def small_files(made: Committed) -> Sequence[Path]:
-    """The manifest, the step log, and the records and reports on the artifact's ground floor."""
-    paths = [made.path / MANIFEST, made.artifact.beside(METRICS)]
+    """The manifest, the step log, and the records and reports on the artifact's ground floor.
+
+    In place of a large step log, see `log_to_send` in `pipeline/steplog.py`.
+    """
+    log = made.artifact.beside(METRICS)
+    paths = [made.path / MANIFEST]
+    paths += [log] if log.is_file() and log.stat().st_size <= LOG_BYTES else []
     paths += [
         made.artifact.path(name)
         for name, entry in made.manifest.files.items()

@@ -2,7 +2,7 @@
 
     store.json                                    the format of what lies here
     artifacts/<stage>/<fingerprint>/g<N>/         see `stages/artifacts.py`
-    runs/<id>.json                                what each run did
+    runs/<id>.json, runs/<id>.html                what each run did; its page
     hashes/                                       of files outside, remembered
     mlflow.db, mlflow-artifacts/                  unless tracking goes elsewhere
 

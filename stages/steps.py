@@ -1,9 +1,10 @@
 """The step log as it is read: one JSON line a step (see `stages/telemetry.py`, which writes it)."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import from_json
 
 METRICS = "metrics.jsonl"
 KEY_CURVES = (
@@ -15,11 +16,19 @@ KEY_CURVES = (
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a step log; a line cut short by a crash is left out."""
+    return list(each_step(path))
+
+
+def each_step(path: Path) -> Iterator[dict[str, Any]]:
+    """The same lines one by one: a long log is never in memory as a whole."""
     try:
-        text = path.read_text()
+        file = path.open("rb")
     except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+        return
+    with file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield from_json(line)
 
 
 def scalars(record: Mapping[str, object]) -> dict[str, float]:

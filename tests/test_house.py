@@ -19,7 +19,10 @@ DOORS = {
     "fsspec": {"stages/manifest.py", "stages/hashing.py"},
 }
 """Libraries that only these files may import."""
-BY_NAME = {"pipeline/cli.py", "pipeline/loading.py", "pipeline/tracking/shown.py"}
+BY_NAME = {
+    *("pipeline/cli.py", "pipeline/loading.py", "pipeline/tracking/shown.py"),
+    "pipeline/verbs/run.py",
+}
 """May import what a string names: a verb when it is called, a plugin when it is planned, a stage's
 body when a node is built, the plots when there is something to draw."""
 NEVER = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}

@@ -56,6 +56,8 @@ class Tracking:
         self._children: dict[str, Child] = {}
         self._reports: dict[str, str] = {}
         """By node that reports on models: the id of its run."""
+        self.page: Path | None = None
+        """That of the whole run, once it is written."""
         self._columns: dict[str, tuple[int, list[str]]] = {}
         """By node: how telling its key figures are of a run, and their metrics."""
         _say_variables(config.uri, uri, say)
@@ -106,13 +108,18 @@ class Tracking:
     def note(self, message: str) -> None:
         """Notes are for the user; MLflow keeps figures."""
 
-    def finish(self, run: Run) -> Run:
-        """Send what is left, as long as that gets on; returns `run` with its MLflow ids."""
+    def finish(self, run: Run, write_page: Callable[[Run], Path] | None) -> Run:
+        """Send what is left, as long as that gets on; returns `run` with its MLflow ids.
+
+        `write_page` makes the page of a run that has such ids; with none there is no page.
+        """
         status = "FINISHED" if run.succeeded else "KILLED" if run.interrupted else "FAILED"
         if run.across_seeds:
             self._worker.submit(lambda: self._show_seeds(run), owed=True)
         self._worker.submit(self._show_columns, owed=True)
         self._worker.submit(lambda: self._finish(run, status), owed=True)
+        if write_page is not None:
+            self._worker.submit(lambda: self._show_page(run, write_page), owed=True)
         self._worker.stop(patience_seconds=2 * self._timeout, limit_seconds=12 * self._timeout)
         return run.with_tracking(self._runs.parent, self._node_ids())
 
@@ -192,6 +199,12 @@ class Tracking:
 
     def _finish(self, run: Run, status: str) -> None:
         self._runs.finish(run, self._node_ids(), status)
+
+    def _show_page(self, run: Run, write_page: Callable[[Run], Path]) -> None:
+        self._worker.allow(_SHOW_SECONDS)
+        if self.page is None:
+            self.page = write_page(run.with_tracking(self._runs.parent_id(), self._node_ids()))
+        self._runs.show_page(self.page)
 
 
 def _say_variables(asked: str | None, uri: str, say: Callable[[str], None]) -> None:

@@ -2,9 +2,12 @@
 
 import getpass
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
@@ -32,6 +35,7 @@ from pipeline.tracking.server import Server
 
 PROCESS_TAG = "ingot.process"
 """The driver of a run, by which a later one sees that it is gone."""
+PAGE_FILE = "report.html"
 _PARAMS_A_BATCH = 100
 
 
@@ -45,8 +49,8 @@ class Told:
     """Names of the nodes, in the order of the line."""
     command: str
     """What repeats the run."""
-    changed: Mapping[str, str] = field(default_factory=dict)
-    """Settings that differ from the recipe's own, by dotted path."""
+    changed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Settings that differ from the recipe's own, by dotted path: its value and the run's."""
 
 
 class Runs:
@@ -162,6 +166,12 @@ class Runs:
         client.set_tag(parent, MLFLOW_RUN_NOTE, clean(text))
         client.set_tag(parent, OUTCOME, described.outcome_word(run))
         client.set_terminated(parent, status)
+
+    def show_page(self, page: Path) -> None:
+        """The page of the whole run as a file of the parent."""
+        with tempfile.TemporaryDirectory() as folder:
+            named = shutil.copyfile(page, Path(folder, PAGE_FILE))
+            self._server.client().log_artifact(self.parent_id(), str(named))
 
     def _tags(self, place: int, outcome: str) -> dict[str, str]:
         tags = {

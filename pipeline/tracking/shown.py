@@ -3,6 +3,7 @@
 import importlib
 import json
 import tempfile
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,40 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_RUN_NOTE
 
 from pipeline import described
-from pipeline.plain import figure_metrics, line_metrics, metric_name, small_files, step_metrics
+from pipeline.plain import (
+    figure_metrics,
+    line_metrics,
+    metric_name,
+    samples_table,
+    small_files,
+    step_metrics,
+)
+from pipeline.steplog import fp8_table, log_to_send, read_log
 from pipeline.store import Committed
 from pipeline.tracking.runs import log_figures
-from stages.steps import METRICS, read_metrics
+from stages.steps import METRICS, each_step
 
 # Each bears being done again: it stops at its first failure.
 
 
 def upload(client: MlflowClient, run_id: str, made: Committed) -> None:
-    """The small files of an artifact, and plots."""
+    """The small files of an artifact, its tables and plots, and its step log, thinned if long."""
     for path in small_files(made):
         client.log_artifact(run_id, str(path))
+    steps = made.artifact.beside(METRICS)
+    log = read_log(steps)
+    tables = {"answers": samples_table(made.artifact.path(), log), "fp8": fp8_table(log)}
+    for name, table in tables.items():
+        if table is not None:
+            log_table(client, run_id, f"tables/{name}.json", table)
     with tempfile.TemporaryDirectory() as folder:
+        if sent := log_to_send(steps, log, Path(folder)):
+            client.log_artifact(run_id, str(sent[0]))
         # With it comes the plotting library, which a run that builds nothing has no use for.
         report = importlib.import_module("pipeline.report")
-        report.plot_steps(read_metrics(made.artifact.beside(METRICS)), Path(folder))
-        report.plot_artifact(made.artifact.path(), Path(folder))
-        client.log_artifacts(run_id, folder, "plots")
+        report.plot_log(log, Path(folder, "plots"))
+        report.plot_artifact(made.artifact.path(), Path(folder, "plots"))
+        client.log_artifacts(run_id, str(Path(folder, "plots")), "plots")
 
 
 def show_figures(client: MlflowClient, run_id: str, made: Committed) -> None:
@@ -70,8 +87,5 @@ def log_table(client: MlflowClient, run_id: str, name: str, table: Mapping[str, 
 
 def _curves(made: Committed) -> set[str]:
     """Names of what the step log has, without the section."""
-    return {
-        name.partition("/")[2]
-        for record in read_metrics(made.artifact.beside(METRICS))[-1:]
-        for name in step_metrics(record)
-    }
+    last = deque(each_step(made.artifact.beside(METRICS)), maxlen=1)
+    return {name.partition("/")[2] for record in last for name in step_metrics(record)}

@@ -126,8 +126,8 @@ def command(verb: str, invocation: Invocation, chosen: Selection | None = None) 
     return shlex.join(["ingot", verb, invocation.recipe, *overlays, *sets, *seeds, *nodes])
 
 
-def changed_settings(asked: Asked) -> dict[str, str]:
-    """What overlays and `--set` change in the recipe, by dotted path."""
+def changed_settings(asked: Asked) -> dict[str, tuple[str, str]]:
+    """What overlays and `--set` change in the recipe, by dotted path: its value and the new one."""
     invocation = asked.invocation
     if not (invocation.overlays or invocation.sets):
         return {}
@@ -137,7 +137,11 @@ def changed_settings(asked: Asked) -> dict[str, str]:
         # It is no recipe by itself.
         return {}
     before, now = (flatten(one.model_dump(mode="json")) for one in (own, asked.recipe))
-    return {key: masked(value) for key, value in now.items() if before.get(key) != value}
+    return {
+        key: (masked(before.get(key, "none")), masked(now.get(key, "none")))
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+    }
 
 
 def locate(store: Store, recipe: str, target: str) -> Path:

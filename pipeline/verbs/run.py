@@ -1,11 +1,15 @@
 """`ingot run`: bring the line up to date."""
 
 import argparse
+import importlib
 import json
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from configs.errors import IngotError
 from pipeline.decide import Build, Recheck, decide, in_use
@@ -62,14 +66,33 @@ def run(args: argparse.Namespace) -> int:
     setting = Setting(store, examiner, recipe.cluster, [tracking, display])
     record = realise(graph, chosen, setting, record)
     record = replace(record, across_seeds=across_seeds(graph, record, store.root))
-    record = tracking.finish(record)
+    write = partial(_write_page, told, store.root, tracking.link)
+    is_new = any(isinstance(one, Built | Failed) for one in record.outcomes.values())
+    record = tracking.finish(record, write if is_new else None)
+    page = tracking.page
+    if is_new and page is None:
+        try:
+            page = write(record)
+        except IngotError as error:
+            display.note(f"warning: {error}")
     store.records.update(replace(record, finished=True))
     if args.json:
         print(json.dumps(as_json(record), indent=1))
-    return _conclude(record, asked, tracking, display)
+    return _conclude(record, asked, tracking, display, page)
 
 
-def _conclude(record: Run, asked: Asked, tracking: Tracking, display: Display) -> int:
+def _write_page(told: Told, root: Path, link: Callable[[str], str], record: Run) -> Path:
+    """The page of the run. It comes with a plotting library, for which not every run has use."""
+    page = importlib.import_module("pipeline.page")
+    written: Path = page.write_page(
+        record, told.line, root, again=told.command, changed=told.changed, link=link
+    )
+    return written
+
+
+def _conclude(
+    record: Run, asked: Asked, tracking: Tracking, display: Display, page: Path | None
+) -> int:
     """The table, where to look further, and the exit code."""
     shown = {
         name: tracking.link(one.tracking_id)
@@ -82,6 +105,8 @@ def _conclude(record: Run, asked: Asked, tracking: Tracking, display: Display) -
         hint = " (`ingot ui` serves these pages)" if tracking.is_embedded else ""
         display.note(f"MLflow, this run: {tracking.link(record.tracking_id)}{hint}")
         display.note(f"MLflow, all runs: {tracking.landing()}")
+    if page is not None:
+        display.note(f"The run on one page: {page}")
     if record.interrupted:
         display.note(
             f"Stopped. What is committed stays; {command('run', asked.invocation)} goes on from it."

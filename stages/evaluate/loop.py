@@ -30,10 +30,12 @@ from stages.evaluate.render import (
     plot,
     render_json,
     render_markdown,
+    samples,
 )
 from stages.evaluate.text import TextScore, byte_lengths, score_text, size, total
 from stages.plots import write_plots
 from stages.prompts import Prompt, answer_text, encode_prompts
+from stages.samples import write_samples
 from stages.shards import Rows, consumed_rows
 from stages.tokens import load_tokenizer
 from stages.verifiers import read_problems
@@ -93,6 +95,7 @@ def evaluate(
     work.path("report.json").write_text(render_json(comparison), encoding="utf-8")
     work.path(PAGE).write_text(render_markdown(comparison), encoding="utf-8")
     write_plots(work.path(), plot(comparison))
+    write_samples(work.path(), samples(comparison))
     return Report(uri=work.out, headline=headline(comparison), key=key(comparison))
 
 

@@ -8,11 +8,13 @@ from typing import Any
 from stages.answers import Answered, all_right_values, pass_values
 from stages.estimators import Estimate, mean_over_problems, paired_gain
 from stages.evaluate.text import TextScore, total
+from stages.markdown import code_cell, plain, row
 from stages.plots import Bar, Bars, Plot
+from stages.samples import Sample
+from stages.verifiers import verify
 
 _SHOWN_PROBLEMS = 8
-_SHOWN_CHARS = 48
-_HARMLESS = frozenset(" +-=.,:;()/")
+_SAMPLED_PROBLEMS = 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,27 @@ def render_json(comparison: Comparison) -> str:
     return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
 
 
+def samples(comparison: Comparison) -> list[Sample]:
+    """Some problems with each model's greedy answer and its first sampled one."""
+    found = []
+    for each in comparison.problems[:_SAMPLED_PROBLEMS]:
+        for name, one in each.items():
+            for drawn, answer in (("greedy", one.greedy), ("sampled", one.answers[0])):
+                verdict = verify(one.problem, answer)
+                found.append(
+                    Sample(
+                        prompt=one.problem.prompt,
+                        right_answer=one.problem.answer,
+                        answer=answer,
+                        reward=verdict.reward,
+                        reason=verdict.reason,
+                        model=name,
+                        drawn=drawn,
+                    )
+                )
+    return found
+
+
 def _answers_record(answered: Answered) -> dict[str, Any]:
     return {
         "greedy": answered.greedy,
@@ -197,20 +220,20 @@ def render_markdown(comparison: Comparison) -> str:
 def _table(comparison: Comparison) -> list[str]:
     """Bits per byte and what the problems gave, all models side by side."""
     columns = [found.text for found in comparison.models.values()]
-    heads = ["", *map(_plain, comparison.models)]
+    heads = ["", *map(plain, comparison.models)]
     if comparison.baseline:
         columns.append({source: entry.score for source, entry in comparison.baseline.items()})
         heads.append("bigram + unigram")
     whole = [f"{total(column.values()).bits_per_byte:.4f}" for column in columns]
-    lines = [_row(*heads), "|---" + "|---:" * (len(heads) - 1) + "|"]
-    lines.append(_row("bits per byte, all held-out text", *whole))
+    lines = [row(*heads), "|---" + "|---:" * (len(heads) - 1) + "|"]
+    lines.append(row("bits per byte, all held-out text", *whole))
     for source in columns[0]:
         each = [f"{column[source].bits_per_byte:.4f}" for column in columns]
-        lines.append(_row(f"bits per byte, {_plain(source)}", *each))
+        lines.append(row(f"bits per byte, {plain(source)}", *each))
     for measure, values in comparison.measures().items():
         rates = [_percent(mean_over_problems(some)) for some in values.values()]
         # Problems have no baseline.
-        lines.append(_row(_label(measure), *rates, *[""] * bool(comparison.baseline)))
+        lines.append(row(_label(measure), *rates, *[""] * bool(comparison.baseline)))
     return lines
 
 
@@ -219,10 +242,10 @@ def _gain_table(comparison: Comparison) -> list[str]:
     gains = comparison.gains()
     if not comparison.others or not gains:
         return []
-    heads = [f"gain over {_plain(comparison.first)}", *map(_plain, comparison.others)]
-    lines = [_row(*heads), "|---" + "|---:" * (len(heads) - 1) + "|"]
+    heads = [f"gain over {plain(comparison.first)}", *map(plain, comparison.others)]
+    lines = [row(*heads), "|---" + "|---:" * (len(heads) - 1) + "|"]
     for measure, by_model in gains.items():
-        lines.append(_row(_label(measure), *map(_points, by_model.values())))
+        lines.append(row(_label(measure), *map(_points, by_model.values())))
     return lines
 
 
@@ -267,7 +290,7 @@ def _problem_lines(comparison: Comparison) -> list[str]:
     if not problems:
         return ["The corpus holds out no problems, so no answers are measured."]
     samples = len(problems[0][comparison.first].answers)
-    heads = [cell for name in comparison.models for cell in (_plain(name), "sampled")]
+    heads = [cell for name in comparison.models for cell in (plain(name), "sampled")]
     lines = [
         f"Problems: {len(problems)} held-out ones, each answered greedily once (the likeliest "
         f"token every time) and {samples} times by sampling. pass@k is the chance that one of k "
@@ -281,24 +304,20 @@ def _problem_lines(comparison: Comparison) -> list[str]:
         "",
         "## Some problems, with each model's greedy answer",
         "",
-        _row("problem", "right answer", *heads),
+        row("problem", "right answer", *heads),
         "|---|---" + "|---|---:" * len(comparison.models) + "|",
     ]
     for each in problems[:_SHOWN_PROBLEMS]:
         problem = each[comparison.first].problem
-        row = [_code(problem.prompt), _code(problem.answer)]
+        cells = [code_cell(problem.prompt), code_cell(problem.answer)]
         for one in each.values():
-            row += [_code(one.greedy), f"{sum(one.correct)} of {samples} right"]
-        lines.append(_row(*row))
+            cells += [code_cell(one.greedy), f"{sum(one.correct)} of {samples} right"]
+        lines.append(row(*cells))
     return lines
 
 
 def _text_record(score: TextScore) -> dict[str, float]:
     return {**asdict(score), "bits_per_byte": score.bits_per_byte}
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _percent(rate: Estimate) -> str:
@@ -308,22 +327,3 @@ def _percent(rate: Estimate) -> str:
 def _points(gain: Estimate) -> str:
     """A difference of shares, in percentage points."""
     return f"{100 * gain.mean:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] points"
-
-
-def _plain(text: str) -> str:
-    """Text that means nothing to Markdown or a browser and stays on one line."""
-    return "".join(map(_harmless, text))
-
-
-def _harmless(char: str) -> str:
-    if char.isalnum() or char in _HARMLESS:
-        return char
-    if not char.isprintable():
-        return "⏎" if char == "\n" else "�"
-    return f"&#{ord(char)};"
-
-
-def _code(text: str) -> str:
-    """Text shown letter by letter in a table cell; a model's answer may hold anything."""
-    short = text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…"
-    return f"<code>{_plain(short)}</code>"

@@ -9,6 +9,7 @@ from configs.model import ModelConfig, V4Config, V32Config
 from configs.v4 import AttentionKind
 from stages.artifacts import Asked, Checkpoint, Corpus, Parity
 from stages.conventions import Conventions
+from stages.markdown import code
 from stages.names import TOKENIZER
 from stages.tokens import frame_texts
 from stages.verifiers import read_problems
@@ -174,16 +175,16 @@ def _speaking(corpus: Corpus, source: Checkpoint, conventions: Conventions) -> s
     begin, end = frame_texts(source.path(TOKENIZER))
     ids = ", ".join(map(str, conventions.end_tokens))
     lines = [
-        f"- Every text begins with `{begin}`, which the tokenizer puts in front by itself; "
-        f"documents were trained to end with `{end}`. Tokens that end an answer: {ids}.",
+        f"- Every text begins with {code(begin)}, which the tokenizer puts in front by itself; "
+        f"documents were trained to end with {code(end)}. Tokens that end an answer: {ids}.",
         "- Text that spells a special token becomes that token in most clients; to have it stay "
         "text, as in training, call the tokenizer with `split_special_tokens=True`.",
     ]
     if corpus.held_out_problems:
         one = read_problems(corpus.path("problems", "held_out.parquet"))[0]
         lines.append(
-            f"- Its corpus asks problems in one form alone, such as `{one.prompt}`, whose right "
-            f"answer is `{one.answer}`. Other forms get answers that mean nothing."
+            f"- Its corpus asks problems in one form alone, such as {code(one.prompt)}, whose "
+            f"right answer is {code(one.answer)}. Other forms get answers that mean nothing."
         )
     brought = conventions.brought
     if brought is None:
@@ -192,7 +193,7 @@ def _speaking(corpus: Corpus, source: Checkpoint, conventions: Conventions) -> s
             "and its answer: the model was not trained on conversations."
         )
     else:
-        carried = ", ".join(f"`{name}`" for name in brought.carried) or "nothing"
+        carried = ", ".join(map(code, brought.carried)) or "nothing"
         lines.append(f"- The model was made elsewhere. With it came {carried}, carried through.")
         notes = (*brought.notes(), *conventions.said)
         lines += [f"- {line[0].upper()}{line[1:]}." for line in notes]
@@ -287,12 +288,12 @@ def _training_text(corpus: Corpus) -> str:
     statistics = json.loads(corpus.path("statistics.json").read_text(encoding="utf-8"))
     sources: dict[str, dict[str, Any]] = statistics["sources"]
     shares = (
-        f"{source['share']:.0%} `{name}` ({source['type']})" for name, source in sources.items()
+        f"{source['share']:.0%} {code(name)} ({source['type']})" for name, source in sources.items()
     )
     lines = [f"- Training text, by tokens: {', '.join(shares)}.\n"]
     # Only generated sources record slips.
     lines += [
-        f"- About {source['slip_share']:.0%} of the training answers in `{name}` are wrong on "
+        f"- About {source['slip_share']:.0%} of the training answers in {code(name)} are wrong on "
         "purpose, by one digit; its problems\n  for reinforcement learning and evaluation are all "
         "right.\n"
         for name, source in sources.items()

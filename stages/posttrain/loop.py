@@ -27,7 +27,7 @@ from stages.posttrain import face
 from stages.posttrain.exam import best_step, measure, tell
 from stages.posttrain.journal import Journal, Stopwatch
 from stages.posttrain.run import Run, prepare
-from stages.posttrain.step import describe, learn, sample
+from stages.posttrain.step import describe, learn, sample, shown
 from stages.telemetry import SAVES, begin_metrics, following, write_history
 
 
@@ -103,7 +103,8 @@ def _train(run: Run) -> Path:
             if run.exam is not None and rl.evaluates_at(step):
                 figures |= measure(samplers, run.exam, step).figures(journal.records())
                 watch.lap("measuring_seconds")
-            journal.write(figures | watch.seconds, step=step, notes=learned.notes)
+            figures |= watch.seconds | shown(run, rollouts, step)
+            journal.write(figures, step=step, notes=learned.notes)
             if rl.saves_at(step):
                 run.work.lease.check()
                 trainers.save(own, step=step, earlier=earlier)

@@ -18,6 +18,9 @@ from stages.posttrain.learner import minibatches
 from stages.posttrain.rollout import ScoredRollout, check_staleness, group_rollouts, score
 from stages.posttrain.run import Run
 from stages.prompts import Prompt
+from stages.samples import ENTRY, Sample, as_entry
+
+_SHOWN_STEPS, _SHOWN_PROBLEMS = 10, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,29 @@ def describe(rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
         "stopped_share": mean(lambda item: item.rollout.stopped),
         "useful_share": mean(lambda item: item.advantage != 0),
         "policy_version": float(min(item.rollout.version for item in rollouts)),
+    }
+
+
+def shown(run: Run, rollouts: Sequence[ScoredRollout], step: int) -> dict[str, Any]:
+    """Some of the step's answers for people to read: one to each of a few problems, at few steps.
+
+    Nothing at the others, so that the log stays small however long the training is.
+    """
+    every = max(1, run.rl.steps // _SHOWN_STEPS)
+    if (step - 1) % every and step != run.rl.steps:
+        return {}
+    firsts = rollouts[:: run.rl.group_size][:_SHOWN_PROBLEMS]
+    return {
+        ENTRY: as_entry(
+            Sample(
+                prompt=one.rollout.prompt.problem.prompt,
+                right_answer=one.rollout.prompt.problem.answer,
+                answer=run.answer_text(one.rollout.token_ids),
+                reward=one.verdict.reward,
+                reason=one.verdict.reason,
+            )
+            for one in firsts
+        )
     }
 
 

@@ -1,6 +1,7 @@
 """Plots show every scalar there is, and are images."""
 
 import itertools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from configs.errors import ArtifactError
 from configs.model import V3Config
 from configs.parity import ParityConfig
 from pipeline.figures import show_figures
-from pipeline.report import plot_artifact, plot_steps
+from pipeline.report import plot_artifact, plot_log, plot_steps
+from pipeline.steplog import read_log
 from stages.artifacts import Checkpoint, Report
 from stages.loss_parity.gaps import Pair, compare
 from stages.loss_parity.render import plot
 from stages.plots import Bar, Bars, Plot, write_plots
 from stages.telemetry import MetricsFile
+from tests.pipeline.test_steplog import long_log
 
+BOUNDS = {"held_out_pass_at_1_low": 0.05, "held_out_pass_at_1_high": 0.9}
 LOAD = [[0.25] * 4, [0.7, 0.1, 0.1, 0.1]]
 
 
@@ -29,24 +33,81 @@ def names(paths: list[Path]) -> set[str]:
     return {path.name for path in paths}
 
 
-def test_every_scalar_is_plotted_and_losses_share_one(tmp_path: Path) -> None:
-    records: list[dict[str, Any]] = [
-        {"step": step, "loss": 1 / step, "mtp_loss": 2.0, "grad_norm": 1.0, "expert_load": LOAD}
-        for step in range(1, 5)
-    ]
-    assert names(plot_steps(records, tmp_path)) == {"loss.png", "grad_norm.png", "expert_load.png"}
-
-
-def test_what_is_told_of_many_roles_shares_a_plot(tmp_path: Path) -> None:
-    records: list[dict[str, Any]] = [
-        {"step": step}
+def test_a_pretraining_is_shown_in_few_plots_each_with_what_belongs_together(
+    tmp_path: Path,
+) -> None:
+    records: list[dict[str, Any]] = [{"step": 0, "held_out_loss": 3.0, "held_out_loss/text": 3.1}]
+    records += [
+        {"step": step, "loss": 1 / step, "mtp_loss": 2.0, "expert_load": LOAD}
+        | {"grad_norm": 1.0, "learning_rate": min(step, 2), "tokens_per_second": 5.0}
         | {f"fp8_flushed/role_{number}": 0.01 * number for number in range(20)}
         | {f"fp8_scale_low/role_{number}": -number for number in range(20)}
-        for step in (1, 20)
+        for step in range(1, 5)
     ]
-    paths = plot_steps(records, tmp_path)
-    assert len(paths) == 2
-    assert names(paths) == {"fp8_flushed.png", "fp8_scale_low.png"}
+    expected = {"loss.png", "optim.png", "fp8.png", "expert_load.png", "other.png"}
+    assert names(plot_steps(records, tmp_path)) == expected
+
+
+def test_a_post_training_is_shown_by_its_reward(tmp_path: Path) -> None:
+    measured = {"held_out_pass_at_1": 0.5, "best_step": 0}
+    bounds = {"held_out_pass_at_1_low": 0.4, "held_out_pass_at_1_high": 0.6}
+    records = [{"step": 0, **measured, **bounds}, {"step": 1, "reward": 0.5}]
+    assert names(plot_steps(records, tmp_path)) == {"reward.png"}
+
+
+def test_a_plugins_figures_stand_in_one_grid(tmp_path: Path) -> None:
+    records = [
+        {"step": step} | {f"mine_{n}${{": step * n for n in range(60)} | {"by/a": 1, "by/b": 2}
+        for step in (1, 2)
+    ]
+    assert names(plot_steps(records, tmp_path)) == {"other.png"}
+
+
+def different(a: list[dict[str, Any]], b: list[dict[str, Any]], name: str, folder: Path) -> bool:
+    """Whether two step logs have another picture of this name."""
+    first, second = (
+        next(path for path in plot_steps(records, folder / str(number)) if path.name == name)
+        for number, records in enumerate((a, b))
+    )
+    one, other = imread(first), imread(second)
+    return one.shape != other.shape or bool((one != other).any())
+
+
+@pytest.mark.parametrize(
+    ("name", "figure", "beside"),
+    [
+        ("loss.png", "mtp_loss", {"loss": 0.9}),
+        ("loss.png", "held_out_loss/text", {"loss": 0.9}),
+        ("optim.png", "grad_norm", {}),
+        ("fp8.png", "fp8_flushed/attention", {}),
+        ("fp8.png", "fp8_clipped/attention", {"fp8_flushed/attention": 0.1}),
+        ("reward.png", "held_out_pass_at_1", BOUNDS),
+        ("reward.png", "held_out_pass_at_1_low", {**BOUNDS, "held_out_pass_at_1": 0.6}),
+        ("other.png", "imbalance", {}),
+    ],
+)
+def test_each_figure_is_in_its_plot(
+    tmp_path: Path, name: str, figure: str, beside: dict[str, float]
+) -> None:
+    usual: list[dict[str, Any]] = [{"step": step, **beside, figure: 0.1} for step in (1, 2, 3)]
+    moved = [usual[0], usual[1] | {figure: 0.5}, usual[2]]
+    assert different(usual, moved, name, tmp_path)
+
+
+def test_where_the_rate_begins_to_fall_is_marked_in_the_losses(tmp_path: Path) -> None:
+    flat = [{"step": step, "loss": 1 / step, "learning_rate": 1.0} for step in range(1, 9)]
+    falling = [one | {"learning_rate": 1.0 if one["step"] < 6 else 0.5} for one in flat]
+    assert different(flat, falling, "loss.png", tmp_path)
+
+
+def test_a_log_of_20000_steps_is_read_and_drawn_in_seconds(tmp_path: Path) -> None:
+    """Processor time, of which a machine under load has no more; a third on one that is idle."""
+    log = long_log(tmp_path / "metrics.jsonl", steps=20_000)
+    began = time.process_time()
+    paths = plot_log(read_log(log), tmp_path / "plots")
+    assert time.process_time() - began < 10
+    assert len(paths) == 5
+    assert sum(path.stat().st_size for path in paths) < 1_000_000
 
 
 def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def tracked(world: World, config: TrackingConfig, **changes: object) -> tuple[Ru
     told = Told(recipe, run, list(graph.nodes), f"ingot run {RECIPE}")
     tracking = Tracking(told, store_root=store.root, records=store.records, say=world.said.append)
     setting = Setting(store, Examiner(store, RECIPE), ClusterConfig(), [tracking])
-    run = tracking.finish(realise(graph, Selection(), setting, run))
+    run = tracking.finish(realise(graph, Selection(), setting, run), None)
     store.records.save(run)
     return run, tracking
 

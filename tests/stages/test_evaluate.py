@@ -29,6 +29,7 @@ from stages.evaluate.ngram import best_bits, count_pairs
 from stages.evaluate.text import byte_lengths, score_text, size
 from stages.framing import BOS_ID, BOS_TOKEN, EOS_ID, EOS_TOKEN
 from stages.plots import Bars, read_plots
+from stages.samples import read_samples
 from stages.shards import consumed_rows, write_rows
 from stages.verifiers import Problem, write_problems
 from tests.conftest import workspace_at
@@ -585,14 +586,32 @@ def test_a_corpus_without_held_out_text_is_an_error(lab: Lab) -> None:
         lab.run()
 
 
+def test_some_answers_are_kept_to_be_read_with_the_verdict_on_each(lab: Lab) -> None:
+    made = lab.run()
+    found = read_samples(made.path())
+    report = lab.report()["problems"]
+    assert len(found) == 4 * len(report)
+    assert {(one.model, one.drawn) for one in found} == {
+        (model, drawn) for model in ("before", "after") for drawn in ("greedy", "sampled")
+    }
+    for one in found:
+        (problem,) = (entry for entry in report if entry["prompt"] == one.prompt)
+        told = problem["answers"][one.model]
+        assert one.answer == (told["greedy"] if one.drawn == "greedy" else told["answers"][0])
+        assert one.right_answer == problem["answer"]
+        assert one.reward == (one.answer.strip() == problem["answer"])
+        assert one.reason == "exact" or "instead of" in one.reason
+    assert {one.reward for one in found} == {0.0, 1.0}
+
+
 def test_nothing_a_model_says_breaks_the_table(lab: Lab) -> None:
     lab.wrong = "|`\n\r\u2028<b>" + "x" * 200
     lab.run()
     lines = lab.work.path("report.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if "xxx" in line]
     assert len(rows) == 6
-    code = "<code>&#124;&#96;⏎��&#60;b&#62;xxx"
-    assert all(row.count("|") == 7 and code in row for row in rows)
+    code = "``\\|`⏎��<b>xxx"
+    assert all(row.replace("\\|", "").count("|") == 7 and code in row for row in rows)
     assert all(len(row) < 300 for row in rows)
 
 

@@ -301,6 +301,19 @@ def test_each_step_is_told_once_and_the_measurement_before_it_too(calm: Calm) ->
     assert calm.recorder.tags == {"fp8.products": "high precision"}
 
 
+def test_some_answers_of_each_step_stay_in_the_log_with_the_verdict_on_them(calm: Calm) -> None:
+    for call, line in zip(calm.drawn(), calm.log[1:], strict=True):
+        prompts = [text_of(ids) for ids in call.arguments["prompts"]][::SIZE]
+        answers = [text_of(sample.token_ids) for sample in call.result][::SIZE]
+        found = line["samples"]
+        assert [one["prompt"] for one in found] == prompts
+        assert [one["answer"] for one in found] == answers
+        for one in found:
+            assert one["right_answer"] == ANSWERS[one["prompt"]]
+            assert one["reward"] == (one["answer"].strip() == one["right_answer"])
+    assert "samples" not in calm.log[0]
+
+
 def test_held_out_problems_are_asked_and_never_trained_on(calm: Calm) -> None:
     held_out = {problem.prompt for problem in HELD_OUT}
     for call in calm.drawn():
