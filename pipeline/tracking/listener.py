@@ -116,7 +116,7 @@ class Tracking:
         status = "FINISHED" if run.succeeded else "KILLED" if run.interrupted else "FAILED"
         if run.across_seeds:
             self._worker.submit(lambda: self._show_seeds(run), owed=True)
-        self._worker.submit(self._show_columns, owed=True)
+        self._worker.submit(lambda: self._show_columns(run), owed=True)
         self._worker.submit(lambda: self._finish(run, status), owed=True)
         if write_page is not None:
             self._worker.submit(lambda: self._show_page(run, write_page), owed=True)
@@ -181,14 +181,19 @@ class Tracking:
         links = {what: self._runs.page(one) for what, one in pages.items()}
         self._models.register(node, child.id(), made, links)
 
-    def _show_columns(self) -> None:
-        """The table of runs has columns for the figures of this recipe."""
+    def _show_columns(self, run: Run) -> None:
+        """The table of runs has columns for the figures of this recipe.
+
+        A run that made but a part of the line adds its own to those of runs before it.
+        """
         client, experiment = self._server.client(), self._server.experiment_id
         tag = VIEW_TAG + view_key(self._told.recipe.name)
         before = client.get_experiment(experiment).tags.get(tag, "")
         ranked = sorted(self._columns.values(), key=lambda one: one[0])
         names = [name for _, names in ranked for name in names]
-        columns = list(dict.fromkeys([*names, *shown_metrics(before)]))[:MOST_COLUMNS]
+        both = [names, shown_metrics(before)]
+        both = both if run.succeeded else both[::-1]
+        columns = list(dict.fromkeys(one for names in both for one in names))[:MOST_COLUMNS]
         client.set_experiment_tag(experiment, tag, view(columns))
 
     def _show_seeds(self, run: Run) -> None:

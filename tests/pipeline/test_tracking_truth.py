@@ -1,0 +1,294 @@
+"""The record in MLflow is whole and true where stores, addresses and variables are odd."""
+
+import json
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from configs.errors import ConfigError, MachineError
+from configs.parallel import StoreConfig, TrackingConfig
+from configs.reading import load_recipe
+from pipeline import embedded
+from pipeline.embedded import schema_lock
+from pipeline.graph import make_graph
+from pipeline.landing import ORDER, OUTCOME, VIEW_TAG, landing_page
+from pipeline.places import URI_VARIABLE, masked, tracking_uri
+from pipeline.plain import figure_metrics, step_metrics
+from pipeline.tracking import server as server_module
+from pipeline.tracking.server import REGISTRY_VARIABLE, Server, open_server
+from stages.artifacts import Checkpoint, Corpus, Report
+from stages.contract import Workspace, stage
+from tests.pipeline.fakes import FakeConfig, World, gather, made, make_line, train
+from tests.pipeline.test_tracking import child, tracked
+
+# MLflow's own use of SQLAlchemy and of protobuf is behind their deprecations.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+CONFIG = TrackingConfig(timeout_seconds=30)
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "1")
+
+
+@pytest.fixture
+def world(store_config: StoreConfig) -> World:
+    return World(store_config)
+
+
+@stage(revision=1)
+def odd_report(
+    config: FakeConfig, work: Workspace, *, corpus: Corpus, checkpoint: Checkpoint
+) -> Report:
+    """A plugin's: no `report.json`, and a figure that bears the name of a setting."""
+    work.path("notes.txt").write_text("all is well")
+    return Report(uri=work.out, headline={"seeds": 3.0, "recall": 0.5}, key=("recall", "seeds"))
+
+
+def test_a_plugins_report_is_recorded_whatever_its_figures_are_called(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = gather(FakeConfig())
+    checkpoint = train(FakeConfig(), corpus=corpus)
+    line = {"data": corpus, "train": checkpoint}
+    line["odd"] = odd_report(FakeConfig(), corpus=corpus, checkpoint=checkpoint)
+    graph = make_graph(line, world.store.hashes)
+    monkeypatch.setattr(world, "graph", lambda: graph)
+    run, _ = tracked(world, CONFIG)
+    assert world.said == []
+    client = MlflowClient(tracking_uri(CONFIG, world.store.root))
+    metrics = client.get_run(str(run.tracking_id)).data.metrics
+    assert (metrics["odd/seeds"], metrics["odd/recall"]) == (3.0, 0.5)
+    assert child(client, run, "odd").data.metrics["figures/seeds"] == 3.0
+
+
+def test_the_table_of_runs_has_the_order_outcomes_and_figures_of_the_line(world: World) -> None:
+    first, tracking = tracked(world, CONFIG)
+    tracked(world, CONFIG, judge={"fails": True})
+    client = MlflowClient(tracking_uri(CONFIG, world.store.root))
+    experiment = client.get_run(str(first.tracking_id)).info.experiment_id
+    found = client.search_runs(
+        [experiment], f"tags.`{OUTCOME}` != 'reused'", order_by=[f"tags.`{ORDER}` ASC"]
+    )
+    shown = [(one.info.run_name.split()[0], one.data.tags[OUTCOME]) for one in found]
+    assert shown == [
+        ("fake", "failed: judge"),
+        ("judge", "failed"),
+        ("fake", "succeeded"),
+        *((name, "built") for name in make_line()),
+    ]
+    parents = [one for one in found if "mlflow.parentRunId" not in one.data.tags]
+    for one in parents:
+        assert one.data.metrics["train/loss"] == pytest.approx(1 / 3)
+        assert one.data.tags["mlflow.source.name"] == "ingot run fake"
+    view = json.loads(client.get_experiment(experiment).tags[VIEW_TAG + "fake"])
+    assert view["selectedColumns"][:4] == [
+        *("tags.`ingot.outcome`", "tags.`ingot.recipe`"),
+        *("metrics.`judge/before_pass_at_1`", "metrics.`judge/after_pass_at_1`"),
+    ]
+    assert tracking.landing().endswith(
+        f"/#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey=fake"
+    )
+
+
+def test_a_run_says_what_it_reused_from_where_and_how_to_repeat_it(world: World) -> None:
+    first, _ = tracked(world, CONFIG)
+    second, _ = tracked(world, CONFIG)
+    client = MlflowClient(tracking_uri(CONFIG, world.store.root))
+    text = client.get_run(str(second.tracking_id)).data.tags["mlflow.note.content"]
+    assert "`ingot run fake`" in text
+    for node in second.outcomes:
+        row = next(line for line in text.splitlines() if line.startswith(f"| [{node}]("))
+        assert str(made(second, node).tracking_id) in row
+        assert (
+            f"reused from [its build](#/experiments/1/runs/{made(first, node).tracking_id}" in row
+        )
+
+
+def test_no_figure_repeats_the_last_value_of_a_curve(world: World) -> None:
+    run, _ = tracked(world, CONFIG)
+    client = MlflowClient(tracking_uri(CONFIG, world.store.root))
+    metrics = child(client, run, "train").data.metrics
+    assert "curves/loss" in metrics
+    assert not [name for name in metrics if name.startswith("figures/")]
+    assert all(name.count("/") == 1 for name in metrics)
+
+
+def test_what_is_measured_of_many_parts_is_no_metric() -> None:
+    parts = {f"fp8_flushed/part_{number}": 0.5 for number in range(20)}
+    record = {"step": 1, "loss": 2.0, "held_out_loss/a b": 3.0, "grad_norm": 1.0} | parts
+    assert step_metrics(record) == {
+        "curves/loss": 2.0,
+        "curves/held_out_loss.a b": 3.0,
+        "details/grad_norm": 1.0,
+    }
+    bounds = figure_metrics({"pass_at_1": 0.5, "pass_at_1_low": 0.4})
+    assert bounds == {"figures/pass_at_1": 0.5, "intervals/pass_at_1_low": 0.4}
+
+
+def test_reuse_points_the_alias_again(world: World) -> None:
+    tracked(world, CONFIG)
+    tracked(world, CONFIG, pack={"steps": 9})
+    client = MlflowClient(tracking_uri(CONFIG, world.store.root))
+    assert client.get_model_version_by_alias("ingot-fake", "cuda").version in ("3", 3)
+    tracked(world, CONFIG)
+    assert client.get_model_version_by_alias("ingot-fake", "cuda").version in ("1", 1)
+    assert len(client.search_model_versions("name = 'ingot-fake'")) == 4
+
+
+def test_a_version_says_where_it_comes_from_and_how_to_load_it(world: World) -> None:
+    run, _ = tracked(world, CONFIG)
+    client = MlflowClient(tracking_uri(CONFIG, world.store.root))
+    text = client.get_model_version_by_alias("ingot-fake", "cuda").description
+    assert text is not None
+    for node in ("pack.cuda", "judge"):
+        assert f"/runs/{made(run, node).tracking_id}" in text
+    assert str(run.tracking_id) in text
+    assert str(world.files(run, "pack.cuda")) in text
+    assert "from_pretrained" in text
+
+
+def test_a_deleted_experiment_is_restored_and_that_is_said(world: World) -> None:
+    first, _ = tracked(world, CONFIG)
+    client = MlflowClient(tracking_uri(CONFIG, world.store.root))
+    client.delete_experiment(client.get_run(str(first.tracking_id)).info.experiment_id)
+    second, _ = tracked(world, CONFIG)
+    assert second.tracking_id is not None
+    (said,) = world.said
+    assert "'ingot' was deleted; it is restored" in said
+
+
+def test_the_address_in_the_environment_counts_where_the_recipe_names_none(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = f"sqlite:///{tmp_path}/elsewhere.db"
+    monkeypatch.setenv(URI_VARIABLE, elsewhere)
+    monkeypatch.setenv(REGISTRY_VARIABLE, f"sqlite:///{tmp_path}/registry.db")
+    run, _ = tracked(world, CONFIG)
+    assert len(world.said) == 2
+    assert elsewhere in world.said[0]
+    assert REGISTRY_VARIABLE in world.said[1]
+    client = MlflowClient(elsewhere, registry_uri=elsewhere)
+    assert client.get_run(str(run.tracking_id)).info.status == "FINISHED"
+    assert client.get_model_version_by_alias("ingot-fake", "cuda")
+    assert not (tmp_path / "registry.db").exists()
+    assert not (world.store.root / "mlflow.db").exists()
+    named = TrackingConfig(uri=f"sqlite:///{tmp_path}/named.db", timeout_seconds=30)
+    tracked(world, named)
+    assert f"{URI_VARIABLE} is left aside" in world.said[2]
+
+
+def test_an_address_without_a_scheme_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.uri.*begins with what it is: http://HOST"):
+        load_recipe("smoke", sets=["tracking.uri=server:5000"])
+    monkeypatch.setenv(URI_VARIABLE, "mlruns")
+    with pytest.raises(ConfigError, match=rf"{URI_VARIABLE} = mlruns: an address of MLflow"):
+        tracking_uri(TrackingConfig(), Path("/s"))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:secret@there:5/x", "http://me:***@there:5/x"),
+        ("postgresql+psycopg2://u:se/cret@h/db", "postgresql+psycopg2://u:***@h/db"),
+        (
+            "postgresql://h/db?user=x&password=secret&z=1",
+            "postgresql://h/db?user=x&password=***&z=1",
+        ),
+        ("tracking.uri=http://a:secret@d", "tracking.uri=http://a:***@d"),
+        ("http://there:5000/x", "http://there:5000/x"),
+        ("sqlite:////a/b.db", "sqlite:////a/b.db"),
+        ("data.sources.code.weight=2", "data.sources.code.weight=2"),
+    ],
+)
+def test_no_password_is_shown(text: str, shown: str) -> None:
+    assert masked(text) == shown
+
+
+def test_no_password_reaches_a_warning_or_the_record(world: World) -> None:
+    uri = "http://me:secret@127.0.0.1:9"
+    run, _ = tracked(world, TrackingConfig(uri=uri, timeout_seconds=1))
+    (warning,) = world.said
+    assert "http://me:***@127.0.0.1:9" in warning
+    assert "secret" not in warning
+    for path in world.store.records.folder.iterdir():
+        assert "secret" not in path.read_text()
+    assert run.succeeded
+
+
+@pytest.mark.filterwarnings("ignore:Query string argument")
+def test_no_password_reaches_the_parameters(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{tmp_path}/m.db?password=secret"
+    run, _ = tracked(world, TrackingConfig(uri=uri, timeout_seconds=30))
+    client = MlflowClient(uri)
+    opened = client.get_run(str(run.tracking_id))
+    assert opened.data.params["tracking.uri"].endswith("m.db?password=***")
+    artifacts = Path(opened.info.artifact_uri.removeprefix("file://"))
+    texts = [path.read_text() for path in artifacts.rglob("*.json")]
+    assert texts and not any("secret" in text for text in texts)
+
+
+def server(path: Path) -> Server:
+    return Server(TrackingConfig(), f"sqlite:///{path}", path.parent, print)
+
+
+def test_a_damaged_store_is_one_error_with_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "m.db"
+    path.write_bytes(b"no database at all" * 100)
+    with pytest.raises(MachineError, match=rf"cannot open it .* move {path} away"):
+        open_server(server(path))
+
+
+def test_a_store_of_an_older_mlflow_is_one_error_with_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "m.db"
+    open_server(server(tmp_path / "new.db"))
+    # Under another name, as MLflow looks at an address once a process.
+    shutil.copyfile(tmp_path / "new.db", path)
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    with pytest.raises(MachineError, match=r"mlflow db upgrade 'sqlite:///.*m\.db'"):
+        open_server(server(path))
+
+
+def test_a_lock_that_nobody_gives_back_is_waited_for_no_longer_than_its_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "LOCK_SECONDS", 0.3)
+    uri = f"sqlite:///{tmp_path}/m.db"
+    with (
+        schema_lock(uri),
+        pytest.raises(TimeoutError, match=r"process \d+ held .*m\.db\.lock for more than 0\.3 s"),
+        schema_lock(uri),
+    ):
+        pass
+
+
+def test_making_the_schema_may_take_longer_than_an_answer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine it takes longer than a short run, and was then given up."""
+
+    @contextmanager
+    def slow(uri: str) -> Iterator[None]:
+        with schema_lock(uri):
+            time.sleep(2)
+            yield
+
+    monkeypatch.setattr(server_module, "schema_lock", slow)
+    run, _ = tracked(world, TrackingConfig(timeout_seconds=0.5))
+    assert world.said == []
+    assert run.tracking_id is not None
+
+
+def test_a_key_of_a_view_may_stand_in_a_link() -> None:
+    assert landing_page("http://h/", "1", "a b/c").endswith("viewStateShareKey=a-b-c")
