@@ -6,6 +6,7 @@ in the store, and never enter identity.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -34,8 +35,10 @@ Stamp = Mapping[str, Any]
 class Hashes:
     """Sizes and hashes of files, by address; known ones are remembered in a folder."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, *, store: Path | None = None) -> None:
         """Remember in `folder`, which need not exist yet; without one, in this process alone."""
+        self.store = store
+        """What Ingot itself writes lies in here: nothing that a user's pattern should take."""
         self._folder = folder
         self._known: dict[str, tuple[Stamp, FileEntry]] = {}
 
@@ -47,6 +50,9 @@ class Hashes:
         if fs is None:
             fs, path = filesystem(path)
         key = fs.unstrip_protocol(path)
+        if is_local(fs) and os.path.exists(path) and not os.path.isfile(path):
+            # Who opens a pipe waits for someone to write to it.
+            raise OSError(errno.EINVAL, "not a regular file", path)
         stamp = _stamp(fs, path)
         found = self._known.get(key) or self._load(key)
         if stamp is not None and found is not None and found[0] == stamp:
@@ -84,6 +90,11 @@ class Hashes:
     @staticmethod
     def _file(folder: Path, key: str) -> Path:
         return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def is_local(fs: AbstractFileSystem) -> bool:
+    """Whether its paths are those of the system, in which no sign but a slash has a meaning."""
+    return isinstance(fs, LocalFileSystem)
 
 
 def hash_stream(fs: AbstractFileSystem, path: str) -> FileEntry:
@@ -128,7 +139,7 @@ class HashedReader:
 
 def _stamp(fs: AbstractFileSystem, path: str) -> Stamp | None:
     """What tells this version of a file from others; none where nothing does."""
-    if isinstance(fs, LocalFileSystem):
+    if is_local(fs):
         found = os.stat(path)
         return {
             "bytes": found.st_size,

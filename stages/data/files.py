@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from configs.data import FilesSource
 from configs.errors import DataError
 from model.weights.reading import POINTER
-from stages.data.reads import fault, reading
+from stages.data.finding import fault, reading
 from stages.hashing import FileSystem, HashedReader
 
 PIECE_CHARS = 4_000
