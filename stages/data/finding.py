@@ -62,6 +62,8 @@ def matches(name: str, source: FilesSource, store: Path | None = None) -> list[M
             found = _find(name, source, str(pattern), store)
         else:
             found = _fetch(name, source, fs, str(pattern))
+    except DataError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise fault(name, source, f"cannot be read: {error}", "correct the address") from error
     if not found:

@@ -48,6 +48,7 @@ def complaint(glob: object) -> str:
     said = str(caught.value)
     assert said.startswith(f"data.sources.mine.glob = {str(glob)!r}: ")
     assert "; " in said, "no remedy"
+    assert said.count("data.sources.mine") == 1, "an error within an error"
     said.encode()
     return said
 
