@@ -116,10 +116,14 @@ class HashedReader:
         self._digest = hashlib.sha256()
         self._bytes = 0
 
+    def read(self, num_bytes: int, /) -> bytes:
+        """The next bytes of the file: at most so many, none at its end."""
+        return self._take(self._file.read(num_bytes))
+
     def chunks(self) -> Iterator[bytes]:
         """The bytes of the file, in parts."""
-        while chunk := self._file.read(_CHUNK_BYTES):
-            yield self._take(chunk)
+        while chunk := self.read(_CHUNK_BYTES):
+            yield chunk
 
     def lines(self) -> Iterator[bytes]:
         """The lines of the file, each with its end."""

@@ -10,13 +10,13 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from configs.data import FilesSource
 from configs.errors import DataError
+from stages.data.faults import fault
 from stages.hashing import FileSystem, is_local
 from stages.manifest import filesystem
 
@@ -71,24 +71,6 @@ def matches(name: str, source: FilesSource, store: Path | None = None) -> list[M
     return [(fs, path, label) for label, path in sorted(found.items())]
 
 
-@contextmanager
-def reading(name: str, source: FilesSource, path: str) -> Iterator[None]:
-    """Say which file the system refuses, and what to do."""
-    try:
-        yield
-    except DataError:
-        raise
-    except OSError as error:
-        raise fault(
-            name, source, f"{path} cannot be read: {error}", "allow it, or narrow the glob"
-        ) from error
-
-
-def fault(name: str, source: FilesSource, what: str, remedy: str) -> DataError:
-    """The error that a source of files cannot be used as it is."""
-    return DataError(f"data.sources.{name}.glob = {source.glob!r}: {what}; {remedy}")
-
-
 def _find(name: str, source: FilesSource, pattern: str, store: Path | None) -> dict[str, str]:
     """Paths of local files by label."""
     base, parts = _divide(pattern)
@@ -138,8 +120,7 @@ def _walk(
                 places = _step(parts, folder.places, entry.name)
                 kind = _kind(entry) if places else _FILE
                 label = folder.label + entry.name
-                # Where any depth is asked for, folders are only on the way.
-                if len(parts) in places and (kind != _FOLDER or _ANY_DEPTH not in parts):
+                if len(parts) in places and _is_meant(parts, entry.name, kind):
                     yield label, entry.path, kind
                 if kind == _FOLDER:
                     is_link = entry.is_symlink()
@@ -170,6 +151,15 @@ def _reached(parts: Sequence[str], places: Iterable[int]) -> Places:
         if place in reached and part == _ANY_DEPTH:
             reached.add(place + 1)
     return frozenset(reached)
+
+
+def _is_meant(parts: Sequence[str], name: str, kind: str) -> bool:
+    """Whether what fits a pattern is asked for by it."""
+    if kind == _FOLDER:
+        # Where any depth is asked for, folders are only on the way.
+        return _ANY_DEPTH not in parts
+    # Spark and others write `_SUCCESS`, `_metadata` and the like beside their files of data.
+    return "." in name or not name.startswith("_") or parts[-1].startswith("_")
 
 
 def _listed(name: str, source: FilesSource, folder: str) -> list["os.DirEntry[str]"]:
@@ -269,7 +259,9 @@ def _fetch(name: str, source: FilesSource, fs: FileSystem, pattern: str) -> dict
     found = {path.removeprefix(base).lstrip("/"): path for path in fs.glob(pattern)}
     if "/." not in rest:
         found = {label: path for label, path in found.items() if "/." not in f"/{label}"}
-    folders = {label for label, path in sorted(found.items()) if fs.isdir(path)}
-    if folders and _ANY_DEPTH not in rest:
-        _label(name, source, "", found[min(folders)], _FOLDER)
-    return {label: path for label, path in found.items() if label not in folders}
+    kept = {}
+    for label, path in sorted(found.items()):
+        kind = _FOLDER if fs.isdir(path) else _FILE
+        if _is_meant(rest.split("/"), label.rpartition("/")[2], kind):
+            kept[_label(name, source, label, path, kind)] = path
+    return kept

@@ -13,7 +13,8 @@ import numpy as np
 from configs.data import FilesSource, StdlibSource
 from configs.errors import DataError
 from configs.seed import derive
-from stages.data.files import Document, read_documents, require_unchanged
+from stages.data.faults import require_unchanged
+from stages.data.files import Document, read_documents
 from stages.data.finding import Match, matches
 from stages.data.reads import identify
 from stages.hashing import Hashes

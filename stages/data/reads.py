@@ -6,7 +6,8 @@ from typing import Any
 
 from configs.data import DataSpec, FilesSource, Source, StdlibSource, TokenizerConfig
 from configs.errors import DataError
-from stages.data.finding import matches, reading
+from stages.data.faults import reading
+from stages.data.finding import matches
 from stages.hashing import Hashes
 from stages.names import TOKENIZER
 
