@@ -180,6 +180,12 @@ def test_linked_folders_are_followed_once_and_without_loops(tmp_path: Path) -> N
     assert labels(top / "al*" / "*.txt") == ["also/a.txt"]
 
 
+def test_a_link_leads_to_files_that_the_folder_itself_does_not_match(tmp_path: Path) -> None:
+    write(tmp_path / "real" / "a.txt")
+    (tmp_path / "sub").symlink_to("real")
+    assert labels(tmp_path / "**" / "sub" / "*.txt") == ["sub/a.txt"]
+
+
 def test_a_folder_keeps_its_own_name_where_a_link_sorts_before_it(tmp_path: Path) -> None:
     write(tmp_path / "b" / "c" / "t.txt")
     (tmp_path / "a").symlink_to("b/c")

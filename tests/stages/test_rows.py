@@ -21,6 +21,7 @@ FORMS = ("jsonl", "parquet")
 
 
 def write(folder: Path, form: str, rows: Sequence[dict[str, Any]]) -> Path:
+    folder.mkdir(exist_ok=True)
     path = folder / f"a.{form}"
     if form == "jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -97,6 +98,8 @@ def test_text_is_found_inside_other_fields(tmp_path: Path, form: str) -> None:
     path = write(tmp_path, form, rows)
     assert texts(path, text_field="meta.text") == ["one", "", "", "two"]
     assert texts(path, text_field="meta.more.deep") == ["1", "", "", "2"]
+    empty = write(tmp_path / "empty", form, [{"meta": None}])
+    assert texts(empty, text_field="meta.text") == [""]
     for field in ("meta.none", "meta.text.more", "meta", "meta.more", "text", "meta.", ".text"):
         assert f"{field!r}, only: meta" in complaint(path, text_field=field)
 
