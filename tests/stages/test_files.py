@@ -155,13 +155,12 @@ def test_what_is_unpacked_is_what_was_hashed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "part-00000"])
 def test_a_damaged_packed_file_is_an_error(tmp_path: Path, name: str) -> None:
     whole = gzip.compress(lines([f"text {n}" for n in range(500)]))
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 255
-    for broken in (whole[:-20], whole[:-4] + b"\0\0\0\0", bytes(flipped), whole + b"rest"):
+    no_block = whole[:10] + b"\xff" * 20 + whole[30:]
+    for broken in (no_block, whole[:-20], whole[:-4] + b"\0\0\0\0", whole + b"rest"):
         (tmp_path / name).write_bytes(broken)
         said = complaint(source(tmp_path / "*"))
         assert f"{name} " in said
-        assert "is damaged where gzip packed it" in said or "is not JSON" in said
+        assert "is damaged where gzip packed it" in said
         assert "; " in said
 
 
