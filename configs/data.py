@@ -56,14 +56,19 @@ class ArithmeticSource(Frozen):
 
 
 class FilesSource(Frozen):
-    """Text from files: `.txt`, `.jsonl` or `.parquet`, by glob or any fsspec URL."""
+    """Text from files: `.txt`, `.jsonl` or `.parquet`, by glob or any fsspec URL.
+
+    Files without a suffix are read as what they hold, and what gzip packed is unpacked. What a glob
+    finds is said in `stages/data/finding.py`: hidden names only where they are asked for, linked
+    folders once, and nothing of Ingot's own store.
+    """
 
     provenance_fields: ClassVar[frozenset[str]] = frozenset({"glob"})
     type: Literal["files"] = "files"
     share: Share
     glob: str = Field(min_length=1)
     text_field: str = "text"
-    """Column or key that holds the text (jsonl, parquet)."""
+    """Column or key that holds the text (jsonl, parquet); `meta.text` for one inside another."""
     max_bytes: PositiveInt = 100_000_000
     """Read at most this much text, files in the order of their names; what is left out is said."""
 

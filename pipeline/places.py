@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -21,10 +22,18 @@ _MASK = "***"
 def absolute(recipe: Recipe, base: Path) -> Recipe:
     """The recipe with every path of the user's made absolute from the folder `base`."""
     store = recipe.store.model_copy(update={"url": _absolute(recipe.store.url, base)})
-    sources = {name: _absolute_source(one, base) for name, one in recipe.data.sources.items()}
-    tokenizer = recipe.data.tokenizer
-    if tokenizer.file is not None:
-        tokenizer = tokenizer.model_copy(update={"file": _absolute(tokenizer.file, base)})
+    corpora = {
+        name: corpus.model_copy(update={"sources": _absolute_sources(corpus.sources, base)})
+        for name, corpus in recipe.data.corpora.items()
+    }
+    data = {
+        "sources": _absolute_sources(recipe.data.sources, base),
+        "tokenizer": recipe.data.tokenizer,
+        "corpora": corpora,
+    }
+    if (file := recipe.data.tokenizer.file) is not None:
+        settled = {"file": _absolute(file, base)}
+        data["tokenizer"] = recipe.data.tokenizer.model_copy(update=settled)
     tracking = recipe.tracking
     if tracking.uri is not None and tracking.uri.startswith(SQLITE):
         tracking = tracking.model_copy(update={"uri": _absolute_sqlite(tracking.uri, base)})
@@ -33,7 +42,7 @@ def absolute(recipe: Recipe, base: Path) -> Recipe:
             "store": store,
             "tracking": tracking,
             "base": None if recipe.base is None else _absolute(recipe.base, base),
-            "data": recipe.data.model_copy(update={"sources": sources, "tokenizer": tokenizer}),
+            "data": recipe.data.model_copy(update=data),
         }
     )
 
@@ -68,7 +77,8 @@ def sqlite_path(uri: str) -> Path | None:
 def _absolute(path: str, base: Path) -> str:
     if "://" in path:
         return path
-    return str(base / Path(path).expanduser())
+    # Of a name that begins with a tilde and is no user's, this makes nothing, and Path an error.
+    return str(base / os.path.expanduser(path))
 
 
 def _absolute_sqlite(uri: str, base: Path) -> str:
@@ -78,7 +88,10 @@ def _absolute_sqlite(uri: str, base: Path) -> str:
     return sqlite_uri(Path(_absolute(str(path), base))) + mark + settings
 
 
-def _absolute_source(source: Source, base: Path) -> Source:
-    if isinstance(source, FilesSource):
-        return source.model_copy(update={"glob": _absolute(source.glob, base)})
-    return source
+def _absolute_sources(sources: Mapping[str, Source], base: Path) -> dict[str, Source]:
+    return {
+        name: one.model_copy(update={"glob": _absolute(one.glob, base)})
+        if isinstance(one, FilesSource)
+        else one
+        for name, one in sources.items()
+    }

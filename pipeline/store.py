@@ -123,7 +123,7 @@ class Store:
         self.root = Path(path)
         self.config = config
         self.records = Records(self.root, say=say)
-        self.hashes = Hashes(self.root / "hashes")
+        self.hashes = Hashes(self.root / "hashes", store=self.root)
         self._say = say
         _check_format(self.root)
 

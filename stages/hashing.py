@@ -6,6 +6,7 @@ in the store, and never enter identity.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -34,8 +35,10 @@ Stamp = Mapping[str, Any]
 class Hashes:
     """Sizes and hashes of files, by address; known ones are remembered in a folder."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, *, store: Path | None = None) -> None:
         """Remember in `folder`, which need not exist yet; without one, in this process alone."""
+        self.store = store
+        """What Ingot itself writes lies in here: nothing that a user's pattern should take."""
         self._folder = folder
         self._known: dict[str, tuple[Stamp, FileEntry]] = {}
 
@@ -47,6 +50,9 @@ class Hashes:
         if fs is None:
             fs, path = filesystem(path)
         key = fs.unstrip_protocol(path)
+        if is_local(fs) and os.path.exists(path) and not os.path.isfile(path):
+            # Who opens a pipe waits for someone to write to it.
+            raise OSError(errno.EINVAL, "not a regular file", path)
         stamp = _stamp(fs, path)
         found = self._known.get(key) or self._load(key)
         if stamp is not None and found is not None and found[0] == stamp:
@@ -86,6 +92,11 @@ class Hashes:
         return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
+def is_local(fs: AbstractFileSystem) -> bool:
+    """Whether its paths are those of the system, in which no sign but a slash has a meaning."""
+    return isinstance(fs, LocalFileSystem)
+
+
 def hash_stream(fs: AbstractFileSystem, path: str) -> FileEntry:
     """Size and hash of a file as it is now, read in parts."""
     digest, num_bytes = hashlib.sha256(), 0
@@ -105,10 +116,14 @@ class HashedReader:
         self._digest = hashlib.sha256()
         self._bytes = 0
 
+    def read(self, num_bytes: int, /) -> bytes:
+        """The next bytes of the file: at most so many, none at its end."""
+        return self._take(self._file.read(num_bytes))
+
     def chunks(self) -> Iterator[bytes]:
         """The bytes of the file, in parts."""
-        while chunk := self._file.read(_CHUNK_BYTES):
-            yield self._take(chunk)
+        while chunk := self.read(_CHUNK_BYTES):
+            yield chunk
 
     def lines(self) -> Iterator[bytes]:
         """The lines of the file, each with its end."""
@@ -128,7 +143,7 @@ class HashedReader:
 
 def _stamp(fs: AbstractFileSystem, path: str) -> Stamp | None:
     """What tells this version of a file from others; none where nothing does."""
-    if isinstance(fs, LocalFileSystem):
+    if is_local(fs):
         found = os.stat(path)
         return {
             "bytes": found.st_size,

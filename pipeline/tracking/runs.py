@@ -74,7 +74,7 @@ class Runs:
                 self._server.experiment_id,
                 run_name=f"{recipe.name} {run.id}",
                 start_time=round(run.started * 1000),
-                tags={**self._tags(0, "running"), **tags},
+                tags=_cleaned({**self._tags(0, "running"), **tags}),
             )
             self.parent = opened.info.run_id
             settings = recipe.model_dump(mode="json")
@@ -108,15 +108,17 @@ class Runs:
         run = client.create_run(
             self._server.experiment_id,
             run_name=node.name,
-            tags={
-                **self._tags(place, "building"),
-                MLFLOW_PARENT_RUN_ID: parent,
-                MLFLOW_SOURCE_NAME: stage.name,
-                "ingot.node": node.name,
-                "ingot.stage": f"{stage.name} revision {stage.revision}",
-                "ingot.fingerprint": node.fingerprint,
-                **tags,
-            },
+            tags=_cleaned(
+                {
+                    **self._tags(place, "building"),
+                    MLFLOW_PARENT_RUN_ID: parent,
+                    MLFLOW_SOURCE_NAME: stage.name,
+                    "ingot.node": node.name,
+                    "ingot.stage": f"{stage.name} revision {stage.revision}",
+                    "ingot.fingerprint": node.fingerprint,
+                    **tags,
+                }
+            ),
         )
         run_id = run.info.run_id
         log_params(client, run_id, node.planned.config.model_dump(mode="json"))
@@ -187,6 +189,10 @@ class Runs:
             tags[MLFLOW_GIT_COMMIT] = git["commit"]
             tags["ingot.uncommitted_changes"] = str(git["dirty"]).lower()
         return tags
+
+
+def _cleaned(tags: Mapping[str, str]) -> dict[str, str]:
+    return {key: clean(value) for key, value in tags.items()}
 
 
 def log_params(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> None:

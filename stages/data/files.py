@@ -1,24 +1,27 @@
 """Reads one file of text, tables or lines of JSON, in parts, as documents."""
 
 import codecs
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import gzip
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import IO, Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import IO, Any, cast
 
 from configs.data import FilesSource
-from configs.errors import DataError
 from model.weights.reading import POINTER
-from stages.data.reads import fault, reading
+from stages.data.faults import fault, not_utf8, reading, require_unchanged
+from stages.data.rows import json_texts, table_texts
 from stages.hashing import FileSystem, HashedReader
 
 PIECE_CHARS = 4_000
 """A longer `.txt` file is many documents: it is split at blank lines into pieces of this size."""
 _BREAKS = ("\n\n", "\r\n\r\n", "\n")
+_START_BYTES = 4096
+_GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
+_PACKED_SUFFIX = ".gz"
+_JSON_LINE = re.compile(rb"(\xef\xbb\xbf)?\s*\{[ \t]*[\"}]")
+"""Begins an object that goes on in the same line, as one of many lines over several does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +40,32 @@ def read_documents(
 ) -> Iterator[Document]:
     """The documents of one file, of which `known` is the size and hash."""
     with reading(name, source, path), fs.open(path, "rb") as file:
-        _require_content(name, source, label, file)
-        reader = HashedReader(file)
-        match path.rpartition(".")[2].lower():
+        start = _start(file)
+        _require_content(name, source, label, start)
+        reader = content = HashedReader(file)
+        if is_packed := start.startswith(_GZIP):
+            start = _start(_unpacked(file))
+            file.seek(0)
+            # What identity knows is the hash of the file as it lies there.
+            content = HashedReader(_unpacked(reader))
+        match _kind(label, start):
             case "txt":
-                texts = split_text(_decoded(name, source, label, reader))
+                texts = split_text(_decoded(name, source, label, content))
             case "jsonl":
-                texts = _jsonl(name, source, label, reader)
+                texts = json_texts(name, source, label, content.lines())
+            case "parquet" if is_packed:
+                raise fault(
+                    name, source, f"{label} is packed by gzip", "unpack it, as a table must be"
+                )
             case "parquet":
-                texts = _parquet(name, source, label, file)
+                texts = table_texts(name, source, label, file)
             case suffix:
                 raise fault(
                     name,
                     source,
                     f"{label} ends in {suffix!r}",
-                    "give files that end in .txt, .jsonl or .parquet",
+                    "give files that end in .txt, .jsonl or .parquet, the first two also packed as "
+                    ".gz; unpack or convert others",
                 )
         for number, text in enumerate(texts):
             yield Document(name, f"{label}#{number}" if number else label, text)
@@ -80,11 +94,31 @@ def split_text(parts: Iterable[str], *, piece_chars: int = PIECE_CHARS) -> Itera
                 yield piece
 
 
-def _require_content(name: str, source: FilesSource, label: str, file: IO[bytes]) -> None:
-    """DataError for a pointer that git-lfs left where the file should be."""
-    start = file.read(len(POINTER))
+def _start(file: IO[bytes]) -> bytes:
+    """The first bytes of a file, which is at its beginning, and is so again afterwards."""
+    start = file.read(_START_BYTES)
     file.seek(0)
-    if start == POINTER:
+    return start
+
+
+def _unpacked(file: IO[bytes] | HashedReader) -> IO[bytes]:
+    """What gzip packed. Read from front to end it only reads `file`, so that need not seek."""
+    return cast(IO[bytes], gzip.GzipFile(fileobj=cast(IO[bytes], file), mode="rb"))
+
+
+def _kind(label: str, start: bytes) -> str:
+    """The suffix of a file's name or, without one, that of what the file begins as."""
+    own = label.rpartition("/")[2].lower().removesuffix(_PACKED_SUFFIX)
+    if "." in own:
+        return own.rpartition(".")[2]
+    if start.startswith(_PARQUET):
+        return "parquet"
+    return "jsonl" if _JSON_LINE.match(start) else "txt"
+
+
+def _require_content(name: str, source: FilesSource, label: str, start: bytes) -> None:
+    """DataError for a pointer that git-lfs left where the file should be."""
+    if start.startswith(POINTER):
         raise fault(
             name,
             source,
@@ -101,102 +135,8 @@ def _decoded(name: str, source: FilesSource, label: str, reader: HashedReader) -
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            raise _not_utf8(name, source, label, error, offset - waiting) from None
+            raise not_utf8(name, source, label, error, offset - waiting) from None
         offset += len(chunk)
         if text:
             yield text.removeprefix("\ufeff") if is_start else text
             is_start = False
-
-
-def _jsonl(name: str, source: FilesSource, label: str, reader: HashedReader) -> Iterator[str]:
-    offset = 0
-    for number, raw in enumerate(reader.lines(), start=1):
-        try:
-            line = raw.decode("utf-8-sig" if offset == 0 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise _not_utf8(name, source, label, error, offset) from None
-        offset += len(raw)
-        if not line.strip():
-            continue
-        try:
-            # Whole numbers of any length are JSON, but Python reads no more than 4,300 digits.
-            record = json.loads(line, parse_int=float)
-        except (RecursionError, ValueError) as error:
-            raise fault(
-                name, source, f"{label} line {number} is not JSON: {error}", "correct the line"
-            ) from None
-        text = record.get(source.text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise fault(
-                name,
-                source,
-                f"{label} line {number} has no text in {source.text_field!r}, only: {keys}",
-                f"set data.sources.{name}.text_field to the key that holds the text",
-            )
-        # JSON can spell half a surrogate pair, which no encoding can write.
-        yield text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-
-
-def _parquet(name: str, source: FilesSource, label: str, file: IO[bytes]) -> Iterator[str]:
-    try:
-        table = pq.ParquetFile(file)
-        columns = table.schema_arrow
-        kind = columns.field(source.text_field).type if source.text_field in columns.names else None
-        if not _is_text(kind):
-            raise fault(
-                name,
-                source,
-                f"{label} has no text column {source.text_field!r}, only: "
-                f"{', '.join(f'{field.name} ({field.type})' for field in columns)}",
-                f"set data.sources.{name}.text_field to the column that holds the text",
-            )
-        for batch in table.iter_batches(columns=[source.text_field]):
-            yield from (text or "" for text in batch.column(0).to_pylist())
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        # Of damaged pages Arrow makes an OSError; what the system refuses has a number.
-        if getattr(error, "errno", None) is not None:
-            raise
-        said = " ".join(str(error).split())
-        raise fault(
-            name, source, f"{label} is not readable Parquet: {said}", "write it again"
-        ) from error
-
-
-def _is_text(kind: pa.DataType | None) -> bool:
-    """Whether a column of this type holds text, each value on its own or in a dictionary."""
-    if kind is not None and pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def require_unchanged(
-    name: str, source: FilesSource, before: Mapping[str, Any], after: Mapping[str, Any]
-) -> None:
-    """DataError if a file differs from what it was: no hash would say what was read."""
-    for label in sorted(before.keys() | after.keys()):
-        if before.get(label) != after.get(label):
-            raise fault(
-                name,
-                source,
-                f"{label} changed while the source was read: {_describe(before.get(label))} "
-                f"before, {_describe(after.get(label))} after",
-                "run again when nothing writes to it",
-            )
-
-
-def _not_utf8(
-    name: str, source: FilesSource, label: str, error: UnicodeDecodeError, offset: int
-) -> DataError:
-    """What a file holds that is no UTF-8; `offset` is that of the bytes that were decoded."""
-    return fault(
-        name,
-        source,
-        f"{label} has byte 0x{error.object[error.start]:02x} at offset {offset + error.start}, "
-        "which is not UTF-8",
-        "convert the file to UTF-8, or leave it out of the glob",
-    )
-
-
-def _describe(facts: Mapping[str, Any] | None) -> str:
-    return f"{facts['bytes']:,} bytes of sha256 {facts['sha256'][:12]}" if facts else "no file"

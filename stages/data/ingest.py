@@ -13,9 +13,11 @@ import numpy as np
 from configs.data import FilesSource, StdlibSource
 from configs.errors import DataError
 from configs.seed import derive
-from stages.data.files import Document, read_documents, require_unchanged
-from stages.data.reads import identify, matches
-from stages.hashing import FileSystem, Hashes
+from stages.data.faults import require_unchanged
+from stages.data.files import Document, read_documents
+from stages.data.finding import Match, matches
+from stages.data.reads import identify
+from stages.hashing import Hashes
 
 _NOT_LIBRARY = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
@@ -62,7 +64,7 @@ def read_files(name: str, source: FilesSource, hashes: Hashes) -> Reading:
     read or changes meanwhile, bytes are not UTF-8, a record lacks the text field.
     """
     before = identify(name, source, hashes)
-    documents, unread = _read_within(name, source, matches(name, source), before)
+    documents, unread = _read_within(name, source, matches(name, source, hashes.store), before)
     require_unchanged(name, source, before, identify(name, source, hashes))
     return Reading(documents, len(unread), sum(before[label]["bytes"] for label in unread))
 
@@ -121,7 +123,7 @@ def _decode_python(path: Path) -> str:
 def _read_within(
     name: str,
     source: FilesSource,
-    matches: Sequence[tuple[FileSystem, str, str]],
+    matches: Sequence[Match],
     known: Mapping[str, Any],
 ) -> tuple[list[Document], list[str]]:
     """Documents while they fit `source.max_bytes`, and the files not read to their end."""

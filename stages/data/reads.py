@@ -1,18 +1,15 @@
 """What the data stage reads from outside the line, by content: the user's files, and Python."""
 
 import platform
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from configs.data import DataSpec, FilesSource, Source, StdlibSource, TokenizerConfig
 from configs.errors import DataError
-from stages.hashing import FileSystem, Hashes
-from stages.manifest import filesystem
+from stages.data.faults import reading
+from stages.data.finding import matches
+from stages.hashing import Hashes
 from stages.names import TOKENIZER
-
-_WILDCARD = re.compile(r"[*?\[]")
 
 
 def reads(config: DataSpec, hashes: Hashes) -> Mapping[str, Any]:
@@ -30,7 +27,7 @@ def identify(name: str, source: Source, hashes: Hashes) -> dict[str, Any]:
     match source:
         case FilesSource():
             found = {}
-            for fs, path, label in matches(name, source):
+            for fs, path, label in matches(name, source, hashes.store):
                 with reading(name, source, path):
                     found[label] = hashes.of(path, fs).model_dump()
             return found
@@ -53,39 +50,3 @@ def identify_tokenizer(config: TokenizerConfig, hashes: Hashes) -> dict[str, Any
         ) from None
     # No source can bear this name: theirs have no dots.
     return {TOKENIZER: entry.model_dump()}
-
-
-def matches(name: str, source: FilesSource) -> list[tuple[FileSystem, str, str]]:
-    """(file system, path, name relative to the glob's fixed part) of each match, sorted."""
-    try:
-        fs, pattern = filesystem(source.glob)
-        paths = sorted(fs.glob(pattern))
-        folders = [path for path in paths if fs.isdir(path)]
-    except (OSError, ValueError, ImportError) as error:
-        raise fault(name, source, f"cannot be read: {error}", "correct the address") from error
-    if not paths:
-        raise fault(name, source, "matches no file", "correct the path or the pattern")
-    if folders:
-        raise fault(
-            name, source, f"matches a folder, {folders[0]}", "say which files in it, as *.txt"
-        )
-    base = _WILDCARD.split(str(pattern), maxsplit=1)[0].rpartition("/")[0]
-    return [(fs, path, path.removeprefix(base).lstrip("/")) for path in paths]
-
-
-@contextmanager
-def reading(name: str, source: FilesSource, path: str) -> Iterator[None]:
-    """Say which file the system refuses, and what to do."""
-    try:
-        yield
-    except DataError:
-        raise
-    except OSError as error:
-        raise fault(
-            name, source, f"{path} cannot be read: {error}", "allow it, or narrow the glob"
-        ) from error
-
-
-def fault(name: str, source: FilesSource, what: str, remedy: str) -> DataError:
-    """The error that a source of files cannot be used as it is."""
-    return DataError(f"data.sources.{name}.glob = {source.glob!r}: {what}; {remedy}")

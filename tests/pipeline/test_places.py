@@ -35,6 +35,22 @@ def test_a_base_and_a_tokenizer_become_absolute() -> None:
     assert absolute(settled, Path("/elsewhere")) == settled
 
 
+def test_the_files_of_every_corpus_become_absolute() -> None:
+    corpus = "{train_tokens=5000, sources.own={type='files', share=1.0, glob='more/*.txt'}}"
+    recipe = load_recipe("smoke", sets=[f"data.corpora.more={corpus}"])
+    source = absolute(recipe, BASE).data.corpora["more"].sources["own"]
+    assert isinstance(source, FilesSource)
+    assert source.glob == "/home/user/more/*.txt"
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name", "a[1]", "x::y", "w?", "n#1", "größe"])
+def test_a_folder_of_any_name_becomes_absolute(name: str) -> None:
+    recipe = load_recipe("smoke", sets=[f"store.url='{name}/s'", f"base='{name}'"])
+    settled = absolute(recipe, BASE / name)
+    assert settled.store.url == f"/home/user/{name}/{name}/s"
+    assert settled.base == f"/home/user/{name}/{name}"
+
+
 def test_addresses_and_absolute_paths_stay() -> None:
     recipe = load_recipe("smoke", sets=["tracking.uri='http://host:1'", "store.url='/data/store'"])
     settled = absolute(recipe, BASE)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from configs.data import FilesSource
 from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.parallel import StoreConfig
 from pipeline import lease as lease_module
@@ -26,6 +27,7 @@ from pipeline.lease import newest, take
 from pipeline.removal import remove
 from pipeline.store import Committed, Slot, Store
 from stages.artifacts import Corpus
+from stages.data.reads import identify
 from stages.manifest import MANIFEST, Lease, verify
 from tests.pipeline.fakes import World, fill
 
@@ -630,3 +632,14 @@ def test_a_store_may_lie_in_any_folder(tmp_path: Path, name: str) -> None:
     made.check(hashes=True)
     assert world.store.find(world.graph()["data"]) == made
     assert root.is_dir()
+
+
+def test_a_source_around_the_store_does_not_grow_with_it(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text("{}")
+    world = World(StoreConfig(url=str(tmp_path / "store"), min_free_bytes=0))
+    source = FilesSource(share=1, glob=str(tmp_path / "**" / "*.json*"))
+    before = identify("mine", source, world.store.hashes)
+    build(world, world.graph()["data"])
+    assert list((tmp_path / "store").rglob("*.json"))
+    assert identify("mine", source, world.store.hashes) == before
+    assert list(before) == ["text.jsonl"]

@@ -1,5 +1,8 @@
-"""Files in odd but legal forms are read, and damaged ones are called damaged."""
+"""Files in odd but legal forms are read as what they hold; damaged ones are called damaged."""
 
+import gzip
+import io
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +13,7 @@ from configs.data import FilesSource
 from configs.errors import DataError
 from stages.data.ingest import read_files
 from stages.hashing import Hashes
+from stages.manifest import FileEntry
 
 
 def source(glob: Path) -> FilesSource:
@@ -64,3 +68,143 @@ def test_a_number_beside_the_text_may_be_of_any_length(tmp_path: Path) -> None:
     assert document.text == "fine"
     (tmp_path / "a.jsonl").write_text(f'{{"text": {"9" * 5000}}}\n')
     assert "line 1 has no text in 'text', only: text" in complaint(source(tmp_path / "*.jsonl"))
+
+
+def parquet(texts: list[str]) -> bytes:
+    made = io.BytesIO()
+    pq.write_table(pa.table({"text": texts}), made)
+    return made.getvalue()
+
+
+def lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+TEXTS = ["a text with é", "another"]
+PLAIN = b"plain words, \xc3\xa9 among them"
+
+
+@pytest.mark.parametrize("name", ["part-00000", "page", "a.b/part-00000"])
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (lines(TEXTS), TEXTS),
+        (b"\xef\xbb\xbf" + lines(TEXTS), TEXTS),
+        (b"\n  \n" + lines(TEXTS), TEXTS),
+        (b'{ "text" : "x" }', ["x"]),
+        (parquet(TEXTS), TEXTS),
+        (PLAIN, [PLAIN.decode()]),
+        (b'{\n  "text": "of many lines"\n}\n', ['{\n  "text": "of many lines"\n}\n']),
+        (b"{text}", ["{text}"]),
+        (b"", []),
+    ],
+)
+def test_a_file_without_a_suffix_is_read_as_what_it_holds(
+    tmp_path: Path, name: str, content: bytes, texts: list[str]
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    (tmp_path / "z.txt").write_text("z")
+    found = read_files("mine", source(tmp_path / "**"), Hashes())
+    assert [document.text for document in found.documents] == [*texts, "z"]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("a.txt.gz", PLAIN, [PLAIN.decode()]),
+        ("a.txt", PLAIN, [PLAIN.decode()]),
+        ("a.jsonl.gz", lines(TEXTS), TEXTS),
+        ("A.JSONL.GZ", lines(TEXTS), TEXTS),
+        ("part-00000.gz", lines(TEXTS), TEXTS),
+        ("part-00000", PLAIN, [PLAIN.decode()]),
+        ("a.txt.gz", b"", []),
+    ],
+)
+def test_a_packed_file_is_unpacked(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    chunk: int,
+    name: str,
+    content: bytes,
+    texts: list[str],
+) -> None:
+    monkeypatch.setattr("stages.hashing._CHUNK_BYTES", chunk)
+    # Packed in two parts, as what was appended to is.
+    packed = gzip.compress(content[:9]) + gzip.compress(content[9:])
+    (tmp_path / name).write_bytes(packed)
+    found = read_files("mine", source(tmp_path / "*"), Hashes())
+    assert [document.text for document in found.documents] == texts
+    assert len({document.id for document in found.documents}) == len(texts)
+
+
+def test_what_is_unpacked_is_what_was_hashed(tmp_path: Path) -> None:
+    class Stale(Hashes):
+        """Remembers a hash that no longer holds."""
+
+        def of(self, path: str, fs: object = None) -> FileEntry:
+            return FileEntry(bytes=3, sha256="0" * 64)
+
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(PLAIN))
+    with pytest.raises(DataError, match=r"a\.txt\.gz changed while the source was read: 3 bytes"):
+        read_files("mine", source(tmp_path / "*"), Stale())
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "part-00000"])
+def test_a_damaged_packed_file_is_an_error(tmp_path: Path, name: str) -> None:
+    whole = gzip.compress(lines([f"text {n}" for n in range(500)]))
+    no_block = whole[:10] + b"\xff" * 20 + whole[30:]
+    for broken in (no_block, whole[:-20], whole[:-4] + b"\0\0\0\0", whole + b"rest"):
+        (tmp_path / name).write_bytes(broken)
+        said = complaint(source(tmp_path / "*"))
+        assert f"{name} " in said
+        assert "is damaged where gzip packed it" in said
+        assert "; " in said
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a.pdf", "a.pdf ends in 'pdf'; "),
+        ("a.tar.gz", "a.tar.gz ends in 'tar'; "),
+        ("a.txt.zst", "a.txt.zst ends in 'zst'; "),
+    ],
+)
+def test_a_suffix_that_is_not_known_is_an_error(tmp_path: Path, name: str, said: str) -> None:
+    content = PLAIN if not name.endswith(".gz") else gzip.compress(PLAIN)
+    (tmp_path / name).write_bytes(content)
+    assert said in complaint(source(tmp_path / "*"))
+    assert "unpack" in complaint(source(tmp_path / "*"))
+
+
+def test_a_git_lfs_pointer_without_a_suffix_is_not_text(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / "part-00000").write_text(pointer)
+    assert "part-00000 is a git-lfs pointer" in complaint(source(tmp_path / "*"))
+
+
+def test_what_spark_writes_beside_its_tables_is_left_out(tmp_path: Path) -> None:
+    for name in ("part-00000-c000.snappy.parquet", "part-00001-c000.snappy.parquet"):
+        (tmp_path / name).write_bytes(parquet([name]))
+        (tmp_path / f".{name}.crc").write_bytes(b"crc\0\0\0\0\xff")
+    (tmp_path / "_SUCCESS").write_bytes(b"")
+    pq.write_metadata(
+        pa.schema({"text": pa.string()}),
+        tmp_path / "_metadata",
+        [pq.read_metadata(tmp_path / "part-00000-c000.snappy.parquet")],
+    )
+    (tmp_path / "_started_12").write_text("{}")
+    for glob in ("*", "**"):
+        found = read_files("mine", source(tmp_path / glob), Hashes())
+        assert [document.id[:10] for document in found.documents] == ["part-00000", "part-00001"]
+    (tmp_path / "_words").write_text("asked for")
+    (tmp_path / "_own.txt").write_text("a name like others")
+    assert texts_of(tmp_path / "_w*") == ["asked for"]
+    assert texts_of(tmp_path / "_words") == ["asked for"]
+    assert texts_of(tmp_path / "*.txt") == ["a name like others"]
+
+
+def texts_of(glob: Path) -> list[str]:
+    return [one.text for one in read_files("mine", source(glob), Hashes()).documents]

@@ -1,5 +1,6 @@
 """Promises of the tokenizer."""
 
+import os
 import random
 from pathlib import Path
 
@@ -98,6 +99,13 @@ def test_the_saved_tokenizer_encodes_as_the_trained_one(tmp_path: Path) -> None:
 def test_the_sample_stops_at_its_budget() -> None:
     assert list(sample(["abcd", "efgh", "ijkl"], 6)) == ["abcd", "ef"]
     assert list(sample(["abcd"], 100)) == ["abcd"]
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_place_of_a_tokenizer_is_an_error(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(DataError, match=r"pipe\.json': cannot be read \(not a regular file\)"):
+        identify_tokenizer(TokenizerConfig(file=str(tmp_path / "pipe.json")), Hashes())
 
 
 def test_a_tokenizer_enters_identity_by_content(tmp_path: Path) -> None:
