@@ -1,4 +1,4 @@
-"""A whole run on one page, `runs/ID.html`, which opens from disk: no network, no script.
+"""A whole run on one page, `runs/ID.html`, which opens from disk without network or script.
 
 Texts of users, models and errors are escaped by the template, and a policy in the page forbids the
 browser to load or run anything. What would make the page too large is left out, and said to be.

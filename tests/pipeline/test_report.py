@@ -101,7 +101,7 @@ def test_where_the_rate_begins_to_fall_is_marked_in_the_losses(tmp_path: Path) -
 
 
 def test_a_log_of_20000_steps_is_read_and_drawn_in_seconds(tmp_path: Path) -> None:
-    """Processor time, of which a machine under load has no more; a third on one that is idle."""
+    """Processor time, which what runs beside it changes less than the clock's."""
     log = long_log(tmp_path / "metrics.jsonl", steps=20_000)
     began = time.process_time()
     paths = plot_log(read_log(log), tmp_path / "plots")

@@ -33,7 +33,7 @@ def long_log(path: Path, *, steps: int) -> Path:
                 record |= {"loss": 9 / step, "mtp_loss": 8 / step, "grad_norm": 1 / step}
                 record |= {"learning_rate": 1e-3, "imbalance": 0.5 + 1 / step, "expert_load": load}
                 record |= {"tokens_per_second": 1234.56789 + step, "balance_loss": 3 + 1 / step}
-            if step % 250 == 0:
+            if step % 251 == 0:
                 record |= {"held_out_loss": 7.0 - step / 1e5, "held_out_loss/text": 6.9}
             if step % 20 == 1:
                 for figure in ("flushed", "clipped", "scale_low", "scale_high"):

@@ -78,6 +78,12 @@ def test_what_cannot_be_seen_is_marked_and_stays_on_one_line() -> None:
     assert plain("a\nb\u2029") == "a&#9166;b&#65533;"
 
 
+def test_a_bar_after_a_backslash_is_in_no_code() -> None:
+    """Of two backslashes before a bar, GitHub's reader and MLflow's take the first for the other's
+    escape, so that the bar ends the cell; the reader of these tests does not."""
+    assert code_cell("a\\|b") == "a&#92;&#124;b"
+
+
 def test_an_empty_answer_is_seen_to_be_empty() -> None:
     assert code("") == "(empty)"
 
