@@ -163,7 +163,8 @@ def _visit(
         return Visited(failed, Lost("failed"), interrupted=True)
     except Exception as error:
         # Nodes that do not depend on this one must still run, whatever was raised.
-        failed = Failed(_explain(error, node, site), time.monotonic() - started)
+        told, seconds = _explain(error, node, site), time.monotonic() - started
+        failed = Failed(told, seconds, output=_output(error))
         return Visited(failed, Lost("failed"))
 
 
@@ -205,3 +206,13 @@ def _explain(error: Exception, node: Node, site: Site) -> str:
     if isinstance(error, IngotError):
         return str(error)
     return f"{type(error).__name__}: {error} ({kept})"
+
+
+def _output(error: BaseException) -> str:
+    """What workers printed before they failed, which errors bear as notes."""
+    notes: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        notes += getattr(cause, "__notes__", ())
+        cause = cause.__cause__
+    return "\n".join(notes)

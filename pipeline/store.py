@@ -39,6 +39,7 @@ from stages.manifest import (
     FILES,
     FORMAT,
     LEASE_PREFIX,
+    LOGS,
     MANIFEST,
     FileEntry,
     InputEntry,
@@ -335,7 +336,7 @@ def _tidy(generation: Path, builder: Path) -> None:
         if path != builder:
             shutil.rmtree(path, ignore_errors=True)
     for path in builder.iterdir():
-        if path.name not in (FILES, METRICS):
+        if path.name not in (FILES, METRICS, LOGS):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
     for pattern in (f"{LEASE_PREFIX}*.json", ".*.draft"):
         for path in generation.glob(pattern):

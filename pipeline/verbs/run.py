@@ -84,6 +84,8 @@ def _conclude(record: Run, asked: Asked, tracking: Tracking, display: Display) -
         match outcome:
             case Failed():
                 print(f"ingot: error: {name}: {outcome.error}", file=sys.stderr)
+                if outcome.output:
+                    print(outcome.output, file=sys.stderr)
             case Blocked(by, reason) if reason:
                 print(
                     f"ingot: error: {name}: made of {by}, which is {reason}; run it again without "
