@@ -14,7 +14,6 @@ import os
 import queue
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +24,9 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.exceptions import RayActorError
 from ray.train import ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.config import FailureConfig, RunConfig
 from safetensors import SafetensorError
 
@@ -181,7 +180,7 @@ def _run(job: FitJob, machines: ClusterConfig, root: Path, notes: str) -> None:
             f"training workers failed more than cluster.max_restarts = {machines.max_restarts} "
             f"times: {_last_line(error)}; run again to continue from the newest save"
         )
-        raise with_tail(failed, job.output, _failed_rank(error)) from error
+        raise with_tail(failed, job.output, _to_name(error, job.output)) from error
     _raise_recorded(root)
 
 
@@ -226,10 +225,6 @@ def _train_worker(config: dict[str, Any]) -> None:
     except IngotError as error:
         record = {"error": type(error).__name__, "message": str(error)}
         (root / _FAILURE).write_text(json.dumps(record))
-        raise
-    except Exception:
-        # Ray Train tells the driver one line of it.
-        traceback.print_exc()
         raise
 
 
@@ -367,8 +362,13 @@ def _last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _failed_rank(error: ray.train.TrainingFailedError) -> int:
-    """The rank to be named first: one that died makes the others' collectives fail too."""
-    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
-    died = [rank for rank, one in failures.items() if isinstance(one, RayActorError)]
-    return min(died or failures, default=0)
+def _to_name(error: ray.train.TrainingFailedError, output: Output) -> int:
+    """The rank to be named: one that died makes the others' collectives fail too.
+
+    What a rank raised is in its file already; that it died nobody has written yet.
+    """
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {0: error}
+    died = {r: one for r, one in failures.items() if isinstance(one, WorkerHealthCheckFailedError)}
+    for rank, one in died.items():
+        output.add(rank, f"died: {one.health_check_failure}")
+    return min(died or failures)
