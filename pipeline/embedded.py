@@ -77,8 +77,9 @@ def set_environment(config: TrackingConfig) -> None:
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(math.ceil(config.timeout_seconds))
     # It would make every run that is opened the one it names.
     os.environ.pop("MLFLOW_RUN_ID", None)
-    # Each retry, and each table made, would otherwise be a line of its own.
-    for library in ("urllib3.connectionpool", "mlflow", "alembic"):
+    # Each retry, each table made, and a home that holds no cache would otherwise be lines of their
+    # own.
+    for library in ("urllib3.connectionpool", "mlflow", "alembic", "matplotlib"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
