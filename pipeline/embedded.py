@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from configs.errors import StoreError
 from configs.parallel import TrackingConfig
 from pipeline.places import sqlite_path
 
@@ -34,8 +35,15 @@ def schema_lock(uri: str) -> Iterator[None]:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    lock = path.with_name(f"{path.name}.lock")
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise StoreError(
+                f"{lock} cannot be locked ({error.strerror}); set tracking.uri to a server, or to "
+                "sqlite:/// and a path on a local disk"
+            ) from None
         yield
 
 

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from configs.errors import MachineError
+from configs.errors import MachineError, StoreError
 from configs.parallel import ClusterConfig, StoreConfig
 from configs.reading import load_recipe
 from configs.recipe import Recipe
 from pipeline import cli
 from pipeline.graph import Selection
 from pipeline.machine import Finding, require_machine, surroundings
+from pipeline.places import sqlite_uri
 from pipeline.runner import Setting, realise
 from pipeline.states import Examiner
-from pipeline.tracking import Tracking
+from pipeline.tracking import Tracking, make_schema
 from pipeline.verbs import asked
 from pipeline.verbs.doctor import examine
 from stages.contract import Planned
@@ -72,6 +73,10 @@ def test_a_file_system_without_locks_is_told_of_where_mlflows_file_is_to_lie(
     assert "tracking.uri" in locks.fix
     assert not locks.needed
     assert "file locks" not in found()
+    uri = sqlite_uri(tmp_path / "mlflow.db")
+    with pytest.raises(StoreError, match=r"mlflow\.db\.lock cannot be locked.*tracking\.uri"):
+        make_schema(uri, tmp_path)
+    (tmp_path / "mlflow.db.lock").unlink()
     assert list(tmp_path.iterdir()) == []
 
 
