@@ -219,9 +219,9 @@ def _disk_full(store_root: Path) -> str:
     folders = (store_root, Path(tempfile.gettempdir()))
     full = min(folders, key=lambda folder: shutil.disk_usage(folder).free)
     return (
-        f"the disk of {full} is full ({shutil.disk_usage(full).free:,} bytes free); what is "
-        "committed stays, and so do the saves of this build: free some (`ingot clean` deletes what "
-        "newer artifacts replaced), and the same command goes on from them"
+        f"no room left on the disk of {full} ({shutil.disk_usage(full).free:,} bytes free); what "
+        "is committed stays, and so do the saves of this build: free some (`ingot clean` deletes "
+        "what newer artifacts replaced), and the same command goes on from them"
     )
 
 

@@ -66,7 +66,7 @@ def test_a_disk_that_fills_up_ends_the_node_with_one_sentence_and_the_next_run_g
     assert outcomes(run) == {"first": "built", "large": "failed"}
     assert not run.succeeded
     error = failed(run, "large").error
-    assert error.startswith(f"the disk of {world.store.root} is full (")
+    assert error.startswith(f"no room left on the disk of {world.store.root} (")
     assert error.endswith("and the same command goes on from them")
     mount(small, "-o", "remount,size=16m")
     again = world.run(graph=graph)
