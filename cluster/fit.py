@@ -24,15 +24,17 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import ScalingConfig
+from ray.train import ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.config import FailureConfig, RunConfig
 from safetensors import SafetensorError
 
 from cluster import checkpoint
+from cluster.output import Output
 from cluster.session import close_ray, hear, ray_for, worker_env
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
-from cluster.workers import await_cpus
+from cluster.workers import await_cpus, with_tail
 from configs import errors
 from configs.errors import ArtifactError, IngotError, LeaseLost, MachineError, TrainingError
 from configs.model import ModelConfig
@@ -109,6 +111,8 @@ class FitJob:
     may_write: Callable[[], None]
     """Raises LeaseLost when this build must not write any more."""
     threads: int
+    output: Output
+    """Where the ranks' words go."""
     held_out: HeldOut | None = None
     base: str | None = None
     """A model's folder, with whose weights training begins; none begins with values drawn anew."""
@@ -135,7 +139,7 @@ def fit(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
     done = job.resume()
     if done is None or done[1] != job.steps:
         with ray_for(machines, home, workers=machines.trainers):
-            await_cpus(machines, machines.trainers, role="trainer")
+            await_cpus(machines, machines.trainers, role=job.output.role)
             job.may_write()
             _run(job, machines, root, notes)
         done = job.resume()
@@ -172,10 +176,11 @@ def _run(job: FitJob, machines: ClusterConfig, root: Path, notes: str) -> None:
     except ray.train.TrainingFailedError as error:
         job.may_write()
         _raise_recorded(root)
-        raise MachineError(
+        failed = MachineError(
             f"training workers failed more than cluster.max_restarts = {machines.max_restarts} "
             f"times: {_last_line(error)}; run again to continue from the newest save"
-        ) from error
+        )
+        raise with_tail(failed, job.output, _to_name(error, job.output)) from error
     _raise_recorded(root)
 
 
@@ -208,6 +213,7 @@ def _fit_interruptibly(trainer: TorchTrainer) -> None:
 def _train_worker(config: dict[str, Any]) -> None:
     """What runs on each rank."""
     job: FitJob = config["job"]
+    job.output.capture(dist.get_rank())
     root = Path(job.saves[0])
     if (root / _FAILURE).is_file():
         return  # A previous attempt failed for a reason that trying again will not mend.
@@ -354,3 +360,15 @@ def _raise_recorded(root: Path) -> None:
 def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def _to_name(error: ray.train.TrainingFailedError, output: Output) -> int:
+    """The rank to be named: one that died makes the others' collectives fail too.
+
+    What a rank raised is in its file already; that it died nobody has written yet.
+    """
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {0: error}
+    died = {r: one for r, one in failures.items() if isinstance(one, WorkerHealthCheckFailedError)}
+    for rank, one in died.items():
+        output.add(rank, f"died: {one.health_check_failure}")
+    return min(died or failures)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.output import Output
 from cluster.session import ray_for
-from cluster.workers import Actor, dismiss, gather, spawn
+from cluster.workers import Actor, Worker, dismiss, gather, spawn
 from configs.errors import MachineError
 from configs.parallel import ClusterConfig
 from configs.train import Precision
@@ -19,8 +20,6 @@ from model import decode
 from model.drawing import Drawing
 from model.fp8.scheme import Numerics, settle
 from model.weights.files import load_pretrained
-
-_ROLE = "sampler"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +60,8 @@ class Sample:
 class GenerationPool:
     """Samplers with equal weights; prompts are divided over them in order."""
 
-    def __init__(self, actors: list[Actor], machines: ClusterConfig) -> None:
-        self.actors = actors
-        self.machines = machines
+    def __init__(self, actors: list[Actor], machines: ClusterConfig, output: Output) -> None:
+        self.actors, self.machines, self.output = actors, machines, output
 
     def sample(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
@@ -79,13 +77,13 @@ class GenerationPool:
             refs.append(
                 actor.sample.remote([list(p) for p in prompts[part]], sampling, list(seeds[part]))
             )
-        parts = gather(refs, role=_ROLE, timeout_seconds=self.machines.step_timeout_seconds)
+        parts = gather(refs, self.output, timeout_seconds=self.machines.step_timeout_seconds)
         return [sample for part in parts for sample in part]
 
     def load(self, checkpoint: Path) -> None:
         """Let every sampler hold `checkpoint` as version 0, in place of the model that it held."""
         refs = [actor.load.remote(str(checkpoint)) for actor in self.actors]
-        gather(refs, role=_ROLE, timeout_seconds=self.machines.startup_timeout_seconds)
+        gather(refs, self.output, timeout_seconds=self.machines.startup_timeout_seconds)
 
     def update_weights(self, version: int, shards: Sequence[Any]) -> None:
         """Replace every sampler's weights by `shards` (see `TrainerPool.weights`).
@@ -93,40 +91,50 @@ class GenerationPool:
         Returns once all samplers hold `version`; MachineError if one holds another.
         """
         refs = [actor.update_weights.remote(version, *shards) for actor in self.actors]
-        held = gather(refs, role=_ROLE, timeout_seconds=self.machines.step_timeout_seconds)
+        held = gather(refs, self.output, timeout_seconds=self.machines.step_timeout_seconds)
         if set(held) != {version}:
             raise MachineError(f"samplers hold versions {held} after an update to {version}")
 
 
 @contextmanager
 def open_generation(
-    machines: ClusterConfig, checkpoint: Path, *, precision: Precision | Numerics = "high"
+    machines: ClusterConfig,
+    checkpoint: Path,
+    *,
+    logs: Path,
+    precision: Precision | Numerics = "high",
 ) -> Iterator[GenerationPool]:
-    """A pool of `machines.samplers` that holds `checkpoint` as version 0, closed afterwards."""
+    """A pool of `machines.samplers` that holds `checkpoint` as version 0, closed afterwards.
+
+    What its workers print goes to files in the folder `logs`.
+    """
+    output = Output(str(logs), "sampler")
     arguments = (str(checkpoint), precision, machines.threads_per_worker)
     with ray_for(machines, str(checkpoint), workers=machines.samplers):
-        actors = spawn(_Sampler, machines, machines.samplers, role=_ROLE, arguments=arguments)
+        actors = spawn(_Sampler, machines, machines.samplers, output=output, arguments=arguments)
         try:
-            yield GenerationPool(actors, machines)
+            yield GenerationPool(actors, machines, output)
         finally:
             dismiss(actors)
 
 
-class _Sampler:
+class _Sampler(Worker):
     """One actor of the pool."""
 
     def __init__(
-        self, checkpoint: str, precision: Precision | Numerics, threads: int, rank: int
+        self,
+        checkpoint: str,
+        precision: Precision | Numerics,
+        threads: int,
+        output: Output,
+        rank: int,
     ) -> None:
+        super().__init__(output, rank)
         torch.set_num_threads(threads)
-        self.rank = rank
         wanted = precision if isinstance(precision, Numerics) else Numerics(precision)
         # As a trainer does: one that learns in high precision must not be sampled in FP8.
         self.numerics, _ = settle(wanted, torch.device("cpu"))
         self.load(checkpoint)
-
-    def ready(self) -> int:
-        return self.rank
 
     def load(self, checkpoint: str) -> None:
         vars(self).pop("model", None)  # There may be room for one only.

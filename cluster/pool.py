@@ -12,9 +12,10 @@ from torch import Tensor
 
 from cluster import checkpoint
 from cluster.expert_parallel import join_group
+from cluster.output import Output
 from cluster.session import ray_for
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
-from cluster.workers import Actor, dismiss, free_address, gather, spawn
+from cluster.workers import Actor, Worker, dismiss, free_address, gather, spawn
 from configs.errors import ConfigError
 from configs.parallel import ClusterConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
@@ -23,8 +24,6 @@ from model.fp8.scheme import Numerics
 from model.transformer import Transformer
 from model.weights.config import read_config
 from model.weights.files import read_tensors
-
-_ROLE = "trainer"
 
 Score = Callable[[Transformer, Batch], Tensor]
 """Row-wise values of a model on one rank's part of a batch; travels to the workers."""
@@ -45,9 +44,8 @@ class TrainerSpec:
 class TrainerPool:
     """Trainers whose experts are sharded; a batch is divided over them row by row."""
 
-    def __init__(self, actors: list[Actor], machines: ClusterConfig) -> None:
-        self.actors = actors
-        self.machines = machines
+    def __init__(self, actors: list[Actor], machines: ClusterConfig, output: Output) -> None:
+        self.actors, self.machines, self.output = actors, machines, output
 
     def forward_backward(
         self, batch: Batch, loss: LossSpec, *, counting: bool = False
@@ -120,37 +118,44 @@ class TrainerPool:
         return self._gather([getattr(actor, verb).remote(*arguments) for actor in self.actors])
 
     def _gather(self, refs: list[Any]) -> list[Any]:
-        return gather(refs, role=_ROLE, timeout_seconds=self.machines.step_timeout_seconds)
+        return gather(refs, self.output, timeout_seconds=self.machines.step_timeout_seconds)
 
 
 @contextmanager
-def open_trainers(machines: ClusterConfig, start: Path, spec: TrainerSpec) -> Iterator[TrainerPool]:
-    """A pool of `machines.trainers` that starts from the checkpoint `start`, closed afterwards."""
-    arguments = (str(start), spec, machines)
+def open_trainers(
+    machines: ClusterConfig, start: Path, spec: TrainerSpec, *, logs: Path
+) -> Iterator[TrainerPool]:
+    """A pool of `machines.trainers` that starts from the checkpoint `start`, closed afterwards.
+
+    What its workers print goes to files in the folder `logs`.
+    """
+    arguments, output = (str(start), spec, machines), Output(str(logs), "trainer")
     with ray_for(machines, str(start), workers=machines.trainers):
-        actors = spawn(_TrainWorker, machines, machines.trainers, role=_ROLE, arguments=arguments)
+        actors = spawn(
+            _TrainWorker, machines, machines.trainers, output=output, arguments=arguments
+        )
         try:
             wait = machines.startup_timeout_seconds
-            (rendezvous,) = gather([actors[0].address.remote()], role=_ROLE, timeout_seconds=wait)
+            (rendezvous,) = gather([actors[0].address.remote()], output, timeout_seconds=wait)
             joined = [actor.join.remote(rendezvous) for actor in actors]
-            gather(joined, role=_ROLE, timeout_seconds=wait)
-            yield TrainerPool(actors, machines)
+            gather(joined, output, timeout_seconds=wait)
+            yield TrainerPool(actors, machines, output)
         finally:
             dismiss(actors)
 
 
-class _TrainWorker:
+class _TrainWorker(Worker):
     """One rank of the pool. Joins its peers, once all are placed, before it holds a model."""
 
     trainer: Trainer
     starting: Transformer | None
 
-    def __init__(self, start: str, spec: TrainerSpec, machines: ClusterConfig, rank: int) -> None:
+    def __init__(
+        self, start: str, spec: TrainerSpec, machines: ClusterConfig, output: Output, rank: int
+    ) -> None:
+        super().__init__(output, rank)
         torch.set_num_threads(machines.threads_per_worker)
-        self.start, self.spec, self.machines, self.rank = Path(start), spec, machines, rank
-
-    def ready(self) -> int:
-        return self.rank
+        self.start, self.spec, self.machines = Path(start), spec, machines
 
     def address(self) -> str:
         """Where the ranks can meet: on this one's machine, on loopback in a local cluster."""

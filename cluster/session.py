@@ -7,6 +7,7 @@ here: each waits until there is room for its workers, and who is stopped closes 
 import logging
 import os
 import queue
+import secrets
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,13 @@ from typing import TypeVar
 
 import ray
 
+from cluster.surroundings import (
+    folder_fault,
+    needs_own_token,
+    tmpdir_for_ray,
+    token_fault,
+    why_refused,
+)
 from configs.errors import MachineError
 from configs.parallel import ClusterConfig
 
@@ -134,15 +142,24 @@ def _cpus_of_ray() -> float:
 
 
 def _open(machines: ClusterConfig, home: Path) -> None:
+    for fault in (token_fault(machines, os.environ), folder_fault(machines, os.environ)):
+        if fault is not None:
+            raise MachineError("; ".join(fault))
     here, politely = Path.cwd(), signal.getsignal(signal.SIGTERM)
     os.chdir(home)
     for name in ("ray", "ray.data", "ray.train", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         _start_to_last(machines)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises no narrower one where its processes do not come up
+        if machines.address is None:
+            raise MachineError(
+                f"no Ray can be started on this machine: {error}; `ingot doctor` looks for what "
+                "stands in its way"
+            ) from error
         raise MachineError(
-            f"cluster.address = {machines.address!r}: Ray cannot be reached or started: {error}"
+            f"cluster.address = {machines.address!r}: Ray cannot be reached: {error}; "
+            f"{why_refused(machines, os.environ)}"
         ) from error
     finally:
         os.chdir(here)
@@ -181,12 +198,30 @@ def _start(machines: ClusterConfig) -> None:
         return
     # Ray would run workers at niceness 15, behind everything else on a machine that may be shared.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    ray.init(
-        num_cpus=max(2, os.cpu_count() or 1),
-        include_dashboard=True,
-        dashboard_host=_LOCAL,
-        _node_ip_address=_LOCAL,  # without it Ray listens on the machine's own address
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=_OBJECT_STORE_BYTES,
-    )
+    if needs_own_token(os.environ):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    with _short_tmpdir():
+        ray.init(
+            address="local",  # never one that RAY_ADDRESS names, or that runs here already
+            num_cpus=max(2, os.cpu_count() or 1),
+            include_dashboard=True,
+            dashboard_host=_LOCAL,
+            _node_ip_address=_LOCAL,  # without it Ray listens on the machine's own address
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_OBJECT_STORE_BYTES,
+        )
+
+
+@contextmanager
+def _short_tmpdir() -> Iterator[None]:
+    """A TMPDIR that leaves room for paths of sockets, for the processes that are started within."""
+    short, asked = tmpdir_for_ray(os.environ), os.environ.get("TMPDIR")
+    if short is None or asked is None:
+        yield
+        return
+    os.environ["TMPDIR"] = short
+    try:
+        yield
+    finally:
+        os.environ["TMPDIR"] = asked

@@ -3,18 +3,19 @@
 import socket
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from cluster.output import Output
 from cluster.session import LOOK_SECONDS, worker_env
 from configs.errors import DeadlineError, IngotError, MachineError
 from configs.parallel import ClusterConfig
 
 Actor = Any
 """A Ray actor handle: its methods exist only at run time, so no type can say more."""
-
+E = TypeVar("E", bound=Exception)
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 5.0
@@ -25,29 +26,40 @@ class WorkerDied(MachineError):
     """A worker process is gone; the group must be rebuilt."""
 
 
+class Worker:
+    """What every actor of a group does first: its words go where its group's do."""
+
+    def __init__(self, output: Output, rank: int) -> None:
+        output.capture(rank)
+        self.rank = rank
+
+    def ready(self) -> int:
+        return self.rank
+
+
 def spawn(
-    actor_class: type[Any],
+    actor_class: type[Worker],
     machines: ClusterConfig,
     count: int,
     *,
-    role: str,
+    output: Output,
     arguments: tuple[Any, ...],
 ) -> list[Actor]:
-    """`count` actors of `actor_class(*arguments, rank)`, each of which answers `ready()`.
+    """`count` actors of `actor_class(*arguments, output, rank)`.
 
     MachineError if they cannot be placed or a constructor raises; DeadlineError if one takes
     longer than `cluster.startup_timeout_seconds` to construct.
     """
-    await_cpus(machines, count, role=role)
+    await_cpus(machines, count, role=output.role)
     remote: Any = ray.remote(actor_class).options(
         num_cpus=machines.cpus_per_worker,
         runtime_env={"env_vars": worker_env(machines)},
         max_restarts=0,
     )
-    actors = [remote.remote(*arguments, rank) for rank in range(count)]
+    actors = [remote.remote(*arguments, output, rank) for rank in range(count)]
     try:
         pending = [actor.ready.remote() for actor in actors]
-        gather(pending, role=role, timeout_seconds=machines.startup_timeout_seconds)
+        gather(pending, output, timeout_seconds=machines.startup_timeout_seconds)
     except MachineError:
         dismiss(actors)
         raise
@@ -72,12 +84,13 @@ def await_cpus(machines: ClusterConfig, count: int, *, role: str) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def gather(refs: Sequence[Any], *, role: str, timeout_seconds: float) -> list[Any]:
+def gather(refs: Sequence[Any], output: Output, *, timeout_seconds: float) -> list[Any]:
     """The results of one call on each worker, in order.
 
     DeadlineError names the workers that did not answer in time; WorkerDied those that are gone;
-    an Ingot error raised in a worker's method is raised here as itself. After the first failure
-    the others, who may be waiting for that worker in a collective, get a few seconds only.
+    an Ingot error raised in a worker's method is raised here as itself. The others bear as a note
+    the end of what the worker printed. After the first failure the other workers, who may be
+    waiting for that one in a collective, get a few seconds only.
     """
     deadline = time.monotonic() + timeout_seconds
     results: dict[int, Any] = {}
@@ -90,17 +103,19 @@ def gather(refs: Sequence[Any], *, role: str, timeout_seconds: float) -> list[An
             try:
                 results[rank] = ray.get(ref)
             except (RayActorError, RayTaskError) as error:
-                failures.append(_failure(error, f"{role} {rank}"))
+                failures.append(_failure(error, output, rank))
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
     if failures:
         # A dead peer makes the others' collectives fail too; it is the one to name.
         failures.sort(key=lambda failure: not isinstance(failure, WorkerDied))
         raise failures[0]
     if waiting:
-        raise DeadlineError(
-            f"{role} {sorted(waiting.values())} did not answer within {timeout_seconds:g} s; look "
-            "at its log in Ray's session folder, or raise cluster.step_timeout_seconds"
+        silent = sorted(waiting.values())
+        late = DeadlineError(
+            f"{output.role} {silent} did not answer within {timeout_seconds:g} s; see what it "
+            f"printed in {output.path(silent[0])}, or raise cluster.step_timeout_seconds"
         )
+        raise with_tail(late, output, silent[0])
     return [results[rank] for rank in range(len(refs))]
 
 
@@ -117,27 +132,29 @@ def free_address(host: str) -> str:
         return f"tcp://{host}:{probe.getsockname()[1]}"
 
 
-def _failure(error: Exception, who: str) -> Exception:
-    match error:
-        case RayActorError():
-            return _death(error, who)
-        case RayTaskError():
-            return _cause(error, who)
+def with_tail(error: E, output: Output, rank: int) -> E:
+    """The error, with the end of what a worker printed as a note."""
+    if tail := output.tail(rank):
+        error.add_note(tail)
     return error
 
 
-def _death(error: RayActorError, who: str) -> MachineError:
-    """A worker whose constructor raised is not dead: building it again would raise again."""
+def _failure(error: RayActorError | RayTaskError, output: Output, rank: int) -> Exception:
+    """What became of a worker, as an error of ours; what it has not printed goes to its file."""
+    who = f"{output.role} {rank}"
+    if isinstance(error, RayTaskError):
+        output.add(rank, str(error))
+        cause = error.cause
+        if isinstance(cause, IngotError):
+            return cause
+        raised = MachineError(f"{who}: {type(cause).__name__}: {cause}")
+        return with_tail(raised, output, rank)
     if error.actor_init_failed:
-        return MachineError(f"{who} could not start: {_lines(error)[-1]}")
-    return WorkerDied(f"{who} died: {_lines(error)[0]}")
-
-
-def _cause(error: RayTaskError, who: str) -> Exception:
-    cause = error.cause
-    if isinstance(cause, IngotError):
-        return cause
-    return MachineError(f"{who}: {type(cause).__name__}: {cause}")
+        # Not a dead one: building it again would raise again. Ray has printed why.
+        unable = MachineError(f"{who} could not start: {_lines(error)[-1]}")
+        return with_tail(unable, output, rank)
+    output.add(rank, f"died: {_lines(error)[0]}")
+    return with_tail(WorkerDied(f"{who} died: {_lines(error)[0]}"), output, rank)
 
 
 def _lines(error: Exception) -> list[str]:

@@ -21,6 +21,7 @@ _VERBS = {
     "status": "pipeline.verbs.inspect",
     "why": "pipeline.verbs.inspect",
     "show": "pipeline.verbs.show",
+    "logs": "pipeline.verbs.logs",
     "runs": "pipeline.verbs.runs",
     "diff": "pipeline.verbs.diff",
     "ui": "pipeline.verbs.ui",
@@ -195,6 +196,12 @@ def _parser() -> argparse.ArgumentParser:
     show = _with_latest(verbs.add_parser("show", help="what an artifact holds"))
     show.add_argument("artifact", metavar="ARTIFACT", help="a node or an artifact's folder")
     show.add_argument("--verify", action="store_true", help="hash every file again")
+    logs = _with_latest(verbs.add_parser("logs", help="what a node's workers print"))
+    logs.add_argument("node", metavar="NODE", help="a node or an artifact's folder")
+    logs.add_argument("--rank", type=int, metavar="N", help="of this worker alone")
+    logs.add_argument(
+        "-f", "--follow", action="store_true", help="go on until the node is built or has failed"
+    )
     runs = _with_latest(verbs.add_parser("runs", help="what was run here, the newest first"))
     runs.add_argument("--limit", type=int, default=20, help="default: %(default)s")
     runs.add_argument("--json", action="store_true", help="print as JSON, with all nodes")

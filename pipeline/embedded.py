@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 from urllib.request import urlopen
 
+from configs.errors import StoreError
 from configs.parallel import TrackingConfig
 from pipeline.places import sqlite_path
 
@@ -45,7 +46,7 @@ def schema_lock(uri: str) -> Iterator[None]:
     lock = path.with_name(f"{path.name}.lock")
     with lock.open("a+") as file:
         deadline = time.monotonic() + LOCK_SECONDS
-        while not _is_taken(file):
+        while not _is_taken(file, lock):
             if time.monotonic() > deadline:
                 file.seek(0)
                 holder = file.read(40).strip() or "another process"
@@ -57,12 +58,17 @@ def schema_lock(uri: str) -> Iterator[None]:
         yield
 
 
-def _is_taken(file: TextIO) -> bool:
-    """Whether the lock is ours now."""
+def _is_taken(file: TextIO, lock: Path) -> bool:
+    """Whether the lock is ours now; StoreError where its file system knows no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise StoreError(
+            f"{lock} cannot be locked ({error.strerror}); set tracking.uri to a server, or to "
+            "sqlite:/// and a path on a local disk"
+        ) from None
     return True
 
 
@@ -106,8 +112,9 @@ def set_environment(config: TrackingConfig) -> None:
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     # It would make every run that is opened the one it names.
     os.environ.pop("MLFLOW_RUN_ID", None)
-    # Each retry, and each table made, would otherwise be a line of its own.
-    for library in ("urllib3.connectionpool", "mlflow", "alembic"):
+    # Each retry, each table made, and a home that holds no cache would otherwise be lines of their
+    # own.
+    for library in ("urllib3.connectionpool", "mlflow", "alembic", "matplotlib"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 

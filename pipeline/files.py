@@ -7,6 +7,7 @@ import uuid
 from pathlib import Path
 from typing import IO
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS})
 
 
@@ -43,6 +44,21 @@ def replace(path: Path, text: str) -> None:
             draft.unlink()
         raise
     sync_folder(path.parent)
+
+
+def says_disk_is_full(error: BaseException) -> bool:
+    """Whether an error, or one behind it, is that of a disk that takes no more.
+
+    Libraries and other processes hand on the system's words alone.
+    """
+    words = [os.strerror(number) for number in _FULL]
+    behind: BaseException | None = error
+    while behind is not None:
+        told = "\n".join([str(behind), *getattr(behind, "__notes__", ())])
+        if getattr(behind, "errno", None) in _FULL or any(one in told for one in words):
+            return True
+        behind = behind.__cause__ or behind.__context__
+    return False
 
 
 def sync_folder(folder: Path) -> None:

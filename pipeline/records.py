@@ -58,6 +58,8 @@ class Failed:
     error: str
     seconds: float
     tracking_id: str | None = None
+    output: str = ""
+    """The end of what the worker that failed had printed; empty if no worker did."""
     outcome: Literal["failed"] = "failed"
 
 

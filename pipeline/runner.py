@@ -7,11 +7,14 @@ the run (the terminal, MLflow) is handed in as a listener.
 """
 
 import os
+import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from configs.errors import IngotError
 from configs.parallel import ClusterConfig, nodes_at_once
@@ -30,6 +33,7 @@ from pipeline.decide import (
     judge,
     settled_inputs,
 )
+from pipeline.files import says_disk_is_full
 from pipeline.graph import Graph, Node, Role, Selection, assign_roles
 from pipeline.listeners import Audience, Listener
 from pipeline.provenance import source_digest
@@ -163,7 +167,8 @@ def _visit(
         return Visited(failed, Lost("failed"), interrupted=True)
     except Exception as error:
         # Nodes that do not depend on this one must still run, whatever was raised.
-        failed = Failed(_explain(error, node, site), time.monotonic() - started)
+        told, seconds = _explain(error, node, site), time.monotonic() - started
+        failed = Failed(told, seconds, output=_output(error))
         return Visited(failed, Lost("failed"))
 
 
@@ -202,6 +207,29 @@ def _explain(error: Exception, node: Node, site: Site) -> str:
         kept = f"traceback in {path}"
     except OSError as refused:
         kept = f"no traceback in {path}: {refused.strerror}"
+    if says_disk_is_full(error):
+        return _disk_full(site.store.root)
     if isinstance(error, IngotError):
         return str(error)
     return f"{type(error).__name__}: {error} ({kept})"
+
+
+def _disk_full(store_root: Path) -> str:
+    """Which disk is full, what is left of the build, and what to do."""
+    folders = (store_root, Path(tempfile.gettempdir()))
+    full = min(folders, key=lambda folder: shutil.disk_usage(folder).free)
+    return (
+        f"no room left on the disk of {full} ({shutil.disk_usage(full).free:,} bytes free); what "
+        "is committed stays, and so do the saves of this build: free some (`ingot clean` deletes "
+        "what newer artifacts replaced), and the same command goes on from them"
+    )
+
+
+def _output(error: BaseException) -> str:
+    """What workers printed before they failed, which errors bear as notes."""
+    notes: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        notes += getattr(cause, "__notes__", ())
+        cause = cause.__cause__
+    return "\n".join(notes)

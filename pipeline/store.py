@@ -29,7 +29,7 @@ from pydantic import ValidationError
 
 from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.parallel import StoreConfig
-from pipeline.files import create_exclusively, sync_folder
+from pipeline.files import create_exclusively, says_disk_is_full, sync_folder
 from pipeline.graph import Node
 from pipeline.lease import Watch, beat, give_up, has_stopped, newest, take
 from pipeline.records import Records
@@ -39,6 +39,7 @@ from stages.manifest import (
     FILES,
     FORMAT,
     LEASE_PREFIX,
+    LOGS,
     MANIFEST,
     FileEntry,
     InputEntry,
@@ -335,7 +336,7 @@ def _tidy(generation: Path, builder: Path) -> None:
         if path != builder:
             shutil.rmtree(path, ignore_errors=True)
     for path in builder.iterdir():
-        if path.name not in (FILES, METRICS):
+        if path.name not in (FILES, METRICS, LOGS):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
     for pattern in (f"{LEASE_PREFIX}*.json", ".*.draft"):
         for path in generation.glob(pattern):
@@ -412,7 +413,8 @@ def _store_errors(path: Path) -> Iterator[None]:
         file = next((one for one in (path, *path.parents) if one.is_file()), path)
         raise StoreError(f"store.url = {path}: {file} is a file; name a folder") from None
     except OSError as error:
+        remedy = "free some of its disk" if says_disk_is_full(error) else "make it writable"
         raise StoreError(
-            f"store.url = {path}: cannot be written ({error.strerror}); make it writable or name "
-            "another folder in store.url"
+            f"store.url = {path}: cannot be written ({error.strerror}); {remedy} or name another "
+            "folder in store.url"
         ) from None

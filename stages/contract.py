@@ -28,7 +28,7 @@ from configs.errors import PlanError
 from configs.parallel import ClusterConfig
 from stages.artifacts import Artifact
 from stages.hashing import Hashes
-from stages.manifest import Lease
+from stages.manifest import LOGS, Lease
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 """What a stage may be called: its name is a folder of the store and a selector."""
@@ -81,6 +81,11 @@ class Workspace:
         identity finds it as one of its `earlier`.
         """
         return Path(self.out).parent.joinpath(*names)
+
+    @property
+    def logs(self) -> Path:
+        """The builder's folder of what workers print, for whoever opens a pool of them."""
+        return self.beside(LOGS)
 
     def resumable(self, *names: str) -> list[Path]:
         """Where resume state of these names may lie: in this build's own folder, then in earlier

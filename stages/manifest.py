@@ -6,6 +6,7 @@
         000001-3f9a61c2/         what one builder wrote, and nobody else
             files/               the artifact itself, all of it listed in the manifest
             metrics.jsonl        the step log
+            logs/                what each worker printed
             resume/              what an interrupted build continues from
 
 The manifest names the builder's folder that counts, and every file with its size and SHA-256; the
@@ -33,6 +34,8 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 FILES = "files"
 """The part of a builder's folder that becomes the artifact."""
+LOGS = "logs"
+"""The part of a builder's folder where workers' output lies, which is no part of the artifact."""
 LEASE_PREFIX = "lease-"
 """Begins the names of leases, whose numbers have six digits and so sort as text."""
 

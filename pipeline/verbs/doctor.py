@@ -7,33 +7,22 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
-from configs.parallel import ClusterConfig, StoreConfig
+from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
 from model.fp8.backends import choose
 from pipeline.embedded import UI_PORT
+from pipeline.machine import Finding, surroundings
+from pipeline.places import sqlite_path, tracking_uri
 from pipeline.provenance import ingot_version
 from pipeline.verbs.ui import is_free
 
 RAY_DASHBOARD_PORT = 8265
 _PACKAGES = ("ray", "mlflow", "pyarrow", "safetensors", "tokenizers")
 _MIN_MEMORY_BYTES = 6_000_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing looked at."""
-
-    what: str
-    seen: str
-    fix: str | None = None
-    """What to do if it is lacking; none if all is well."""
-    needed: bool = False
-    """Whether the line cannot run without it."""
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -54,6 +43,9 @@ def examine() -> Iterator[Finding]:
     yield Finding("python", platform.python_version())
     yield from _machine()
     yield from _accelerators()
+    store = Path.cwd() / StoreConfig().url
+    database = sqlite_path(tracking_uri(TrackingConfig(), store))
+    yield from surroundings(ClusterConfig(), database, os.environ)
     for package in _PACKAGES:
         yield _package(package)
     yield _port("port of ingot ui", UI_PORT, "ingot ui --port N chooses another")

@@ -15,6 +15,8 @@ from configs.errors import IngotError
 from pipeline.decide import Build, Recheck, decide, in_use
 from pipeline.lease import this_process
 from pipeline.loading import load_body
+from pipeline.machine import require_machine
+from pipeline.places import sqlite_path, tracking_uri
 from pipeline.progress import Display, make_console
 from pipeline.provenance import machine_facts
 from pipeline.records import Blocked, Built, Failed, Reused, Run, as_json, new_run_id
@@ -38,6 +40,9 @@ def run(args: argparse.Namespace) -> int:
     store.prepare()
     examiner = Examiner(store, recipe.name)
     judged = decide(graph, chosen, examiner)
+    if any(isinstance(one.decision, Build | Recheck) for one in judged.values()):
+        database = sqlite_path(tracking_uri(recipe.tracking, store.root))
+        require_machine(recipe.cluster, database, display.note)
     # A body that cannot be loaded is told of before anything starts. And large libraries import
     # each other in circles: threads that came into one from two sides would find it half made.
     for node in graph:
@@ -116,6 +121,8 @@ def _conclude(
         match outcome:
             case Failed():
                 print(f"ingot: error: {name}: {outcome.error}", file=sys.stderr)
+                if outcome.output:
+                    print(outcome.output, file=sys.stderr)
             case Blocked(by, reason) if reason:
                 print(
                     f"ingot: error: {name}: made of {by}, which is {reason}; run it again without "

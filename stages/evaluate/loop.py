@@ -204,7 +204,7 @@ def _answer_problems(
     if not exam.prompts:
         return found
     first = next(iter(models))
-    with open_generation(work.machines, models[first].path()) as pool:
+    with open_generation(work.machines, models[first].path(), logs=work.logs) as pool:
         for number, (name, checkpoint) in enumerate(models.items()):
             if number:
                 pool.load(checkpoint.path())

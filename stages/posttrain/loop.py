@@ -125,10 +125,10 @@ def _measure_before(run: Run, samplers: GenerationPool, journal: Journal) -> Non
 
 @contextmanager
 def _pools(run: Run) -> Iterator[tuple[TrainerPool, GenerationPool]]:
-    start, machines = run.base.path(), run.work.machines
+    start, machines, logs = run.base.path(), run.work.machines, run.work.logs
     with (
         ray_for(machines, str(start), workers=machines.trainers + machines.samplers),
-        open_trainers(machines, start, run.trainers) as trainers,
-        open_generation(machines, start, precision=run.numerics) as samplers,
+        open_trainers(machines, start, run.trainers, logs=logs) as trainers,
+        open_generation(machines, start, logs=logs, precision=run.numerics) as samplers,
     ):
         yield trainers, samplers

@@ -11,6 +11,7 @@ import torch
 
 from cluster.checkpoint import consolidate, latest
 from cluster.fit import FitJob, fit
+from cluster.output import Output
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.train import PretrainConfig, PretrainSpec
@@ -115,6 +116,7 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus, base: Checkpoint
         open_log=partial(open_metrics, str(work.beside())),
         may_write=work.lease.check,
         threads=work.machines.threads_per_worker,
+        output=Output(str(work.logs), "trainer"),
         held_out=held_out_text(config, corpus, partial(loss_at, train)),
         vocabulary=vocabulary(corpus.path("tokenizer.json")) if config.model.engram else None,
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cluster.fit import FitJob
+from cluster.output import Output
 from cluster.trainer import LossSpec
 from configs.train import BalanceConfig, OptimConfig
 from model.transformer import Transformer
@@ -118,6 +119,7 @@ def job(builder: Path, loss: LossSpec, **changes: Any) -> FitJob:
         "open_log": partial(open_metrics, str(builder)),
         "may_write": allowed,
         "threads": 1,
+        "output": Output(str(builder / "logs"), "trainer"),
     }
     builder.mkdir(parents=True, exist_ok=True)
     return FitJob(**settings | changes)

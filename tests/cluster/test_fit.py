@@ -165,8 +165,15 @@ def test_what_trying_again_will_not_mend_ends_the_run_with_its_own_error(
 ) -> None:
     once = machines.model_copy(update={"max_restarts": 1})
     settings = {"loss": NextToken()} | changes
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         run(job(tmp_path, **settings), once, tmp_path)
+    if error is MachineError:
+        # Both attempts of the rank that died, and no word of the one that waited for it.
+        note = caught.value.__notes__[0]
+        log = tmp_path / "logs" / "trainer-1.log"
+        assert note.startswith(f"the last lines of {log}:\n")
+        assert note.count(" begins") == 2
+        assert " trainer 1: died: " in note
     # Only what steps and saves wrote is there to resume from: Ray Train's notes lie elsewhere.
     assert {path.name for path in Path(saves(tmp_path)).iterdir()} == set()
     assert (tmp_path / "ray").is_dir()

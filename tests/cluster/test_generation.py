@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cluster.generation import GenerationPool, Sample, Sampling, merge_shards, open_generation
+from cluster.output import Output
 from cluster.workers import WorkerDied
 from configs.errors import DataError, IngotError, MachineError
 from configs.parallel import ClusterConfig
@@ -35,9 +36,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pool(machines: ClusterConfig, checkpoint: Path) -> Iterator[GenerationPool]:
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the samplers' words go."""
+    return tmp_path_factory.mktemp("builder") / "logs"
+
+
+@pytest.fixture(scope="module")
+def pool(machines: ClusterConfig, checkpoint: Path, logs: Path) -> Iterator[GenerationPool]:
     """Two samplers."""
-    with open_generation(machines, checkpoint) as opened:
+    with open_generation(machines, checkpoint, logs=logs) as opened:
         yield opened
 
 
@@ -148,19 +155,20 @@ def test_another_checkpoint_is_loaded_as_version_0_whatever_its_shape(
 
 
 def test_a_sampler_that_holds_another_version_after_an_update_is_an_error(
-    machines: ClusterConfig,
+    machines: ClusterConfig, logs: Path
 ) -> None:
-    deaf = GenerationPool([Answering(16), Answering(17)], machines)
+    output = Output(str(logs), "sampler")
+    deaf = GenerationPool([Answering(16), Answering(17)], machines, output)
     with pytest.raises(MachineError, match=r"hold versions \[16, 17\] after an update to 17"):
         deaf.update_weights(17, [])
-    GenerationPool([Answering(17), Answering(17)], machines).update_weights(17, [])
+    GenerationPool([Answering(17), Answering(17)], machines, output).update_weights(17, [])
 
 
 def test_samplers_compute_in_the_precision_that_trainers_learn_in(
-    machines: ClusterConfig, checkpoint: Path
+    machines: ClusterConfig, checkpoint: Path, tmp_path: Path
 ) -> None:
     one = machines.model_copy(update={"samplers": 1})
-    with open_generation(one, checkpoint, precision="fp8") as rough:
+    with open_generation(one, checkpoint, logs=tmp_path, precision="fp8") as rough:
         found = rough.sample(PROMPTS, SAMPLING, SEEDS)
     exact, expected = (
         decode.sample(
@@ -195,7 +203,7 @@ def test_a_pool_that_finds_no_room_beside_another_says_what_is_short(
     )
     with (
         pytest.raises(MachineError, match=r"2 samplers ask for 2 CPUs and 1 were free after 2 s"),
-        open_generation(greedy, checkpoint),
+        open_generation(greedy, checkpoint, logs=checkpoint),
     ):
         pass
 
@@ -206,7 +214,7 @@ def test_a_pool_too_large_for_the_cluster_says_so(
     large = machines.model_copy(update={"cpus_per_worker": 1.25, "placement_timeout_seconds": 1})
     with (
         pytest.raises(MachineError, match=r"ask for 2\.5 CPUs, the cluster has 2"),
-        open_generation(large, checkpoint),
+        open_generation(large, checkpoint, logs=checkpoint),
     ):
         pass
 
@@ -216,10 +224,15 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_pool(
 ) -> None:
     one = machines.model_copy(update={"samplers": 1})
     with (
-        pytest.raises(MachineError, match=r"sampler 0 could not start: .*config\.json"),
-        open_generation(one, tmp_path),
+        pytest.raises(MachineError, match=r"sampler 0 could not start: .*config\.json") as caught,
+        open_generation(one, tmp_path, logs=tmp_path),
     ):
         pass
+    # The traceback is in the file, and what is at its end in the error.
+    log = (tmp_path / "sampler-0.log").read_text()
+    assert " begins\n" in log
+    assert "in load_pretrained" in log
+    assert log.splitlines()[-1] in caught.value.__notes__[0]
 
 
 def test_a_checkpoint_that_cannot_be_read_is_named_and_the_next_one_loads(
@@ -231,7 +244,8 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_the_next_one_loads(
     assert_drawn_from(random_model(), pool.sample(PROMPTS, SAMPLING, SEEDS), 5, version=0)
 
 
-def test_a_killed_sampler_is_named(pool: GenerationPool) -> None:
+def test_a_killed_sampler_is_named_with_its_last_words(pool: GenerationPool, logs: Path) -> None:
     ray.kill(pool.actors[0])
-    with pytest.raises(WorkerDied, match=r"^sampler 0 died"):
+    with pytest.raises(WorkerDied, match=r"^sampler 0 died") as caught:
         pool.sample(PROMPTS, SAMPLING, SEEDS)
+    assert caught.value.__notes__[0].startswith(f"the last lines of {logs / 'sampler-0.log'}:\n")

@@ -35,9 +35,15 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pool(machines: ClusterConfig, start: Path) -> Iterator[TrainerPool]:
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the trainers' words go."""
+    return tmp_path_factory.mktemp("builder") / "logs"
+
+
+@pytest.fixture(scope="module")
+def pool(machines: ClusterConfig, start: Path, logs: Path) -> Iterator[TrainerPool]:
     """Two trainers."""
-    with open_trainers(machines, start, SPEC) as opened:
+    with open_trainers(machines, start, SPEC, logs=logs) as opened:
         yield opened
 
 
@@ -112,7 +118,9 @@ def test_a_pool_of_one_does_counts_and_says_what_its_trainer_does(
     spec = TrainerSpec(optim=OPTIM, balance=BALANCE, precision="fp8", seed=0, reference=False)
     alone = build_trainer(TINY, optim=OPTIM, balance=BALANCE, precision="fp8", seed=0)
     alone.load_weights(random_model().state_dict())
-    with open_trainers(machines.model_copy(update={"trainers": 1}), start, spec) as one:
+    with open_trainers(
+        machines.model_copy(update={"trainers": 1}), start, spec, logs=tmp_path
+    ) as one:
         assert one.news() == alone.news()
         found = one.forward_backward(batch(1), NextToken(), counting=True)
         assert found == pytest.approx(alone.forward_backward(batch(1), NextToken(), counting=True))
@@ -126,7 +134,7 @@ def test_a_pool_of_one_does_counts_and_says_what_its_trainer_does(
         )
         for step in (8, 9, 10):
             one.save(tmp_path, step=step)
-        assert sorted(tmp_path.iterdir()) == [step_folder(tmp_path, step) for step in (9, 10)]
+        assert sorted(tmp_path.glob("step-*")) == [step_folder(tmp_path, step) for step in (9, 10)]
     # Closed with its block, whoever still holds it: Ray ends what it is told to, in its own time.
     deadline = time.monotonic() + 60
     with pytest.raises(WorkerDied, match=r"^trainer 0 died"):
@@ -134,18 +142,20 @@ def test_a_pool_of_one_does_counts_and_says_what_its_trainer_does(
             one.news()
 
 
-def test_a_killed_trainer_is_named(pool: TrainerPool) -> None:
+def test_a_killed_trainer_is_named_with_its_last_words(pool: TrainerPool, logs: Path) -> None:
     ray.kill(pool.actors[1])
     # A collective of all ranks, which none ends alone: the killed one may still answer by itself.
     for call in (partial(pool.optim_step, RATE), pool.weights):
-        with pytest.raises(WorkerDied, match=r"^trainer 1 died"):
+        with pytest.raises(WorkerDied, match=r"^trainer 1 died") as caught:
             call()
+        (note,) = caught.value.__notes__
+        assert note.startswith(f"the last lines of {logs / 'trainer-1.log'}:\n")
 
 
 def test_a_pool_too_large_for_the_cluster_says_so(machines: ClusterConfig, start: Path) -> None:
     large = machines.model_copy(update={"cpus_per_worker": 1.25})
     with (
         pytest.raises(MachineError, match=r"ask for 2\.5 CPUs, the cluster has 2"),
-        open_trainers(large, start, SPEC),
+        open_trainers(large, start, SPEC, logs=start),
     ):
         pass

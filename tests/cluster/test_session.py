@@ -1,6 +1,8 @@
 """Opening Ray: once, from a folder without Python files, and only if it is large enough."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import ray
 from cluster.session import ensure_ray, worker_env
 from configs.errors import MachineError
 from configs.parallel import ClusterConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_cluster_that_is_too_small_is_refused_with_both_numbers(
@@ -21,7 +25,7 @@ def test_a_cluster_that_is_too_small_is_refused_with_both_numbers(
     assert Path.cwd() == before  # Ray was open already
 
 
-@pytest.mark.parametrize("fault", [ConnectionError, RuntimeError, ValueError])
+@pytest.mark.parametrize("fault", [ConnectionError, RuntimeError, ValueError, Exception])
 def test_a_ray_that_cannot_be_opened_names_its_address(
     fault: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -35,9 +39,23 @@ def test_a_ray_that_cannot_be_opened_names_its_address(
     home = tmp_path / "home"
     home.mkdir()
     machines = ClusterConfig(address="ray.example:6379")
-    with pytest.raises(MachineError, match=r"cluster\.address = 'ray\.example:6379'.*nobody home"):
+    with pytest.raises(
+        MachineError, match=r"cluster\.address = 'ray\.example:6379'.*nobody home.*RAY_AUTH_TOKEN"
+    ):
         ensure_ray(machines, str(home), cpus_needed=1)
     assert Path.cwd() == tmp_path
+    with pytest.raises(MachineError, match=r"^no Ray can be started.*nobody home.*ingot doctor"):
+        ensure_ray(ClusterConfig(), str(home), cpus_needed=1)
+    # Told before anybody is called.
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("called"))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/nowhere")
+    with pytest.raises(MachineError, match=r"^RAY_AUTH_TOKEN_PATH = /nowhere is no file"):
+        ensure_ray(machines, str(home), cpus_needed=1)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    monkeypatch.setenv("RAY_TMPDIR", "/" + "x" * 60)
+    with pytest.raises(MachineError, match=r"^RAY_TMPDIR = /x+ has 61 bytes"):
+        ensure_ray(ClusterConfig(), str(home), cpus_needed=1)
 
 
 def test_a_local_ray_has_two_cpus_at_least_and_listens_on_loopback(
@@ -53,7 +71,32 @@ def test_a_local_ray_has_two_cpus_at_least_and_listens_on_loopback(
     ensure_ray(ClusterConfig(), str(tmp_path), cpus_needed=2)
     assert asked["num_cpus"] == 2
     assert asked["dashboard_host"] == "127.0.0.1"
-    assert "address" not in asked
+    assert asked["address"] == "local"
+
+
+def test_a_local_ray_is_our_own_wherever_the_environment_points(tmp_path: Path) -> None:
+    """With the address of another, no home and a folder too long for sockets, all at once."""
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    script = (
+        "import os, ray\n"
+        "from cluster.session import ensure_ray\n"
+        "from configs.parallel import ClusterConfig\n"
+        f"ensure_ray(ClusterConfig(), {str(tmp_path)!r}, cpus_needed=2)\n"
+        "assert len(os.environ['TMPDIR']) > 60\n"
+        "print(ray.get(ray.remote(os.getenv).remote('TMPDIR'), timeout=60))\n"
+    )
+    surroundings = {"RAY_ADDRESS": "127.0.0.1:9", "HOME": "/proc/nowhere", "TMPDIR": str(long)}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **surroundings},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.stdout == "/tmp\n", done.stderr
+    assert list(long.iterdir()) == []
 
 
 def test_workers_of_a_local_cluster_stay_on_loopback() -> None:

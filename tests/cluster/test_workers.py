@@ -5,27 +5,25 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.workers import WorkerDied, dismiss, free_address, gather, spawn
+from cluster.output import Output
+from cluster.workers import Worker, WorkerDied, dismiss, free_address, gather, spawn
 from configs.errors import DataError, DeadlineError, MachineError
 from configs.parallel import ClusterConfig
 from pipeline.crew import Crew, hire
 
 
-class Toy:
+class Toy(Worker):
     """An actor that does as it is told."""
 
-    def __init__(self, fault: str, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, fault: str, output: Output, rank: int) -> None:
+        super().__init__(output, rank)
         if fault == "constructor" and rank == 1:
             raise DataError("no such thing")
-
-    def ready(self) -> int:
-        """Its rank."""
-        return self.rank
 
     def environment(self, name: str) -> str | None:
         """One variable of its process."""
@@ -40,7 +38,11 @@ class Toy:
                 case "other":
                     raise KeyError("lost")
                 case "die":
+                    print("on stdout, just before")
                     os.kill(os.getpid(), signal.SIGKILL)
+                case "abort":
+                    os.write(2, b"terminate called\n")
+                    os.abort()
                 case "sleep":
                     time.sleep(4)
                 case "wait":
@@ -49,25 +51,31 @@ class Toy:
 
 
 @pytest.fixture
-def toys(machines: ClusterConfig) -> Iterator[list[Any]]:
+def output(tmp_path: Path) -> Output:
+    """Where they write."""
+    return Output(str(tmp_path / "logs"), "toy")
+
+
+@pytest.fixture
+def toys(machines: ClusterConfig, output: Output) -> Iterator[list[Any]]:
     """Two of them."""
-    actors = spawn(Toy, machines, 2, role="toy", arguments=("",))
+    actors = spawn(Toy, machines, 2, output=output, arguments=("",))
     yield actors
     dismiss(actors)
 
 
-def test_results_come_in_order_and_failures_by_name(toys: list[Any]) -> None:
+def test_results_come_in_order_and_failures_by_name(toys: list[Any], output: Output) -> None:
     def ask(who: int, how: str, seconds: float = 60) -> list[Any]:
         refs = [toy.fail.remote(who, how) for toy in toys]
-        return gather(refs, role="toy", timeout_seconds=seconds)
+        return gather(refs, output, timeout_seconds=seconds)
 
     assert ask(-1, "") == [0, 1]
     with pytest.raises(DataError, match=r"^the file is empty$"):
         ask(1, "ingot")
-    with pytest.raises(MachineError, match=r"^toy 1: KeyError: 'lost'$"):
+    with pytest.raises(MachineError, match=r"^toy 1: KeyError: 'lost'\n"):
         ask(1, "other")
     threads = [toy.environment.remote("OMP_NUM_THREADS") for toy in toys]
-    assert gather(threads, role="toy", timeout_seconds=60) == ["1", "1"]
+    assert gather(threads, output, timeout_seconds=60) == ["1", "1"]
     begin = time.monotonic()
     with pytest.raises(DeadlineError, match=r"^toy \[1\] did not answer within 1 s; "):
         ask(1, "sleep", seconds=1)
@@ -75,29 +83,33 @@ def test_results_come_in_order_and_failures_by_name(toys: list[Any]) -> None:
     with pytest.raises(WorkerDied, match=r"^toy 0 died: "):
         ask(0, "die")
     with pytest.raises(WorkerDied, match=r"^toy 0 died: "):
-        gather([toys[0].ready.remote()], role="toy", timeout_seconds=60)
+        gather([toys[0].ready.remote()], output, timeout_seconds=60)
 
 
 def test_a_failure_is_not_hidden_behind_a_worker_that_waits_for_the_failed_one(
-    toys: list[Any],
+    toys: list[Any], output: Output
 ) -> None:
     begin = time.monotonic()
     refs = [toys[0].fail.remote(0, "ingot"), toys[1].fail.remote(1, "wait")]
     with pytest.raises(DataError, match=r"^the file is empty$"):
-        gather(refs, role="toy", timeout_seconds=60)
+        gather(refs, output, timeout_seconds=60)
     assert time.monotonic() - begin < 15
 
 
-def test_a_constructor_that_raises_is_no_dead_worker(machines: ClusterConfig) -> None:
+def test_a_constructor_that_raises_is_no_dead_worker(
+    machines: ClusterConfig, output: Output
+) -> None:
     with pytest.raises(MachineError, match=r"toy 1 could not start: .*no such thing") as caught:
-        spawn(Toy, machines, 2, role="toy", arguments=("constructor",))
+        spawn(Toy, machines, 2, output=output, arguments=("constructor",))
     assert not isinstance(caught.value, WorkerDied)
 
 
-def test_a_group_that_finds_no_place_says_what_is_short(machines: ClusterConfig) -> None:
+def test_a_group_that_finds_no_place_says_what_is_short(
+    machines: ClusterConfig, output: Output
+) -> None:
     greedy = machines.model_copy(update={"cpus_per_worker": 1.5, "placement_timeout_seconds": 3})
     with pytest.raises(MachineError, match=r"2 toys ask for 3 CPUs and 2 were free after 3 s"):
-        spawn(Toy, greedy, 2, role="toy", arguments=("",))
+        spawn(Toy, greedy, 2, output=output, arguments=("",))
 
 
 def test_an_address_is_on_loopback_and_free() -> None:
@@ -108,11 +120,13 @@ def test_an_address_is_on_loopback_and_free() -> None:
         probe.bind((host, int(port)))
 
 
-def test_a_stage_that_waits_on_a_thread_of_its_own_can_be_interrupted(toys: list[Any]) -> None:
+def test_a_stage_that_waits_on_a_thread_of_its_own_can_be_interrupted(
+    toys: list[Any], output: Output
+) -> None:
     def ask() -> str:
         try:
             refs = [toy.fail.remote(1, "wait") for toy in toys]
-            gather(refs, role="toy", timeout_seconds=60)
+            gather(refs, output, timeout_seconds=60)
         except KeyboardInterrupt:
             return "interrupted"
         return "answered"
@@ -123,3 +137,46 @@ def test_a_stage_that_waits_on_a_thread_of_its_own_can_be_interrupted(toys: list
     started = time.monotonic()
     assert crew.stop(20) == {"stage": "interrupted"}
     assert time.monotonic() - started < 5
+
+
+def test_what_workers_print_lies_in_a_file_for_each_and_its_end_in_the_error(
+    machines: ClusterConfig, output: Output
+) -> None:
+    """Also what C++ says as it aborts, whose streams Python knows nothing of."""
+    for how, said in (("abort", "terminate called"), ("die", "on stdout, just before")):
+        actors = spawn(Toy, machines, 2, output=output, arguments=("",))
+        with pytest.raises(WorkerDied) as caught:
+            refs = [toy.fail.remote(1, how) for toy in actors]
+            gather(refs, output, timeout_seconds=60)
+        dismiss(actors)
+        (note,) = caught.value.__notes__
+        assert note.startswith(f"the last lines of {output.path(1)}:\n")
+        assert said in note
+        assert " toy 1: died: " in note.splitlines()[-1]
+    # The second worker of a rank appends, and says when it began.
+    log = output.path(1).read_text()
+    assert log.count(" begins\n") == 2
+    # Python's own report of an abort: where it was.
+    assert 'test_workers.py", line' in log
+    assert "terminate called" not in output.path(0).read_text()
+
+
+def test_an_exception_of_a_worker_leaves_its_traceback(toys: list[Any], output: Output) -> None:
+    with pytest.raises(MachineError, match="KeyError") as caught:
+        gather([toys[0].fail.remote(0, "other")], output, timeout_seconds=60)
+    log = output.path(0).read_text()
+    assert 'raise KeyError("lost")' in log
+    assert "\x1b[" not in log
+    assert "KeyError: 'lost'" in caught.value.__notes__[0]
+    # One of ours says all by itself.
+    with pytest.raises(DataError) as ours:
+        gather([toys[0].fail.remote(0, "ingot")], output, timeout_seconds=60)
+    assert not hasattr(ours.value, "__notes__")
+
+
+def test_a_worker_that_does_not_answer_is_told_of_with_what_it_said(
+    toys: list[Any], output: Output
+) -> None:
+    with pytest.raises(DeadlineError, match=r"see what it printed in .*toy-0\.log") as caught:
+        gather([toys[0].fail.remote(0, "sleep")], output, timeout_seconds=1)
+    assert " begins" in caught.value.__notes__[0]

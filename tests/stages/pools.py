@@ -217,13 +217,13 @@ class LocalPools:
 
     @contextmanager
     def open_trainers(
-        self, machines: ClusterConfig, start: Path, spec: TrainerSpec
+        self, machines: ClusterConfig, start: Path, spec: TrainerSpec, *, logs: Path
     ) -> Iterator[LocalTrainers]:
         yield LocalTrainers(self.book, start, spec)
 
     @contextmanager
     def open_generation(
-        self, machines: ClusterConfig, checkpoint: Path, *, precision: Any = "high"
+        self, machines: ClusterConfig, checkpoint: Path, *, logs: Path, precision: Any = "high"
     ) -> Iterator[LocalSamplers]:
         yield self.samplers(self.book, checkpoint, precision)
 

@@ -239,8 +239,11 @@ class Lab:
         return forward
 
     @contextmanager
-    def open_generation(self, machines: ClusterConfig, path: Path) -> Iterator["Pool"]:
+    def open_generation(
+        self, machines: ClusterConfig, path: Path, *, logs: Path
+    ) -> Iterator["Pool"]:
         assert not self.asked
+        assert logs == self.work.beside("logs")
         pool = Pool(self)
         pool.load(path)
         yield pool
