@@ -6,12 +6,12 @@ import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs.errors import ConfigError, PlanError
 from configs.parallel import StoreConfig
-from configs.reading import load_recipe
+from configs.reading import load_recipe, without_webhooks
 from configs.recipe import Recipe
 from pipeline.graph import Graph, Selection, make_graph, side_by_side
 from pipeline.loading import load_stage
@@ -80,6 +80,8 @@ def load_asked(args: argparse.Namespace) -> Asked:
         seeds = _seeds(args)
         invocation = Invocation(name, _absolute(args.overlays, base), tuple(args.sets), seeds)
     recipe = load_recipe(invocation.recipe, invocation.overlays, invocation.sets)
+    # What is remembered of a command, and printed, holds no secret.
+    invocation = replace(invocation, sets=without_webhooks(invocation.sets))
     asked = Asked(absolute(recipe, base), invocation)
     if args.recipe is None and latest is None:
         print(
