@@ -2,15 +2,19 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from configs.errors import IngotError
+from pipeline.channels import open_channels
 from pipeline.decide import Build, Recheck, decide, in_use
 from pipeline.lease import this_process
 from pipeline.loading import load_body
+from pipeline.notify import Notifier
 from pipeline.progress import Display, make_console
 from pipeline.provenance import machine_facts
 from pipeline.records import Blocked, Built, Failed, Reused, Run, as_json, new_run_id
@@ -27,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Build what is stale. Exit 1 if a node failed or fell short, 130 if stopped by the user."""
     asked = load_asked(args)
     recipe, chosen = asked.recipe, selection(args)
+    channels = open_channels(recipe.notify, Path.cwd(), os.environ)
     display = Display(make_console(stderr=args.json))
     store = asked.store(display.note)
     graph = asked.graph(store.hashes)
@@ -53,14 +58,23 @@ def run(args: argparse.Namespace) -> int:
     tracking = Tracking(
         recipe, record, store_root=store.root, records=store.records, say=display.note
     )
-    setting = Setting(store, examiner, recipe.cluster, [tracking, display])
-    record = realise(graph, chosen, setting, record)
-    record = replace(record, across_seeds=across_seeds(graph, record, store.root))
-    record = tracking.finish(record)
-    store.records.update(replace(record, finished=True))
-    if args.json:
-        print(json.dumps(as_json(record), indent=1))
-    return _conclude(record, asked, tracking, display)
+    notifier = Notifier(
+        recipe.notify,
+        channels,
+        record,
+        command=command("run", asked.invocation),
+        say=display.note,
+    )
+    setting = Setting(store, examiner, recipe.cluster, [tracking, display, notifier])
+    with notifier:
+        record = realise(graph, chosen, setting, record)
+        record = replace(record, across_seeds=across_seeds(graph, record, store.root))
+        record = tracking.finish(record)
+        store.records.update(replace(record, finished=True))
+        notifier.finish(record)
+        if args.json:
+            print(json.dumps(as_json(record), indent=1))
+        return _conclude(record, asked, tracking, display)
 
 
 def _conclude(record: Run, asked: Asked, tracking: Tracking, display: Display) -> int:
