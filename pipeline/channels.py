@@ -28,7 +28,7 @@ from configs.notify import NotifyConfig, check_webhook, variable_of
 from pipeline.messages import Message, one_line
 
 _KILL_SECONDS = 1.0
-_TAIL_BYTES = 4096
+_TAIL_BYTES = 65_536
 
 
 class Channel(Protocol):

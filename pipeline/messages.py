@@ -36,8 +36,8 @@ class Message:
     """By node, as far as the run has come: `built`, `reused`, `failed` or `blocked`."""
     errors: Mapping[str, str]
     """By node: why it failed, or of what it falls short. The run's own error is that of `run`."""
-    figures: Mapping[str, Mapping[str, float | None]]
-    """Key figures by node; none where one is not finite."""
+    figures: Mapping[str, Mapping[str, float]]
+    """Key figures by node, those that are finite: JSON knows no others."""
 
     def as_json(self) -> dict[str, Any]:
         """Its fields by name."""
@@ -134,7 +134,8 @@ def _node_lines(run: Run) -> list[str]:
             case Blocked(by):
                 lines.append(f"{name} blocked by {by}")
             case Built() | Reused():
-                said = [show_figures(one.figures)] if one.figures else []
+                figures = _finite(one.figures)
+                said = [show_figures(figures)] if figures else []
                 short = [f"falls short: {errors[name]}"] if name in errors else []
                 lines.append(f"{name} {one.outcome}: {'; '.join(said + short) or 'no figures'}")
     return lines
@@ -152,5 +153,5 @@ def _errors(run: Run) -> dict[str, str]:
     return found
 
 
-def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+def _finite(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if math.isfinite(value)}

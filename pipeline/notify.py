@@ -78,7 +78,7 @@ class Notifier:
         # Whoever does not want to wait presses Ctrl-C, which the run has no more to do with.
         with suppress(KeyboardInterrupt):
             if error is not None and not self._told:
-                self._tell(self._teller.broke(self._run, self._seconds(), error))
+                self._tell(self._teller.broke, error)
             self._messages.put(None)
             if self._channels:
                 limit = _OWED * len(self._channels) * (self._timeout_seconds + _SPARE_SECONDS)
@@ -108,8 +108,8 @@ class Notifier:
 
     def finish(self, run: Run) -> None:
         """The run is over, and this is its record."""
-        self._told = True
-        self._tell(self._teller.ended(run, self._seconds()))
+        self._told, self._run = True, run
+        self._tell(self._teller.ended)
 
     def _gets_on(self, node: str, at: Mapping[str, int | None]) -> None:
         with self._lock:
@@ -117,12 +117,16 @@ class Notifier:
             self._steps = {**{n: s for n, s in self._steps.items() if n != node}, **at}
             had_stalled, self._stalled = self._stalled, False
         if had_stalled:
-            self._tell(self._teller.goes_on(self._run, self._seconds(), node))
+            self._tell(self._teller.goes_on, node)
 
-    def _seconds(self) -> float:
-        return time.monotonic() - self._began
-
-    def _tell(self, message: Message) -> None:
+    def _tell(self, word: Callable[..., Message], *told: object) -> None:
+        """Have the run, as far as it has come, put into words and told."""
+        try:
+            message = word(self._run, time.monotonic() - self._began, *told)
+        except Exception as error:
+            # What a plugin calls a figure may be none. The run is not to stumble over that.
+            self._warn("notify", f"has no words for the run ({type(error).__name__}: {error})")
+            return
         if message.event in self._on:
             self._messages.put(message)
 
@@ -134,12 +138,11 @@ class Notifier:
                 self._send(channel, message)
 
     def _next(self) -> Message | None:
-        """The next message, which a stall is too; none once the run was left."""
+        """The next message; none once the run was left. Meanwhile, look for a stall."""
         while True:
             with suppress(queue.Empty):
                 return self._messages.get(timeout=self._patience_seconds())
-            if (stall := self._stall()) is not None:
-                return stall
+            self._look_for_stall()
 
     def _patience_seconds(self) -> float:
         """How long to wait for a message before it is time to look whether the run has stalled."""
@@ -148,15 +151,16 @@ class Notifier:
         left = self._heard + self._stall_seconds - time.monotonic()
         return min(max(left, 0.0), _LONGEST_WAIT_SECONDS)
 
-    def _stall(self) -> Message | None:
-        """That the run has stalled, if it has and nobody was told of it."""
+    def _look_for_stall(self) -> None:
+        """Tell that the run has stalled, if it has and nobody was told of it."""
         with self._lock:
             quiet = time.monotonic() - self._heard
             watching = "stall" in self._on and not self._stalled and not self._told
             if not watching or quiet < self._stall_seconds:
-                return None
+                return
             self._stalled = True
-            return self._teller.stalled(self._run, self._seconds(), quiet, self._steps)
+            # Within the lock: that it goes on is told after this.
+            self._tell(self._teller.stalled, quiet, self._steps)
 
     def _send(self, channel: Channel, message: Message) -> None:
         try:

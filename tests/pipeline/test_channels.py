@@ -5,6 +5,7 @@ import os
 import socket
 import stat
 import time
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ MESSAGE = Message(
     seconds=1.0,
     outcomes={"data": "built"},
     errors={"train": "half a pair: \ud800"},
-    figures={"data": {"loss": None}},
+    figures={"data": {"loss": 0.5}},
 )
 
 
@@ -76,10 +77,16 @@ def test_a_program_that_fails_is_named_by_its_last_words(tmp_path: Path) -> None
 @pytest.mark.parametrize("stream", [1, 2])
 def test_a_program_that_writes_much_is_read_and_forgotten(tmp_path: Path, stream: int) -> None:
     body = f"for _ in range(100): os.write({stream}, b'x' * 1_000_000)\nsys.exit(3)"
-    why = tell(tmp_path, body)
+    tracemalloc.start()
+    try:
+        why = tell(tmp_path, body)
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
     assert why is not None
     assert why.startswith("exit code 3")
     assert len(why) < 600
+    assert most_bytes < 5_000_000
 
 
 def test_a_program_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
