@@ -146,17 +146,20 @@ class Notifier:
 
     def _patience_seconds(self) -> float:
         """How long to wait for a message before it is time to look whether the run has stalled."""
-        if "stall" not in self._on or self._stalled or self._told:
+        if not self._may_stall():
             return _LONGEST_WAIT_SECONDS
         left = self._heard + self._stall_seconds - time.monotonic()
         return min(max(left, 0.0), _LONGEST_WAIT_SECONDS)
+
+    def _may_stall(self) -> bool:
+        """Whether a stall, if there were one now, would be told."""
+        return "stall" in self._on and not self._stalled and not self._told
 
     def _look_for_stall(self) -> None:
         """Tell that the run has stalled, if it has and nobody was told of it."""
         with self._lock:
             quiet = time.monotonic() - self._heard
-            watching = "stall" in self._on and not self._stalled and not self._told
-            if not watching or quiet < self._stall_seconds:
+            if not self._may_stall() or quiet < self._stall_seconds:
                 return
             self._stalled = True
             # Within the lock: that it goes on is told after this.

@@ -181,11 +181,11 @@ def test_only_what_was_asked_for_is_told(
 def test_a_stall_is_told_once_and_once_more_when_it_goes_on(world: World) -> None:
     ear = Ear()
     node = world.graph()["train"]
-    with notifier(world, ear, stall_seconds=0.2) as one:
+    with notifier(world, ear, stall_seconds=0.5) as one:
         tracker = one.begin(node, {})
         tracker.log({}, step=3)
         wait_until(lambda: ear.outcomes == ["stalled"], "stall")
-        time.sleep(0.6)
+        time.sleep(1.2)
         assert ear.outcomes == ["stalled"]
         tracker.log({}, step=4)
         wait_until(lambda: len(ear.heard) > 1, "message that it goes on")
@@ -196,7 +196,7 @@ def test_a_stall_is_told_once_and_once_more_when_it_goes_on(world: World) -> Non
     assert ear.outcomes == ["stalled", "goes on", "stalled", "goes on", "succeeded"]
     assert {told.event for told in ear.heard[:4]} == {"stall"}
     first, on, second, again, _ = ear.heard
-    assert "no step and no node done for 0.2 s, building train after step 3" in first.text
+    assert "no step and no node done for 0.5 s, building train after step 3" in first.text
     assert "at train" in on.text
     assert "building train after step 4" in second.text
     assert again.outcomes == {"train": "built"}
@@ -205,7 +205,7 @@ def test_a_stall_is_told_once_and_once_more_when_it_goes_on(world: World) -> Non
 def test_steps_and_nodes_that_come_in_time_are_no_stall(world: World) -> None:
     ear = Ear()
     node = world.graph()["train"]
-    with notifier(world, ear, stall_seconds=0.5) as one:
+    with notifier(world, ear, stall_seconds=1.0) as one:
         for turn in range(3):
             tracker = one.begin(node, {})
             time.sleep(0.2)
@@ -229,7 +229,7 @@ def test_a_node_that_reports_no_step_or_waits_to_begin_stalls_too(world: World) 
 def test_a_stalled_run_that_is_stopped_does_not_go_on(world: World) -> None:
     ear = Ear()
     node = world.graph()["train"]
-    with notifier(world, ear, stall_seconds=0.1) as one:
+    with notifier(world, ear, stall_seconds=0.5) as one:
         one.begin(node, {})
         wait_until(lambda: len(ear.heard) == 1, "stall")
         one.end(node, Failed("interrupted", 1.0), None)
