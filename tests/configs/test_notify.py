@@ -74,7 +74,7 @@ def test_a_table_by_which_nobody_can_be_told_is_one_clear_error(
         (f"notify.webhook=['{ADDRESS}']", "notify.webhook = '...': should be text"),
         (f"notify.webhook={{x='{SECRET}'}}", "notify.webhook = '...': should be text"),
         (f"notify.webhok=hooks/{SECRET}", "notify.webhok = '...': no such field; did you mean"),
-        (f"notfy.webhook=hooks/{SECRET}", "no such field; did you mean 'notify'?"),
+        (f"notifi.webhook=hooks/{SECRET}", "no such field; did you mean 'notify'?"),
         (f"notify={ADDRESS}", "notify = 'https://hooks.slack.com/...': should be a table"),
         (f"notify.webhook=x\n{SECRET}", "--set 'notify.webhook=...': a line break ends a value"),
         (f"notify.webhook {ADDRESS}", "--set 'notify.webhook ...': expected key=value"),
