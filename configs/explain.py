@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from configs.notify import hide_addresses, is_secret
 from configs.schema import Place
 
 _WISHES = {
@@ -28,6 +29,8 @@ _WISHES = {
 _UNQUOTED = frozenset({"bool_type", "int_type", "float_type"})
 """Faults of what TOML writes without quotes."""
 _SHOWN_CHARS = 60
+_SECRET = "..."
+"""Shown in place of what nobody should see."""
 
 
 def explain(error: ValidationError, schema: type[BaseModel], *, origin: str) -> str:
@@ -49,7 +52,7 @@ def _once(faults: Sequence[Any]) -> Iterator[Any]:
 
 def _line(place: Place, fault: Any, above: Place, origin: str) -> str:
     """What is wrong at a place, which lies in the table `above`."""
-    where, found = place.spelling or origin, fault["input"]
+    where, found = place.spelling or origin, _SECRET if is_secret(place.words) else fault["input"]
     match fault["type"]:
         case "extra_forbidden":
             hint = _nearest(place.words[-1], above.fields, otherwise="allowed")
@@ -94,5 +97,5 @@ def _nearest(name: str, known: Sequence[str], *, otherwise: str) -> str:
 
 def _short(value: object) -> str:
     """A value as TOML writes it, as far as that is short."""
-    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    text = str(value).lower() if isinstance(value, bool) else hide_addresses(repr(value))
     return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 3] + "..."

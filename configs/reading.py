@@ -4,7 +4,7 @@ import codecs
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from configs.base import FrozenT
 from configs.errors import ConfigError
 from configs.explain import explain
 from configs.merge import inherit, merge
+from configs.notify import STAND_IN, hide_addresses
 from configs.recipe import Recipe
 
 _STAGES = frozenset({"pretrain", "posttrain", "evaluate", "export"})
@@ -112,17 +113,44 @@ def _decoded(name: str, path: Path) -> str:
         ) from None
 
 
+def without_webhooks(words: Iterable[str]) -> tuple[str, ...]:
+    """Words of a command line as they may be recorded.
+
+    A webhook's address, which is a secret, gives way to the environment variable that is to hold it
+    when the command is given again.
+    """
+    return tuple(map(_without_webhook, words))
+
+
+def _without_webhook(word: str) -> str:
+    option, equals, assignment = word.partition("=") if word.startswith("--") else ("", "", word)
+    try:
+        tree = _parse_set(assignment)
+    except ConfigError:
+        return word
+    table = tree.get("notify")
+    webhook = table.get("webhook") if isinstance(table, Mapping) else None
+    if webhook is None or str(webhook).startswith("$"):
+        return word
+    if list(_path(tomllib.loads(f"{assignment.partition('=')[0]} = 0"))) == ["notify"]:
+        told = {**tree["notify"], "webhook": STAND_IN}
+        value = ", ".join(f"{key} = {json.dumps(told[key], ensure_ascii=False)}" for key in told)
+        return f"{option}{equals}notify={{{value}}}"
+    return f"{option}{equals}notify.webhook={STAND_IN}"
+
+
 def _parse_set(assignment: str) -> dict[str, Any]:
     """The tables that one `a.b=c` means: a value of TOML or, if it is none, text as it stands."""
+    shown = repr(hide_addresses(assignment))
     key, separator, text = (part.strip() for part in assignment.partition("="))
     if not separator or not key:
-        raise ConfigError(f"--set {assignment!r}: expected key=value, as pretrain.steps=200")
+        raise ConfigError(f"--set {shown}: expected key=value, as pretrain.steps=200")
     try:
         path = list(_path(tomllib.loads(f"{key} = 0")))
     except tomllib.TOMLDecodeError:
         raise ConfigError(
-            f"--set {assignment!r}: {key!r} is no field's path; write words joined by single dots, "
-            "as pretrain.steps=200"
+            f"--set {shown}: {hide_addresses(key)!r} is no field's path; write words joined by "
+            "single dots, as pretrain.steps=200"
         ) from None
     try:
         tree = tomllib.loads(f"{key} = {text}")
@@ -130,7 +158,7 @@ def _parse_set(assignment: str) -> dict[str, Any]:
         tree = _nested(path, text)
     if "\n" in text and (tree != _nested(path, _at(tree, path)) or _at(tree, path) == text):
         raise ConfigError(
-            f"--set {assignment!r}: a line break ends a value; give each setting a --set of its "
+            f"--set {shown}: a line break ends a value; give each setting a --set of its "
             "own, and put text that has line breaks into quotes as TOML has them"
         )
     return tree

@@ -10,6 +10,7 @@ from configs.data import ArithmeticSource, DataConfig, DataSection
 from configs.delivery import EvaluateSection, ExportSection
 from configs.model import AnyModelConfig
 from configs.names import NodeName
+from configs.notify import NotifyConfig
 from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
 from configs.parity import ParityConfig
 from configs.rl import PosttrainPhase, PosttrainSection
@@ -53,6 +54,8 @@ class Recipe(Frozen):
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
     store: StoreConfig = StoreConfig()
+    notify: NotifyConfig | None = None
+    """Who is told when a run ends, fails or stalls; nobody without the table."""
     nodes: dict[NodeName, NodeConfig] = Field(default_factory=dict)
 
     @property

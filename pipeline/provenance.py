@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from configs.parallel import ClusterConfig
+from configs.reading import without_webhooks
 from pipeline.places import masked
 from stages.contract import Face
 from stages.manifest import now
@@ -49,7 +50,7 @@ def machine_facts(cluster: ClusterConfig) -> dict[str, Any]:
         "allocator": {name: os.environ[name] for name in ALLOCATOR if name in os.environ},
         "memory_bytes": psutil.virtual_memory().total,
         "cluster": cluster.model_dump(mode="json"),
-        "command": [masked(word) for word in sys.argv[1:]],
+        "command": list(without_webhooks(map(masked, sys.argv[1:]))),
         "time": now(),
     }
 

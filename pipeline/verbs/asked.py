@@ -11,7 +11,7 @@ from pathlib import Path
 
 from configs.errors import ConfigError, PlanError
 from configs.parallel import StoreConfig
-from configs.reading import load_recipe
+from configs.reading import load_recipe, without_webhooks
 from configs.recipe import Recipe
 from pipeline.graph import Graph, Selection, make_graph, side_by_side
 from pipeline.loading import load_stage
@@ -81,8 +81,9 @@ def load_asked(args: argparse.Namespace) -> Asked:
         seeds = _seeds(args)
         invocation = Invocation(name, _absolute(args.overlays, base), tuple(args.sets), seeds)
     recipe = load_recipe(invocation.recipe, invocation.overlays, invocation.sets)
-    # What is remembered of a command, and printed, holds no password.
-    invocation = replace(invocation, sets=tuple(map(masked, invocation.sets)))
+    # What is remembered of a command, and printed, holds no secret.
+    sets = without_webhooks(map(masked, invocation.sets))
+    invocation = replace(invocation, sets=sets)
     asked = Asked(absolute(recipe, base), invocation)
     if args.recipe is None and latest is None:
         print(

@@ -11,13 +11,20 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 from configs.errors import ConfigError
 from configs.recipe import Recipe
 from configs.schema import is_model, members, tag_of
 
-_WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Any: "any"}
+_WORDS = {
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    str: "text",
+    SecretStr: "text",
+    Any: "any",
+}
 _WIDTH = 96
 
 

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import os
 import signal
 import sys
 import time
@@ -12,10 +13,12 @@ from functools import partial
 from pathlib import Path
 
 from configs.errors import IngotError
+from pipeline.channels import open_channels
 from pipeline.decide import Build, Recheck, decide, in_use
 from pipeline.lease import this_process
 from pipeline.loading import load_body
 from pipeline.machine import require_machine
+from pipeline.notify import Notifier
 from pipeline.places import sqlite_path, tracking_uri
 from pipeline.progress import Display, make_console
 from pipeline.provenance import machine_facts
@@ -34,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Build what is stale. Exit 1 if a node failed or fell short, 130 if stopped by the user."""
     asked = load_asked(args)
     recipe, chosen = asked.recipe, selection(args)
+    channels = open_channels(recipe.notify, Path.cwd(), os.environ)
     display = Display(make_console(stderr=args.json))
     store = asked.store(display.note)
     graph = asked.graph(store.hashes)
@@ -68,22 +72,34 @@ def run(args: argparse.Namespace) -> int:
         changed=changed_settings(asked),
     )
     tracking = Tracking(told, store_root=store.root, records=store.records, say=display.note)
-    setting = Setting(store, examiner, recipe.cluster, [tracking, display])
-    record = realise(graph, chosen, setting, record)
-    record = replace(record, across_seeds=across_seeds(graph, record, store.root))
-    write = partial(_write_page, told, store.root, tracking.link)
-    is_new = any(isinstance(one, Built | Failed) for one in record.outcomes.values())
-    record = tracking.finish(record, write if is_new else None)
-    page = tracking.page
-    if is_new and page is None:
-        try:
-            page = write(record)
-        except IngotError as error:
-            display.note(f"warning: {error}")
-    store.records.update(replace(record, finished=True))
-    if args.json:
-        print(json.dumps(as_json(record), indent=1))
-    return _conclude(record, asked, tracking, display, page)
+    notifier = Notifier(recipe.notify, channels, record, command=told.command, say=display.note)
+    setting = Setting(store, examiner, recipe.cluster, [tracking, display, notifier])
+    with notifier:
+        record = realise(graph, chosen, setting, record)
+        record = replace(record, across_seeds=across_seeds(graph, record, store.root))
+        record, page = _finish(record, told, tracking, store.root, display)
+        store.records.update(replace(record, finished=True))
+        notifier.finish(record)
+        if args.json:
+            print(json.dumps(as_json(record), indent=1))
+        return _conclude(record, asked, tracking, display, page)
+
+
+def _finish(
+    record: Run, told: Told, tracking: Tracking, root: Path, display: Display
+) -> tuple[Run, Path | None]:
+    """Have MLflow hold all of the run, and its page written, unless it made nothing new."""
+    if not any(isinstance(one, Built | Failed) for one in record.outcomes.values()):
+        return tracking.finish(record, None), None
+    write = partial(_write_page, told, root, tracking.link)
+    record = tracking.finish(record, write)
+    if tracking.page is not None:
+        return record, tracking.page
+    try:
+        return record, write(record)
+    except IngotError as error:
+        display.note(f"warning: {error}")
+        return record, None
 
 
 def _write_page(told: Told, root: Path, link: Callable[[str], str], record: Run) -> Path:
