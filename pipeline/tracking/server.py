@@ -10,7 +10,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
-from configs.errors import MachineError
+from configs.errors import IngotError, MachineError
 from configs.parallel import TrackingConfig
 from pipeline.embedded import artifact_location, move_in, schema_lock
 from pipeline.landing import EXPERIMENT_NOTE
@@ -89,9 +89,14 @@ def _tell_mlflow(uri: str) -> None:
 
 
 def open_server(server: Server) -> None:
-    """Create or migrate the store, and make the experiment; MachineError if it cannot be read."""
+    """Create or migrate the store, and make the experiment.
+
+    MachineError if it cannot be read, StoreError if it cannot be locked.
+    """
     try:
         server.client()
+    except IngotError:
+        raise
     except Exception as error:  # whatever SQLAlchemy or MLflow makes of a file that is no store
         why = (str(error).splitlines() or [""])[0]
         path = sqlite_path(server.uri)

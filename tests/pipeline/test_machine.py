@@ -11,16 +11,18 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from configs.errors import MachineError, StoreError
-from configs.parallel import ClusterConfig, StoreConfig
+from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
 from configs.reading import load_recipe
 from configs.recipe import Recipe
 from pipeline import cli
 from pipeline.graph import Selection
 from pipeline.machine import Finding, require_machine, surroundings
-from pipeline.places import sqlite_uri
+from pipeline.places import sqlite_uri, tracking_uri
 from pipeline.runner import Setting, realise
 from pipeline.states import Examiner
-from pipeline.tracking import Tracking, make_schema
+from pipeline.tracking.listener import Tracking
+from pipeline.tracking.runs import Told
+from pipeline.tracking.server import Server, open_server
 from pipeline.verbs import asked
 from pipeline.verbs.doctor import examine
 from stages.contract import Planned
@@ -75,7 +77,7 @@ def test_a_file_system_without_locks_is_told_of_where_mlflows_file_is_to_lie(
     assert "file locks" not in found()
     uri = sqlite_uri(tmp_path / "mlflow.db")
     with pytest.raises(StoreError, match=r"mlflow\.db\.lock cannot be locked.*tracking\.uri"):
-        make_schema(uri, tmp_path)
+        open_server(Server(TrackingConfig(), uri, tmp_path, print))
     (tmp_path / "mlflow.db.lock").unlink()
     assert list(tmp_path.iterdir()) == []
 
@@ -90,13 +92,13 @@ def test_a_path_that_addresses_spell_otherwise_holds_a_run_and_all_that_mlflow_s
     recipe = load_recipe("smoke").model_copy(update={"name": RECIPE})
     run = world.begin()
     world.store.prepare()
-    tracking = Tracking(
-        recipe, run, store_root=root, records=world.store.records, say=world.said.append
-    )
+    graph = world.graph()
+    told = Told(recipe, run, list(graph.nodes), "ingot run")
+    tracking = Tracking(told, store_root=root, records=world.store.records, say=world.said.append)
     setting = Setting(world.store, Examiner(world.store, RECIPE), ClusterConfig(), [tracking])
-    run = tracking.finish(realise(world.graph(), Selection(), setting, run))
+    run = tracking.finish(realise(graph, Selection(), setting, run), None)
     assert world.said == []
-    client = MlflowClient(tracking_uri=tracking.uri)
+    client = MlflowClient(tracking_uri=tracking_uri(recipe.tracking, root))
     shown = client.download_artifacts(str(made(run, "judge").tracking_id), "report.json")
     assert "headline" in Path(shown).read_text()
     assert list(root.glob("mlflow-artifacts/*/artifacts/report.json"))
