@@ -93,8 +93,10 @@ def test_a_path_that_addresses_spell_otherwise_holds_a_run_and_all_that_mlflow_s
     run = world.begin()
     world.store.prepare()
     graph = world.graph()
-    told = Told(recipe, run, list(graph.nodes), "ingot run")
-    tracking = Tracking(told, store_root=root, records=world.store.records, say=world.said.append)
+    asked_for = Told(recipe, run, list(graph.nodes), "ingot run")
+    tracking = Tracking(
+        asked_for, store_root=root, records=world.store.records, say=world.said.append
+    )
     setting = Setting(world.store, Examiner(world.store, RECIPE), ClusterConfig(), [tracking])
     run = tracking.finish(realise(graph, Selection(), setting, run), None)
     assert world.said == []
