@@ -154,8 +154,8 @@ def _open(machines: ClusterConfig, home: Path) -> None:
     except Exception as error:  # Ray raises no narrower one where its processes do not come up
         if machines.address is None:
             raise MachineError(
-                f"no Ray can be started on this machine: {error}; `ingot doctor` looks for what "
-                "stands in its way"
+                f"no Ray can be started on this machine: {error}; if it was busy, run the same "
+                "command again, else `ingot doctor` looks for what stands in its way"
             ) from error
         raise MachineError(
             f"cluster.address = {machines.address!r}: Ray cannot be reached: {error}; "

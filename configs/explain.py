@@ -82,7 +82,9 @@ def _untagged(tags: Mapping[str, str], found: object) -> str:
 
 def _wish(kind: str, message: str, found: object) -> str:
     """What should stand in place of what was seen."""
-    wish = _WISHES.get(kind, message[:1].lower() + message[1:])
+    # pydantic calls whatever it looks at an input.
+    plain = message.removeprefix("Input ")
+    wish = _WISHES.get(kind, plain[:1].lower() + plain[1:])
     if kind in _UNQUOTED and isinstance(found, str):
         return f"{wish}, without quotes"
     if kind == "string_type" and not isinstance(found, Mapping | list):

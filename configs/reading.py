@@ -83,6 +83,10 @@ def _read(name: str) -> dict[str, Any]:
         text = _decoded(name, path)
     elif shipped.is_file():
         text = shipped.read_text(encoding="utf-8")
+    elif path.suffix == ".toml":
+        raise ConfigError(f"recipe {name!r}: there is no such file in {Path.cwd()}; name one")
+    elif Path(f"{name}.toml").is_file():
+        raise ConfigError(f"recipe {name!r}: none is shipped; did you mean {name + '.toml'!r}?")
     else:
         near = difflib.get_close_matches(name, shipped_recipes(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"shipped: {', '.join(shipped_recipes())}"

@@ -134,6 +134,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
+        if message.startswith("unrecognized arguments: ") and message.endswith(".toml"):
+            name = message.split()[-1]
+            message += f"; did you mean @{name}, which merges a file over the recipe?"
         self.exit(2, f"ingot: error: {message}; `{self.prog} --help` says what it takes\n")
 
 

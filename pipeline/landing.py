@@ -18,6 +18,8 @@ EXPERIMENT_NOTE = (
     "the line. Nodes that were taken as they were are left out: clear the filter to see them too."
 )
 _LAST_MS = 9_999_999_999_999
+_DURATION = "duration"
+"""MLflow's own name of the column that it always shows."""
 _LETTER_PIXELS, _MARGIN_PIXELS = 6, 30
 _TRAINING = "workflowType=machine_learning"
 """Without it MLflow shows its pages for chats and agents."""
@@ -51,7 +53,7 @@ def view(metrics: Sequence[str]) -> str:
             "datasetsFilter": [],
             "modelVersionFilter": "All Runs",
             "selectedColumns": columns,
-            "columnOrder": columns,
+            "columnOrder": [_DURATION, *columns],
             "columnWidths": {
                 column: _MARGIN_PIXELS + _LETTER_PIXELS * len(name)
                 for column, name in named.items()

@@ -83,8 +83,12 @@ def _unknown(
 ) -> str:
     """That an input comes from what is no node, with the nearest spelling."""
     near = difflib.get_close_matches(supplier, [one for one in wanted if one != name], n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"nodes: {', '.join(wanted)}"
-    return f"{node.said_in or name}: its input {role} is to come from {supplier!r}, no node; {hint}"
+    hint = (
+        f"did you mean {near[0]!r}?"
+        if near
+        else f"leave it out, or name one of {', '.join(wanted)}"
+    )
+    return f"{node.said_in or name}: its input {role} is to come from {supplier!r}, which is no node of this line; {hint}"
 
 
 def _circle(waiting: Mapping[str, Wanted]) -> str:

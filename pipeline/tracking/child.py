@@ -22,9 +22,14 @@ _TAG_CHARS = 5000
 class Child:
     """The tracker of one node: a child run."""
 
-    def __init__(self, worker: Background, create: Callable[[], tuple[MlflowClient, str]]) -> None:
-        """A child that `create` opens when the server can be reached."""
-        self._worker, self._create = worker, create
+    def __init__(
+        self, worker: Background, create: Callable[[int], tuple[MlflowClient, str]]
+    ) -> None:
+        """A child that `create(begun)` opens when the server can be reached.
+
+        `begun` is now, in milliseconds since the epoch: that may be long before.
+        """
+        self._worker, self._create, self._begun = worker, create, now_ms()
         self._client: MlflowClient | None = None
         self.run_id: str | None = None
         self.tags: dict[str, str] = {}
@@ -65,7 +70,8 @@ class Child:
         self._worker.unwatch(self)
         self._worker.submit(self.sample)
         self._set_tag(OUTCOME, outcome)
-        self._worker.submit(lambda: self._end(status), owed=True)
+        moment = now_ms()
+        self._worker.submit(lambda: self._end(status, moment), owed=True)
 
     def fail(self, error: str, status: str) -> None:
         """Keep the reason, then end the run."""
@@ -86,7 +92,7 @@ class Child:
 
     def _open(self) -> MlflowClient:
         if self._client is None:
-            self._client, self.run_id = self._create()
+            self._client, self.run_id = self._create(self._begun)
         return self._client
 
     def sample(self) -> None:
@@ -108,9 +114,9 @@ class Child:
             client.log_batch(run_id, metrics=batch)
             del self._pending[: len(batch)]
 
-    def _end(self, status: str) -> None:
+    def _end(self, status: str, moment: int) -> None:
         self.send()
-        self._open().set_terminated(self.id(), status)
+        self._open().set_terminated(self.id(), status, end_time=moment)
 
 
 class _Monitor(Protocol):

@@ -72,7 +72,7 @@ class Tracking:
 
     def begin(self, node: Node, inputs: Mapping[str, Committed]) -> Child:
         """Open the child run of a node that is being built."""
-        child = Child(self._worker, lambda: self._runs.create_child(node, inputs, {}))
+        child = Child(self._worker, partial(self._runs.create_child, node, inputs, {}))
         self._children[node.name] = child
         child.open()
         return child
@@ -93,7 +93,7 @@ class Tracking:
                 if node.name in self._children:
                     # Begun here, and then taken from a builder that was quicker.
                     self._children[node.name].fail("another builder was quicker", "KILLED")
-                child = Child(self._worker, lambda: self._runs.create_reused(node, outcome))
+                child = Child(self._worker, partial(self._runs.create_reused, node, outcome))
                 self._children[node.name] = child
                 child.open()
                 child.close("reused", "FINISHED")

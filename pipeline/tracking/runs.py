@@ -97,9 +97,16 @@ class Runs:
                 client.set_terminated(run.info.run_id, "KILLED")
 
     def create_child(
-        self, node: Node, inputs: Mapping[str, Committed], tags: Mapping[str, str]
+        self,
+        node: Node,
+        inputs: Mapping[str, Committed],
+        tags: Mapping[str, str],
+        begun: int,
     ) -> tuple[MlflowClient, str]:
-        """A child run of the node, with its settings and the data that it is made of."""
+        """A child run of the node, with its settings and the data that it is made of.
+
+        `begun` is when the node was, in milliseconds since the epoch.
+        """
         parent, client = self.parent_id(), self._server.client()
         stage = node.planned.stage
         if node.seed is not None:
@@ -108,6 +115,7 @@ class Runs:
         run = client.create_run(
             self._server.experiment_id,
             run_name=node.name,
+            start_time=begun,
             tags=_cleaned(
                 {
                     **self._tags(place, "building"),
@@ -126,7 +134,7 @@ class Runs:
             client.log_inputs(run_id, [_dataset(one, stage.name) for one in data])
         return client, run_id
 
-    def create_reused(self, node: Node, outcome: Reused) -> tuple[MlflowClient, str]:
+    def create_reused(self, node: Node, outcome: Reused, begun: int) -> tuple[MlflowClient, str]:
         """A child run that says where the node was built."""
         built = self.built_in(node.name, outcome)
         page = None if built is None else self.page(built)
@@ -139,7 +147,7 @@ class Runs:
             tags["ingot.built_by_run"] = outcome.built_by
         if built is not None:
             tags["ingot.built_by"] = built
-        return self.create_child(node, {}, tags)
+        return self.create_child(node, {}, tags, begun)
 
     def built_in(self, node: str, outcome: Reused) -> str | None:
         """The MLflow run of the build that is reused, if that run's record knows it."""

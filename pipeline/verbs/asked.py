@@ -157,7 +157,8 @@ def locate(store: Store, recipe: str, target: str) -> Path:
     if target in latest:
         return latest[target]
     near = difflib.get_close_matches(target, latest, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"built: {', '.join(latest) or 'nothing yet'}"
+    some = f"built: {', '.join(latest)}" if latest else f"build it first: ingot run {recipe}"
+    hint = f"did you mean {near[0]!r}?" if near else some
     if others := sorted({name for name, node in artifacts if node == target}):
         hint = f"--recipe {others[0]} has one"
     raise PlanError(

@@ -45,10 +45,10 @@ def test_a_webhook_is_an_address_or_names_the_variable_that_holds_it() -> None:
         (['notify.command=[""]'], "notify.command: [''] names no program; give a program"),
         (['notify.command=["a\\u0000"]'], "names no program"),
         (["notify.command=mail me"], "notify.command = 'mail me': should be a list"),
-        ([COMMAND, "notify.stall_seconds=-1"], "notify.stall_seconds = -1: input should be gr"),
-        ([COMMAND, "notify.timeout_seconds=0"], "notify.timeout_seconds = 0: input should be gr"),
+        ([COMMAND, "notify.stall_seconds=-1"], "notify.stall_seconds = -1: should be gr"),
+        ([COMMAND, "notify.timeout_seconds=0"], "notify.timeout_seconds = 0: should be gr"),
         ([COMMAND, "notify.timeout_seconds=601"], "notify.timeout_seconds = 601: input should"),
-        ([COMMAND, 'notify.on=["ends"]'], "notify.on.0 = 'ends': input should be 'end', 'failure'"),
+        ([COMMAND, 'notify.on=["ends"]'], "notify.on.0 = 'ends': should be 'end', 'failure'"),
     ],
 )
 def test_a_table_by_which_nobody_can_be_told_is_one_clear_error(

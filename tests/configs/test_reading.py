@@ -81,7 +81,7 @@ def test_a_key_may_be_quoted() -> None:
         ("name=[1]", "name = [1]: should be text"),
         ("evaluate.pass_at=1", "evaluate.pass_at = 1: should be a list, as [0, 1]"),
         ('evaluate.pass_at=["1"]', "should be a whole number, without quotes"),
-        ("pretrain.optim.moments='FP8'", "'FP8': input should be 'bfloat16' or 'float32'"),
+        ("pretrain.optim.moments='FP8'", "'FP8': should be 'bfloat16' or 'float32'"),
     ],
 )
 def test_nothing_is_converted(setting: str, wish: str) -> None:

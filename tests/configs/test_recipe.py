@@ -178,7 +178,7 @@ def test_a_misspelt_field_of_any_family_is_named_as_the_recipe_spells_it(
     assert "model.rope_scaling.facto = 8.0: no such field; did you mean 'factor'?" in said
     assert "model.engram.layer_id = [1]: no such field; did you mean 'layer_ids'?" in said
     said = message(own, "model.vocab_size=0", "model.qk_rope_head_dim=a")
-    assert "model.vocab_size = 0: input should be greater than 0" in said
+    assert "model.vocab_size = 0: should be greater than 0" in said
     assert "model.qk_rope_head_dim = 'a': should be a whole number" in said
     said = message(own, "model.qk_rope_head_dim=7")
     assert "model: qk_rope_head_dim = 7 is odd" in said
@@ -223,7 +223,7 @@ def test_a_model_that_would_never_train_as_sparse_as_it_is_used_is_refused(
 def test_every_fault_is_told_at_once(recipe: str) -> None:
     said = message(recipe, "pretrain.steps=many", "posttrain.group_size=1", "modell.x=1")
     assert "pretrain.steps = 'many': should be a whole number" in said
-    assert "posttrain.group_size = 1: input should be greater than or equal to 2" in said
+    assert "posttrain.group_size = 1: should be greater than or equal to 2" in said
     assert "did you mean 'model'?" in said
 
 
@@ -246,7 +246,7 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         ("pretrain.warmup_steps=100", "warmup_steps = 100 leaves nothing of steps = 100"),
         ("evaluate.pass_at=[1, 16]", "pass@16"),
         ("evaluate.pass_at=[]", "evaluate.pass_at = []: should have at least 1 item"),
-        ("data.sources.sums.share=-0.5", "share = -0.5: input should be greater than or equal"),
+        ("data.sources.sums.share=-0.5", "share = -0.5: should be greater than or equal"),
         ("data.sources.sums.type=sum", "sums.type = 'sum': unknown; known: stdlib, arithmetic, "),
         ("data.sources.more={share=0.5}", "data.sources.more.type: missing; known: stdlib, "),
         (
@@ -281,7 +281,7 @@ def test_the_impossible_is_refused_before_anything_starts(
 
 def test_a_fault_within_a_list_is_not_told_as_the_lists_own(recipe: str) -> None:
     said = message(recipe, "parity.seeds=[-1]")
-    assert "parity.seeds.0 = -1: input should be greater" in said
+    assert "parity.seeds.0 = -1: should be greater" in said
     assert "at least 1 item" not in said
 
 
@@ -317,10 +317,19 @@ def test_broken_toml_names_the_file_and_the_place(tmp_path: Path) -> None:
     assert "broken.toml': not valid TOML" in message(str(path))
 
 
-def test_an_unknown_recipe_lists_what_is_shipped(tmp_path: Path) -> None:
-    said = message(str(tmp_path / "nowhere.toml"))
+def test_an_unknown_recipe_lists_what_is_shipped() -> None:
+    said = message("nowhere")
     assert "neither a .toml file nor a shipped recipe" in said
     assert all(name in said for name in shipped_recipes())
+
+
+def test_a_file_that_is_not_there_is_named_and_one_that_is_is_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "nowhere.toml': there is no such file in" in message(str(tmp_path / "nowhere.toml"))
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").touch()
+    assert "did you mean 'mine.toml'?" in message("mine")
 
 
 def test_loading_changes_none_of_its_inputs(recipe: str) -> None:

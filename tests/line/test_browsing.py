@@ -76,8 +76,9 @@ def base(link: str) -> str:
 def node_run(link: str, node: str) -> str:
     """The id of the run that shows a node."""
     client = MlflowClient(base(link), registry_uri=base(link))
-    (found,) = client.search_runs(["1"], f"tags.`ingot.node` = '{node}'")
-    return str(found.info.run_id)
+    asked = f"tags.`ingot.node` = '{node}' AND tags.`ingot.outcome` = 'built'"
+    (latest, *_) = client.search_runs(["1"], asked)
+    return str(latest.info.run_id)
 
 
 @needs_browser

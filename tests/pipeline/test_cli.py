@@ -159,7 +159,9 @@ def test_a_report_that_falls_short_is_one_line_on_stderr_and_exit_1_also_when_re
         ),
         (["run", "smoke", "--set", "store.url=over.toml/x"], 1, "over.toml is a file"),
         (["why", "nothing", "--recipe", "smoke"], 2, "neither a node nor a stage"),
-        (["show", "data", "--recipe", "smoke"], 2, "nothing yet"),
+        (["show", "data", "--recipe", "smoke"], 2, "build it first: ingot run smoke"),
+        (["plan", "smoke", "a.toml"], 2, "did you mean @a.toml, which"),
+        (["plan", "absent.toml"], 2, "there is no such file in "),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(

@@ -230,12 +230,12 @@ def test_a_gate_stands_between_the_report_and_the_bundles(shaped: Path) -> None:
         ),
         (
             '[pretrain.phases.a]\n[pretrain.phases.b]\nafter = "c"\n',
-            "pretrain.phases.b: its input base is to come from 'c', no node",
+            "pretrain.phases.b: its input base is to come from 'c', which is no node of this line",
         ),
         (
             '[evaluate]\nmodels = { a = "pretrian" }\n',
-            "evaluate.models: its input a is to come from 'pretrian', no node; did you mean "
-            "'pretrain'?",
+            "evaluate.models: its input a is to come from 'pretrian', which is no node of "
+            "this line; did you mean 'pretrain'?",
         ),
         (
             '[evaluate]\nmodels = { corpus = "pretrain" }\n',

@@ -339,7 +339,7 @@ def test_a_step_logged_twice_is_sent_once() -> None:
         def submit(self, job: object) -> None:
             """Nothing runs."""
 
-    one = Child(Still(), lambda: pytest.fail("not opened"))  # type: ignore[arg-type]
+    one = Child(Still(), lambda begun: pytest.fail("not opened"))  # type: ignore[arg-type]
     one.log({"loss": 1.0, "flag": True, "text": "x"}, step=1)
     one.log({"loss": 2.0}, step=1)
     assert [(m.key, m.value, m.step) for m in one._pending] == [("curves/loss", 1.0, 1)]

@@ -113,6 +113,25 @@ def test_a_run_says_what_it_reused_from_where_and_how_to_repeat_it(world: World)
         )
 
 
+def test_a_node_is_shown_to_take_as_long_as_it_took(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However late MLflow was told of it."""
+    real = Server.client
+
+    def late(server: Server) -> MlflowClient:
+        if not server.is_open:
+            time.sleep(2)
+        return real(server)
+
+    monkeypatch.setattr(Server, "client", late)
+    run, _ = tracked(world, CONFIG, every={"seconds": 0.3})
+    client = MlflowClient(tracking_uri(CONFIG, world.store.root))
+    for node in run.outcomes:
+        info = child(client, run, node).info
+        assert 300 <= info.end_time - info.start_time < 1500
+
+
 def test_no_figure_repeats_the_last_value_of_a_curve(world: World) -> None:
     run, _ = tracked(world, CONFIG)
     client = MlflowClient(tracking_uri(CONFIG, world.store.root))
