@@ -88,7 +88,8 @@ def _unknown(
         if near
         else f"leave it out, or name one of {', '.join(wanted)}"
     )
-    return f"{node.said_in or name}: its input {role} is to come from {supplier!r}, which is no node of this line; {hint}"
+    where = f"{node.said_in or name}: its input {role}"
+    return f"{where} is to come from {supplier!r}, which is no node of this line; {hint}"
 
 
 def _circle(waiting: Mapping[str, Wanted]) -> str:
