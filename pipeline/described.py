@@ -96,7 +96,7 @@ def version(
         parts.append(
             "Load it (`pip install mlflow transformers torch`):\n\n"
             f'```python\nimport mlflow\n\nmodel = mlflow.pyfunc.load_model("{uri}")\n'
-            'print(model.predict(["37+45="]))\n```\n\n'
+            'print(model.predict(["37+45="], params={"do_sample": False}))\n```\n\n'
             f"or serve it: `mlflow models serve -m {uri} --env-manager local`."
         )
     else:

@@ -1,12 +1,14 @@
 """A headless Chromium for tests, driven over its debugging pipe."""
 
 import base64
+import fcntl
 import itertools
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,10 @@ from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 _ANSWER_SECONDS = 60.0
+_PLACE = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); "
+    "os.execv(sys.argv[3], sys.argv[3:])"
+)
 
 
 class Browser:
@@ -118,17 +124,17 @@ def open_browser(profile: Path) -> Iterator[Browser]:
     ours_in, theirs_out = os.pipe()
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
     command += ["--remote-debugging-pipe", f"--user-data-dir={profile}", "--disable-dev-shm-usage"]
-    # Chromium reads from descriptor 3 and writes to descriptor 4.
-    place = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
+    # Chromium reads from descriptor 3 and writes to descriptor 4: neither may be one of these.
+    theirs = [fcntl.fcntl(one, fcntl.F_DUPFD, 10) for one in (theirs_in, theirs_out)]
     process = subprocess.Popen(
-        ["sh", "-c", place, "sh", *command],
-        pass_fds=(theirs_in, theirs_out),
+        [sys.executable, "-c", _PLACE, *map(str, theirs), *command],
+        pass_fds=theirs,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    os.close(theirs_in)
-    os.close(theirs_out)
+    for one in (theirs_in, theirs_out, *theirs):
+        os.close(one)
     try:
         yield Browser(ours_out, ours_in)
     finally:

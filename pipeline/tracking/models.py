@@ -13,7 +13,7 @@ import mlflow
 from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from pipeline import described
 from pipeline.graph import Node
@@ -25,6 +25,8 @@ MOST_BYTES = 100_000_000
 """A model up to this is copied to MLflow, so that whoever reaches it there can load it."""
 ARTIFACT_TAG, CONTENT_TAG = "ingot.artifact", "ingot.content"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_TOKENS = 256
+"""As long as transformers lets an answer become if nobody says otherwise."""
 _TRANSFORMERS = "5.23.0"
 """What the files were compared with, where it is not installed."""
 
@@ -165,7 +167,8 @@ def write_flavor(weights: Path, folder: Path, *, model_id: str | None = None) ->
     needs = [f"transformers=={version}", f"torch=={(_installed('torch') or '').partition('+')[0]}"]
     (folder / "requirements.txt").write_text("\n".join([*needs, "accelerate"]) + "\n")
     text = Schema([ColSpec(DataType.string)])
-    model = Model(model_id=model_id, signature=ModelSignature(inputs=text, outputs=text))
+    signature = ModelSignature(inputs=text, outputs=text, params=_parameters(weights))
+    model = Model(model_id=model_id, signature=signature)
     model.add_flavor(
         "transformers",
         task="text-generation",
@@ -180,6 +183,18 @@ def write_flavor(weights: Path, folder: Path, *, model_id: str | None = None) ->
     )
     model.add_flavor("python_function", loader_module="mlflow.transformers", env={})
     model.save(str(folder / "MLmodel"))
+
+
+def _parameters(weights: Path) -> ParamSchema:
+    """What a call may say beside the prompt; what it leaves out is as the model's files have it."""
+    path = weights / "generation_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    return ParamSchema(
+        [
+            ParamSpec("do_sample", DataType.boolean, bool(config.get("do_sample", False))),
+            ParamSpec("max_new_tokens", DataType.long, int(config.get("max_new_tokens", _TOKENS))),
+        ]
+    )
 
 
 def _installed(library: str) -> str | None:

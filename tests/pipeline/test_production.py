@@ -113,8 +113,8 @@ def test_a_recipes_own_nodes_join_in_any_order() -> None:
         (
             added("train", {"corpus": "dat"}),
             PlanError,
-            "nodes.mine: its input corpus is to come from 'dat', which is no node of this line; did "
-            "you mean 'data'?",
+            "nodes.mine: its input corpus is to come from 'dat', which is no node of this line; "
+            "did you mean 'data'?",
         ),
         (
             added("train", {"corpus": "pretrain"}),
