@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import TextIO
+from urllib.parse import unquote, urlsplit
 from urllib.request import urlopen
 
 from configs.errors import StoreError
@@ -102,6 +103,13 @@ def move_in(uri: str, store_root: Path) -> None:
                         f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
                         (here, len(there) + 1, there, len(there) + 1, f"{there}/"),
                     )
+            if "model_versions" in found:
+                # Its words say where the files of a bundle lie.
+                old = unquote(urlsplit(there).path).removesuffix(f"/{_ARTIFACTS}")
+                database.execute(
+                    "UPDATE model_versions SET description = replace(description, ?, ?)",
+                    (f"{old}/", f"{store_root}/"),
+                )
 
 
 def set_environment(config: TrackingConfig) -> None:

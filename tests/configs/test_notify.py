@@ -47,7 +47,7 @@ def test_a_webhook_is_an_address_or_names_the_variable_that_holds_it() -> None:
         (["notify.command=mail me"], "notify.command = 'mail me': should be a list"),
         ([COMMAND, "notify.stall_seconds=-1"], "notify.stall_seconds = -1: should be gr"),
         ([COMMAND, "notify.timeout_seconds=0"], "notify.timeout_seconds = 0: should be gr"),
-        ([COMMAND, "notify.timeout_seconds=601"], "notify.timeout_seconds = 601: input should"),
+        ([COMMAND, "notify.timeout_seconds=601"], "notify.timeout_seconds = 601: should"),
         ([COMMAND, 'notify.on=["ends"]'], "notify.on.0 = 'ends': should be 'end', 'failure'"),
     ],
 )

@@ -118,7 +118,7 @@ def test_reports_and_tables_are_rendered(link: str, browser: Browser) -> None:
     browser.go(f"{page}/report.md?workflowType=machine_learning")
     text = browser.until_text("Evaluation", "bits per byte, all held-out text")
     assert "<code>" not in text
-    assert browser.ask("document.querySelectorAll('table').length") > 1
+    browser.until("document.querySelectorAll('table, [role=table]').length > 1")
     browser.go(f"{page}/tables/answers.json?workflowType=machine_learning")
     text = browser.until_text("prompt", "right answer", "reward")
     assert '"columns"' not in text

@@ -160,7 +160,6 @@ def test_a_report_that_falls_short_is_one_line_on_stderr_and_exit_1_also_when_re
         (["run", "smoke", "--set", "store.url=over.toml/x"], 1, "over.toml is a file"),
         (["why", "nothing", "--recipe", "smoke"], 2, "neither a node nor a stage"),
         (["show", "data", "--recipe", "smoke"], 2, "build it first: ingot run smoke"),
-        (["plan", "smoke", "a.toml"], 2, "did you mean @a.toml, which"),
         (["plan", "absent.toml"], 2, "there is no such file in "),
     ],
 )
@@ -426,7 +425,7 @@ def test_a_server_ends_with_the_command_that_started_it(
         "import sys, pathlib\n"
         "from pipeline.embedded import serve\n"
         f"sys.executable = {str(server)!r}\n"
-        f"sys.exit(serve('sqlite:///x', pathlib.Path({str(tmp_path)!r}), 5999))"
+        f"sys.exit(serve('sqlite:///x', pathlib.Path({str(tmp_path)!r}), 5999, ready='up'))"
     )
     command = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     pid = tmp_path / "pid"
@@ -448,6 +447,13 @@ from tests.pipeline.fakes import make_line
 asked.production = lambda recipe: make_line(train={"seconds": 60})
 sys.exit(cli.main(["run", "smoke", "@over.toml"]))
 """
+
+
+def test_an_overlay_without_its_sign_is_told_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "smoke", "a.toml"])
+    assert ended.value.code == 2
+    assert "did you mean @a.toml, which merges a file over the recipe?" in capsys.readouterr().err
 
 
 def test_a_run_that_a_scheduler_ends_is_one_that_the_user_stopped(line: Path) -> None:

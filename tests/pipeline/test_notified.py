@@ -184,7 +184,7 @@ def test_a_webhook_is_in_no_file_and_no_output_of_a_run(
     # What went wrong is in both, so that these files were read.
     assert holding(line, "train was told to fail") != []
     if how == "set":
-        assert "MLflow: " in told.out
+        assert "MLflow, this run: " in told.out
         assert "mlflow.db" in holding(line / ".ingot", "notify.webhook")
         assert len(list((line / ".ingot").rglob("recipe.json"))) == 2
     if how != "overlay":

@@ -450,12 +450,12 @@ def test_mlflow_has_one_parent_with_every_seeds_nodes_and_what_they_came_to(
 
     values = [0.75, 0.75 + 2 / 64]
     metrics = parent.data.metrics
-    assert metrics["judge.after_pass_at_1.mean"] == pytest.approx(statistics.mean(values))
-    assert metrics["judge.after_pass_at_1.spread"] == pytest.approx(statistics.stdev(values))
-    assert metrics["judge.after_pass_at_1.seeds"] == 2
+    assert metrics["seeds/judge.after_pass_at_1.mean"] == pytest.approx(statistics.mean(values))
+    assert metrics["seeds/judge.after_pass_at_1.spread"] == pytest.approx(statistics.stdev(values))
+    assert metrics["seeds/judge.after_pass_at_1.count"] == 2
     # One seed's figure is not that of the run.
-    assert "after_pass_at_1" not in metrics
-    assert children["judge.seed-2"].data.metrics["after_pass_at_1"] == values[1]
+    assert not [name for name in metrics if name.endswith("/after_pass_at_1")]
+    assert children["judge.seed-2"].data.metrics["figures/after_pass_at_1"] == values[1]
 
     table = client.load_table(experiment, "seeds.json", [parent.info.run_id])
     (row,) = table[table["figure"] == "after_pass_at_1"].to_dict("records")
