@@ -33,6 +33,12 @@ _SECRET = "..."
 """Shown in place of what nobody should see."""
 
 
+def first_fault(error: ValidationError) -> str:
+    """Where the first fault of a file of ours lies, and what it is: `run.id: should be text`."""
+    fault = error.errors()[0]
+    return f"{'.'.join(map(str, fault['loc'])) or 'the whole'}: {fault['msg']}"
+
+
 def explain(error: ValidationError, schema: type[BaseModel], *, origin: str) -> str:
     """All that `schema` finds wrong with what was read from `origin`."""
     top, faults = Place.top(schema), error.errors()

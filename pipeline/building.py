@@ -15,6 +15,9 @@ from pipeline.records import Built, Reused
 from pipeline.store import Committed, Slot, Store
 from stages.contract import Workspace
 
+RESUMED = "resumed_from"
+"""The tag of a build that goes on from an interrupted one: the folder of that one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -79,6 +82,7 @@ def _fill(slot: Slot, node: Node, inputs: Mapping[str, Committed], site: Site) -
     tracker = site.audience.begin(node, inputs)
     if slot.earlier:
         tracker.note(f"{node.name}: continues the interrupted build in {slot.earlier[0]}")
+        tracker.tag(RESUMED, str(slot.earlier[0]))
     work = Workspace(
         out=str(slot.files),
         machines=site.machines,

@@ -68,12 +68,21 @@ def reused(artifact: str, built_by: str | None) -> str:
     return f"Taken as it was: `{artifact}`{where}."
 
 
-def built(node: str, artifact: str, size: int, figures: Mapping[str, float], parent: str) -> str:
-    """What is said of a node that was built."""
+def built(
+    node: str,
+    artifact: str,
+    size: int,
+    figures: Mapping[str, float],
+    parent: str,
+    resumed: str | None,
+) -> str:
+    """What is said of a node that was built; `resumed` is the build that it went on from."""
+    went_on = f"\n\nIt went on from the interrupted build in `{resumed}`." if resumed else ""
     shown = f" {_escape(show_figures(figures))}." if figures else ""
     return (
         f"**{_escape(node)}** of [this run]({parent}):{shown}\n\n"
         f"Artifact `{artifact}`, {show_bytes(size)}. `ingot show {node}` tells more."
+        f"{went_on}"
     )
 
 
@@ -94,7 +103,7 @@ def version(
     parts = [f"The bundle for **{alias}**: {links}.", f"Its files lie in `{folder}`."]
     if loads:
         parts.append(
-            "Load it (`pip install mlflow transformers torch`):\n\n"
+            "Load it (`pip install mlflow transformers torch accelerate`):\n\n"
             f'```python\nimport mlflow\n\nmodel = mlflow.pyfunc.load_model("{uri}")\n'
             'print(model.predict(["37+45="], params={"do_sample": False}))\n```\n\n'
             f"or serve it: `mlflow models serve -m {uri} --env-manager local`."

@@ -133,13 +133,13 @@ def serve(uri: str, store_root: Path, port: int, *, ready: str) -> int:
     """
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        uri,
-        "--artifacts-destination",
-        artifact_location(store_root),
-    ]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command += ["--artifacts-destination", artifact_location(store_root)]
+    environment = {
+        **os.environ,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        # Not on the command line, which everybody on the machine may read: it may hold a password.
+        "MLFLOW_BACKEND_STORE_URI": uri,
+    }
     # However this process is politely ended, the server ends with it.
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, signal.default_int_handler)

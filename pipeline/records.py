@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.errors import StoreError
+from configs.explain import first_fault
 from pipeline import files
 from pipeline.lease import has_ended
 
@@ -211,8 +212,7 @@ class Records:
         except OSError as error:
             why = error.strerror or type(error).__name__
         except ValidationError as error:
-            first = error.errors()[0]
-            why = f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
+            why = first_fault(error)
         raise StoreError(f"{path}: not a readable run record ({why}); delete it or move it away")
 
     def newest_first(self) -> Iterator[Run]:

@@ -29,6 +29,7 @@ from pydantic import ValidationError
 
 from configs.base import Frozen
 from configs.errors import ArtifactError, LeaseLost
+from configs.explain import first_fault
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -249,9 +250,7 @@ def _unreadable(path: str, error: OSError) -> str:
 def _first_line(error: Exception) -> str:
     """What an error says, without the lines that pydantic adds."""
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        return f"{where}: {first['msg']}"
+        return first_fault(error)
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.base import Frozen
 from configs.errors import ArtifactError
+from configs.explain import first_fault
 
 PLOTS = "plots.json"
 
@@ -86,9 +87,7 @@ def read_plots(folder: Path) -> tuple[Plot, ...]:
     except FileNotFoundError:
         return ()
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
         raise ArtifactError(
-            f"{path}: not plots that can be drawn ({where}: {first['msg']}); mend the stage that "
+            f"{path}: not plots that can be drawn ({first_fault(error)}); mend the stage that "
             "wrote it"
         ) from None

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from configs.base import Frozen
 from configs.errors import ArtifactError
+from configs.explain import first_fault
 
 SAMPLES = "samples.json"
 ENTRY = "samples"
@@ -93,9 +94,7 @@ def _read(where: str, read: Callable[[], tuple[Sample, ...]]) -> tuple[Sample, .
     try:
         return read()
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the whole"
         raise ArtifactError(
-            f"{where}: not samples that can be shown ({field}: {first['msg']}); mend the stage "
-            "that wrote them"
+            f"{where}: not samples that can be shown ({first_fault(error)}); mend the stage that "
+            "wrote them"
         ) from None

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from configs.errors import ArtifactError
 from pipeline.background import Background
+from pipeline.building import RESUMED
 from pipeline.embedded import LOCK_SECONDS, UI_PORT, set_environment
 from pipeline.graph import Node
 from pipeline.landing import (
@@ -30,7 +32,7 @@ from pipeline.tracking.child import Child
 from pipeline.tracking.models import Models
 from pipeline.tracking.runs import Runs, Told, log_figures
 from pipeline.tracking.server import REGISTRY_VARIABLE, Server
-from pipeline.tracking.shown import describe, log_table, show_figures, show_in_parent, upload
+from pipeline.tracking.shown import describe, log_table, show, show_in_parent
 from stages.steps import METRICS
 
 SEED_TABLE = "seeds.json"
@@ -47,7 +49,7 @@ class Tracking:
         """Record a run; returns at once, whether or not the server is there."""
         config = told.recipe.tracking
         self._timeout = config.timeout_seconds
-        self._told = told
+        self._told, self._say = told, say
         uri = tracking_uri(config, store_root)
         self._server = Server(config, uri, store_root, say)
         self._runs = Runs(self._server, told, records)
@@ -68,7 +70,7 @@ class Tracking:
     @property
     def is_embedded(self) -> bool:
         """Whether `ingot ui` shows the runs, as no server does."""
-        return not self._server.uri.startswith("http")
+        return self._server.is_embedded
 
     def begin(self, node: Node, inputs: Mapping[str, Committed]) -> Child:
         """Open the child run of a node that is being built."""
@@ -86,8 +88,8 @@ class Tracking:
                 assert made is not None
                 child = self._children[node.name]
                 child.close("built", "FINISHED")
-                for show in (self._show, self._show_model, self._show_in_parent, self._register):
-                    self._worker.submit(partial(show, node, child, made), owed=True)
+                for step in (self._show, self._show_model, self._show_in_parent, self._register):
+                    self._worker.submit(partial(step, node, child, made), owed=True)
             case Reused():
                 assert made is not None
                 if node.name in self._children:
@@ -97,8 +99,8 @@ class Tracking:
                 self._children[node.name] = child
                 child.open()
                 child.close("reused", "FINISHED")
-                for show in (self._show_in_parent, self._register):
-                    self._worker.submit(partial(show, node, child, made), owed=True)
+                for step in (self._show_in_parent, self._register):
+                    self._worker.submit(partial(step, node, child, made), owed=True)
             case Failed() if node.name in self._children:
                 status = "KILLED" if outcome.error == "interrupted" else "FAILED"
                 self._children[node.name].fail(outcome.error, status)
@@ -148,7 +150,7 @@ class Tracking:
     # What follows runs on the background thread.
 
     def _open(self) -> None:
-        if self._server.is_embedded:
+        if self.is_embedded:
             # The first run in a store makes the tables, which takes minutes on a busy machine.
             self._worker.allow(LOCK_SECONDS)
         self._runs.parent_id()
@@ -157,9 +159,13 @@ class Tracking:
         """The artifact's own page: its words, figures, files, plots and tables."""
         self._worker.allow(_SHOW_SECONDS)
         client, run_id = self._server.client(), child.id()
-        describe(client, run_id, node.name, made, self._runs.page(self._runs.parent_id()))
-        show_figures(client, run_id, made)
-        upload(client, run_id, made)
+        parent = self._runs.page(self._runs.parent_id())
+        describe(client, run_id, node.name, made, parent, child.tags.get(RESUMED))
+        try:
+            show(client, run_id, made)
+        except ArtifactError as error:
+            # It is no fault of the server, which is to hear of all that follows.
+            self._say(f"warning: {node.name}: MLflow does not show all of it: {error}")
 
     def _show_model(self, node: Node, child: Child, made: Committed) -> None:
         self._worker.allow(_SHOW_SECONDS)

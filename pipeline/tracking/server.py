@@ -14,7 +14,7 @@ from configs.errors import IngotError, MachineError
 from configs.parallel import TrackingConfig
 from pipeline.embedded import artifact_location, move_in, schema_lock
 from pipeline.landing import EXPERIMENT_NOTE
-from pipeline.places import SQLITE, URI_VARIABLE, masked, sqlite_path
+from pipeline.places import URI_VARIABLE, masked, sqlite_path
 
 REGISTRY_VARIABLE = "MLFLOW_REGISTRY_URI"
 
@@ -33,8 +33,8 @@ class Server:
 
     @property
     def is_embedded(self) -> bool:
-        """Whether the store is a file that this process opens itself."""
-        return self.uri.startswith(SQLITE)
+        """Whether this process opens the database itself, and keeps plots and reports beside."""
+        return not self.uri.startswith("http")
 
     @property
     def is_open(self) -> bool:

@@ -3,7 +3,6 @@
 import importlib
 import json
 import tempfile
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,31 +14,36 @@ from pipeline import described
 from pipeline.plain import (
     figure_metrics,
     line_metrics,
-    metric_name,
     samples_table,
     small_files,
-    step_metrics,
 )
-from pipeline.steplog import fp8_table, log_to_send, read_log
+from pipeline.steplog import StepLog, fp8_table, log_to_send, read_log
 from pipeline.store import Committed
 from pipeline.tracking.runs import log_figures
-from stages.steps import METRICS, each_step
+from stages.steps import METRICS
 
 # Each bears being done again: it stops at its first failure.
 
 
-def upload(client: MlflowClient, run_id: str, made: Committed) -> None:
-    """The small files of an artifact, its tables and plots, and its step log, thinned if long."""
+def show(client: MlflowClient, run_id: str, made: Committed) -> None:
+    """The figures of an artifact, its small files, tables and plots, and its step log.
+
+    ArtifactError if what it wants shown of itself is nothing that can be.
+    """
+    log = read_log(made.artifact.beside(METRICS))
+    _show_figures(client, run_id, made, log)
+    _upload(client, run_id, made, log)
+
+
+def _upload(client: MlflowClient, run_id: str, made: Committed, log: StepLog) -> None:
     for path in small_files(made):
         client.log_artifact(run_id, str(path))
-    steps = made.artifact.beside(METRICS)
-    log = read_log(steps)
     tables = {"answers": samples_table(made.artifact.path(), log), "fp8": fp8_table(log)}
     for name, table in tables.items():
         if table is not None:
             log_table(client, run_id, f"tables/{name}.json", table)
     with tempfile.TemporaryDirectory() as folder:
-        if sent := log_to_send(steps, log, Path(folder)):
+        if sent := log_to_send(made.artifact.beside(METRICS), log, Path(folder)):
             client.log_artifact(run_id, str(sent[0]))
         # With it comes the plotting library, which a run that builds nothing has no use for.
         report = importlib.import_module("pipeline.report")
@@ -48,11 +52,10 @@ def upload(client: MlflowClient, run_id: str, made: Committed) -> None:
         client.log_artifacts(run_id, str(Path(folder, "plots")), "plots")
 
 
-def show_figures(client: MlflowClient, run_id: str, made: Committed) -> None:
+def _show_figures(client: MlflowClient, run_id: str, made: Committed, log: StepLog) -> None:
     """What was measured; not what is the last value of a curve that is there."""
     figures = made.artifact.measured() or made.artifact.key_figures()
-    curves = _curves(made)
-    shown = {name: value for name, value in figures.items() if metric_name(name) not in curves}
+    shown = {name: value for name, value in figures.items() if name not in log.curves}
     if shown:
         log_figures(client, run_id, figure_metrics(shown))
 
@@ -65,10 +68,12 @@ def show_in_parent(client: MlflowClient, parent: str, node: str, made: Committed
     return list(line_metrics(node, key))
 
 
-def describe(client: MlflowClient, run_id: str, node: str, made: Committed, parent: str) -> None:
-    """The words of a node that was built."""
+def describe(
+    client: MlflowClient, run_id: str, node: str, made: Committed, parent: str, resumed: str | None
+) -> None:
+    """The words of a node that was built; `resumed` is the build that it went on from."""
     size = sum(entry.bytes for entry in made.manifest.files.values())
-    text = described.built(node, made.address, size, made.artifact.key_figures(), parent)
+    text = described.built(node, made.address, size, made.artifact.key_figures(), parent, resumed)
     client.set_tag(run_id, MLFLOW_RUN_NOTE, text)
 
 
@@ -83,9 +88,3 @@ def log_table(client: MlflowClient, run_id: str, name: str, table: Mapping[str, 
     entry = {"path": name, "type": "table"}
     shown = [one for one in json.loads(tagged) if one != entry]
     client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*shown, entry]))
-
-
-def _curves(made: Committed) -> set[str]:
-    """Names of what the step log has, without the section."""
-    last = deque(each_step(made.artifact.beside(METRICS)), maxlen=1)
-    return {name.partition("/")[2] for record in last for name in step_metrics(record)}

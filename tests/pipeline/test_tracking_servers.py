@@ -26,6 +26,7 @@ from pipeline.tracking.runs import Told
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace, stage
 from tests.pipeline.fakes import RECIPE, FakeConfig, World, gather, train
+from tests.pipeline.test_tracking import tracked
 
 pytestmark = [
     pytest.mark.slow,
@@ -192,6 +193,17 @@ def test_no_step_is_lost_or_doubled_when_the_server_starts_anew(
     # The one warning is of the outage; MLflow's own lines would be among ours.
     assert len(world.said) == 1
     assert "View run" not in capfd.readouterr().out
+
+
+def test_a_database_needs_no_server(tmp_path: Path, store_config: StoreConfig) -> None:
+    with postgresql(tmp_path) as uri:
+        world = World(store_config)
+        run, _ = tracked(world, TrackingConfig(uri=uri, timeout_seconds=30))
+        assert world.said == []
+        info = MlflowClient(uri, registry_uri=uri).get_run(str(run.tracking_id)).info
+        assert info.status == "FINISHED"
+        # In the store, and not in whatever folder the run was started in.
+        assert info.artifact_uri.startswith(world.store.root.as_uri())
 
 
 @pytest.mark.timeout(900)

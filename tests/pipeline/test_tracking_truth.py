@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from configs.errors import ConfigError, MachineError
+from configs.errors import ConfigError, MachineError, TrainingError
 from configs.parallel import StoreConfig, TrackingConfig
 from configs.reading import load_recipe
 from pipeline import embedded
@@ -24,6 +24,7 @@ from pipeline.tracking import server as server_module
 from pipeline.tracking.server import REGISTRY_VARIABLE, Server, open_server
 from stages.artifacts import Checkpoint, Corpus, Report
 from stages.contract import Workspace, stage
+from stages.plots import PLOTS
 from tests.pipeline.fakes import FakeConfig, World, gather, made, make_line, train
 from tests.pipeline.test_tracking import child, tracked
 
@@ -130,6 +131,54 @@ def test_a_node_is_shown_to_take_as_long_as_it_took(
     for node in run.outcomes:
         info = child(client, run, node).info
         assert 300 <= info.end_time - info.start_time < 1500
+
+
+def test_a_build_that_goes_on_says_from_where(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[int] = []
+
+    @stage(revision=1)
+    def falters(config: FakeConfig, work: Workspace, *, corpus: Corpus) -> Checkpoint:
+        checkpoint = train.run(config, work, corpus=corpus)
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise TrainingError("it faltered")
+        return checkpoint
+
+    corpus = gather(FakeConfig())
+    line = {"data": corpus, "train": falters(FakeConfig(), corpus=corpus)}
+    graph = make_graph(line, world.store.hashes)
+    monkeypatch.setattr(world, "graph", lambda: graph)
+    tracked(world, CONFIG)
+    run, _ = tracked(world, CONFIG)
+    client = MlflowClient(tracking_uri(CONFIG, world.store.root))
+    tags = child(client, run, "train").data.tags
+    assert tags["ingot.resumed_from"].startswith(str(world.store.root))
+    said = f"went on from the interrupted build in `{tags['ingot.resumed_from']}`"
+    assert said in tags["mlflow.note.content"]
+    assert "went on" not in child(client, run, "data").data.tags["mlflow.note.content"]
+
+
+def test_plots_that_cannot_be_drawn_are_one_warning_and_the_rest_is_recorded(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @stage(revision=1)
+    def careless(config: FakeConfig, work: Workspace) -> Corpus:
+        work.path(PLOTS).write_text('[{"name": "a"}]')
+        return gather.run(config, work)
+
+    corpus = careless(FakeConfig())
+    line = {"data": corpus, "train": train(FakeConfig(), corpus=corpus)}
+    graph = make_graph(line, world.store.hashes)
+    monkeypatch.setattr(world, "graph", lambda: graph)
+    run, _ = tracked(world, CONFIG)
+    (warning,) = world.said
+    assert "data: MLflow does not show all of it" in warning
+    assert "panels" in warning
+    client = MlflowClient(tracking_uri(CONFIG, world.store.root))
+    listed = client.list_artifacts(child(client, run, "train").info.run_id)
+    assert "metrics.jsonl" in {one.path for one in listed}
 
 
 def test_no_figure_repeats_the_last_value_of_a_curve(world: World) -> None:
