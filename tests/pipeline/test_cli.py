@@ -10,19 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from configs.reading import load_recipe
-from configs.recipe import Recipe
 from pipeline import cli
 from pipeline.graph import Selection
 from pipeline.records import Invocation, Records
 from pipeline.verbs import asked, clean, inspect, run
 from pipeline.verbs import plan as plan_module
 from stages.artifacts import Corpus, Report
-from stages.contract import Planned, Workspace, stage
+from stages.contract import Workspace, stage
 from tests.pipeline.fakes import FakeConfig, make_line
 
 ROOT = Path(__file__).parents[2]
@@ -32,23 +30,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture
-def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder, and the fake line in place of the real one.
-
-    `pretrain.steps` of the recipe is the steps of the fake `train`; 13 of them fail.
-    """
-
-    def fake(recipe: Recipe) -> dict[str, Planned[Any]]:
-        steps = recipe.pretraining["pretrain"].steps
-        return make_line(train={"steps": steps, "fails": steps == 13})
-
-    monkeypatch.setattr(asked, "production", fake)
-    monkeypatch.setattr(signal, "signal", lambda *args: None)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+def line(fake_line: Path) -> Path:
+    """A user's folder with the fake line, which nobody tracks."""
     # Tracking has its own tests; here nothing listens, which a run must survive.
-    (tmp_path / "over.toml").write_text('[tracking]\nuri = "http://127.0.0.1:9"\n')
-    return tmp_path
+    (fake_line / "over.toml").write_text('[tracking]\nuri = "http://127.0.0.1:9"\n')
+    return fake_line
 
 
 def ingot(*words: str) -> int:

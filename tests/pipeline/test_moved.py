@@ -29,16 +29,12 @@ from tests.pipeline.fakes import World, make_line, outcomes
 from tests.pipeline.test_tracking import tracked
 
 # MLflow's own use of SQLAlchemy and of protobuf is behind their deprecations.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("mlflow_variables"),
+]
 
 CONFIG = TrackingConfig(timeout_seconds=30)
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What tracking sets for the process must not outlive the test."""
-    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
-        monkeypatch.setenv(name, "1")
 
 
 def world_at(folder: Path) -> World:

@@ -13,12 +13,9 @@ from typing import Any
 
 import pytest
 
-from configs.recipe import Recipe
 from pipeline import cli
 from pipeline.records import Records, Run
 from pipeline.verbs import asked, run
-from stages.contract import Planned
-from tests.pipeline.fakes import make_line
 from tests.pipeline.hooks import PATH, Hook, listening, program, told_by_program, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -29,21 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture
-def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder, and the fake line in place of the real one.
-
-    `pretrain.steps` of the recipe is the steps of the fake `train`; 13 of them fail.
-    """
-
-    def fake(recipe: Recipe) -> dict[str, Planned[Any]]:
-        steps = recipe.pretraining["pretrain"].steps
-        return make_line(train={"steps": steps, "fails": steps == 13})
-
-    monkeypatch.setattr(asked, "production", fake)
-    monkeypatch.setattr(signal, "signal", lambda *args: None)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    return tmp_path
+def line(fake_line: Path) -> Path:
+    """A user's folder with the fake line."""
+    return fake_line
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -106,7 +107,8 @@ def postgresql(folder: Path) -> Iterator[str]:
         _await_port(port)
         yield f"postgresql+psycopg2://ingot@127.0.0.1:{port}/postgres"
     finally:
-        process.terminate()
+        # Whoever is connected still is not waited for.
+        process.send_signal(signal.SIGINT)
         process.wait(30)
 
 

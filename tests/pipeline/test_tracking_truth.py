@@ -29,15 +29,12 @@ from tests.pipeline.fakes import FakeConfig, World, gather, made, make_line, tra
 from tests.pipeline.test_tracking import child, tracked
 
 # MLflow's own use of SQLAlchemy and of protobuf is behind their deprecations.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("mlflow_variables"),
+]
 
 CONFIG = TrackingConfig(timeout_seconds=30)
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
-        monkeypatch.setenv(name, "1")
 
 
 @pytest.fixture
