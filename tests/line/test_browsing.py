@@ -120,7 +120,7 @@ def test_reports_and_tables_are_rendered(link: str, browser: Browser) -> None:
     assert "<code>" not in text
     browser.until("document.querySelectorAll('table, [role=table]').length > 1")
     browser.go(f"{page}/tables/answers.json?workflowType=machine_learning")
-    text = browser.until_text("prompt", "right answer", "reward")
+    text = browser.until_text("prompt", "right_answer", "reward", "greedy")
     assert '"columns"' not in text
 
 
