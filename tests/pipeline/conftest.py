@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from configs.recipe import Recipe
 from pipeline.verbs import asked
@@ -35,3 +36,12 @@ def mlflow_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """What tracking sets for the process must not outlive the test."""
     for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
         monkeypatch.setenv(name, "1")
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables without a row of ours: making them anew takes each test a second or two."""
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    uri = f"sqlite:///{path}"
+    MlflowClient(uri, registry_uri=uri).search_experiments(max_results=1)
+    return path

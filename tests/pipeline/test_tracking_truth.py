@@ -38,8 +38,12 @@ CONFIG = TrackingConfig(timeout_seconds=30)
 
 
 @pytest.fixture
-def world(store_config: StoreConfig) -> World:
-    return World(store_config)
+def world(store_config: StoreConfig, empty_database: Path) -> World:
+    """A store in which nothing was recorded yet."""
+    world = World(store_config)
+    world.store.prepare()
+    shutil.copyfile(empty_database, world.store.root / "mlflow.db")
+    return world
 
 
 @stage(revision=1)
@@ -232,8 +236,9 @@ def test_a_deleted_experiment_is_restored_and_that_is_said(world: World) -> None
 
 
 def test_the_address_in_the_environment_counts_where_the_recipe_names_none(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store_config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    world = World(store_config)
     elsewhere = f"sqlite:///{tmp_path}/elsewhere.db"
     monkeypatch.setenv(URI_VARIABLE, elsewhere)
     monkeypatch.setenv(REGISTRY_VARIABLE, f"sqlite:///{tmp_path}/registry.db")
