@@ -5,20 +5,18 @@ which a recipe was run.
 """
 
 import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 
 from tests.browser import CHROMIUM, Browser, open_browser
-from tests.line.runs import ingot, start
-from tests.pipeline.test_tracking_servers import free_port
+from tests.line.runs import ingot
+from tests.line.ui import base, our_answer, served, strangers_answer
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,25 +24,7 @@ pytestmark = [
 ]
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
 SIZES = ((1500, 950), (1280, 800))
-_START_SECONDS = 180.0
 _MOST_PICTURE_BYTES = 200_000
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """`ingot ui` in the folder: the link that it prints once its server answers."""
-    server = start(folder, "ui", "--port", str(free_port()))
-    try:
-        deadline = time.monotonic() + _START_SECONDS
-        while time.monotonic() < deadline and server.poll() is None:
-            if found := re.search(r"^MLflow: (\S+)", (folder / "output.txt").read_text(), re.M):
-                yield found[1]
-                return
-            time.sleep(0.2)
-        raise TimeoutError((folder / "output.txt").read_text())
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +47,6 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
     with open_browser(tmp_path / "profile") as browser:
         browser.resize(*SIZES[0])
         yield browser
-
-
-def base(link: str) -> str:
-    return link.partition("/#/")[0]
 
 
 def node_run(link: str, node: str) -> str:
@@ -136,18 +112,9 @@ def test_the_page_of_the_run_opens_from_disk(built: Path, browser: Browser) -> N
 def test_a_stranger_loads_the_model_by_its_name_and_gets_our_answer(
     built: Path, link: str, tmp_path: Path
 ) -> None:
-    """In a process that knows MLflow and transformers alone."""
     prompt = "37+45="
-    code = (
-        "import sys, mlflow; mlflow.set_tracking_uri(sys.argv[1]);"
-        "model = mlflow.pyfunc.load_model(sys.argv[2]);"
-        "print('answer', model.predict([sys.argv[3]], params={'do_sample': False})[0])"
-    )
-    words = [sys.executable, "-I", "-c", code, base(link), "models:/ingot-smoke@cuda", prompt]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    ours = ingot(built, "sample", "posttrain", "--prompt", prompt, "--temperature", "0")
-    assert done.stdout.splitlines()[-1] == f"answer {ours.stdout.splitlines()[-1]}"
+    answer = strangers_answer(link, "ingot-smoke@cuda", prompt, apart=tmp_path)
+    assert answer == our_answer(built, prompt)
 
 
 def take_pictures(folder: Path, into: Path) -> None:

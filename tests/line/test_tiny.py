@@ -31,6 +31,7 @@ from stages.shards import Rows
 from stages.tokens import load_tokenizer
 from stages.verifiers import read_problems, verify
 from tests.line.runs import artifact, bundles, ingot, step_log
+from tests.line.ui import our_answer, served, strangers_answer
 from tests.model.transformers_twin import Generating, loaded
 
 VARIANTS = (("cuda", "bf16"), ("cuda", "fp8"), ("ascend", "bf16"), ("ascend", "w8a8"))
@@ -254,6 +255,15 @@ def test_two_hundred_sums_as_text_get_the_verdicts_of_our_greedy_decoding(
     )
     assert apart <= 2
     assert sum(measured) >= 190
+
+
+def test_a_stranger_loads_the_model_by_its_name_and_adds_as_we_do(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    prompt = "37+45="
+    with served(tiny.folder) as link:
+        answer = strangers_answer(link, "ingot-tiny@cuda", prompt, apart=tmp_path)
+    assert answer == our_answer(tiny.folder, prompt) == "82"
 
 
 def test_no_fused_block_scaled_row_of_the_fp8_bundle_is_read_wrongly(tiny: Tiny) -> None:
