@@ -42,3 +42,9 @@ def show_seconds(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     clock = f"{rest // 60:02}:{rest % 60:02}"
     return f"{hours}:{clock}" if hours else clock
+
+
+def shortened(error: str, most: int = 80) -> str:
+    """The beginning of an error, in one line."""
+    line = " ".join(error.split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."

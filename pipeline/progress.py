@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.figures import show_figure, show_figures, show_number, spoken
+from pipeline.figures import shortened, show_figure, show_figures, show_number, spoken
 from pipeline.graph import Node
 from pipeline.records import Blocked, Built, Failed, Reused, Run
 from pipeline.store import Committed
@@ -63,9 +63,9 @@ class Line:
     def text(self) -> str:
         """The line as it stands: `pretrain 120/400 steps, 3.2/s, 1:28 left, loss 2.31`."""
         if not self._step:
-            return f"{self.name} {_clock(time.monotonic() - self._started)}"
-        unit = self._unit if self._unit.endswith("s") else f"{self._unit}s"
-        parts = [f"{self.name} {self._step}/{self._steps} {unit}"]
+            steps = f"0/{self._steps} {self._units()}, " if self._steps else ""
+            return f"{self.name} {steps}{_clock(time.monotonic() - self._started)}"
+        parts = [f"{self.name} {self._step}/{self._steps} {self._units()}"]
         elapsed, done = time.monotonic() - self._first_time, self._step - self._first
         if done > 0 and elapsed > 0:
             rate = done / elapsed
@@ -74,6 +74,9 @@ class Line:
         if self._figures:
             parts.append(show_figures(self._figures))
         return ", ".join(parts)
+
+    def _units(self) -> str:
+        return self._unit if self._unit.endswith("s") else f"{self._unit}s"
 
 
 class Display:
@@ -91,6 +94,9 @@ class Display:
         """Start the line of a node."""
         line = Line(node.name)
         self.lines = {**self.lines, node.name: line}
+        if not self.console.is_terminal:
+            # Seconds may pass before a line says more, and a minute where workers start.
+            self.note(f"{node.name} begins")
         if self._thread is None:
             self._idle = threading.Event()
             target = self._live if self.console.is_terminal else self._log
@@ -213,7 +219,7 @@ def _figure(outcome: Built | Reused | Failed | Blocked) -> str:
         case Built() | Reused():
             return show_figures(outcome.figures)
         case Failed():
-            return outcome.error if len(outcome.error) <= 80 else outcome.error[:77] + "..."
+            return shortened(outcome.error)
         case Blocked():
             return f"needs {outcome.by}"
 

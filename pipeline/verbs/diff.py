@@ -141,7 +141,9 @@ def _artifacts(first: Committed, second: Committed) -> Iterator[str]:
         seen, now = one.inputs.get(name), other.inputs.get(name)
         if seen is None or now is None or seen.content != now.content:
             yield f"input {name}: {_input(seen)} -> {_input(now)}"
-    yield from _figures(_measured(first), _measured(second))
+    if one.stage == other.stage:
+        # Figures of one name, as `loss`, are of two kinds where two stages report them.
+        yield from _figures(_measured(first), _measured(second))
     if one.content == other.content:
         return
     names = one.files.keys() | other.files.keys()

@@ -77,15 +77,26 @@ def _lines(
 def _with_causes(
     graph: Graph, judged: Mapping[str, Judged], node: Node, reasons: Sequence[str]
 ) -> Iterator[str]:
-    """Reasons; each that is an input's with what changed up the line, unless that was said."""
+    """Reasons; each that is an input's with what changed up the line, unless that was said.
+
+    Of an input that is fresh, as another run has built it again, that run is told.
+    """
     told: set[str] = set()
     for reason in reasons:
         found = _INPUT.fullmatch(reason)
         supplier = None if found is None else node.inputs.get(found[1])
-        roots = [] if supplier is None else list(_roots(graph, judged, supplier))
+        roots = [] if supplier is None else list(_causes(graph, judged, supplier))
         new = [root for root in dict.fromkeys(roots) if root not in told]
         told |= set(new)
         yield f"{reason} ({'; '.join(new)})" if new else reason
+
+
+def _causes(graph: Graph, judged: Mapping[str, Judged], supplier: str) -> Iterator[str]:
+    """Why an input is not what it was."""
+    yield from _roots(graph, judged, supplier)
+    decision = judged[supplier].decision
+    if isinstance(decision, Reuse):
+        yield f"{supplier} was built by run {decision.committed.manifest.provenance.get('run')}"
 
 
 def _roots(graph: Graph, judged: Mapping[str, Judged], name: str) -> Iterator[str]:

@@ -6,13 +6,13 @@ import time
 from collections import Counter
 
 from configs.errors import ConfigError
-from pipeline.figures import show_figures, show_seconds
-from pipeline.records import Built, Reused, Run
+from pipeline.figures import shortened, show_figures, show_seconds
+from pipeline.records import Built, Failed, Reused, Run
 from pipeline.verbs.asked import find_store
 
 
 def runs(args: argparse.Namespace) -> int:
-    """Print one line a run: when, how long, what became of it, and its last key figure."""
+    """Print one line a run: when, how long, what became of it, and its last key figure or error."""
     if args.limit < 1:
         raise ConfigError(f"--limit {args.limit}: must be 1 or more; leave it out for 20")
     store, _ = find_store(args, print)
@@ -29,7 +29,7 @@ def runs(args: argparse.Namespace) -> int:
         took = show_seconds(run.seconds)
         print(
             f"{run.id}  {run.recipe:{width}}  {_when(run.started)}  {took:>8}  "
-            f"{state_of(run):11}  {_nodes(run)}  {_figure(run)}".rstrip()
+            f"{state_of(run):11}  {_nodes(run)}  {_last_word(run)}".rstrip()
         )
     return 0
 
@@ -68,8 +68,11 @@ def _nodes(run: Run) -> str:
     return ", ".join(f"{count} {word}" for word, count in counts.items())
 
 
-def _figure(run: Run) -> str:
-    """The figures of the node that measured last, else of the last that is there."""
+def _last_word(run: Run) -> str:
+    """The figure of the node that measured last; of a run that failed, which node did and why."""
+    for name, one in run.outcomes.items():
+        if isinstance(one, Failed):
+            return f"{name}: {shortened(one.error)}"
     there = [one for one in run.outcomes.values() if isinstance(one, Built | Reused)]
     return show_figures(dict(list(there[-1].figures.items())[:1])) if there else ""
 

@@ -65,10 +65,59 @@ def test_runs_are_listed_the_newest_first(
         "succeeded",
         "succeeded",
     ]
-    assert "1 reused, 1 failed, 3 blocked" in told[0]
+    assert re.search(r"1 reused, 1 failed, 3 blocked  train: \S+", told[0])
     assert ingot("runs", "--limit", "1", "--json") == 0
     (newest,) = json.loads(capsys.readouterr().out)
     assert (newest["state"], newest["nodes"]["train"]["outcome"]) == ("failed", "failed")
+
+
+def test_status_tells_how_the_last_try_of_a_node_ended(
+    line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--recipe", "smoke", "@over.toml", "--set", "pretrain.steps=13")
+    assert ingot("run", *words[1:]) == 1
+    capsys.readouterr()
+    assert ingot("status", *words) == 3
+    told = capsys.readouterr().out
+    assert told.count("failed in run ") == 1
+    assert re.search(r"^  train +stale +steps: 25 -> 13.*\n +failed in run \S+: \S+", told, re.M)
+    assert ingot("status", *words, "--json") == 3
+    nodes = {one["node"]: one for one in json.loads(capsys.readouterr().out)["nodes"]}
+    assert "failed in run" in nodes["train"]["last_try"]
+    assert "last_try" not in nodes["judge"]
+    # A node that was built since is not told of.
+    assert ingot("run", "smoke", "@over.toml", "--set", "pretrain.steps=14") == 0
+    capsys.readouterr()
+    assert ingot("status", *words) == 3
+    assert "failed in run" not in capsys.readouterr().out
+
+
+def test_a_plan_names_the_run_that_built_an_input_again(
+    ids: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("smoke", "@over.toml", "--set", "pretrain.steps=26")
+    assert ingot("run", *words, "--only", "train") == 0
+    capsys.readouterr()
+    assert ingot("plan", *words) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^  train +reuse ", told, re.M)
+    assert re.search(
+        r"^  judge +build +.*input checkpoint changed \(train was built by run \S+\)", told, re.M
+    )
+
+
+def test_figures_of_two_stages_are_not_compared(
+    line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = sorted(line.glob(".ingot/artifacts/train/*/g1"))
+    manifest = second / "manifest.json"
+    record = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(record | {"stage": "another"}))
+    capsys.readouterr()
+    assert ingot("diff", str(first), str(second)) == 3
+    told = capsys.readouterr().out
+    assert "-> another" in told
+    assert "loss" not in told
 
 
 def test_where_nothing_ran_no_run_is_listed(

@@ -95,7 +95,9 @@ def test_a_log_tells_of_each_node_and_whose_a_note_is(
     displayed(World(store_config), Console(file=out, width=120))
     lines = out.getvalue().splitlines()
     assert 1 <= lines.count("pack.cuda 1/4 steps, loss 1.5") <= 3
-    assert lines[0] == "pack.cuda: both run"
+    begun = ["pack.cuda begins", "pack.ascend begins"]
+    assert [line for line in lines if line.endswith(" begins")] == begun
+    assert lines[2] == "pack.cuda: both run"
     broke = lines.index("pack.cuda failed after 1.0 s: it broke")
     assert lines.index("judge blocked by train") < broke
     # The second while both run, and alone.
