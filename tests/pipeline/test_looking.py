@@ -80,7 +80,7 @@ def test_status_tells_how_the_last_try_of_a_node_ended(
     assert ingot("status", *words) == 3
     told = capsys.readouterr().out
     assert told.count("failed in run ") == 1
-    assert re.search(r"^  train +stale +steps: 25 -> 13.*\n +failed in run \S+: \S+", told, re.M)
+    assert re.search(r"^  train +stale +.*steps: 25 -> 13.*\n +failed in run \S+: \S+", told, re.M)
     assert ingot("status", *words, "--json") == 3
     nodes = {one["node"]: one for one in json.loads(capsys.readouterr().out)["nodes"]}
     assert "failed in run" in nodes["train"]["last_try"]
