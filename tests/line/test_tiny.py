@@ -77,8 +77,8 @@ def test_the_model_beats_the_bigram_and_learns_from_rewards(tiny: Tiny) -> None:
     assert figures["after_bits_per_byte"] < figures["ngram_bits_per_byte"]
     assert figures["after_pass_at_1"] - figures["before_pass_at_1"] >= 0.15
     assert figures["after_pass_at_1_low"] > figures["before_pass_at_1_high"]
-    assert figures["pass_at_1_gain_low"] > 0.15
-    assert figures["all_of_8_gain_low"] > 0
+    assert figures["after_pass_at_1_gain_low"] > 0.15
+    assert figures["after_all_of_8_gain_low"] > 0
     # What RL changes is the distribution, not the skill.
     assert min(figures[f"{side}_greedy_accuracy"] for side in ("before", "after")) > 0.95
 
@@ -263,7 +263,8 @@ def test_a_stranger_loads_the_model_by_its_name_and_adds_as_we_do(
     prompt = "37+45="
     with served(tiny.folder) as link:
         answer = strangers_answer(link, "ingot-tiny@cuda", prompt, apart=tmp_path)
-    assert answer == our_answer(tiny.folder, prompt) == "82"
+    # 082, its last digit first, as tiny's problems are written.
+    assert answer == our_answer(tiny.folder, prompt) == "37+45=280"
 
 
 def test_no_fused_block_scaled_row_of_the_fp8_bundle_is_read_wrongly(tiny: Tiny) -> None:
