@@ -32,12 +32,19 @@ class Output:
         return Path(self.folder, f"{self.role}-{rank}.log")
 
     def capture(self, rank: int) -> None:
-        """Have this process's stdout and stderr go to the file of `rank`, from now on."""
+        """Have this process's stdout and stderr go to the file of `rank`, from now on.
+
+        They stay where they are if there can be no such file: nothing depends on it.
+        """
         path = self.path(rank)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Not its parents: a builder's folder that was deleted must not come back.
+            path.parent.mkdir(exist_ok=True)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError:
+            return
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         # Below Python's own streams, which keep their numbers: so libraries' words come too.
         for number in (1, 2):
             os.dup2(file, number)

@@ -5,7 +5,7 @@ import re
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_serializer, field_validator, model_validator
 
 from configs.base import Frozen
 
@@ -59,6 +59,10 @@ class NotifyConfig(Frozen):
         if webhook is not None and variable_of(webhook) is None:
             check_webhook(webhook.get_secret_value())
         return webhook
+
+    @field_serializer("webhook", when_used="json-unless-none")
+    def _stand_in(self, webhook: SecretStr) -> str:
+        return STAND_IN if variable_of(webhook) is None else webhook.get_secret_value()
 
     @model_validator(mode="after")
     def _tells_somebody(self) -> Self:

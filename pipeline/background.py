@@ -9,6 +9,7 @@ from typing import Protocol
 RETRY_SECONDS = 30.0
 SAMPLE_SECONDS = 10.0
 SEND_SECONDS = 2.0
+_MOST_TOLD = 3
 
 
 class Watched(Protocol):
@@ -22,15 +23,25 @@ class Watched(Protocol):
 
 
 class Background:
-    """Jobs are done one after another; after a failure they are left out for a while.
+    """Jobs are done one after another; while nobody answers they are left out.
 
-    The first failure is told; those after it would say the same. Jobs that are owed and that failed
-    or were left out are done again at the end.
+    The first such failure is told; those after it would say the same. Jobs that are owed and that
+    failed or were left out are done again at the end.
     """
 
-    def __init__(self, warning: Callable[[str], str], say: Callable[[str], None]) -> None:
-        """Tell the user `warning(reason)` through `say` if a job fails."""
-        self._warning, self._say = warning, say
+    def __init__(
+        self,
+        warning: Callable[[str], str],
+        say: Callable[[str], None],
+        *,
+        is_ours: Callable[[Exception], bool] = lambda error: False,
+    ) -> None:
+        """Tell the user `warning(reason)` through `say` if a job fails.
+
+        An error that `is_ours` is one job's own: others may well be done.
+        """
+        self._warning, self._say, self._is_ours = warning, say, is_ours
+        self._told: set[str] = set()
         self._jobs: queue.SimpleQueue[tuple[Callable[[], object], bool] | None]
         self._jobs = queue.SimpleQueue()
         self._owed: list[Callable[[], object]] = []
@@ -109,12 +120,13 @@ class Background:
             before, again, failures = len(self._owed), list[Callable[[], object]](), 0
             for job in self._owed:
                 self._silent_until = 0.0
-                failures = 0 if self._attempt(job) else failures + 1
+                is_done = self._attempt(job)
                 self._done = time.monotonic()
+                failures = failures + 1 if self._silent_until else 0
                 if failures == 2:
                     # Nobody answers.
                     return
-                if failures:
+                if not is_done:
                     again.append(job)
             self._owed = again
 
@@ -126,10 +138,19 @@ class Background:
             job()
         except Exception as error:
             # Whatever is wrong over there must not reach the run.
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            if self._is_ours(error):
+                self._tell(f"warning: part of this run is not recorded elsewhere ({why})")
+                return False
             self._silent_until = time.monotonic() + RETRY_SECONDS
-            self._warn(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+            self._warn(why)
             return False
         return True
+
+    def _tell(self, warning: str) -> None:
+        if warning not in self._told and len(self._told) < _MOST_TOLD:
+            self._told.add(warning)
+            self._say(warning)
 
     def _warn(self, why: str) -> None:
         if not self._warned:

@@ -62,7 +62,7 @@ def open_channels(
 
 def _find(program: str, folder: Path) -> str:
     if "/" in program:
-        path = folder / Path(program).expanduser()
+        path = folder / os.path.expanduser(program)
         if path.is_file() and os.access(path, os.X_OK):
             return str(path)
         why = "is a file that cannot be run" if path.is_file() else "is no file"

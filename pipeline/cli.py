@@ -75,10 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # takes a sixth to a quarter of the time of loading MLflow.
     gc.set_threshold(_OBJECTS_A_COLLECTION)
     errors = importlib.import_module("configs.errors")
+    masked = importlib.import_module("configs.masking").masked
     try:
         return _call(parse(words))
     except errors.IngotError as error:
-        _report(f"error: {error}")
+        _report(masked(f"error: {error}"))
         return int(error.exit_code)
     except KeyboardInterrupt:
         _report("stopped; what is committed stays, and the same command goes on from it")
@@ -89,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         # A fault of ours: say so in one line, and how to see more.
-        _report(f"internal error: {type(error).__name__}: {error} (INGOT_DEBUG=1 shows where)")
+        why = masked(f"{type(error).__name__}: {error}")
+        _report(f"internal error: {why} (INGOT_DEBUG=1 shows where)")
         return 1
 
 

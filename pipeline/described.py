@@ -1,33 +1,23 @@
 """What MLflow's pages say of a run, a node and a version of a model, in Markdown."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from pipeline.figures import show_bytes, show_figures, show_seconds
 from pipeline.records import Blocked, Built, Failed, Reused, Run
+from stages.markdown import code
 
 _ERROR_CHARS = 300
 _MOST_SETTINGS = 40
+_MOST_CHARS = 7900
+"""MLflow takes a hundred more."""
 _ESCAPES = {ord(sign): f"\\{sign}" for sign in "\\`*_[]#"}
 _ESCAPES |= {ord(sign): f"&#{ord(sign)};" for sign in "<>&|"}
-
-Link = Callable[[str], str]
-"""The address of the page of a run of MLflow, by its id."""
 
 
 def outcome_word(run: Run) -> str:
     """What became of a run, in a word or two: `succeeded`, `failed: posttrain`."""
-    if run.interrupted:
-        return "stopped"
-    for name, one in run.outcomes.items():
-        match one:
-            case Failed():
-                return f"failed: {name}"
-            case Built(shortfall=str()) | Reused(shortfall=str()):
-                return f"fell short: {name}"
-    for name, one in run.outcomes.items():
-        if isinstance(one, Blocked):
-            return f"blocked: {name}"
-    return "succeeded"
+    word, node = run.ending
+    return f"{word}: {node}" if node else word
 
 
 def beginning(run: Run, command: str, changed: Mapping[str, tuple[str, str]]) -> str:
@@ -59,7 +49,8 @@ def conclusion(
         seconds = "" if isinstance(one, Blocked) else f"{one.seconds:.1f}"
         rows.append(f"| {node} | {_outcome(name, one, built_by)} | {seconds} | {_figures(one)} |")
     parts = [f"{head} ({counts}).", "\n".join(rows), *_how(command, changed)]
-    return "\n\n".join(parts)
+    text = "\n\n".join(parts)
+    return text if len(text) <= _MOST_CHARS else f"{text[:_MOST_CHARS]}\n\n(cut here)"
 
 
 def reused(artifact: str, built_by: str | None) -> str:
@@ -92,16 +83,17 @@ def version(
     *,
     folder: str,
     pages: Mapping[str, str],
-    loads: bool,
+    not_copied: str | None,
 ) -> str:
     """The words of a model's version: where it comes from, how it is loaded and served.
 
-    `pages` has an address by what it leads to; `loads` says whether MLflow can load it.
+    `pages` has an address by what it leads to; `not_copied` says why MLflow cannot load it, and is
+    none if it can.
     """
     links = ", ".join(f"[{_escape(what)}]({page})" for what, page in pages.items())
     uri = f"models:/{name}@{alias}"
     parts = [f"The bundle for **{alias}**: {links}.", f"Its files lie in `{folder}`."]
-    if loads:
+    if not_copied is None:
         parts.append(
             "Load it (`pip install mlflow transformers torch accelerate`):\n\n"
             f'```python\nimport mlflow\n\nmodel = mlflow.pyfunc.load_model("{uri}")\n'
@@ -110,7 +102,7 @@ def version(
         )
     else:
         parts.append(
-            "It stays where it is, as it is too large to be copied here. Load it with "
+            f"It stays where it is, as {not_copied}. Load it with "
             f'`AutoModelForCausalLM.from_pretrained("{folder}/bf16")` of transformers.'
         )
     parts.append("`README.md` in each of its folders says which servers take it, and how.")
@@ -119,7 +111,7 @@ def version(
 
 def _how(command: str, changed: Mapping[str, tuple[str, str]]) -> list[str]:
     """How to do it again, and what differs from the recipe as it stands in its file."""
-    parts = [f"Again: `{command.replace('`', '')}`"]
+    parts = [f"Again: {code(command, chars=len(command))}"]
     if changed:
         rows = ["| setting | in the recipe | here |", "|---|---|---|"]
         shown = list(changed.items())[:_MOST_SETTINGS]

@@ -54,8 +54,8 @@ def says_disk_is_full(error: BaseException) -> bool:
     words = [os.strerror(number) for number in _FULL]
     behind: BaseException | None = error
     while behind is not None:
-        told = "\n".join([str(behind), *getattr(behind, "__notes__", ())])
-        if getattr(behind, "errno", None) in _FULL or any(one in told for one in words):
+        # Not its notes: among what a worker printed, a full disk may be some other one.
+        if getattr(behind, "errno", None) in _FULL or any(one in str(behind) for one in words):
             return True
         behind = behind.__cause__ or behind.__context__
     return False

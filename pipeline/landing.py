@@ -3,6 +3,7 @@
 MLflow keeps shared views as tags of the experiment, and a link names the one to show.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -35,7 +36,13 @@ def order(started: float, place: int = 0) -> str:
 
 def view_key(recipe: str) -> str:
     """The key of a recipe's view, which stands in links."""
-    return re.sub(r"[^\w-]", "-", recipe, flags=re.ASCII)
+    return plain_name(recipe).replace(".", "-")
+
+
+def plain_name(name: str) -> str:
+    """A name of letters, digits, `_`, `.` and `-`; one that had others is told apart by a hash."""
+    plain = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def view(metrics: Sequence[str]) -> str:

@@ -46,12 +46,18 @@ class Watch:
 
 def this_process() -> dict[str, Any]:
     """What tells this process from every other, also from a later one of the same number."""
-    return {"pid": os.getpid(), "host": _host(), "started": psutil.Process().create_time()}
+    return {
+        "pid": os.getpid(),
+        "host": _host(),
+        "machine": _machine(),
+        "started": psutil.Process().create_time(),
+    }
 
 
 def has_ended(process: Mapping[str, Any]) -> bool:
     """Whether a process of this host is gone; false for other hosts, where one cannot look."""
-    return process.get("host") == _host() and _process_gone(process)
+    is_here = process.get("host") == _host() and process.get("machine", _machine()) == _machine()
+    return is_here and _process_gone(process)
 
 
 def _process_gone(holder: Mapping[str, Any]) -> bool:
@@ -71,6 +77,14 @@ def _host() -> str:
         return f"{socket.gethostname()}/{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return socket.gethostname()
+
+
+def _machine() -> str:
+    """What tells this machine from another of the same name, and stays when it is started anew."""
+    try:
+        return Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def newest(generation: Path) -> tuple[int, dict[str, Any]]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from configs.errors import IngotError
+from configs.masking import masked
 from configs.notify import Event
 from pipeline.figures import show_figures, show_seconds
 from pipeline.records import Blocked, Built, Failed, Reused, Run
@@ -53,20 +54,16 @@ class Teller:
 
     def ended(self, run: Run, seconds: float) -> Message:
         """A run came to its end, or was stopped by the user."""
-        if run.interrupted:
-            return self._message(run, seconds, "end", "stopped", [], again=True)
-        if run.succeeded:
-            return self._message(run, seconds, "end", "succeeded", [])
-        there = all(isinstance(one, Built | Reused) for one in run.outcomes.values())
-        outcome = "fell short" if there and run.outcomes else "failed"
-        return self._message(run, seconds, "failure", outcome, [], again=True)
+        outcome, _ = run.ending
+        event: Event = "end" if outcome in ("succeeded", "stopped") else "failure"
+        return self._message(run, seconds, event, outcome, [], again=outcome != "succeeded")
 
     def broke(self, run: Run, seconds: float, error: BaseException) -> Message:
         """A run ended by an error that is no node's, or by Ctrl-C outside of all nodes."""
         if isinstance(error, KeyboardInterrupt):
             return self.ended(replace(run, interrupted=True), seconds)
         known = isinstance(error, IngotError)
-        why = str(error) if known else f"internal error: {type(error).__name__}: {error}"
+        why = masked(str(error) if known else f"internal error: {type(error).__name__}: {error}")
         message = self._message(run, seconds, "failure", "failed", [one_line(why)], again=True)
         return replace(message, errors={**message.errors, "run": why[:_ERROR_CHARS]})
 

@@ -5,6 +5,7 @@ browser to load or run anything. What would make the page too large is left out,
 """
 
 import base64
+import shutil
 import struct
 import tempfile
 import time
@@ -86,10 +87,9 @@ def write_page(
     """Write the page of `run` beside its record in the store at `root`; returns its path.
 
     `nodes` are the names of the line in its order, `again` is the command that repeats the run.
-    `changed` has the settings that differ from the
-    recipe's own by dotted name: the recipe's value and the run's. `link` leads to MLflow's page of
-    a run, none if there is no server. StoreError if the page cannot be written. An artifact that
-    cannot be read is told of on the page.
+    `changed` has the settings that differ from the recipe's own by dotted name: the recipe's value
+    and the run's. `link` leads to MLflow's page of a run, none if there is no server. StoreError if
+    the page cannot be written. An artifact that cannot be read is told of on the page.
     """
     room = _Room()
     ordered = [name for name in nodes if name in run.outcomes]
@@ -134,14 +134,12 @@ def _template() -> Any:
     return environment.get_template("page.html.jinja")
 
 
+_STYLES = {"succeeded": "succeeded", "failed": "failed"}
+
+
 def _state(run: Run) -> dict[str, str]:
-    if run.succeeded:
-        return {"word": "succeeded", "style": "succeeded"}
-    if run.interrupted:
-        return {"word": "interrupted", "style": "short"}
-    if any(isinstance(one, Failed | Blocked) for one in run.outcomes.values()):
-        return {"word": "failed", "style": "failed"}
-    return {"word": "fell short", "style": "short"} if run.outcomes else {"word": "", "style": ""}
+    word, _ = run.ending
+    return {"word": word, "style": _STYLES.get(word, "short")}
 
 
 def _row(
@@ -248,8 +246,11 @@ def _section(drawn: Path, name: str, generation: Path, room: _Room) -> _Section:
         section.log = _log_line(folder.parent / METRICS, log)
         plot_artifact(folder, drawn)
         plot_log(log, drawn)
-    except (IngotError, OSError, ValueError) as error:
-        return _Section(anchor, name, generation, trouble=_cut(str(error)))
+    except Exception as error:  # whatever a plugin's log or report does to those who draw it
+        shutil.rmtree(drawn, ignore_errors=True)
+        known = isinstance(error, IngotError | OSError)
+        why = str(error) if known else f"{type(error).__name__}: {error}"
+        return _Section(anchor, name, generation, trouble=_cut(why))
     return section
 
 

@@ -1,13 +1,13 @@
 """Where a recipe's paths and addresses lead, settled once, before anything changes folder."""
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote
 
 from configs.data import FilesSource, Source
 from configs.errors import ConfigError
+from configs.masking import MASK
 from configs.parallel import NO_SCHEME, TrackingConfig
 from configs.recipe import Recipe
 
@@ -15,8 +15,6 @@ SQLITE = "sqlite:///"
 _SPECIAL = str.maketrans({"%": "%25", "?": "%3F"})
 """What would mean something else in the address of a database than in a path."""
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
-_PASSWORD = re.compile(r"(://[^/?#\s:@]*:)\S*(@)|([?&](?:password|token)=)[^&#\s]+", re.I)
-_MASK = "***"
 
 
 def absolute(recipe: Recipe, base: Path) -> Recipe:
@@ -50,16 +48,19 @@ def absolute(recipe: Recipe, base: Path) -> Recipe:
 def tracking_uri(tracking: TrackingConfig, store_root: Path) -> str:
     """The MLflow address: the recipe's, else the environment's, else a SQLite file in the store."""
     if tracking.uri is not None:
+        if MASK in tracking.uri:
+            raise ConfigError(
+                f"tracking.uri = {tracking.uri}: its password was left out of the record of the "
+                f"latest run; give the recipe and its --set again, or set {URI_VARIABLE}"
+            )
         return tracking.uri
     named = os.environ.get(URI_VARIABLE, "")
     if named and "://" not in named:
-        raise ConfigError(f"{URI_VARIABLE} = {masked(named)}: {NO_SCHEME}")
+        # Not shown, as it may hold a password where nobody would look for one.
+        raise ConfigError(f"{URI_VARIABLE}: {NO_SCHEME}")
+    if named.startswith(SQLITE):
+        return _absolute_sqlite(named, Path.cwd())
     return named or sqlite_uri(store_root / "mlflow.db")
-
-
-def masked(text: str) -> str:
-    """Text that may hold an address, without the password in it."""
-    return _PASSWORD.sub(lambda found: f"{found[1] or found[3]}{_MASK}{found[2] or ''}", text)
 
 
 def sqlite_uri(path: Path) -> str:

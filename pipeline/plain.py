@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.records import AcrossSeeds
-from pipeline.steplog import LOG_BYTES, StepLog
+from pipeline.steplog import StepLog
 from pipeline.store import Committed
 from stages.manifest import MANIFEST
 from stages.samples import as_table, read_samples
-from stages.steps import KEY_CURVES, METRICS, scalars
+from stages.steps import KEY_CURVES, scalars
 
 VALUE_CHARS, KEY_CHARS, DIGEST_CHARS = 6000, 250, 36
 SMALL_BYTES = 5_000_000
@@ -107,13 +107,8 @@ def samples_table(folder: Path, log: StepLog) -> dict[str, list[Any]] | None:
 
 
 def small_files(made: Committed) -> Sequence[Path]:
-    """The manifest, the step log, and the records and reports on the artifact's ground floor.
-
-    In place of a large step log, see `log_to_send` in `pipeline/steplog.py`.
-    """
-    log = made.artifact.beside(METRICS)
+    """The manifest, and the records and reports on the artifact's ground floor."""
     paths = [made.path / MANIFEST]
-    paths += [log] if log.is_file() and log.stat().st_size <= LOG_BYTES else []
     paths += [
         made.artifact.path(name)
         for name, entry in made.manifest.files.items()

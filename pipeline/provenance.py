@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 
+from configs.masking import masked
 from configs.parallel import ClusterConfig
 from configs.reading import without_webhooks
-from pipeline.places import masked
 from stages.contract import Face
 from stages.manifest import now
 

@@ -150,13 +150,26 @@ class Run:
         return replace(self, tracking_id=run, outcomes=outcomes)
 
     @property
+    def ending(self) -> tuple[str, str]:
+        """What became of a run that has ended, in a word, and at which node; empty if at none.
+
+        `succeeded`, `stopped`, `failed`, and `fell short` if nothing worse happened.
+        """
+        if self.interrupted:
+            return "stopped", ""
+        for kind in (Failed, Blocked):
+            for name, one in self.outcomes.items():
+                if isinstance(one, kind):
+                    return "failed", name
+        for name, one in self.outcomes.items():
+            if isinstance(one, Built | Reused) and one.shortfall is not None:
+                return "fell short", name
+        return ("succeeded" if self.outcomes else "failed"), ""
+
+    @property
     def succeeded(self) -> bool:
         """Whether every node that was asked for is there, and shows what it was to show."""
-        done = all(
-            isinstance(one, Built | Reused) and one.shortfall is None
-            for one in self.outcomes.values()
-        )
-        return done and bool(self.outcomes) and not self.interrupted
+        return self.ending[0] == "succeeded"
 
 
 _RUN = TypeAdapter(Run)

@@ -12,11 +12,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from configs.errors import IngotError
+from configs.masking import masked
 from configs.parallel import ClusterConfig, nodes_at_once
 from pipeline.building import Site, build, reuse
 from pipeline.crew import Crew, hire
@@ -43,6 +45,8 @@ from pipeline.store import Committed, Store
 
 STOP_SECONDS = 20.0
 """How long nodes that run side by side may take to stop."""
+_FEW_BYTES = 100_000_000
+"""A disk with fewer is said to be full."""
 
 
 @dataclass(frozen=True)
@@ -207,21 +211,23 @@ def _explain(error: Exception, node: Node, site: Site) -> str:
         kept = f"traceback in {path}"
     except OSError as refused:
         kept = f"no traceback in {path}: {refused.strerror}"
-    if says_disk_is_full(error):
-        return _disk_full(site.store.root)
-    if isinstance(error, IngotError):
-        return str(error)
-    return f"{type(error).__name__}: {error} ({kept})"
+    known = isinstance(error, IngotError)
+    why = masked(str(error) if known else f"{type(error).__name__}: {error} ({kept})")
+    return f"{why}; {_disk_full(site.store.root)}" if says_disk_is_full(error) else why
 
 
 def _disk_full(store_root: Path) -> str:
     """Which disk is full, what is left of the build, and what to do."""
-    folders = (store_root, Path(tempfile.gettempdir()))
-    full = min(folders, key=lambda folder: shutil.disk_usage(folder).free)
+    where = "a disk, or of a quota"
+    for folder in (store_root, Path(tempfile.gettempdir())):
+        with suppress(OSError):
+            if (free := shutil.disk_usage(folder).free) < _FEW_BYTES:
+                where = f"the disk of {folder} ({free:,} bytes free)"
+                break
     return (
-        f"no room left on the disk of {full} ({shutil.disk_usage(full).free:,} bytes free); what "
-        "is committed stays, and so do the saves of this build: free some (`ingot clean` deletes "
-        "what newer artifacts replaced), and the same command goes on from them"
+        f"no room left on {where}; what is committed stays, and so do the saves of this build: "
+        "free some (`ingot clean` deletes what newer artifacts replaced), and the same command "
+        "goes on from them"
     )
 
 

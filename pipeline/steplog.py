@@ -136,8 +136,10 @@ def collect(records: Iterable[Mapping[str, Any]]) -> StepLog:
         plain["step"] = record["step"]
         if record.get(EXPERT_LOAD):
             loads.add((record["step"], record[EXPERT_LOAD]))
-        for sample in read_entry(record["step"], record.get(ENTRY, ())):
-            samples.add(sample)
+        # A number of that name is a figure, and shown as others are.
+        if isinstance(entry := record.get(ENTRY), list):
+            for sample in read_entry(record["step"], entry):
+                samples.add(sample)
         (measured if any(map(is_held_out, plain)) else others).add(plain)
     chosen = sorted([*measured.items(), *others.items()], key=itemgetter("step"))
     shown = {name: points for name, points in curves.items() if name != "step" and points.values}

@@ -15,7 +15,7 @@ from pipeline.background import Background
 from pipeline.landing import OUTCOME
 from pipeline.plain import clean, metric_name, step_metrics
 
-_METRICS_A_BATCH = 1000
+METRICS_A_BATCH = 1000
 _TAG_CHARS = 5000
 
 
@@ -110,7 +110,7 @@ class Child:
     def send(self) -> None:
         """Send what has come; what cannot be sent stays for the next time."""
         client, run_id = self._open(), self.id()
-        while batch := self._pending[:_METRICS_A_BATCH]:
+        while batch := self._pending[:METRICS_A_BATCH]:
             client.log_batch(run_id, metrics=batch)
             del self._pending[: len(batch)]
 

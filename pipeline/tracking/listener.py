@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from configs.errors import ArtifactError
+from configs.masking import masked, without_login
 from pipeline.background import Background
 from pipeline.building import RESUMED
 from pipeline.embedded import LOCK_SECONDS, UI_PORT, set_environment
@@ -24,14 +24,14 @@ from pipeline.landing import (
     view,
     view_key,
 )
-from pipeline.places import URI_VARIABLE, masked, tracking_uri
+from pipeline.places import URI_VARIABLE, tracking_uri
 from pipeline.plain import seed_metrics, seed_table
 from pipeline.records import Blocked, Built, Failed, Records, Reused, Run
 from pipeline.store import Committed
 from pipeline.tracking.child import Child
 from pipeline.tracking.models import Models
 from pipeline.tracking.runs import Runs, Told, log_figures
-from pipeline.tracking.server import REGISTRY_VARIABLE, Server
+from pipeline.tracking.server import REGISTRY_VARIABLE, Server, is_ours
 from pipeline.tracking.shown import describe, log_table, show, show_in_parent
 from stages.steps import METRICS
 
@@ -54,7 +54,7 @@ class Tracking:
         self._server = Server(config, uri, store_root, say)
         self._runs = Runs(self._server, told, records)
         self._models = Models(self._server, config.registered_model, told.recipe.name)
-        self._worker = Background(self._warning, say)
+        self._worker = Background(self._warning, say, is_ours=is_ours)
         self._children: dict[str, Child] = {}
         self._reports: dict[str, str] = {}
         """By node that reports on models: the id of its run."""
@@ -65,6 +65,7 @@ class Tracking:
         _say_variables(config.uri, uri, say)
         set_environment(config)
         self._worker.submit(self._open)
+        self._worker.submit(self._runs.describe_parent, owed=True)
         self._worker.submit(self._runs.end_orphans)
 
     @property
@@ -74,10 +75,15 @@ class Tracking:
 
     def begin(self, node: Node, inputs: Mapping[str, Committed]) -> Child:
         """Open the child run of a node that is being built."""
-        child = Child(self._worker, partial(self._runs.create_child, node, inputs, {}))
+        child = Child(self._worker, partial(self._runs.create_child, node, {}))
         self._children[node.name] = child
         child.open()
+        self._describe(node, child, inputs)
         return child
+
+    def _describe(self, node: Node, child: Child, inputs: Mapping[str, Committed]) -> None:
+        describe = self._runs.describe_child
+        self._worker.submit(lambda: describe(child.id(), node, inputs), owed=True)
 
     def end(
         self, node: Node, outcome: Built | Reused | Failed | Blocked, made: Committed | None
@@ -98,6 +104,7 @@ class Tracking:
                 child = Child(self._worker, partial(self._runs.create_reused, node, outcome))
                 self._children[node.name] = child
                 child.open()
+                self._describe(node, child, {})
                 child.close("reused", "FINISHED")
                 for step in (self._show_in_parent, self._register):
                     self._worker.submit(partial(step, node, child, made), owed=True)
@@ -135,7 +142,9 @@ class Tracking:
 
     @property
     def _base(self) -> str:
-        return f"http://127.0.0.1:{UI_PORT}" if self.is_embedded else masked(self._server.uri)
+        return (
+            f"http://127.0.0.1:{UI_PORT}" if self.is_embedded else without_login(self._server.uri)
+        )
 
     def _node_ids(self) -> dict[str, str]:
         return {n: one.run_id for n, one in self._children.items() if one.run_id is not None}
@@ -163,7 +172,9 @@ class Tracking:
         describe(client, run_id, node.name, made, parent, child.tags.get(RESUMED))
         try:
             show(client, run_id, made)
-        except ArtifactError as error:
+        except Exception as error:
+            if not is_ours(error):
+                raise
             # It is no fault of the server, which is to hear of all that follows.
             self._say(f"warning: {node.name}: MLflow does not show all of it: {error}")
 
@@ -183,6 +194,7 @@ class Tracking:
         self._columns[node.name] = (rank, names)
 
     def _register(self, node: Node, child: Child, made: Committed) -> None:
+        self._worker.allow(_SHOW_SECONDS)
         pages = {"run": self._runs.parent_id(), node.name: child.id(), **self._reports}
         links = {what: self._runs.page(one) for what, one in pages.items()}
         self._models.register(node, child.id(), made, links)
@@ -198,7 +210,8 @@ class Tracking:
         ranked = sorted(self._columns.values(), key=lambda one: one[0])
         names = [name for _, names in ranked for name in names]
         both = [names, shown_metrics(before)]
-        both = both if run.succeeded else both[::-1]
+        is_whole = run.succeeded and set(self._told.line) <= run.outcomes.keys()
+        both = both if is_whole else both[::-1]
         columns = list(dict.fromkeys(one for names in both for one in names))[:MOST_COLUMNS]
         client.set_experiment_tag(experiment, tag, view(columns))
 
@@ -214,7 +227,12 @@ class Tracking:
     def _show_page(self, run: Run, write_page: Callable[[Run], Path]) -> None:
         self._worker.allow(_SHOW_SECONDS)
         if self.page is None:
-            self.page = write_page(run.with_tracking(self._runs.parent_id(), self._node_ids()))
+            shown = run.with_tracking(self._runs.parent_id(), self._node_ids())
+            try:
+                self.page = write_page(shown)
+            except Exception:
+                # No fault of the server's; whoever asked for the page tries again, and tells.
+                return
         self._runs.show_page(self.page)
 
 

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from pipeline import described
 from pipeline.graph import Node
+from pipeline.landing import plain_name
 from pipeline.plain import KEY_CHARS, flatten
 from pipeline.store import Committed
 from pipeline.tracking.server import Server
@@ -37,7 +37,7 @@ class Models:
     def __init__(self, server: Server, prefix: str, recipe: str) -> None:
         """Versions are registered under `prefix-recipe`."""
         self._server = server
-        self.name = re.sub(r"[^\w.-]", "-", f"{prefix}-{recipe}", flags=re.ASCII)
+        self.name = plain_name(f"{prefix}-{recipe}")
         self._models: dict[str, str] = {}
         self._versions: dict[str, str] = {}
 
@@ -87,7 +87,7 @@ class Models:
                 alias,
                 folder=str(made.artifact.path()),
                 pages=pages,
-                loads=_can_be_copied(made),
+                not_copied=_not_copied(made),
             ),
             await_creation_for=0,
             model_id=model_id,
@@ -100,7 +100,7 @@ class Models:
             name, kind = node.name.replace(".", "-"), made.artifact.kind
             params = {key: value[:KEY_CHARS] for key, value in islice(facts.items(), 100)}
             tags = {ARTIFACT_TAG: made.address, CONTENT_TAG: made.manifest.content}
-            if made.artifact.alias() is None or not _can_be_copied(made):
+            if made.artifact.alias() is None or _not_copied(made) is not None:
                 model = mlflow.create_external_model(
                     name=name,
                     source_run_id=run_id,
@@ -141,13 +141,16 @@ class Models:
         return model
 
 
-def _can_be_copied(made: Committed) -> bool:
-    """Whether its plain weights are small enough, and a model that transformers names."""
+def _not_copied(made: Committed) -> str | None:
+    """Why its weights stay where they are; none if they are small, and a model with a tokenizer."""
     weights = made.artifact.weights()
-    if weights is None or not (weights / "config.json").is_file():
-        return False
+    if weights is None:
+        return "it has no plain weights"
+    for name in ("config.json", "tokenizer.json"):
+        if not (weights / name).is_file():
+            return f"it has no {name}"
     size = sum(path.stat().st_size for path in weights.rglob("*") if path.is_file())
-    return size <= MOST_BYTES and (weights / "tokenizer.json").is_file()
+    return "it is too large to be copied here" if size > MOST_BYTES else None
 
 
 def write_flavor(weights: Path, folder: Path, *, model_id: str | None = None) -> None:

@@ -21,16 +21,17 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_USER,
 )
 
+from configs.errors import StoreError
+from configs.masking import masked_tree
 from configs.recipe import Recipe
 from pipeline import described
 from pipeline.graph import Node
 from pipeline.landing import ORDER, OUTCOME, RECIPE, REUSED, order, run_page
 from pipeline.lease import has_ended, this_process
-from pipeline.places import masked
 from pipeline.plain import DIGEST_CHARS, KEY_CHARS, VALUE_CHARS, clean, flatten, metric_name
 from pipeline.records import Built, Records, Reused, Run
 from pipeline.store import Committed
-from pipeline.tracking.child import now_ms
+from pipeline.tracking.child import METRICS_A_BATCH, now_ms
 from pipeline.tracking.server import Server
 
 PROCESS_TAG = "ingot.process"
@@ -62,7 +63,7 @@ class Runs:
         self.parent: str | None = None
 
     def parent_id(self) -> str:
-        """The parent's id, which is created if it must be."""
+        """The parent's id, which is created if it must be. Its settings: `describe_parent`."""
         if self.parent is None:
             client, run, recipe = self._server.client(), self._told.run, self._told.recipe
             tags = {
@@ -77,15 +78,16 @@ class Runs:
                 tags=_cleaned({**self._tags(0, "running"), **tags}),
             )
             self.parent = opened.info.run_id
-            settings = recipe.model_dump(mode="json")
-            if recipe.tracking.uri is not None:
-                settings["tracking"]["uri"] = masked(recipe.tracking.uri)
-            if seeds := run.invocation.seeds:
-                settings["seed"] = list(seeds)
-            log_params(client, self.parent, settings)
-            text = json.dumps(settings, indent=1, ensure_ascii=False)
-            client.log_text(self.parent, text, "recipe.json")
         return self.parent
+
+    def describe_parent(self) -> None:
+        """The settings of the whole recipe, as parameters and as a file."""
+        parent, client = self.parent_id(), self._server.client()
+        settings = masked_tree(self._told.recipe.model_dump(mode="json"))
+        if seeds := self._told.run.invocation.seeds:
+            settings["seed"] = list(seeds)
+        log_params(client, parent, settings)
+        client.log_text(parent, json.dumps(settings, indent=1, ensure_ascii=False), "recipe.json")
 
     def end_orphans(self) -> None:
         """Mark as killed what a driver that died on this host left running."""
@@ -99,11 +101,10 @@ class Runs:
     def create_child(
         self,
         node: Node,
-        inputs: Mapping[str, Committed],
         tags: Mapping[str, str],
         begun: int,
     ) -> tuple[MlflowClient, str]:
-        """A child run of the node, with its settings and the data that it is made of.
+        """A child run of the node, without what `describe_child` adds.
 
         `begun` is when the node was, in milliseconds since the epoch.
         """
@@ -128,11 +129,15 @@ class Runs:
                 }
             ),
         )
-        run_id = run.info.run_id
-        log_params(client, run_id, node.planned.config.model_dump(mode="json"))
+        return client, str(run.info.run_id)
+
+    def describe_child(self, run_id: str, node: Node, inputs: Mapping[str, Committed]) -> None:
+        """The settings of a node, and the data that it is made of."""
+        client = self._server.client()
+        log_params(client, run_id, masked_tree(node.planned.config.model_dump(mode="json")))
         if data := [one for one in inputs.values() if one.artifact.is_dataset]:
-            client.log_inputs(run_id, [_dataset(one, stage.name) for one in data])
-        return client, run_id
+            name = node.planned.stage.name
+            client.log_inputs(run_id, [_dataset(one, name) for one in data])
 
     def create_reused(self, node: Node, outcome: Reused, begun: int) -> tuple[MlflowClient, str]:
         """A child run that says where the node was built."""
@@ -147,14 +152,16 @@ class Runs:
             tags["ingot.built_by_run"] = outcome.built_by
         if built is not None:
             tags["ingot.built_by"] = built
-        return self.create_child(node, {}, tags, begun)
+        return self.create_child(node, tags, begun)
 
     def built_in(self, node: str, outcome: Reused) -> str | None:
         """The MLflow run of the build that is reused, if that run's record knows it."""
-        path = self._records.folder / f"{outcome.built_by}.json"
-        if not path.exists():
+        try:
+            record = self._records.load(str(outcome.built_by))
+        except StoreError:
+            # Gone, or damaged, which whoever reads all records tells.
             return None
-        for name, one in self._records.load(str(outcome.built_by)).outcomes.items():
+        for name, one in record.outcomes.items():
             if isinstance(one, Built) and (name == node or one.address == outcome.address):
                 return one.tracking_id
         return None
@@ -216,7 +223,9 @@ def log_params(client: MlflowClient, run_id: str, config: Mapping[str, Any]) -> 
 def log_figures(client: MlflowClient, run_id: str, metrics: Mapping[str, float]) -> None:
     """Record what has one value, by the metric's name."""
     moment = now_ms()
-    client.log_batch(run_id, metrics=[Metric(key, v, moment, 0) for key, v in metrics.items()])
+    found = [Metric(key, value, moment, 0) for key, value in metrics.items()]
+    for start in range(0, len(found), METRICS_A_BATCH):
+        client.log_batch(run_id, metrics=found[start : start + METRICS_A_BATCH])
 
 
 def _dataset(made: Committed, context: str) -> DatasetInput:

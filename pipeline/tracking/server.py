@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
 
 import mlflow
@@ -9,14 +10,20 @@ from mlflow.entities import LifecycleStage
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+from requests import RequestException
 
-from configs.errors import IngotError, MachineError
+from configs.errors import ArtifactError, IngotError, MachineError
+from configs.masking import masked
 from configs.parallel import TrackingConfig
 from pipeline.embedded import artifact_location, move_in, schema_lock
 from pipeline.landing import EXPERIMENT_NOTE
-from pipeline.places import URI_VARIABLE, masked, sqlite_path
+from pipeline.places import URI_VARIABLE, sqlite_path
 
 REGISTRY_VARIABLE = "MLFLOW_REGISTRY_URI"
+
+_DAMAGED = ("malformed", "not a database", "file is encrypted")
+"""What SQLite says of a file that will not be better next time."""
+_REFUSALS = {HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT}
 
 
 class Server:
@@ -88,6 +95,15 @@ def _tell_mlflow(uri: str) -> None:
             os.environ[name] = value
 
 
+def is_ours(error: Exception) -> bool:
+    """Whether an error is of one thing that we asked, so that others may well be answered."""
+    if isinstance(error, MlflowException):
+        return error.get_http_status_code() in _REFUSALS
+    # Those of requests are values too.
+    faults = (ArtifactError, ValueError, TypeError, LookupError, AttributeError)
+    return isinstance(error, faults) and not isinstance(error, RequestException)
+
+
 def open_server(server: Server) -> None:
     """Create or migrate the store, and make the experiment.
 
@@ -102,8 +118,11 @@ def open_server(server: Server) -> None:
         path = sqlite_path(server.uri)
         if "out-of-date database schema" in str(error):
             fix = f"save a copy of it, then run: mlflow db upgrade '{masked(server.uri)}'"
-        elif path is not None:
+        elif path is not None and any(one in str(error) for one in _DAMAGED):
             fix = f"move {path} away, and a new one is made; artifacts do not depend on it"
+        elif path is not None:
+            fix = f"see that {path} can be written, that its disk has room, and that no other "
+            fix += "process holds it"
         else:
             fix = "see that the server runs and that tracking.uri names it"
         raise MachineError(

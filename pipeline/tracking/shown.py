@@ -30,21 +30,23 @@ def show(client: MlflowClient, run_id: str, made: Committed) -> None:
 
     ArtifactError if what it wants shown of itself is nothing that can be.
     """
-    log = read_log(made.artifact.beside(METRICS))
-    _show_figures(client, run_id, made, log)
-    _upload(client, run_id, made, log)
-
-
-def _upload(client: MlflowClient, run_id: str, made: Committed, log: StepLog) -> None:
     for path in small_files(made):
         client.log_artifact(run_id, str(path))
+    log = read_log(made.artifact.beside(METRICS))
+    _show_figures(client, run_id, made, log)
+    _show_log(client, run_id, made, log)
+
+
+def _show_log(client: MlflowClient, run_id: str, made: Committed, log: StepLog) -> None:
     tables = {"answers": samples_table(made.artifact.path(), log), "fp8": fp8_table(log)}
     for name, table in tables.items():
         if table is not None:
             log_table(client, run_id, f"tables/{name}.json", table)
     with tempfile.TemporaryDirectory() as folder:
         if sent := log_to_send(made.artifact.beside(METRICS), log, Path(folder)):
-            client.log_artifact(run_id, str(sent[0]))
+            path, told = sent
+            client.log_artifact(run_id, str(path))
+            client.set_tag(run_id, "ingot.step_log", told)
         # With it comes the plotting library, which a run that builds nothing has no use for.
         report = importlib.import_module("pipeline.report")
         report.plot_log(log, Path(folder, "plots"))

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs.errors import ConfigError, PlanError
+from configs.masking import masked
 from configs.parallel import StoreConfig
 from configs.reading import load_recipe, without_webhooks
 from configs.recipe import Recipe
 from pipeline.graph import Graph, Selection, make_graph, side_by_side
 from pipeline.loading import load_stage
-from pipeline.places import absolute, masked
+from pipeline.places import absolute
 from pipeline.plain import flatten
 from pipeline.production import production
 from pipeline.records import Invocation, Records

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from configs.errors import ConfigError
 from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
 from model.fp8.backends import choose
 from pipeline.embedded import UI_PORT
@@ -44,7 +45,11 @@ def examine() -> Iterator[Finding]:
     yield from _machine()
     yield from _accelerators()
     store = Path.cwd() / StoreConfig().url
-    database = sqlite_path(tracking_uri(TrackingConfig(), store))
+    try:
+        database = sqlite_path(tracking_uri(TrackingConfig(), store))
+    except ConfigError as error:
+        database = None
+        yield Finding("MLflow", "its address is none", str(error), needed=True)
     yield from surroundings(ClusterConfig(), database, os.environ)
     for package in _PACKAGES:
         yield _package(package)

@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
     with notifier:
         record = realise(graph, chosen, setting, record)
         record = replace(record, across_seeds=across_seeds(graph, record, store.root))
+        # All is built: what is left to do elsewhere must not lose that.
+        store.records.update(replace(record, finished=True))
         record, page = _finish(record, told, tracking, store.root, display)
         store.records.update(replace(record, finished=True))
         notifier.finish(record)
@@ -99,7 +101,13 @@ def _finish(
         return record, write(record)
     except IngotError as error:
         display.note(f"warning: {error}")
-        return record, None
+    except Exception as error:  # a full disk for what is drawn, a library's own fault
+        display.note(f"warning: the page of this run is not written ({_short(error)})")
+    return record, None
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def _write_page(told: Told, root: Path, link: Callable[[str], str], record: Run) -> Path:

@@ -38,11 +38,9 @@ def state_of(run: Run) -> str:
     """What became of a run, in a word or two."""
     if run.live:
         return "running"
-    if run.interrupted:
-        return "interrupted"
-    if not run.finished:
+    if not run.finished and not run.interrupted:
         return "cut short"
-    return "succeeded" if run.succeeded else "failed"
+    return run.ending[0]
 
 
 def _record(run: Run) -> dict[str, object]:

@@ -5,10 +5,11 @@ import socket
 from pathlib import Path
 
 from configs.errors import MachineError
+from configs.masking import masked, without_login
 from configs.parallel import TrackingConfig
 from pipeline.embedded import serve, set_environment
 from pipeline.landing import landing_page
-from pipeline.places import masked, tracking_uri
+from pipeline.places import tracking_uri
 from pipeline.tracking.server import Server, open_server
 from pipeline.verbs.asked import load_asked
 
@@ -38,7 +39,7 @@ def _landing(tracking: TrackingConfig, uri: str, root: Path, recipe: str, base: 
     """The page with the table of runs; makes or migrates an embedded store."""
     server = Server(tracking, uri, root, print)
     open_server(server)
-    return landing_page(masked(base), server.experiment_id, recipe)
+    return landing_page(without_login(base), server.experiment_id, recipe)
 
 
 def is_free(port: int) -> bool:

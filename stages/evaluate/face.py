@@ -6,7 +6,7 @@ from stages.contract import Face
 
 evaluate = Face(
     name="evaluate",
-    revision=3,
+    revision=4,
     config=EvaluateSpec,
     takes={"corpus": Corpus},
     takes_more=Checkpoint,

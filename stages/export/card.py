@@ -32,6 +32,7 @@ class _Words:
     """What transformers does with the MTP layer."""
 
 
+_EXAMPLE_CHARS = 500
 _V3 = _Words(
     kind="DeepSeek-V3 family: multi-head latent attention and a mixture of experts",
     exact="the routing bias",
@@ -182,8 +183,9 @@ def _speaking(corpus: Corpus, source: Checkpoint, conventions: Conventions) -> s
     ]
     if corpus.held_out_problems:
         one = read_problems(corpus.path("problems", "held_out.parquet"))[0]
+        shown = code(one.prompt, chars=_EXAMPLE_CHARS)
         lines.append(
-            f"- Its corpus asks problems in one form alone, such as {code(one.prompt)}, whose "
+            f"- Its corpus asks problems in one form alone, such as {shown}, whose "
             f"right answer is {code(one.answer)}. Other forms get answers that mean nothing."
         )
     brought = conventions.brought

@@ -154,3 +154,23 @@ def test_what_is_watched_is_sampled_and_sent_until_it_no_longer_is(
     time.sleep(0.3)
     assert spy.sent == before
     worker.stop(patience_seconds=10, limit_seconds=10)
+
+
+def test_faults_of_single_jobs_cost_no_others(said: list[str]) -> None:
+    def wrong(number: int) -> None:
+        raise ValueError(f"wrong {number}")
+
+    worker = Background(
+        lambda why: f"warning: {why}", said.append, is_ours=lambda e: isinstance(e, ValueError)
+    )
+    done: list[str] = []
+    worker.submit(partial(wrong, 1), owed=True)
+    worker.submit(partial(wrong, 2), owed=True)
+    worker.submit(lambda: done.append("other node"))
+    worker.submit(lambda: done.append("parent finished"), owed=True)
+    worker.stop(patience_seconds=10, limit_seconds=10)
+    assert done == ["other node", "parent finished"]
+    assert said == [
+        f"warning: part of this run is not recorded elsewhere (ValueError: wrong {number})"
+        for number in (1, 2)
+    ]

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 
 from configs.recipe import Recipe
-from pipeline import cli
+from pipeline import cli, page
+from pipeline.tracking.listener import Tracking
 from pipeline.verbs import asked
 from stages.artifacts import Corpus
 from stages.contract import Face, Planned
@@ -326,3 +328,29 @@ def test_a_plugins_own_kind_of_artifact_is_shown_as_the_lines_are(
     capsys.readouterr()
     assert ingot("sample", "own", "--prompt", "x") == 1
     assert "holds a own_thing without plain weights" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_drawn_costs_a_run_nothing(
+    line: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: object, **given: object) -> Path:
+        raise struct.error("unpack requires a buffer of 4 bytes")
+
+    monkeypatch.setattr(page, "write_page", broken)
+    assert ingot("run", "smoke", "@over.toml", "--set", "pretrain.steps=27") == 0
+    assert "the page of this run is not written (error: unpack" in capsys.readouterr().out
+    newest = max((line / ".ingot" / "runs").glob("*.json"))
+    record = json.loads(newest.read_text())
+    assert record["finished"]
+
+
+def test_a_run_that_is_stopped_while_it_is_recorded_elsewhere_is_finished_here(
+    line: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tracking, "finish", stopped)
+    assert ingot("run", "smoke", "@over.toml") == 130
+    newest = max((line / ".ingot" / "runs").glob("*.json"))
+    assert json.loads(newest.read_text())["finished"]

@@ -184,7 +184,7 @@ def test_two_recipes_differ_by_who_is_told_without_the_secret(
     path.write_text(path.read_text() + f'\n[notify]\nwebhook = "{hook.address}"\n')
     assert ingot("diff", "smoke", "mine.toml") == 3
     told = capsys.readouterr().out
-    assert "notify.webhook: none -> **********" in told
+    assert "notify.webhook: none -> $INGOT_NOTIFY_WEBHOOK" in told
     assert PATH not in told
 
 

@@ -13,11 +13,15 @@ from matplotlib.image import imread
 from configs.errors import StoreError
 from configs.parallel import StoreConfig
 from pipeline import page
+from pipeline.described import outcome_word
+from pipeline.messages import Teller
 from pipeline.page import write_page
 from pipeline.records import AcrossSeeds, Blocked, Built, Failed, Invocation, Run
+from pipeline.steplog import collect
 from stages.artifacts import PAGE
 from stages.manifest import MANIFEST
 from stages.samples import Sample, write_samples
+from stages.steps import METRICS
 from tests.pipeline.fakes import World, made
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;{{ 7*7 }}"
@@ -215,7 +219,7 @@ def test_an_artifact_that_cannot_be_read_is_told_of(world: World) -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"interrupted": True}, "interrupted"),
+        ({"interrupted": True}, "stopped"),
         ({"outcomes": {"data": Failed("no", 1.0)}}, "failed"),
         (
             {"outcomes": {"data": Built("a", "b", "c", 1.0, {}, shortfall="too little")}},
@@ -238,3 +242,50 @@ def test_a_page_that_cannot_be_written_is_one_clear_error(
         write_page(
             replace(first, outcomes={}), (), tmp_path, again="ingot run", changed={}, link=None
         )
+
+
+def test_a_log_that_cannot_be_drawn_is_told_of_and_costs_nothing_else(
+    world: World, first: Run
+) -> None:
+    log = world.files(first, "train").parent / METRICS
+    kept = log.read_text()
+    try:
+        log.write_text('{"step": 1, "expert_load": 0.5}\n')
+        assert "expert_load" in read(world, first).text or "TypeError" in read(world, first).text
+        log.write_text('{"loss": 1.0}\n')
+        page = read(world, first)
+        assert "KeyError" in page.text
+        assert "Judged" in page.text
+    finally:
+        log.write_text(kept)
+
+
+def test_a_number_called_samples_is_a_figure(world: World, first: Run) -> None:
+    log = collect([{"step": 1, "samples": 512, "loss": 2.0}])
+    assert log.samples == []
+    assert set(log.curves) == {"samples", "loss"}
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "ending"),
+    [
+        ({}, ("failed", "")),
+        ({"a": Failed("no", 1.0), "b": Blocked("a")}, ("failed", "a")),
+        ({"b": Blocked("a", "left")}, ("failed", "b")),
+        (
+            {"a": Built("a", "b", "c", 1.0, {}, shortfall="low"), "b": Failed("no", 1.0)},
+            ("failed", "b"),
+        ),
+        ({"a": Built("a", "b", "c", 1.0, {}, shortfall="low")}, ("fell short", "a")),
+        ({"a": Built("a", "b", "c", 1.0, {})}, ("succeeded", "")),
+    ],
+)
+def test_a_run_ends_in_one_way_whoever_tells_it(
+    first: Run, outcomes: dict[str, Any], ending: tuple[str, str]
+) -> None:
+    run = replace(first, outcomes=outcomes)
+    assert run.ending == ending
+    assert replace(run, interrupted=True).ending == ("stopped", "")
+    assert run.succeeded == (ending[0] == "succeeded")
+    assert outcome_word(run) == ": ".join(filter(None, ending))
+    assert Teller("ingot run", "here").ended(run, 1.0).outcome == ending[0]

@@ -40,7 +40,9 @@ def _environment(mlflow_variables: None, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
 
 
-def tracked(world: World, config: TrackingConfig, **changes: object) -> tuple[Run, Tracking]:
+def tracked(
+    world: World, config: TrackingConfig, *, chosen: Selection | None = None, **changes: object
+) -> tuple[Run, Tracking]:
     """A run of the fake line that MLflow is told of."""
     recipe = load_recipe("smoke").model_copy(update={"tracking": config, "name": RECIPE})
     run, store = world.begin(), world.store
@@ -49,7 +51,7 @@ def tracked(world: World, config: TrackingConfig, **changes: object) -> tuple[Ru
     told = Told(recipe, run, list(graph.nodes), f"ingot run {RECIPE}")
     tracking = Tracking(told, store_root=store.root, records=store.records, say=world.said.append)
     setting = Setting(store, Examiner(store, RECIPE), ClusterConfig(), [tracking])
-    run = tracking.finish(realise(graph, Selection(), setting, run), None)
+    run = tracking.finish(realise(graph, chosen or Selection(), setting, run), None)
     store.records.save(run)
     return run, tracking
 

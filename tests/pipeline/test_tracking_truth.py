@@ -1,31 +1,41 @@
 """The record in MLflow is whole and true where stores, addresses and variables are odd."""
 
 import json
+import re
 import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.tracking import MlflowClient
 
-from configs.errors import ConfigError, MachineError, TrainingError
+from configs.errors import ArtifactError, ConfigError, MachineError, StoreError, TrainingError
+from configs.masking import masked, without_login
 from configs.parallel import StoreConfig, TrackingConfig
 from configs.reading import load_recipe
-from pipeline import embedded
+from pipeline import background, embedded
+from pipeline.described import beginning, conclusion
 from pipeline.embedded import schema_lock
-from pipeline.graph import make_graph
+from pipeline.graph import Selection, make_graph
 from pipeline.landing import ORDER, OUTCOME, VIEW_TAG, landing_page
-from pipeline.places import URI_VARIABLE, masked, tracking_uri
+from pipeline.places import URI_VARIABLE, tracking_uri
 from pipeline.plain import figure_metrics, step_metrics
 from pipeline.tracking import server as server_module
-from pipeline.tracking.server import REGISTRY_VARIABLE, Server, open_server
+from pipeline.tracking.runs import log_figures
+from pipeline.tracking.server import REGISTRY_VARIABLE, Server, is_ours, open_server
 from stages.artifacts import Checkpoint, Corpus, Report
 from stages.contract import Workspace, stage
 from stages.plots import PLOTS
-from tests.pipeline.fakes import FakeConfig, World, gather, made, make_line, train
+from tests.pipeline import test_tracking
+from tests.pipeline.fakes import FakeConfig, World, failed, gather, made, make_line, train
 from tests.pipeline.test_tracking import child, tracked
 
 # MLflow's own use of SQLAlchemy and of protobuf is behind their deprecations.
@@ -260,7 +270,7 @@ def test_an_address_without_a_scheme_is_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ConfigError, match=r"tracking\.uri.*begins with what it is: http://HOST"):
         load_recipe("smoke", sets=["tracking.uri=server:5000"])
     monkeypatch.setenv(URI_VARIABLE, "mlruns")
-    with pytest.raises(ConfigError, match=rf"{URI_VARIABLE} = mlruns: an address of MLflow"):
+    with pytest.raises(ConfigError, match=rf"{URI_VARIABLE}: an address of MLflow"):
         tracking_uri(TrackingConfig(), Path("/s"))
 
 
@@ -268,6 +278,9 @@ def test_an_address_without_a_scheme_is_refused(monkeypatch: pytest.MonkeyPatch)
     ("text", "shown"),
     [
         ("http://me:secret@there:5/x", "http://me:***@there:5/x"),
+        ("https://secret@there/x", "https://***@there/x"),
+        ("https://h/x?access_token=secret&y=1", "https://h/x?access_token=***&y=1"),
+        ("https://h/x?y=1&sslpassword=secret", "https://h/x?y=1&sslpassword=***"),
         ("postgresql+psycopg2://u:se/cret@h/db", "postgresql+psycopg2://u:***@h/db"),
         (
             "postgresql://h/db?user=x&password=secret&z=1",
@@ -361,4 +374,147 @@ def test_making_the_schema_may_take_longer_than_an_answer(
 
 
 def test_a_key_of_a_view_may_stand_in_a_link() -> None:
-    assert landing_page("http://h/", "1", "a b/c").endswith("viewStateShareKey=a-b-c")
+    assert landing_page("http://h/", "1", "tiny").endswith("viewStateShareKey=tiny")
+    keys = [landing_page("h", "1", name).rpartition("=")[2] for name in ("a b/c", "模型", "数据")]
+    assert all(re.fullmatch(r"[\w-]+", one, re.ASCII) for one in keys)
+    assert len(set(keys)) == 3
+
+
+def test_a_password_in_any_setting_is_recorded_nowhere(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "ftp://me:hunter2@there/*.txt"
+    own = f'data.sources.own={{type="files", share=0.1, glob="{secret}"}}'
+    recipe = load_recipe("smoke", sets=[own, "data.sources.stdlib.share=0.4"])
+    monkeypatch.setattr(test_tracking, "load_recipe", lambda name: recipe)
+    run, _ = tracked(world, CONFIG)
+    client = MlflowClient(tracking_uri(CONFIG, world.store.root))
+    parent = client.get_run(str(run.tracking_id))
+    masked_glob = "ftp://me:***@there/*.txt"
+    assert parent.data.params["data.sources.own.glob"] == masked_glob
+    text = mlflow_text(client, str(run.tracking_id), "recipe.json")
+    assert masked_glob in text
+    assert "hunter2" not in text
+
+
+def mlflow_text(client: MlflowClient, run_id: str, name: str) -> str:
+    return Path(client.download_artifacts(run_id, name)).read_text()
+
+
+def test_an_error_does_not_show_a_password(world: World) -> None:
+    run = world.run(graph=make_graph({"telling": telling(FakeConfig())}, world.store.hashes))
+    assert failed(run, "telling").error == "http://me:***@there: refused"
+
+
+@stage(revision=1)
+def telling(config: FakeConfig, work: Workspace) -> Corpus:
+    """Fails with an address in its error."""
+    raise TrainingError("http://me:hunter2@there: refused")
+
+
+def test_a_password_that_was_left_out_of_a_record_is_not_taken_for_one() -> None:
+    with pytest.raises(ConfigError, match="its password was left out of the record"):
+        tracking_uri(TrackingConfig(uri="http://me:***@there"), Path("/s"))
+
+
+def test_a_database_that_the_variable_names_is_the_same_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(URI_VARIABLE, "sqlite:///my.db")
+    assert tracking_uri(TrackingConfig(), Path("/s")) == f"sqlite:///{tmp_path}/my.db"
+
+
+def test_a_link_asks_for_no_password_with_a_wrong_one() -> None:
+    assert without_login("https://me:secret@there:5/x") == "https://there:5/x"
+    assert without_login("https://there:5/x") == "https://there:5/x"
+
+
+def test_a_hiccup_while_a_run_is_opened_costs_no_setting_and_makes_no_second_run(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, broken = MlflowClient.log_batch, dict.fromkeys(["parent", "child"], True)
+
+    def log_batch(client: MlflowClient, run_id: str, **given: Any) -> None:
+        which = "parent" if "ingot.run" in client.get_run(run_id).data.tags else "child"
+        if given.get("params") and broken[which]:
+            broken[which] = False
+            raise ConnectionError("reset by the peer")
+        real(client, run_id, **given)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    monkeypatch.setattr(background, "RETRY_SECONDS", 0.1)
+    run, _ = tracked(world, CONFIG)
+    client = MlflowClient(tracking_uri(CONFIG, world.store.root))
+    assert not any(broken.values())
+    found = client.search_runs(["1"])
+    assert len(found) == 1 + len(run.outcomes)
+    assert {one.info.status for one in found} == {"FINISHED"}
+    assert all(one.data.params for one in found)
+
+
+def test_a_damaged_record_of_the_builder_costs_only_the_link(world: World) -> None:
+    first, _ = tracked(world, CONFIG)
+    (world.store.records.folder / f"{first.id}.json").write_text("{")
+    second, _ = tracked(world, CONFIG)
+    client = MlflowClient(tracking_uri(CONFIG, world.store.root))
+    assert client.get_run(str(second.tracking_id)).info.status == "FINISHED"
+    assert child(client, second, "train").info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("error", "ours"),
+    [
+        (ValueError("of a plot"), True),
+        (ArtifactError("no such sample"), True),
+        (MlflowException("no such run", error_code=RESOURCE_DOES_NOT_EXIST), True),
+        (MlflowException("API request failed"), False),
+        (StoreError("locked"), False),
+        (ConnectionError("refused"), False),
+        (requests.exceptions.InvalidJSONError("half an answer"), False),
+    ],
+)
+def test_who_does_not_answer_is_told_from_what_was_asked_wrongly(
+    error: Exception, ours: bool
+) -> None:
+    assert is_ours(error) == ours
+
+
+def test_a_database_that_is_held_is_not_to_be_moved_away(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def held(server: Server) -> MlflowClient:
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(Server, "client", held)
+    uri = tracking_uri(CONFIG, world.store.root)
+    with pytest.raises(MachineError, match="no other process holds it") as caught:
+        open_server(Server(CONFIG, uri, world.store.root, print))
+    assert "move" not in str(caught.value)
+
+
+def test_a_part_of_the_line_adds_its_columns_behind_those_that_are_there(world: World) -> None:
+    tracked(world, CONFIG)
+    tracked(world, CONFIG, chosen=Selection(only=("train",)), train={"steps": 5})
+    client = MlflowClient(tracking_uri(CONFIG, world.store.root))
+    columns = json.loads(client.get_experiment("1").tags[VIEW_TAG + "fake"])["selectedColumns"]
+    assert columns[2:4] == [
+        *("metrics.`judge/before_pass_at_1`", "metrics.`judge/after_pass_at_1`")
+    ]
+
+
+def test_more_figures_than_one_call_takes_are_all_recorded(world: World) -> None:
+    uri = tracking_uri(CONFIG, world.store.root)
+    client = MlflowClient(uri, registry_uri=uri)
+    run = client.create_run(client.create_experiment("many"))
+    log_figures(client, run.info.run_id, {f"f{number}": number for number in range(1500)})
+    assert len(client.get_run(run.info.run_id).data.metrics) == 1500
+
+
+def test_words_that_are_too_long_for_mlflow_say_where_they_are_cut(world: World) -> None:
+    run = world.run()
+    long = {f"{name}-{i}": one for i in range(200) for name, one in run.outcomes.items()}
+    text = conclusion(replace(run, outcomes=long), "ingot run", {}, {}, {})
+    assert len(text) < 8000
+    assert text.endswith("(cut here)")
+    assert "Again: ``ingot run a`b``" in beginning(run, "ingot run a`b", {})
