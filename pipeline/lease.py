@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 
+from cluster.files import create_exclusively, replace
 from configs.errors import LeaseLost
-from pipeline.files import create_exclusively, replace
 from stages.manifest import LEASE_PREFIX, Lease
 
 HEARTBEAT_SECONDS = 2.0

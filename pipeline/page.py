@@ -18,8 +18,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
+from cluster import files
 from configs.errors import IngotError, StoreError
-from pipeline import files
 from pipeline.figures import show_bytes, show_figure, show_figures, show_seconds, spoken
 from pipeline.plain import samples_table
 from pipeline.records import Blocked, Built, Failed, Reused, Run

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from cluster import files
 from configs.errors import StoreError
 from configs.explain import first_fault
-from pipeline import files
 from pipeline.lease import has_ended
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from cluster.files import says_disk_is_full
 from configs.errors import IngotError
 from configs.masking import masked
 from configs.parallel import ClusterConfig, nodes_at_once
@@ -35,7 +36,6 @@ from pipeline.decide import (
     judge,
     settled_inputs,
 )
-from pipeline.files import says_disk_is_full
 from pipeline.graph import Graph, Node, Role, Selection, assign_roles
 from pipeline.listeners import Audience, Listener
 from pipeline.provenance import source_digest

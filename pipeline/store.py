@@ -27,9 +27,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cluster import place
+from cluster.files import create_exclusively, says_disk_is_full, sync_folder
 from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.parallel import StoreConfig
-from pipeline.files import create_exclusively, says_disk_is_full, sync_folder
 from pipeline.graph import Node
 from pipeline.lease import Watch, beat, give_up, has_stopped, newest, take
 from pipeline.records import Records
@@ -46,9 +47,7 @@ from stages.manifest import (
     Lease,
     Manifest,
     content_hash,
-    filesystem,
     hash_file,
-    list_files,
     read_manifest,
     verify,
 )
@@ -116,12 +115,11 @@ class Store:
 
         StoreError if the address is not on a local file system, or holds another format.
         """
-        fs, path = filesystem(config.url)
-        if "file" not in fs.protocol:
+        if not place.is_local(config.url):
             raise StoreError(
                 f"store.url = {config.url}: only local folders hold artifacts so far; use a path"
             )
-        self.root = Path(path)
+        self.root = place.local_path(config.url)
         self.config = config
         self.records = Records(self.root, say=say)
         self.hashes = Hashes(self.root / "hashes", store=self.root)
@@ -239,7 +237,7 @@ class Store:
         slot.lease.check()
         files = {
             name: FileEntry(bytes=size, sha256=_hash_durably(slot.files, name))
-            for name, size in list_files(str(slot.files)).items()
+            for name, size in place.sizes(str(slot.files)).items()
         }
         stage, facts, generation = node.planned.stage, artifact.facts(), slot.path.parent
         manifest = Manifest(

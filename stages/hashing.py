@@ -12,24 +12,18 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
-
-from stages.manifest import FileEntry, filesystem
+from cluster import place
+from cluster.place import Stamp
+from stages.manifest import FileEntry
 
 _CHUNK_BYTES = 1 << 20
 _SETTLED_SECONDS = 2.5
 """A file that changed less than this ago may change again within the same tick of its clock, which
 is 2 seconds long on the coarsest file systems."""
-
-FileSystem = AbstractFileSystem
-"""Where files lie: local, or whatever fsspec reaches."""
-Stamp = Mapping[str, Any]
-"""What changes with a file's content, in all likelihood: JSON values."""
 
 
 class Hashes:
@@ -42,26 +36,26 @@ class Hashes:
         self._folder = folder
         self._known: dict[str, tuple[Stamp, FileEntry]] = {}
 
-    def of(self, path: str, fs: AbstractFileSystem | None = None) -> FileEntry:
-        """Size and hash of the file at `path` of `fs`, or at the local path or URL `path`.
+    def of(self, address: str) -> FileEntry:
+        """Size and hash of the file at a path or URL.
 
         The file is read in parts, and only if it may have changed since. OSError if it cannot be.
         """
-        if fs is None:
-            fs, path = filesystem(path)
-        key = fs.unstrip_protocol(path)
-        if is_local(fs) and os.path.exists(path) and not os.path.isfile(path):
-            # Who opens a pipe waits for someone to write to it.
-            raise OSError(errno.EINVAL, "not a regular file", path)
-        stamp = _stamp(fs, path)
+        key = place.key(address)
+        if place.is_local(address):
+            path = place.local_path(address)
+            if path.exists() and not path.is_file():
+                # Who opens a pipe waits for someone to write to it.
+                raise OSError(errno.EINVAL, "not a regular file", str(path))
+        stamp = place.stamp(address)
         found = self._known.get(key) or self._load(key)
         if stamp is not None and found is not None and found[0] == stamp:
             self._known[key] = found
             return found[1]
         # Asked before it is read: a change while that lasts must show in the stamp.
         settled = stamp if stamp is not None and _is_settled(stamp) else None
-        entry = hash_stream(fs, path)
-        if settled is not None and settled == _stamp(fs, path):
+        entry = hash_whole(address)
+        if settled is not None and settled == place.stamp(address):
             self._known[key] = settled, entry
             self._save(key, settled, entry)
         return entry
@@ -92,19 +86,13 @@ class Hashes:
         return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
-def is_local(fs: AbstractFileSystem) -> bool:
-    """Whether its paths are those of the system, in which no sign but a slash has a meaning."""
-    return isinstance(fs, LocalFileSystem)
-
-
-def hash_stream(fs: AbstractFileSystem, path: str) -> FileEntry:
+def hash_whole(address: str) -> FileEntry:
     """Size and hash of a file as it is now, read in parts."""
-    digest, num_bytes = hashlib.sha256(), 0
-    with fs.open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            num_bytes += len(chunk)
-    return FileEntry(bytes=num_bytes, sha256=digest.hexdigest())
+    with place.opened(address) as file:
+        reader = HashedReader(file)
+        for _ in reader.chunks():
+            pass
+    return reader.entry
 
 
 class HashedReader:
@@ -139,23 +127,6 @@ class HashedReader:
         self._digest.update(data)
         self._bytes += len(data)
         return data
-
-
-def _stamp(fs: AbstractFileSystem, path: str) -> Stamp | None:
-    """What tells this version of a file from others; none where nothing does."""
-    if is_local(fs):
-        found = os.stat(path)
-        return {
-            "bytes": found.st_size,
-            "inode": found.st_ino,
-            "device": found.st_dev,
-            "modified_ns": found.st_mtime_ns,
-            # A copy may bring an old time of change along; this one cannot be set.
-            "changed_ns": found.st_ctime_ns,
-        }
-    info = fs.info(path)
-    tag = info.get("ETag") or info.get("etag")
-    return None if tag is None else {"bytes": int(info["size"]), "etag": str(tag)}
 
 
 def _is_settled(stamp: Stamp) -> bool:

@@ -16,17 +16,14 @@ artifacts. Addresses in manifests are relative, so that a store may be moved or 
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import fsspec
-from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
 from pydantic import ValidationError
 
+from cluster import place
 from configs.base import Frozen
 from configs.errors import ArtifactError, LeaseLost
 from configs.explain import first_fault
@@ -93,24 +90,11 @@ def generation_of(uri: str) -> str:
     return uri.rsplit("/", 2)[0]
 
 
-def filesystem(address: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of a URL, and the path in it; what holds no `://` is a local path.
-
-    fsspec itself would take a path with `::` in it for a chain of file systems.
-    """
-    if "://" not in address:
-        return LocalFileSystem(), os.path.abspath(os.path.expanduser(address))
-    fs, path = fsspec.core.url_to_fs(address)
-    return fs, path
-
-
 def read_manifest(generation: str) -> Manifest:
     """The manifest of a generation; ArtifactError if it has none or it cannot be understood."""
     path = f"{generation}/{MANIFEST}"
     try:
-        fs, local = filesystem(path)
-        with fs.open(local, "rb") as file:
-            return Manifest.model_validate(json.load(file))
+        return Manifest.model_validate(json.loads(place.read(path)))
     except FileNotFoundError:
         raise ArtifactError(
             f"{generation}: no {MANIFEST}, so this is not a finished artifact; `ingot run` "
@@ -125,19 +109,11 @@ def read_manifest(generation: str) -> Manifest:
         ) from None
 
 
-def list_files(uri: str) -> dict[str, int]:
-    """Sizes in bytes of all files below `uri`, by relative name."""
-    fs, root = filesystem(uri)
-    found = fs.find(root, detail=True)
-    return dict(sorted((os.path.relpath(path, root), int(i["size"])) for path, i in found.items()))
-
-
 def hash_file(uri: str, name: str) -> str:
     """SHA-256 of one file, in hexadecimal; ArtifactError if it cannot be read."""
     digest = hashlib.sha256()
     try:
-        fs, path = filesystem(f"{uri}/{name}")
-        with fs.open(path, "rb") as file:
+        with place.opened(f"{uri}/{name}") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     except OSError as error:
@@ -170,7 +146,7 @@ def verify(generation: str, *, hashes: bool = True) -> None:
             f"says {manifest.content[:12]}, so it was changed; {remedy}"
         )
     uri = f"{generation}/{manifest.address}"
-    present = list_files(uri)
+    present = place.sizes(uri)
     if unlisted := next((name for name in present if name not in manifest.files), None):
         raise ArtifactError(
             f"{uri}: {unlisted} is not one of the {len(manifest.files)} files that its manifest "
@@ -211,17 +187,15 @@ class Lease:
 
     def check(self) -> None:
         """LeaseLost unless this is the newest lease and nothing was committed meanwhile."""
-        fs, folder = filesystem(self.generation)
-        fs.invalidate_cache()
         own = self.uri.rpartition("/")[2]
+        names = place.names(self.generation)
         try:
-            names = [path.rpartition("/")[2] for path in fs.ls(folder, detail=False)]
             newest = max((n for n in names if n.startswith(LEASE_PREFIX)), default="no lease")
             # Where a generation was deleted and begun anew, its numbers begin anew too.
-            if newest == own and _owner(fs.cat_file(f"{folder}/{own}")) != self.owner:
+            if newest == own and _owner(place.read(self.uri)) != self.owner:
                 newest = "another builder's lease of that number"
         except FileNotFoundError:
-            names, newest = [], "no lease"
+            newest = "no lease"
         if MANIFEST in names:
             newest = f"the builder that committed {MANIFEST}"
         if newest != own:

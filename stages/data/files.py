@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any, cast
 
+from cluster import place
 from configs.data import FilesSource
 from model.weights.reading import POINTER
 from stages.data.faults import fault, not_utf8, reading, require_unchanged
 from stages.data.rows import json_texts, table_texts
-from stages.hashing import FileSystem, HashedReader
+from stages.hashing import HashedReader
 
 PIECE_CHARS = 4_000
 """A longer `.txt` file is many documents: it is split at blank lines into pieces of this size."""
@@ -36,10 +37,10 @@ class Document:
 
 
 def read_documents(
-    name: str, source: FilesSource, fs: FileSystem, path: str, label: str, known: Any
+    name: str, source: FilesSource, path: str, label: str, known: Any
 ) -> Iterator[Document]:
     """The documents of one file, of which `known` is the size and hash."""
-    with reading(name, source, path), fs.open(path, "rb") as file:
+    with reading(name, source, path), place.opened(path) as file:
         start = _start(file)
         _require_content(name, source, label, start)
         reader = content = HashedReader(file)

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from cluster import place
 from configs.data import FilesSource
 from configs.errors import DataError
 from stages.data.faults import fault
-from stages.hashing import FileSystem, is_local
-from stages.manifest import filesystem
 
 _WILDCARD = re.compile(r"[*?\[]")
 _ANY_DEPTH = "**"
@@ -34,8 +33,8 @@ _KINDS = (
 
 Places = frozenset[int]
 """Which parts of a pattern may stand for the next name of a path; one past the last: none need."""
-Match = tuple[FileSystem, str, str]
-"""File system, path, and name relative to the fixed part of the glob."""
+Match = tuple[str, str]
+"""Address, and name relative to the fixed part of the glob."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +56,17 @@ def matches(name: str, source: FilesSource, store: Path | None = None) -> list[M
     file or whose name is not UTF-8.
     """
     try:
-        fs, pattern = filesystem(source.glob)
-        if is_local(fs):
-            found = _find(name, source, str(pattern), store)
+        if place.is_local(source.glob):
+            found = _find(name, source, str(place.local_path(source.glob)), store)
         else:
-            found = _fetch(name, source, fs, str(pattern))
+            found = _fetch(name, source)
     except DataError:
         raise
     except (OSError, ValueError, ImportError) as error:
         raise fault(name, source, f"cannot be read: {error}", "correct the address") from error
     if not found:
         raise fault(name, source, "matches no file", "correct the path or the pattern")
-    return [(fs, path, label) for label, path in sorted(found.items())]
+    return [(path, label) for label, path in sorted(found.items())]
 
 
 def _find(name: str, source: FilesSource, pattern: str, store: Path | None) -> dict[str, str]:
@@ -135,21 +133,21 @@ def _step(parts: Sequence[str], places: Places, name: str) -> Places:
     """Where in the pattern one is behind `name`; nowhere if it does not fit."""
     is_hidden = name.startswith(".") or name == _RESCUED
     behind = []
-    for place in places - {len(parts)}:
-        part = parts[place]
+    for at in places - {len(parts)}:
+        part = parts[at]
         if part == _ANY_DEPTH:
-            behind += [] if is_hidden else [place]
+            behind += [] if is_hidden else [at]
         elif fnmatchcase(name, part) and (not is_hidden or part.startswith(name[0])):
-            behind.append(place + 1)
+            behind.append(at + 1)
     return _reached(parts, behind)
 
 
 def _reached(parts: Sequence[str], places: Iterable[int]) -> Places:
     """The places, and those behind them, as `**` may stand for no folder."""
     reached = set(places)
-    for place, part in enumerate(parts):
-        if place in reached and part == _ANY_DEPTH:
-            reached.add(place + 1)
+    for at, part in enumerate(parts):
+        if at in reached and part == _ANY_DEPTH:
+            reached.add(at + 1)
     return frozenset(reached)
 
 
@@ -252,16 +250,19 @@ def _is_within(path: str, folder: str) -> bool:
     return folder != "" and f"{path}/".startswith(f"{folder}/")
 
 
-def _fetch(name: str, source: FilesSource, fs: FileSystem, pattern: str) -> dict[str, str]:
-    """Paths of remote files by label."""
+def _fetch(name: str, source: FilesSource) -> dict[str, str]:
+    """Addresses of remote files by label."""
+    pattern = source.glob
     base = _WILDCARD.split(pattern, maxsplit=1)[0].rpartition("/")[0]
     rest = pattern.removeprefix(base)
-    found = {path.removeprefix(base).lstrip("/"): path for path in fs.glob(pattern)}
+    found = {
+        label: (address, _FOLDER if is_folder else _FILE)
+        for label, (address, is_folder) in place.matching(pattern, below=base).items()
+    }
     if "/." not in rest:
-        found = {label: path for label, path in found.items() if "/." not in f"/{label}"}
+        found = {label: one for label, one in found.items() if "/." not in f"/{label}"}
     kept = {}
-    for label, path in sorted(found.items()):
-        kind = _FOLDER if fs.isdir(path) else _FILE
+    for label, (address, kind) in sorted(found.items()):
         if _is_meant(rest.split("/"), label.rpartition("/")[2], kind):
-            kept[_label(name, source, label, path, kind)] = path
+            kept[_label(name, source, label, address, kind)] = address
     return kept

@@ -129,10 +129,10 @@ def _read_within(
     """Documents while they fit `source.max_bytes`, and the files not read to their end."""
     documents: list[Document] = []
     left_bytes = source.max_bytes
-    for number, (fs, path, label) in enumerate(matches):
-        for document in read_documents(name, source, fs, path, label, known.get(label)):
+    for number, (path, label) in enumerate(matches):
+        for document in read_documents(name, source, path, label, known.get(label)):
             left_bytes -= len(document.text.encode())
             if left_bytes < 0:
-                return documents, [unread for _, _, unread in matches[number:]]
+                return documents, [unread for _, unread in matches[number:]]
             documents.append(document)
     return documents, []

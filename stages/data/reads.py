@@ -27,9 +27,9 @@ def identify(name: str, source: Source, hashes: Hashes) -> dict[str, Any]:
     match source:
         case FilesSource():
             found = {}
-            for fs, path, label in matches(name, source, hashes.store):
+            for path, label in matches(name, source, hashes.store):
                 with reading(name, source, path):
-                    found[label] = hashes.of(path, fs).model_dump()
+                    found[label] = hashes.of(path).model_dump()
             return found
         case StdlibSource():
             return {"python": platform.python_version()}

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 
+from cluster import place
 from configs.errors import PlanError
 from configs.parallel import StoreConfig
 from pipeline.decide import Block, Build, Decision, Leave, Recheck, Refuse, Reuse
@@ -215,14 +215,14 @@ def test_an_artifact_that_may_not_be_read_fails_its_node_alone(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     locked = str(world.generation(world.run(), "judge"))
-    real = LocalFileSystem.open
+    real = place.read
 
-    def refuse(fs: LocalFileSystem, path: str, *args: object) -> object:
-        if path.startswith(locked):
-            raise PermissionError(13, "Permission denied", path)
-        return real(fs, path, *args)
+    def refuse(address: str) -> bytes:
+        if address.startswith(locked):
+            raise PermissionError(13, "Permission denied", address)
+        return real(address)
 
-    monkeypatch.setattr(LocalFileSystem, "open", refuse)
+    monkeypatch.setattr(place, "read", refuse)
     run = world.run()
     assert outcomes(run) == {**dict.fromkeys(ALL, "reused"), "judge": "failed"}
     assert failed(run, "judge").error == (

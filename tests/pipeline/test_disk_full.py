@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.files import says_disk_is_full
 from configs.errors import DataError, MachineError, StoreError
 from configs.parallel import StoreConfig
-from pipeline.files import says_disk_is_full
 from pipeline.graph import make_graph
 from stages.artifacts import Corpus
 from stages.contract import Workspace, stage

@@ -16,11 +16,11 @@ from threading import Barrier
 import psutil
 import pytest
 
+from cluster.files import create_exclusively
 from configs.errors import LeaseLost
 from configs.parallel import StoreConfig
 from pipeline import lease as lease_module
 from pipeline import store as store_module
-from pipeline.files import create_exclusively
 from pipeline.graph import Node
 from pipeline.lease import newest, take
 from pipeline.store import Committed, Slot, builders

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from cluster.files import replace
 from pipeline import lease as lease_module
-from pipeline.files import replace
 from pipeline.lease import (
     DEAD_SECONDS,
     HEARTBEAT_SECONDS,

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
+from cluster.files import replace
 from configs.data import FilesSource
 from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.parallel import StoreConfig
 from pipeline import lease as lease_module
 from pipeline import store as store_module
-from pipeline.files import replace
 from pipeline.graph import Node
 from pipeline.lease import newest, take
 from pipeline.removal import remove

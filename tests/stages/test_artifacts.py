@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import place
 from configs.errors import ArtifactError
 from stages.artifacts import Report
 from stages.manifest import (
@@ -13,9 +14,7 @@ from stages.manifest import (
     FileEntry,
     Manifest,
     content_hash,
-    filesystem,
     hash_file,
-    list_files,
     read_manifest,
     verify,
 )
@@ -32,7 +31,7 @@ def artifact(tmp_path: Path) -> Path:
     uri, facts = str(files_folder), {"headline": {"pass_at_1": 0.1, "tiny": 1e-300}}
     files = {
         name: FileEntry(bytes=size, sha256=hash_file(uri, name))
-        for name, size in list_files(uri).items()
+        for name, size in place.sizes(uri).items()
     }
     manifest = Manifest(
         address=f"{BUILDER}/files",
@@ -153,8 +152,6 @@ def test_whatever_is_no_url_is_a_local_path(
         "zip::x": f"{tmp_path}/zip::x",
         "file:///a b": "/a b",
     }.items():
-        fs, found = filesystem(address)
-        assert "file" in fs.protocol
-        assert found == path
-    fs, found = filesystem("memory://a/b")
-    assert (fs.protocol, found) == ("memory", "/a/b")
+        assert place.is_local(address)
+        assert str(place.local_path(address)) == path
+    assert not place.is_local("memory://a/b")

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from cluster import place
 from stages import hashing
-from stages.hashing import HashedReader, Hashes, hash_stream
+from stages.hashing import HashedReader, Hashes, hash_whole
 from stages.manifest import FileEntry
 
 SETTLED_SECONDS = hashing._SETTLED_SECONDS
@@ -29,13 +29,13 @@ def entry_of(data: bytes) -> FileEntry:
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each file was read to be hashed."""
     counted: Counter[str] = Counter()
-    real = hash_stream
+    real = hash_whole
 
-    def count(fs: object, path: str) -> FileEntry:
+    def count(path: str) -> FileEntry:
         counted[Path(path).name] += 1
-        return real(fs, path)
+        return real(path)
 
-    monkeypatch.setattr(hashing, "hash_stream", count)
+    monkeypatch.setattr(hashing, "hash_whole", count)
     return counted
 
 
@@ -160,19 +160,19 @@ def test_two_changes_in_one_tick_between_which_a_file_is_hashed_are_not_confused
     """Once it is hashed, the first change is long ago."""
     file, hashes = tmp_path / "text.txt", Hashes(tmp_path / "hashes")
     file.write_bytes(b"text")
-    real_hash, real_stamp = hash_stream, hashing._stamp
-    stamp = real_stamp(LocalFileSystem(), str(file))
+    real_hash, real_stamp = hash_whole, place.stamp
+    stamp = real_stamp(str(file))
 
-    def slow(fs: object, path: str) -> FileEntry:
-        entry = real_hash(fs, path)
+    def slow(path: str) -> FileEntry:
+        entry = real_hash(path)
         file.write_bytes(b"TEXT")
         time.sleep(hashing._SETTLED_SECONDS * 1.5)
         return entry
 
-    monkeypatch.setattr(hashing, "_stamp", lambda fs, path: stamp)
-    monkeypatch.setattr(hashing, "hash_stream", slow)
+    monkeypatch.setattr(place, "stamp", lambda path: stamp)
+    monkeypatch.setattr(hashing, "hash_whole", slow)
     hashes.of(str(file))
-    monkeypatch.setattr(hashing, "hash_stream", real_hash)
+    monkeypatch.setattr(hashing, "hash_whole", real_hash)
     assert hashes.of(str(file)) == entry_of(b"TEXT")
 
 
@@ -180,16 +180,16 @@ def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, hashes = settled(tmp_path / "text.txt", b"text"), Hashes(tmp_path / "hashes")
-    real = hash_stream
+    real = hash_whole
 
-    def change(fs: object, path: str) -> FileEntry:
-        entry = real(fs, path)
+    def change(path: str) -> FileEntry:
+        entry = real(path)
         file.write_bytes(b"other")
         return entry
 
-    monkeypatch.setattr(hashing, "hash_stream", change)
+    monkeypatch.setattr(hashing, "hash_whole", change)
     hashes.of(str(file))
-    monkeypatch.setattr(hashing, "hash_stream", real)
+    monkeypatch.setattr(hashing, "hash_whole", real)
     assert hashes.of(str(file)) == entry_of(b"other")
 
 
@@ -227,13 +227,18 @@ class Tagged(MemoryFileSystem):
 
 @pytest.mark.parametrize(("tags", "read"), [(("a", "a"), 1), (("a", "b"), 2), ((None, None), 2)])
 def test_elsewhere_an_etag_says_whether_a_file_is_the_same(
-    tmp_path: Path, reads: Counter[str], tags: tuple[str | None, str | None], read: int
+    tmp_path: Path,
+    reads: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tags: tuple[str | None, str | None],
+    read: int,
 ) -> None:
     fs, hashes = Tagged(), Hashes(tmp_path / "hashes")
+    monkeypatch.setattr(place, "_open", lambda address: (fs, "/text.txt"))
     fs.pipe_file("/text.txt", b"text")
     for tag in tags:
         fs.tag = tag
-        assert hashes.of("/text.txt", fs) == entry_of(b"text")
+        assert hashes.of("memory://text.txt") == entry_of(b"text")
     assert reads["text.txt"] == read
 
 

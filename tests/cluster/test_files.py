@@ -13,7 +13,7 @@ from threading import Barrier
 
 import pytest
 
-from pipeline.files import create_exclusively, replace
+from cluster.files import create_exclusively, replace
 
 ROOT = Path(__file__).parents[2]
 RACERS = 8
@@ -66,7 +66,7 @@ def test_of_many_threads_that_create_one_file_exactly_one_does(tmp_path: Path) -
 RACE = """
 import sys, time
 from pathlib import Path
-from pipeline.files import create_exclusively
+from cluster.files import create_exclusively
 folder, name, rounds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 print("ready", flush=True)
 start = float(sys.stdin.readline())

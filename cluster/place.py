@@ -1,0 +1,299 @@
+"""Where files lie: local folders, and stores of objects. The one door to fsspec.
+
+An *address* is a path, or a URL that fsspec knows, as `s3://bucket/folder`. Both kinds of places
+promise what the store needs: a file is there whole or not at all, of several who create one file
+one wins, and a listing shows what was written before it began. Beyond that they differ: on a disk
+a folder exists by itself and can be renamed; objects have neither folders nor new names.
+
+Who may read a place is the environment's business (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`,
+`GOOGLE_APPLICATION_CREDENTIALS` and the like): an address holds no password. Every call has a
+deadline. Loads neither torch nor ray.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from cluster import files
+from configs.errors import StoreError
+
+Stamp = Mapping[str, Any]
+"""What changes with a file's content, in all likelihood: JSON values."""
+
+CONNECT_SECONDS, ANSWER_SECONDS, TRIES = 10, 60, 3
+"""How long a place of objects may take to take a call, and to answer it, and how often it is asked
+again."""
+_CHUNK_BYTES = 1 << 20
+_LOCAL = ("file", "local")
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""The extra of this package that brings what reads such addresses."""
+_LOGIN_FAULTS = ("NoCredentialsError", "PartialCredentialsError", "InvalidAccessKeyId")
+
+
+def is_local(address: str) -> bool:
+    """Whether it is a path of this machine, in which no sign but a slash has a meaning."""
+    return "://" not in address or address.partition("://")[0] in _LOCAL
+
+
+def local_path(address: str) -> Path:
+    """The path of a local address, absolute."""
+    assert is_local(address), address
+    rest = address.partition("://")[2] if "://" in address else address
+    return Path(os.path.abspath(os.path.expanduser(rest)))
+
+
+def join(address: str, *names: str) -> str:
+    """The address of what has these names below `address`."""
+    return "/".join([address.rstrip("/"), *names]) if names else address
+
+
+def key(address: str) -> str:
+    """The address as a name that is the same however it was written."""
+    fs, path = _open(address)
+    return str(fs.unstrip_protocol(path))
+
+
+@contextmanager
+def opened(address: str) -> Iterator[IO[bytes]]:
+    """A file, to be read in parts from any point. OSError if it cannot be."""
+    with _told(address):
+        fs, path = _open(address)
+        with fs.open(path, "rb") as file:
+            yield cast(IO[bytes], file)
+
+
+def read(address: str) -> bytes:
+    """The bytes of a file as it is now. FileNotFoundError if there is none."""
+    if is_local(address):
+        return local_path(address).read_bytes()
+    with _told(address):
+        fs, path = _open(address)
+        return bytes(fs.cat_file(path))
+
+
+def exists(address: str) -> bool:
+    """Whether a file, or anything below that address, is there now."""
+    if is_local(address):
+        return local_path(address).exists()
+    with _told(address):
+        fs, path = _open(address)
+        fs.invalidate_cache()
+        return bool(fs.exists(path))
+
+
+def names(folder: str) -> list[str]:
+    """Names of the files and folders right below a folder, sorted; none if it is not there."""
+    if is_local(folder):
+        try:
+            return sorted(os.listdir(local_path(folder)))
+        except FileNotFoundError:
+            return []
+    with _told(folder):
+        fs, path = _open(folder)
+        fs.invalidate_cache()
+        try:
+            found = fs.ls(path, detail=False)
+        except FileNotFoundError:
+            return []
+    own = path.rstrip("/").rpartition("/")[2]
+    below = {one.rstrip("/").rpartition("/")[2] for one in found}
+    # Some tools leave an empty object where they think of a folder.
+    return sorted(below - {own, ""} if f"{path.rstrip('/')}/" in found else below - {""})
+
+
+def sizes(folder: str) -> dict[str, int]:
+    """Bytes of every file below a folder, by its relative name; none if it is not there."""
+    with _told(folder):
+        fs, path = _open(folder)
+        fs.invalidate_cache()
+        found = fs.find(path, detail=True)
+    return dict(
+        sorted((os.path.relpath(name, path), int(one["size"])) for name, one in found.items())
+    )
+
+
+def stamp(address: str) -> Stamp | None:
+    """What tells this version of a file from others; none where nothing does."""
+    if is_local(address):
+        found = os.stat(local_path(address))
+        return {
+            "bytes": found.st_size,
+            "inode": found.st_ino,
+            "device": found.st_dev,
+            "modified_ns": found.st_mtime_ns,
+            # A copy may bring an old time of change along; this one cannot be set.
+            "changed_ns": found.st_ctime_ns,
+        }
+    with _told(address):
+        fs, path = _open(address)
+        fs.invalidate_cache()
+        info = fs.info(path)
+    tag = info.get("ETag") or info.get("etag")
+    return None if tag is None else {"bytes": int(info["size"]), "etag": str(tag)}
+
+
+def matching(pattern: str, *, below: str) -> dict[str, tuple[str, bool]]:
+    """What a pattern fits in a place of objects: by its name relative to `below`, the address of
+    each, and whether it is a folder."""
+    with _told(pattern):
+        fs, path = _open(pattern)
+        fs.invalidate_cache()
+        found = fs.glob(path, detail=True)
+        base = str(fs._strip_protocol(below)).rstrip("/")
+    return {
+        name.removeprefix(base).lstrip("/"): (
+            str(fs.unstrip_protocol(name)),
+            one.get("type") == "directory",
+        )
+        for name, one in found.items()
+    }
+
+
+def create(address: str, data: bytes) -> bool:
+    """Make `address` hold `data`, unless something is there; whether it was made.
+
+    Of several that try at once one wins, and nobody ever sees half of it. The data must be one
+    that nobody else writes: that is how a winner knows itself whose answer was lost on the way.
+    """
+    if is_local(address):
+        return files.create_exclusively(local_path(address), data.decode())
+    with _told(address, writes=True):
+        fs, path = _open(address)
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            # A call that was sent again, as its first answer was lost, meets its own file.
+            return bool(fs.cat_file(path) == data)
+    return True
+
+
+def replace(address: str, data: bytes) -> None:
+    """Make `address` hold `data`, whatever is there: readers see the old or the new."""
+    if is_local(address):
+        files.replace(local_path(address), data.decode())
+        return
+    with _told(address, writes=True):
+        fs, path = _open(address)
+        fs.pipe_file(path, data)
+
+
+def send(path: Path, address: str) -> None:
+    """Copy a local file to an address, whatever is there."""
+    if is_local(address):
+        target = local_path(address)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f".{target.name}.draft")
+        shutil.copyfile(path, draft)
+        os.replace(draft, target)
+        return
+    with _told(address, writes=True):
+        fs, there = _open(address)
+        fs.put_file(str(path), there)
+
+
+def fetch(address: str, path: Path) -> None:
+    """Copy a file to a local path, whose folder is made; it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    try:
+        with opened(address) as source, draft.open("wb") as target:
+            shutil.copyfileobj(source, target, _CHUNK_BYTES)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def delete(address: str) -> None:
+    """Delete a file, or a folder with all below it; nothing if there is neither."""
+    if is_local(address):
+        here = local_path(address)
+        if here.is_dir() and not here.is_symlink():
+            shutil.rmtree(here)
+        else:
+            here.unlink(missing_ok=True)
+        return
+    with _told(address):
+        fs, path = _open(address)
+        fs.invalidate_cache()
+        try:
+            fs.rm(path, recursive=True)
+        except FileNotFoundError:
+            return
+
+
+def _open(address: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of an address, and the path in it.
+
+    fsspec itself would take a path with `::` in it for a chain of file systems.
+    """
+    if is_local(address):
+        return LocalFileSystem(), str(local_path(address))
+    protocol = address.partition("://")[0]
+    fs, path = fsspec.core.url_to_fs(address, **_settings(protocol))
+    return fs, str(path)
+
+
+def _settings(protocol: str) -> dict[str, Any]:
+    """Deadlines, and no memory of listings, which others change."""
+    if protocol not in ("s3", "s3a"):
+        return {}
+    return {
+        "use_listings_cache": False,
+        "config_kwargs": {
+            "connect_timeout": CONNECT_SECONDS,
+            "read_timeout": ANSWER_SECONDS,
+            "retries": {"mode": "standard", "max_attempts": TRIES},
+        },
+    }
+
+
+@contextmanager
+def _told(address: str, *, writes: bool = False) -> Iterator[None]:
+    """Say what stands in the way of a place of objects; what a disk says is told as it is."""
+    try:
+        yield
+    except (FileExistsError, IsADirectoryError, StoreError):
+        raise
+    except FileNotFoundError as error:
+        if writes and not is_local(address):
+            # Where there are no folders, only the bucket can be missing.
+            raise StoreError(
+                f"{address}: no such bucket ({error}); make it, or name another"
+            ) from None
+        raise
+    except ImportError:
+        protocol = address.partition("://")[0]
+        extra = _EXTRAS.get(protocol)
+        fix = f"pip install 'ingot[{extra}]'" if extra else "install what fsspec names for it"
+        raise StoreError(f"{address}: what reads {protocol}:// is not installed; {fix}") from None
+    except Exception as error:
+        if is_local(address):
+            raise
+        raise StoreError(f"{address}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Why a place of objects did not do what it was asked, and the remedy, in one line."""
+    kinds = {type(one).__name__ for one in _chain(error)}
+    text = " ".join(str(error).split())[:300]
+    if kinds & set(_LOGIN_FAULTS) or any(one in text for one in _LOGIN_FAULTS):
+        return f"no credentials, or wrong ones ({text}); set them in the environment"
+    if isinstance(error, PermissionError):
+        return f"is not allowed ({text}); allow it, or set other credentials in the environment"
+    if any("Timeout" in kind or "Connect" in kind or "Endpoint" in kind for kind in kinds):
+        return f"does not answer ({text}); see that it runs, and that its endpoint is the right one"
+    return f"{type(error).__name__}: {text}; see that the address is right"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = one.__cause__ or one.__context__
