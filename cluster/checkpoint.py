@@ -16,12 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cluster.files import COMPLETE
 from configs.errors import ArtifactError
 from configs.model import ModelConfig
 from model.weights import families
 from model.weights.files import write_checkpoint
-
-COMPLETE = "complete.json"
 
 
 def save_shard(

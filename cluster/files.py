@@ -7,6 +7,8 @@ import uuid
 from pathlib import Path
 from typing import IO
 
+COMPLETE = "complete.json"
+"""Written last of the files of a folder, it says that they are all there."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS})
 

@@ -91,6 +91,8 @@ def _fill(slot: Slot, node: Node, inputs: Mapping[str, Committed], site: Site) -
         hashes=site.store.hashes,
         earlier=slot.earlier,
     )
+    for one in inputs.values():
+        one.bring()
     stage = node.planned.stage
     artifact = load_body(stage)(
         node.planned.config, work, **{name: one.artifact for name, one in inputs.items()}

@@ -10,6 +10,7 @@ skewed clocks nor a machine that slept mislead), or at once when its process on 
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -19,19 +20,24 @@ from typing import Any
 
 import psutil
 
-from cluster.files import create_exclusively, replace
+from cluster import place
 from configs.errors import LeaseLost
 from stages.manifest import LEASE_PREFIX, Lease
 
 HEARTBEAT_SECONDS = 2.0
 DEAD_SECONDS = 10.0
+APART_FACTOR = 5
+"""So many times longer are both in a store of objects, where each look is a call to be paid."""
 _LOOK_SECONDS = 0.25
+_NAME = re.compile(rf"{LEASE_PREFIX}\d+\.json")
 
 
 class Watch:
     """One waiter's observation of a lease: dead holders are told by our clock, not by theirs."""
 
-    def __init__(self) -> None:
+    def __init__(self, generation: str) -> None:
+        """Of the leases in the folder of this address."""
+        self._dead_seconds = DEAD_SECONDS * pace(generation)
         self._seen: tuple[object, object] = (None, None)
         self._since = 0.0
 
@@ -41,7 +47,7 @@ class Watch:
         beat = (holder.get("owner"), holder.get("heartbeat"))
         if beat != self._seen:
             self._seen, self._since = beat, time.monotonic()
-        return time.monotonic() - self._since > DEAD_SECONDS
+        return time.monotonic() - self._since > self._dead_seconds
 
 
 def this_process() -> dict[str, Any]:
@@ -87,43 +93,45 @@ def _machine() -> str:
         return ""
 
 
-def newest(generation: Path) -> tuple[int, dict[str, Any]]:
+def pace(generation: str) -> int:
+    """How many times longer than on a disk all waits are in the place of this address."""
+    return 1 if place.is_local(generation) else APART_FACTOR
+
+
+def newest(generation: str) -> tuple[int, dict[str, Any]]:
     """Number and body of the lease that counts; (0, {}) if none was ever taken.
 
     A body that cannot be read yet is empty of facts, and its holder dead once that lasts.
     """
-    try:
-        path = max(generation.glob(f"{LEASE_PREFIX}*.json"), default=None)
-    except FileNotFoundError:
-        # Deleted while it was listed.
-        path = None
-    if path is None:
+    leases = [name for name in place.names(generation) if _NAME.fullmatch(name)]
+    if not leases:
         return 0, {}
-    return int(path.stem.removeprefix(LEASE_PREFIX)), _read(path)
+    number = int(max(leases).removeprefix(LEASE_PREFIX).partition(".")[0])
+    return number, _read(place.join(generation, max(leases)))
 
 
-def has_stopped(generation: Path, number: int) -> bool:
+def has_stopped(generation: str, number: int) -> bool:
     """Whether the builder with this lease certainly writes no more, however long it was silent."""
-    holder = _read(generation / f"{LEASE_PREFIX}{number:06}.json")
+    holder = _read(place.join(generation, f"{LEASE_PREFIX}{number:06}.json"))
     return bool(holder.get("ended")) or has_ended(holder)
 
 
-def take(generation: Path, number: int, owner: str, inputs: Sequence[str] = ()) -> Lease | None:
+def take(generation: str, number: int, owner: str, inputs: Sequence[str] = ()) -> Lease | None:
     """The lease of this number, unless somebody has it already.
 
     `inputs` are the addresses that the build reads, which nobody may delete meanwhile.
     """
-    lease = Lease(str(generation), number, owner)
+    lease = Lease(generation, number, owner)
     body = _body(lease, inputs=list(inputs), ended=False)
-    return lease if create_exclusively(Path(lease.uri), body) else None
+    return lease if place.create(lease.uri, body) else None
 
 
 def beat(lease: Lease, stop: threading.Event, inputs: Sequence[str] = ()) -> None:
     """Move the heartbeat until told to stop, or until the lease is another's."""
-    while not stop.wait(HEARTBEAT_SECONDS):
+    while not stop.wait(HEARTBEAT_SECONDS * pace(lease.generation)):
         try:
             lease.check()
-            replace(Path(lease.uri), _body(lease, inputs=list(inputs), ended=False))
+            place.replace(lease.uri, _body(lease, inputs=list(inputs), ended=False))
         except LeaseLost:
             return
         except OSError:
@@ -133,15 +141,15 @@ def beat(lease: Lease, stop: threading.Event, inputs: Sequence[str] = ()) -> Non
 
 def give_up(lease: Lease) -> None:
     """Say that this build has ended, so that the next one need not wait."""
-    path = Path(lease.uri)
     # Another's of this number is there where the generation was deleted and begun anew.
-    if _read(path).get("owner") == lease.owner:
-        replace(path, _body(lease, inputs=[], ended=True))
+    if _read(lease.uri).get("owner") == lease.owner:
+        place.replace(lease.uri, _body(lease, inputs=[], ended=True))
 
 
-def is_held(generation: Path) -> bool:
+def is_held(generation: str) -> bool:
     """Whether a builder that may be alive holds the lease; watches one elsewhere for a while."""
-    watch, deadline = Watch(), time.monotonic() + DEAD_SECONDS + _LOOK_SECONDS
+    watch, slower = Watch(generation), pace(generation)
+    deadline = time.monotonic() + (DEAD_SECONDS + _LOOK_SECONDS) * slower
     number, first = newest(generation)
     if not number:
         return False
@@ -150,18 +158,18 @@ def is_held(generation: Path) -> bool:
             return True
         if time.monotonic() > deadline:
             return True
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_LOOK_SECONDS * slower)
     return False
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(address: str) -> dict[str, Any]:
     try:
-        holder = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return {"owner": path.name}
-    return holder if isinstance(holder, dict) else {"owner": path.name}
+        holder = json.loads(place.read(address))
+    except (OSError, ValueError):
+        holder = None
+    return holder if isinstance(holder, dict) else {"owner": address.rpartition("/")[2]}
 
 
-def _body(lease: Lease, **facts: Any) -> str:
+def _body(lease: Lease, **facts: Any) -> bytes:
     holder = {"owner": lease.owner, **this_process(), "heartbeat": time.time(), **facts}
-    return json.dumps(holder)
+    return json.dumps(holder).encode()

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from cluster import files
+from cluster import files, place
+from cluster.mirror import Mirror
 from configs.errors import StoreError
 from configs.explain import first_fault
 from pipeline.lease import has_ended
@@ -191,10 +192,12 @@ def new_run_id() -> str:
 class Records:
     """The runs of one store."""
 
-    def __init__(self, root: Path, *, say: Callable[[str], None]) -> None:
-        """Records of the store at `root`, which need not exist; `say` is told of those left out."""
-        self.root = root
-        self.folder = root / "runs"
+    def __init__(self, mirror: Mirror, *, say: Callable[[str], None]) -> None:
+        """Records of a store, which need not exist; `say` is told of those left out."""
+        self.mirror = mirror
+        self.root = mirror.root
+        self.folder = mirror.root / "runs"
+        self._is_whole = not mirror.is_apart
         self._say = say
         self._told: set[str] = set()
 
@@ -204,6 +207,9 @@ class Records:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             files.replace(path, _RUN.dump_json(run, indent=1).decode())
+            self.mirror.push(path)
+        except StoreError:
+            raise
         except OSError as error:
             raise StoreError(
                 f"{path}: the record of this run cannot be written ({error.strerror}); free some "
@@ -230,6 +236,7 @@ class Records:
 
     def newest_first(self) -> Iterator[Run]:
         """All runs, the latest first; a record that cannot be read is left out and told once."""
+        self._complete()
         for name in sorted((path.stem for path in self.folder.glob("*.json")), reverse=True):
             try:
                 run = self.load(name)
@@ -237,6 +244,14 @@ class Records:
                 self._tell(name, f"warning: {error}; left out until then")
                 continue
             yield run
+
+    def _complete(self) -> None:
+        """Fetch the records that other machines wrote, or wrote more of, since ours."""
+        if self._is_whole:
+            return
+        self._is_whole = True
+        found = place.sizes(self.mirror.address(self.folder))
+        self.mirror.pull_folder(self.folder, [one for one in found if one.endswith(".json")])
 
     def _tell(self, run_id: str, warning: str) -> None:
         if run_id not in self._told:
@@ -248,13 +263,19 @@ class Records:
         latest: dict[tuple[str, str], Path] = {}
         for run in self.newest_first():
             for node, outcome in run.outcomes.items():
-                if not isinstance(outcome, Built | Reused):
+                known = (run.recipe, node) in latest
+                if known or not isinstance(outcome, Built | Reused):
                     continue
                 path = self.root / outcome.address
-                # Unlike its pathlib twin, false for a folder that nobody may enter.
-                if os.path.isdir(path):
-                    latest.setdefault((run.recipe, node), path)
+                if self._is_there(path):
+                    latest[run.recipe, node] = path
         return latest
+
+    def _is_there(self, generation: Path) -> bool:
+        if self.mirror.is_apart:
+            return place.exists(self.mirror.address(generation))
+        # Unlike its pathlib twin, false for a folder that nobody may enter.
+        return os.path.isdir(generation)
 
     def invocation(self, run: Run) -> Invocation:
         """How the user named the recipe of `run`, as files lie now.

@@ -24,11 +24,12 @@ def remove(generation: Path, used_by: Callable[[], str | None] = lambda: None) -
     if `used_by`, which is asked last, says who uses it.
     """
     try:
-        number, was_committed = newest(generation)[0], _has_manifest(generation)
+        number, was_committed = newest(str(generation))[0], _has_manifest(generation)
         # With the next lease in hand, nobody begins to build in it for the next few seconds.
-        lease = None if is_held(generation) else take(generation, number + 1, uuid.uuid4().hex)
+        address = str(generation)
+        lease = None if is_held(address) else take(address, number + 1, uuid.uuid4().hex)
         if lease is None:
-            pid = newest(generation)[1].get("pid")
+            pid = newest(address)[1].get("pid")
             raise StoreError(f"{generation}: process {pid} is building it; wait for it, or end it")
         away = generation.with_name(f".{generation.name}-{lease.owner[:8]}{_SUFFIX}")
         generation.rename(away)
@@ -38,7 +39,7 @@ def remove(generation: Path, used_by: Callable[[], str | None] = lambda: None) -
         return
     except OSError as error:
         raise _undeletable(generation, error) from None
-    if newest(away)[0] != lease.number or _has_manifest(away) != was_committed:
+    if newest(str(away))[0] != lease.number or _has_manifest(away) != was_committed:
         reason: str | None = "another process builds it, or has just done so"
     else:
         reason = used_by()

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from configs.errors import ArtifactError
 from pipeline.fingerprint import differences
 from pipeline.graph import Node
-from pipeline.store import Committed, Store, has_resume_state
-from stages.manifest import Manifest, read_manifest
+from pipeline.store import Committed, Store
+from stages.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Examiner:
         """The manifest of what the node made or took last in this recipe; none if there is none."""
         path = self._latest.get((self._recipe, node.name))
         try:
-            return None if path is None else read_manifest(str(path))
+            return None if path is None else self._store.manifest(path)
         except ArtifactError:
             return None
 
@@ -86,13 +86,12 @@ class Examiner:
         return Stale(rebuilt, committed.generation) if rebuilt else Fresh(committed)
 
     def _what_changed(self, node: Node) -> Stale | Missing:
-        unfinished = any(map(has_resume_state, self._store.folder(node).glob("g*/[0-9]*-*")))
-        extra = ("continues an interrupted build",) if unfinished else ()
+        extra = ("continues an interrupted build",) if self._store.is_begun(node) else ()
         path = self._latest.get((self._recipe, node.name))
         if path is None:
             return Missing(("never built", *extra))
         try:
-            old = read_manifest(str(path))
+            old = self._store.manifest(path)
         except ArtifactError:
             return Missing((f"its last artifact, {path}, is unreadable", *extra))
         changed = differences(old.identity, node.identity.fields, node.planned.config)

@@ -15,6 +15,7 @@ store.
 
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -29,10 +30,12 @@ from pydantic import ValidationError
 
 from cluster import place
 from cluster.files import create_exclusively, says_disk_is_full, sync_folder
+from cluster.mirror import Mirror, mirror_of
 from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.parallel import StoreConfig
+from pipeline.carrier import RESUME, Carrier
 from pipeline.graph import Node
-from pipeline.lease import Watch, beat, give_up, has_stopped, newest, take
+from pipeline.lease import Watch, beat, give_up, has_stopped, newest, pace, take
 from pipeline.records import Records
 from stages.artifacts import Artifact
 from stages.hashing import Hashes
@@ -53,13 +56,15 @@ from stages.manifest import (
 )
 from stages.steps import METRICS
 
-RESUME = "resume"
 STORE = "store.json"
 TELL_SECONDS = 30.0
 HASHED_BYTES = 1 << 30
 """Artifacts up to this size are hashed again before they are reused; larger ones only measured."""
 _POLL_SECONDS = 0.25
 _DRAFT = "manifest.draft"
+_SCHEMES = ("s3", "s3a", "gs", "gcs")
+_GENERATION = re.compile(r"g\d+")
+_BUILDER = re.compile(r"\d+-\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +77,20 @@ class Committed:
     address: str
     """The generation's folder, relative to the store."""
     path: Path
-    """The same folder, absolute."""
+    """The same folder on this machine; of a store of objects only the manifest need be there."""
+    mirror: Mirror
 
     def check(self, *, hashes: bool) -> None:
-        """ArtifactError naming the file if one is missing or damaged."""
-        verify(str(self.path), hashes=hashes and self.num_bytes <= HASHED_BYTES)
+        """ArtifactError naming the file if one is missing or damaged.
+
+        Objects are hashed when they are fetched (`bring`), and only measured here.
+        """
+        hashes = hashes and not self.mirror.is_apart and self.num_bytes <= HASHED_BYTES
+        verify(self.mirror.address(self.path), hashes=hashes)
+
+    def bring(self) -> None:
+        """Have its files on this machine."""
+        bring(self.mirror, self.path, self.manifest)
 
     @property
     def num_bytes(self) -> int:
@@ -113,28 +127,32 @@ class Store:
     def __init__(self, config: StoreConfig, *, say: Callable[[str], None]) -> None:
         """The store that `config` names; `say` is told in one line what the store waits for.
 
-        StoreError if the address is not on a local file system, or holds another format.
+        StoreError if it cannot be reached, or holds another format.
         """
-        if not place.is_local(config.url):
+        scheme = config.url.partition("://")[0]
+        if not place.is_local(config.url) and scheme not in _SCHEMES:
             raise StoreError(
-                f"store.url = {config.url}: only local folders hold artifacts so far; use a path"
+                f"store.url = {config.url}: only folders, s3:// and gs:// can be a store, as "
+                "of several builders one alone must be able to create a file"
             )
-        self.root = place.local_path(config.url)
+        self.mirror = mirror_of(config.url)
+        self.root = self.mirror.root
         self.config = config
-        self.records = Records(self.root, say=say)
+        self.records = Records(self.mirror, say=say)
         self.hashes = Hashes(self.root / "hashes", store=self.root)
         self._say = say
-        _check_format(self.root)
+        _check_format(self.mirror)
 
     def prepare(self) -> None:
         """Make the folder; StoreError if it cannot be written or the disk is nearly full."""
         with _store_errors(self.root):
             for part in (self.root / "artifacts", self.records.folder):
                 part.mkdir(parents=True, exist_ok=True)
-            create_exclusively(self.root / STORE, json.dumps({"format": FORMAT}) + "\n")
-            probe = self.root / f".probe-{uuid.uuid4().hex}"
-            probe.touch()
-            probe.unlink()
+            store = self.mirror.address(self.root / STORE)
+            place.create(store, json.dumps({"format": FORMAT}).encode() + b"\n")
+            probe = self.mirror.address(self.root / f".probe-{uuid.uuid4().hex}")
+            place.replace(probe, b"")
+            place.delete(probe)
         free = shutil.disk_usage(self.root).free
         if free < self.config.min_free_bytes:
             raise StoreError(
@@ -151,15 +169,42 @@ class Store:
 
         ArtifactError if it cannot be read or understood.
         """
-        for generation in reversed(_generations(self.folder(node))):
+        for generation in reversed(self._generations(self.folder(node))):
             path = self.folder(node) / f"g{generation}"
-            if _is_committed(path):
+            if self.is_committed(path):
                 return self._load(node.planned.stage.makes, path, generation)
         return None
 
     def newest(self, node: Node) -> int:
         """Number of the newest committed generation, readable or not; 0 if there is none."""
-        return _newest_committed(self.folder(node))
+        folder = self.folder(node)
+        committed = (n for n in self._generations(folder) if self.is_committed(folder / f"g{n}"))
+        return max(committed, default=0)
+
+    def manifest(self, generation: Path) -> Manifest:
+        """What the store says of a generation; ArtifactError if it is no artifact."""
+        return read_manifest(self.mirror.address(generation))
+
+    def is_committed(self, generation: Path) -> bool:
+        """Whether there is an artifact in a generation's folder."""
+        try:
+            return place.exists(self.mirror.address(generation / MANIFEST))
+        except PermissionError:
+            # Nobody may look inside: taken for an artifact, so that a rebuild goes beside it.
+            return True
+
+    def is_begun(self, node: Node) -> bool:
+        """Whether an interrupted build of the node left something to continue from."""
+        folder = self.folder(node)
+        return any(
+            has_resume_state(self.mirror, builder)
+            for number in self._generations(folder)
+            for builder in builders(self.mirror, folder / f"g{number}")
+        )
+
+    def _generations(self, folder: Path) -> list[int]:
+        found = place.names(self.mirror.address(folder))
+        return sorted(int(name[1:]) for name in found if _GENERATION.fullmatch(name))
 
     def address(self, path: Path) -> str:
         """A folder of the store as records name it, wherever the store may be moved."""
@@ -185,17 +230,19 @@ class Store:
         stop = threading.Event()
         beating = threading.Thread(target=beat, args=(taken.lease, stop, addresses), daemon=True)
         beating.start()
+        carrier = Carrier(self.mirror, taken.path, self._say)
         try:
             yield taken
         finally:
+            carrier.stop()
             stop.set()
             beating.join()
             with _store_errors(folder):
                 give_up(taken.lease)
 
     def _take(self, node: Node, inputs: list[str], replacing: int) -> Slot | Committed:
-        folder, watch, told = self.folder(node), Watch(), 0.0
-        owner = uuid.uuid4().hex
+        folder, told, owner = self.folder(node), 0.0, uuid.uuid4().hex
+        watch = Watch(self.mirror.address(folder))
         while True:
             done = self.newest(node)
             if done > replacing:
@@ -204,15 +251,16 @@ class Store:
                 return committed
             generation = folder / f"g{done + 1}"
             generation.mkdir(parents=True, exist_ok=True)
-            number, holder = newest(generation)
+            address = self.mirror.address(generation)
+            number, holder = newest(address)
             if not number or watch.is_dead(holder):
                 with suppress(FileNotFoundError):  # Deleted at this moment: begun anew.
-                    lease = take(generation, number + 1, owner, inputs)
-                    if lease is not None and not _is_committed(generation):
-                        return _open_slot(generation, lease, done + 1)
+                    lease = take(address, number + 1, owner, inputs)
+                    if lease is not None and not self.is_committed(generation):
+                        return self._open_slot(generation, lease, done + 1)
                     if lease is not None:
                         # Committed between the look and the lease.
-                        Path(lease.uri).unlink(missing_ok=True)
+                        place.delete(lease.uri)
                 continue
             if time.monotonic() - told >= TELL_SECONDS or not told:
                 told = time.monotonic()
@@ -220,7 +268,7 @@ class Store:
                     f"{node.name}: waiting for process {holder.get('pid')} on "
                     f"{holder.get('host')}, which builds it ({generation})"
                 )
-            time.sleep(_POLL_SECONDS)
+            time.sleep(_POLL_SECONDS * pace(address))
 
     def commit(
         self,
@@ -262,22 +310,94 @@ class Store:
         )
         with _store_errors(slot.path):
             _sync_folders(slot.path, self.root)
-            slot.lease.check()
             text = manifest.model_dump_json(indent=1)
-            try:
-                made = create_exclusively(generation / MANIFEST, text, draft=slot.draft)
-            except FileNotFoundError:
-                made = False
+            if self.mirror.is_apart:
+                made = self._send(slot, manifest, text)
+            else:
+                slot.lease.check()
+                made = _settle(slot, text)
             if not made:
                 raise LeaseLost(
-                    f"{generation / MANIFEST}: another builder has committed, or this one's folder "
-                    "was deleted; its files are left out, and the same command takes the other's"
+                    f"{self.mirror.address(generation / MANIFEST)}: another builder has committed, "
+                    "or this one's folder was deleted; its files are left out, and the same "
+                    "command takes the other's"
                 )
-            _tidy(generation, slot.path)
+            self._tidy(generation, slot.path)
         return self._load(stage.makes, generation, slot.generation)
+
+    def _send(self, slot: Slot, manifest: Manifest, text: str) -> bool:
+        """Commit in a store of objects: files, then the manifest; whether this build is the one.
+
+        Who deletes a generation there takes its next lease first, then its manifest, then its
+        files. So a build that was deleted between its last look and its manifest finds itself
+        without its lease, and takes the manifest away again unless all files are there.
+        """
+        generation = slot.path.parent
+        for name in manifest.files:
+            self.mirror.push(slot.files / name)
+        for path in (slot.path / METRICS, *sorted((slot.path / LOGS).glob("*"))):
+            if path.is_file():
+                self.mirror.push(path)
+        slot.lease.check()
+        address = self.mirror.address(generation / MANIFEST)
+        if not place.create(address, text.encode()):
+            place.delete(self.mirror.address(slot.path))
+            return False
+        sizes = {name: entry.bytes for name, entry in manifest.files.items()}
+        if place.sizes(self.mirror.address(slot.files)) != sizes:
+            place.delete(address)
+            return False
+        return True
+
+    def _open_slot(self, generation: Path, lease: Lease, number: int) -> Slot:
+        """A builder's new folder; what earlier ones left is cleared, but for state to resume from.
+
+        A builder that is merely silent may be past its last check, and commit after all: its files
+        stay until the commit that decides. One that has stopped can commit no more: so that is
+        looked at first, and then whether it has.
+        """
+        earlier = []
+        for path in builders(self.mirror, generation):
+            theirs = int(path.name.partition("-")[0])
+            if has_resume_state(self.mirror, path):
+                self.mirror.pull_folder(path, _to_resume(self.mirror, path))
+                earlier.append(str(path))
+            elif has_stopped(lease.generation, theirs) and not self.is_committed(generation):
+                self._drop(path)
+        name = f"{lease.number:06}-{lease.owner[:8]}"
+        slot = Slot(generation / name, lease, number, tuple(earlier))
+        # Not its parents: where the generation was deleted, this lease went with it.
+        slot.path.mkdir()
+        slot.files.mkdir()
+        slot.draft.touch()
+        return slot
+
+    def _tidy(self, generation: Path, builder: Path) -> None:
+        """Drop what only the building needed: leases, resume state, folders of other builders, and
+        files that those who were killed left half written."""
+        for path in builders(self.mirror, generation):
+            if path != builder:
+                self._drop(path)
+        for path in builder.iterdir():
+            if path.name not in (FILES, METRICS, LOGS):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        if self.mirror.is_apart:
+            place.delete(self.mirror.address(builder / RESUME))
+        address = self.mirror.address(generation)
+        for name in place.names(address):
+            if name.startswith(LEASE_PREFIX) or (name.startswith(".") and name.endswith(".draft")):
+                place.delete(place.join(address, name))
+
+    def _drop(self, builder: Path) -> None:
+        """Delete what a builder left, here and in the store."""
+        shutil.rmtree(builder, ignore_errors=True)
+        if self.mirror.is_apart:
+            place.delete(self.mirror.address(builder))
 
     def _load(self, kind: type[Artifact], path: Path, generation: int) -> Committed:
         try:
+            if self.mirror.is_apart:
+                self.mirror.pull(path / MANIFEST)
             artifact, manifest = kind.load(str(path)), read_manifest(str(path))
         except ValidationError as error:
             fields = ", ".join(sorted({".".join(map(str, one["loc"])) for one in error.errors()}))
@@ -285,76 +405,72 @@ class Store:
                 f"{path}: its manifest has facts that a {kind.__name__} cannot hold ({fields}); "
                 "rebuild the node with --force"
             ) from None
-        return Committed(artifact, manifest, generation, self.address(path), path)
+        return Committed(artifact, manifest, generation, self.address(path), path, self.mirror)
 
 
 def generations(store_root: Path) -> Iterator[Path]:
-    """Every generation's folder of a store, finished or not."""
+    """Every generation's folder of a store that is a local folder, finished or not."""
     for folder in sorted((store_root / "artifacts").glob("*/*")):
-        yield from (folder / f"g{number}" for number in _generations(folder))
+        numbers = (int(p.name[1:]) for p in folder.glob("g*") if _GENERATION.fullmatch(p.name))
+        yield from (folder / f"g{number}" for number in sorted(numbers))
 
 
-def has_resume_state(builder: Path) -> bool:
+def bring(mirror: Mirror, generation: Path, manifest: Manifest) -> None:
+    """Have the files of an artifact on this machine, and its step log if it has one."""
+    hashes = {name: entry.sha256 for name, entry in manifest.files.items()}
+    mirror.bring(generation / manifest.address, hashes)
+    mirror.pull_folder((generation / manifest.address).parent, [METRICS])
+
+
+def has_resume_state(mirror: Mirror, builder: Path) -> bool:
     """Whether a builder's folder holds anything to resume from."""
+    if mirror.is_apart:
+        return bool(place.names(mirror.address(builder / RESUME)))
     # Its builder may be alive and deleting old saves, which `os.walk` passes over.
     return any(files for _, _, files in os.walk(builder / RESUME))
 
 
-def builders(generation: Path) -> list[Path]:
+def builders(mirror: Mirror, generation: Path) -> list[Path]:
     """The folders that builders made in a generation, the newest first."""
+    if mirror.is_apart:
+        found = [generation / name for name in place.names(mirror.address(generation))]
+        return sorted((path for path in found if _BUILDER.fullmatch(path.name)), reverse=True)
     return sorted((path for path in generation.glob("[0-9]*-*") if path.is_dir()), reverse=True)
 
 
-def _open_slot(generation: Path, lease: Lease, number: int) -> Slot:
-    """A builder's new folder; what earlier ones left is cleared, but for state to resume from.
-
-    A builder that is merely silent may be past its last check, and commit after all: its files
-    stay until the commit that decides. One that has stopped can commit no more: so that is looked
-    at first, and then whether it has.
-    """
-    earlier = []
-    for path in builders(generation):
-        theirs = int(path.name.partition("-")[0])
-        if has_resume_state(path):
-            earlier.append(str(path))
-        elif has_stopped(generation, theirs) and not _is_committed(generation):
-            shutil.rmtree(path, ignore_errors=True)
-    slot = Slot(generation / f"{lease.number:06}-{lease.owner[:8]}", lease, number, tuple(earlier))
-    # Not its parents: where the generation was deleted, this lease went with it.
-    slot.path.mkdir()
-    slot.files.mkdir()
-    slot.draft.touch()
-    return slot
+def _to_resume(mirror: Mirror, builder: Path) -> list[str]:
+    """What another machine needs of an interrupted build: its saves and its step log."""
+    if not mirror.is_apart:
+        return []
+    saves = place.sizes(mirror.address(builder / RESUME))
+    return [METRICS, *(f"{RESUME}/{name}" for name in saves)]
 
 
-def _tidy(generation: Path, builder: Path) -> None:
-    """Drop what only the building needed: leases, resume state, folders of other builders, and
-    files that those who were killed left half written."""
-    for path in builders(generation):
-        if path != builder:
-            shutil.rmtree(path, ignore_errors=True)
-    for path in builder.iterdir():
-        if path.name not in (FILES, METRICS, LOGS):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-    for pattern in (f"{LEASE_PREFIX}*.json", ".*.draft"):
-        for path in generation.glob(pattern):
-            path.unlink(missing_ok=True)
+def _settle(slot: Slot, manifest: str) -> bool:
+    """Commit on a disk: create the manifest through the draft that dies with the slot."""
+    try:
+        return create_exclusively(slot.path.parent / MANIFEST, manifest, draft=slot.draft)
+    except FileNotFoundError:
+        return False
 
 
-def _check_format(root: Path) -> None:
-    """StoreError if what lies at `root` is of another format."""
+def _check_format(mirror: Mirror) -> None:
+    """StoreError if what lies in the store is of another format."""
+    root = mirror.root if not mirror.is_apart else mirror.url
     remedy = (
         "name another folder in store.url, or delete this one; what it holds is then built anew"
     )
     try:
-        found = json.loads((root / STORE).read_text())["format"]
+        found = json.loads(place.read(mirror.address(mirror.root / STORE)))["format"]
     except FileNotFoundError:
-        if (root / "artifacts").is_dir() and any((root / "artifacts").iterdir()):
+        if place.names(mirror.address(mirror.root / "artifacts")):
             raise StoreError(
                 f"store.url = {root}: holds artifacts of format 1, which an earlier version of "
                 f"Ingot wrote, and this one reads format {FORMAT}; {remedy}"
             ) from None
         return
+    except StoreError:
+        raise
     except NotADirectoryError:
         return  # `prepare` says so, and names the file.
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -367,22 +483,6 @@ def _check_format(root: Path) -> None:
             f"store.url = {root}: {STORE} says format {found!r}, and this version of Ingot reads "
             f"format {FORMAT}; {remedy}"
         )
-
-
-def _generations(folder: Path) -> list[int]:
-    return sorted(int(p.name[1:]) for p in folder.glob("g*") if p.name[1:].isdigit())
-
-
-def _newest_committed(folder: Path) -> int:
-    return max((n for n in _generations(folder) if _is_committed(folder / f"g{n}")), default=0)
-
-
-def _is_committed(path: Path) -> bool:
-    try:
-        return (path / MANIFEST).exists()
-    except PermissionError:
-        # Nobody may look inside: taken for an artifact, so that a rebuild goes beside it.
-        return True
 
 
 def _hash_durably(folder: Path, name: str) -> str:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cluster.mirror import mirror_of
 from configs.errors import ConfigError, PlanError
 from configs.masking import masked
 from configs.parallel import StoreConfig
@@ -169,7 +170,7 @@ def locate(store: Store, recipe: str, target: str) -> Path:
 
 
 def _latest_invocation(base: Path) -> Invocation | None:
-    records = Records(base / StoreConfig().url, say=_ignore)
+    records = Records(mirror_of(str(base / StoreConfig().url)), say=_ignore)
     latest = next(records.newest_first(), None)
     return None if latest is None else records.invocation(latest)
 

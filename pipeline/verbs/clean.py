@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configs.errors import ArtifactError, StoreError
+from cluster.mirror import mirror_of
+from configs.errors import ArtifactError, PlanError, StoreError
 from pipeline.lease import is_held, newest
 from pipeline.records import Built, Reused
 from pipeline.removal import delete, remove, removed
@@ -36,6 +37,11 @@ def clean(args: argparse.Namespace) -> int:
     With `--dry-run` only list. Exit code 1 if anything that was offered could not be deleted.
     """
     store = load_asked(args).store(print)
+    if store.mirror.is_apart:
+        raise PlanError(
+            f"store.url = {store.mirror.url}: clean deletes in local folders only so far; delete "
+            "what `ingot status` and `ingot runs` do not name with the tools of that store"
+        )
     entries = list(inventory(store, unfinished=args.unfinished))
     for entry in entries:
         name = entry.path.relative_to(store.root / "artifacts")
@@ -82,7 +88,7 @@ def inventory(store: Store, *, unfinished: bool) -> Iterator[Entry]:
     being built and, but for `unfinished`, what an interrupted build left, since hours of training
     may lie there.
     """
-    held = {path for path in generations(store.root) if is_held(path)}
+    held = {path for path in generations(store.root) if is_held(str(path))}
     latest, used = _latest(store), _used(store)
     for path in generations(store.root):
         num_bytes = _size(path)
@@ -101,7 +107,7 @@ def inventory(store: Store, *, unfinished: bool) -> Iterator[Entry]:
             reason = "unfinished: a run would continue it, --unfinished deletes it"
             yield Entry(path, num_bytes, "keep", reason)
     for path in removed(store.root):
-        if not is_held(path):
+        if not is_held(str(path)):
             reason = "left by a clean that was cut short"
             yield Entry(path, _size(path), "remove", reason, is_generation=False)
 
@@ -111,7 +117,7 @@ def _leftovers(path: Path) -> Iterator[Entry]:
     manifest = _manifest(path)
     if manifest is None:
         return
-    for builder in builders(path):
+    for builder in builders(mirror_of(str(path)), path):
         if not manifest.address.startswith(f"{builder.name}/"):
             reason = "left by a builder that came too late"
             yield Entry(builder, _size(builder), "remove", reason, is_generation=False)
@@ -124,9 +130,9 @@ def _used(store: Store, since: float = math.inf) -> dict[Path, str]:
     """
     used: dict[Path, str] = {}
     for path in generations(store.root):
-        holder = newest(path)[1]
+        holder = newest(str(path))[1]
         inputs = holder.get("inputs", ())
-        if inputs and is_held(path):
+        if inputs and is_held(str(path)):
             reader = f"in use by process {holder.get('pid')}, which builds {path}"
             used |= {store.root / address: reader for address in inputs}
     for run in store.records.newest_first():

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster import place
+from cluster.mirror import Mirror
 from cluster.output import log_files
 from configs.errors import IngotError, PlanError, StoreError
 from pipeline.lease import Watch, newest
@@ -21,19 +23,19 @@ def logs(args: argparse.Namespace) -> int:
 
     PlanError if there is no such node or rank; StoreError if no worker has printed anything.
     """
-    generation = _find(args)
+    mirror, generation = _find(args)
     shown = _Shown(args.rank)
     if args.follow:
-        _follow(generation, shown)
-    shown.print_new(_folder(generation), final=True)
+        _follow(mirror, generation, shown)
+    shown.print_new(_folder(mirror, generation), final=True)
     if not shown.readers:
-        _complain(args, _folder(generation))
+        _complain(args, _folder(mirror, generation))
     return 0
 
 
-def _find(args: argparse.Namespace) -> Path:
-    """The generation that is meant: the newest of the node as the recipe is now, built or not;
-    otherwise the artifact that the node made last."""
+def _find(args: argparse.Namespace) -> tuple[Mirror, Path]:
+    """The store, and the generation that is meant: the newest of the node as the recipe is now,
+    built or not; otherwise the artifact that the node made last."""
     try:
         asked = load_asked(args)
         store, recipe = asked.store(_tell), asked.recipe.name
@@ -45,28 +47,33 @@ def _find(args: argparse.Namespace) -> Path:
     if (node := graph.get(args.node)) is not None:
         done = store.newest(node)
         for number in (done + 1, done):
-            if builders(folder := store.folder(node) / f"g{number}"):
-                return folder
-    return locate(store, recipe, args.node)
+            if builders(store.mirror, folder := store.folder(node) / f"g{number}"):
+                return store.mirror, folder
+    return store.mirror, locate(store, recipe, args.node)
 
 
 def _tell(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def _folder(generation: Path) -> Path:
+def _folder(mirror: Mirror, generation: Path) -> Path:
     """Where the output of a generation's workers lies: that of the builder who made it, or of the
     last one who tried."""
-    if (generation / MANIFEST).is_file():
-        return (generation / read_manifest(str(generation)).address).parent / LOGS
-    return next(iter(builders(generation)), generation) / LOGS
+    if place.exists(mirror.address(generation / MANIFEST)):
+        made = read_manifest(mirror.address(generation)).address
+        folder = (generation / made).parent / LOGS
+    else:
+        folder = next(iter(builders(mirror, generation)), generation) / LOGS
+    mirror.pull_folder(folder, place.names(mirror.address(folder)))
+    return folder
 
 
-def _follow(generation: Path, shown: "_Shown") -> None:
+def _follow(mirror: Mirror, generation: Path, shown: "_Shown") -> None:
     """Print what comes until the node is built, or its builder has stopped."""
-    watch = Watch()
-    while not (generation / MANIFEST).exists() and not watch.is_dead(newest(generation)[1]):
-        shown.print_new(_folder(generation), final=False)
+    address = mirror.address(generation)
+    watch = Watch(address)
+    while not place.exists(place.join(address, MANIFEST)) and not watch.is_dead(newest(address)[1]):
+        shown.print_new(_folder(mirror, generation), final=False)
         time.sleep(_LOOK_SECONDS)
 
 

@@ -8,6 +8,7 @@ from importlib import resources
 from itertools import takewhile
 from pathlib import Path
 
+from cluster.mirror import mirror_of
 from configs.errors import ConfigError
 from configs.parallel import StoreConfig
 from configs.reading import load_recipe, shipped_recipes
@@ -75,7 +76,9 @@ def _text(name: str) -> str:
 def _times(base: Path) -> dict[str, float]:
     """How long the newest run took that built each recipe to its end."""
     found: dict[str, float] = {}
-    for run in Records(base / StoreConfig().url, say=lambda message: None).newest_first():
+    for run in Records(
+        mirror_of(str(base / StoreConfig().url)), say=lambda message: None
+    ).newest_first():
         if run.succeeded and any(one.outcome == "built" for one in run.outcomes.values()):
             found.setdefault(run.recipe, run.seconds)
     return found

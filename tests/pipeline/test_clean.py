@@ -86,7 +86,7 @@ def test_the_inputs_of_a_build_that_goes_on_are_kept(world: World, old: Run) -> 
         assert entries[slot.path.parent].reason == "being built"
         with pytest.raises(StoreError, match="is building it; wait for it, or end it"):
             remove(slot.path.parent)
-        assert newest(slot.path.parent)[1]["inputs"] == [checkpoint.address]
+        assert newest(str(slot.path.parent))[1]["inputs"] == [checkpoint.address]
     # The build has ended, and nobody uses them any more.
     assert listed(world)[world.generation(old, "train")].verdict == "remove"
 
@@ -281,7 +281,7 @@ def test_what_a_clean_that_was_cut_short_left_is_offered_unless_it_goes_on(
     generation = world.generation(old, "train")
     left = generation.with_name(".g1-0123abcd.removed")
     generation.rename(left)
-    lease = take(left, 1, "the one that deletes")
+    lease = take(str(left), 1, "the one that deletes")
     assert lease is not None
     assert left not in listed(world)
     give_up(lease)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.mirror import mirror_of
 from configs.reading import load_recipe
 from pipeline import cli
 from pipeline.graph import Selection
@@ -460,7 +461,7 @@ def test_a_run_that_a_scheduler_ends_is_one_that_the_user_stopped(line: Path) ->
         told = process.communicate(timeout=120)[0]
     assert process.returncode == 130
     assert "goes on from it" in told
-    (record,) = Records(line / ".ingot", say=pytest.fail).newest_first()
+    (record,) = Records(mirror_of(str(line / ".ingot")), say=pytest.fail).newest_first()
     assert record.interrupted
     assert {name: one.outcome for name, one in record.outcomes.items()} == {
         "data": "built",

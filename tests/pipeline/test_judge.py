@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 
+from cluster.mirror import mirror_of
 from pipeline.decide import (
     Block,
     Build,
@@ -87,7 +88,7 @@ def committed() -> Committed:
         content="c" * 64,
         provenance={},
     )
-    return Committed(corpus, manifest, 3, "g3", Path("/store/g3"))
+    return Committed(corpus, manifest, 3, "g3", Path("/store/g3"), mirror_of("/store"))
 
 
 COMMITTED = committed()

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from cluster.files import create_exclusively
+from cluster.mirror import mirror_of
 from configs.errors import LeaseLost
 from configs.parallel import StoreConfig
 from pipeline import lease as lease_module
@@ -225,7 +226,7 @@ def test_of_many_builders_that_commit_one_generation_exactly_one_does(
     assert sum(isinstance(one, LeaseLost) for one in ended) == RACERS - 1
     assert world.store.find(node) == won
     assert won.artifact.path("text.txt").read_text() == Path(won.artifact.uri).parent.name
-    assert builders(won.path) == [Path(won.artifact.uri).parent]
+    assert builders(mirror_of(str(won.path)), won.path) == [Path(won.artifact.uri).parent]
     verify(str(won.path))
 
 
@@ -235,13 +236,13 @@ def test_of_many_builders_that_take_one_lease_exactly_one_has_it(tmp_path: Path)
 
         def race(owner: str, number: int = number, barrier: Barrier = barrier) -> Lease | None:
             barrier.wait(10)
-            return take(tmp_path, number, owner)
+            return take(str(tmp_path), number, owner)
 
         with ThreadPoolExecutor(RACERS) as pool:
             leases = list(pool.map(race, map(str, range(RACERS))))
         (won,) = (lease for lease in leases if lease is not None)
-        assert newest(tmp_path)[0] == number
-        assert newest(tmp_path)[1]["owner"] == won.owner
+        assert newest(str(tmp_path))[0] == number
+        assert newest(str(tmp_path))[1]["owner"] == won.owner
 
 
 def test_many_builders_that_find_one_dead_take_over_one_after_the_other(
@@ -252,7 +253,7 @@ def test_many_builders_that_find_one_dead_take_over_one_after_the_other(
     generation.mkdir(parents=True)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    dead = take(generation, 1, "dead")
+    dead = take(str(generation), 1, "dead")
     assert dead is not None
     text = Path(dead.uri).read_text()
     Path(dead.uri).write_text(text.replace(f'"pid": {os.getpid()}', f'"pid": {gone.pid}'))
@@ -274,4 +275,4 @@ def test_many_builders_that_find_one_dead_take_over_one_after_the_other(
     assert len(built) == 1
     assert {one.manifest.content for one in made} == {made[0].manifest.content}
     assert made[0].artifact.path("text.txt").read_text() == f"by {built[0]}"
-    assert len(builders(generation)) == 1
+    assert len(builders(mirror_of(str(generation)), generation)) == 1

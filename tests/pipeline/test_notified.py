@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from cluster.mirror import mirror_of
 from pipeline import cli
 from pipeline.records import Records, Run
 from pipeline.verbs import asked, run
@@ -44,7 +45,7 @@ def ingot(*words: str) -> int:
 
 
 def newest(folder: Path, store: str = ".ingot") -> Run:
-    return next(Records(folder / store, say=pytest.fail).newest_first())
+    return next(Records(mirror_of(str(folder / store)), say=pytest.fail).newest_first())
 
 
 def made(one: Run) -> dict[str, str]:

@@ -50,7 +50,7 @@ def overtaken(world: World, then: Callable[[Workspace], object], *, commits: boo
     def slow(config: FakeConfig, work: Workspace) -> Corpus:
         work.path("text.txt").write_text("the slow one's")
         generation = Path(work.lease.generation)
-        lease = take(generation, work.lease.number + 1, "another")
+        lease = take(str(generation), work.lease.number + 1, "another")
         assert lease is not None
         if commits:
             slot = Slot(generation / "000002-another", lease, 1, ())

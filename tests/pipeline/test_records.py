@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.mirror import mirror_of
 from pipeline.records import Invocation, Records, Run
 
 PROCESS = {"pid": 1, "host": "elsewhere/1", "started": 0.0}
@@ -36,7 +37,7 @@ def run(tmp_path: Path) -> Run:
 
 def read(store: Path, run: Run) -> Invocation:
     """The invocation as a command finds it that reads the store there."""
-    records = Records(store, say=pytest.fail)
+    records = Records(mirror_of(str(store)), say=pytest.fail)
     records.save(run)
     return records.invocation(records.load(run.id))
 
@@ -89,7 +90,7 @@ def test_a_record_and_its_name_are_on_the_disk_once_it_is_saved(
         real(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    records = Records(tmp_path / "here" / ".ingot", say=pytest.fail)
+    records = Records(mirror_of(str(tmp_path / "here" / ".ingot")), say=pytest.fail)
     records.save(run)
     assert (records.folder / f"{run.id}.json").stat().st_ino in synced
     assert records.folder.stat().st_ino == synced[-1]

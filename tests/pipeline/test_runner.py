@@ -325,7 +325,7 @@ def test_ctrl_c_stops_the_run_keeps_what_is_committed_and_the_next_goes_on(
     assert "True {'data': 'built', 'train': 'failed'}" in told
     (record,) = world.store.records.newest_first()
     assert record.interrupted
-    assert newest(folder / "g1")[1]["ended"]
+    assert newest(str(folder / "g1"))[1]["ended"]
     after = world.run()
     assert after.outcomes["train"].outcome == "built"
     assert after.outcomes["data"].outcome == "reused"

@@ -272,7 +272,7 @@ def test_ctrl_c_with_two_running_stops_both_and_the_next_run_goes_on(
     assert record.interrupted
     assert [failed(record, name).error for name in ("one", "other")] == ["interrupted"] * 2
     begun = list(world.store.root.glob("artifacts/slow/*/g1"))
-    assert [newest(folder)[1]["ended"] for folder in begun] == [True, True]
+    assert [newest(str(folder))[1]["ended"] for folder in begun] == [True, True]
     again = subprocess.run(
         [*command, "0"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )

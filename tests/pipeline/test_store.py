@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from cluster.files import replace
+from cluster import place
 from configs.data import FilesSource
 from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.parallel import StoreConfig
@@ -58,7 +58,7 @@ def build(world: World, node: Node, replacing: int = 0) -> Committed:
 
 def steal(slot: Slot) -> Lease:
     """What another builder gets that takes the slot over."""
-    lease = take(slot.path.parent, slot.lease.number + 1, "another")
+    lease = take(str(slot.path.parent), slot.lease.number + 1, "another")
     assert lease is not None
     return lease
 
@@ -192,15 +192,15 @@ def built_while_the_first_sleeps(
     monkeypatch: pytest.MonkeyPatch, world: World, node: Node, build: Callable[[], object]
 ) -> Path:
     """Another takes over and commits as the first has its lease; the generation of both."""
-    real = store_module._open_slot
+    real = Store._open_slot
 
-    def paused(generation: Path, lease: Lease, number: int) -> Slot:
-        monkeypatch.setattr(store_module, "_open_slot", real)
+    def paused(store: Store, generation: Path, lease: Lease, number: int) -> Slot:
+        monkeypatch.setattr(Store, "_open_slot", real)
         build()
-        return real(generation, lease, number)
+        return real(store, generation, lease, number)
 
     monkeypatch.setattr(lease_module, "DEAD_SECONDS", 0.5)
-    monkeypatch.setattr(store_module, "_open_slot", paused)
+    monkeypatch.setattr(Store, "_open_slot", paused)
     with opened(world, node) as slot:
         with pytest.raises(LeaseLost):
             slot.lease.check()
@@ -213,7 +213,7 @@ from configs.parallel import StoreConfig
 from pipeline import lease as lease_module, store as store_module
 from tests.pipeline.fakes import World, fill
 lease_module.DEAD_SECONDS = 0.5
-store_module._tidy = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+store_module.Store._tidy = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 world = World(StoreConfig(url=sys.argv[1], min_free_bytes=0))
 node = world.graph()["data"]
 with world.store.slot(node, {}) as slot:
@@ -239,7 +239,7 @@ def test_a_heartbeat_that_comes_after_the_commit_costs_no_committed_byte(
         with opened(world, node) as slot:
             world.store.commit(slot, node, fill(slot), {}, {})
             # Past its check when the leases were tidied away.
-            replace(Path(slot.lease.uri), lease_module._body(slot.lease))
+            place.replace(slot.lease.uri, lease_module._body(slot.lease))
         assert json.loads(Path(slot.lease.uri).read_text())["ended"]
 
     verify(str(built_while_the_first_sleeps(monkeypatch, world, node, build_and_beat)))
@@ -378,11 +378,11 @@ def test_a_heartbeat_that_moves_is_a_living_holder(
 ) -> None:
     monkeypatch.setattr(lease_module, "DEAD_SECONDS", 0.5)
     monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.1)
-    watch = lease_module.Watch()
+    watch = lease_module.Watch("/")
     with opened(world, node) as slot:
         # As a waiter on another machine sees it: it cannot look at the process.
         for _ in range(12):
-            holder = {**newest(slot.path.parent)[1], "host": "elsewhere"}
+            holder = {**newest(str(slot.path.parent))[1], "host": "elsewhere"}
             assert not watch.is_dead(holder)
             time.sleep(0.1)
 
@@ -411,7 +411,7 @@ def test_a_lost_lease_stops_the_commit_and_writes_nothing(world: World, node: No
         with pytest.raises(LeaseLost, match=r"lost to lease-000002\.json"):
             world.store.commit(slot, node, artifact, {}, {})
         assert not (slot.path.parent / MANIFEST).exists()
-    number, holder = newest(slot.path.parent)
+    number, holder = newest(str(slot.path.parent))
     assert (number, holder["owner"], holder["ended"]) == (2, "another", False)
 
 
@@ -448,13 +448,13 @@ def test_nothing_beats_after_the_lease_was_given_up(
     def slow(lease: Lease, stop: threading.Event, inputs: list[str]) -> None:
         stop.wait(10)
         time.sleep(0.3)
-        replace(Path(lease.uri), lease_module._body(lease, ended=False))
+        place.replace(lease.uri, lease_module._body(lease, ended=False))
 
     monkeypatch.setattr(store_module, "beat", slow)
     with opened(world, node) as slot:
         pass
     time.sleep(0.6)
-    assert newest(slot.path.parent)[1]["ended"]
+    assert newest(str(slot.path.parent))[1]["ended"]
 
 
 @pytest.mark.parametrize("name", ["take", "give_up"])
@@ -619,7 +619,7 @@ def test_a_store_that_was_begun_and_holds_nothing_yet_is_taken(tmp_path: Path) -
 
 
 def test_a_remote_store_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="only local folders"):
+    with pytest.raises(StoreError, match="only folders, s3:// and gs://"):
         Store(StoreConfig(url="memory://somewhere"), say=print)
 
 

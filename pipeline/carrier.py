@@ -1,0 +1,88 @@
+"""Sends what an interrupted build would continue from to the store, while the build goes on.
+
+A save is a folder whose `complete.json` is written last, and it is sent in that order: so whoever
+finds the mark finds the rest. The step log goes with each save, which is of no use without it.
+"""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster import place
+from cluster.files import COMPLETE
+from cluster.mirror import Mirror
+from configs.errors import StoreError
+from stages.steps import METRICS
+
+SEND_SECONDS = 5.0
+RESUME = "resume"
+
+_Stamp = tuple[int, int]
+
+
+class Carrier:
+    """Sends the saves of one builder's folder; nothing where the store is a local folder."""
+
+    def __init__(self, mirror: Mirror, builder: Path, say: Callable[[str], None]) -> None:
+        """Begin; `say` is told once if the store does not take what is sent."""
+        self._mirror, self._builder, self._say = mirror, builder, say
+        self._sent: dict[str, _Stamp] = {}
+        self._told = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="carrier")
+        if mirror.is_apart:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Send what is new since, and end."""
+        self._stop.set()
+        if self._mirror.is_apart:
+            self._thread.join()
+            self._attempt()
+
+    def _work(self) -> None:
+        while not self._stop.wait(SEND_SECONDS):
+            self._attempt()
+
+    def _attempt(self) -> None:
+        try:
+            self.carry()
+        except (StoreError, OSError) as error:
+            if not self._told:
+                self._told = True
+                self._say(
+                    f"warning: what this build could be continued from elsewhere is not sent "
+                    f"({error}); here it can be"
+                )
+
+    def carry(self) -> None:
+        """One look: send what is new, the marks of whole saves last, and delete what is gone."""
+        found = self._found()
+        new = [name for name, stamp in found.items() if self._sent.get(name) != stamp]
+        marks = [name for name in new if name.endswith(f"/{COMPLETE}")]
+        for name in [one for one in new if one not in marks]:
+            self._push(name, found)
+        if marks and (self._builder / METRICS).is_file():
+            self._mirror.push(self._builder / METRICS)
+        for name in marks:
+            self._push(name, found)
+        for name in [one for one in self._sent if one not in found]:
+            place.delete(self._mirror.address(self._builder / name))
+            del self._sent[name]
+
+    def _push(self, name: str, found: dict[str, _Stamp]) -> None:
+        try:
+            self._mirror.push(self._builder / name)
+        except FileNotFoundError:
+            # An older save, deleted since the look.
+            return
+        self._sent[name] = found[name]
+
+    def _found(self) -> dict[str, _Stamp]:
+        found = {}
+        for path in sorted((self._builder / RESUME).rglob("*")):
+            if path.suffix != ".draft" and path.is_file():
+                status = path.stat()
+                name = path.relative_to(self._builder).as_posix()
+                found[name] = (status.st_size, status.st_mtime_ns)
+        return found
