@@ -1,0 +1,298 @@
+"""A store of objects keeps every promise of one on a disk, and several machines share it.
+
+Another machine is another cache folder: what lies in the store is all that the two share.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+
+from cluster import place
+from configs.errors import ArtifactError, LeaseLost, StoreError
+from configs.parallel import StoreConfig
+from pipeline import lease as lease_module
+from pipeline import store as store_module
+from pipeline.store import Slot
+from stages.manifest import MANIFEST
+from tests.objects import Objects, serving
+from tests.pipeline.fakes import World, fill, made, outcomes
+
+RACERS = 8
+
+
+@pytest.fixture(scope="module")
+def objects() -> Iterator[Objects]:
+    with serving() as objects:
+        yield objects
+
+
+class Machines:
+    """Worlds that share a store and nothing else."""
+
+    def __init__(self, url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.url, self._folder, self._monkeypatch = url, folder, monkeypatch
+
+    def world(self, machine: str) -> World:
+        """A command's process on one machine."""
+        self._monkeypatch.setenv("XDG_CACHE_HOME", str(self._folder / machine))
+        return World(StoreConfig(url=self.url, min_free_bytes=0))
+
+
+@pytest.fixture
+def machines(
+    objects: Objects,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Machines:
+    monkeypatch.setattr(lease_module, "APART_FACTOR", 1)
+    name = request.node.name.replace("[", "-").replace("]", "")
+    return Machines(f"{objects.url}/{name}", tmp_path, monkeypatch)
+
+
+def test_what_one_machine_made_another_reuses_without_fetching_it(machines: Machines) -> None:
+    first = machines.world("one").run()
+    assert set(outcomes(first).values()) == {"built"}
+    there = machines.world("two")
+    second = there.run()
+    assert set(outcomes(second).values()) == {"reused"}
+    assert made(first, "train").content == made(second, "train").content
+    assert not list(there.store.root.rglob("weights.bin"))
+    assert {run.id for run in there.store.records.newest_first()} == {first.id, second.id}
+
+
+def test_artifacts_are_those_of_a_local_store_byte_by_byte(
+    machines: Machines, tmp_path: Path
+) -> None:
+    apart = machines.world("one").run()
+    local = World(StoreConfig(url=str(tmp_path / "local"), min_free_bytes=0)).run()
+    for node in apart.outcomes:
+        assert made(apart, node).content == made(local, node).content
+
+
+def test_what_another_machine_builds_on_is_fetched_and_checked(machines: Machines) -> None:
+    machines.world("one").run()
+    there = machines.world("two")
+    run = there.run(judge={"seed": 3})
+    assert outcomes(run)["judge"] == "built"
+    (weights,) = there.store.root.glob("artifacts/train/*/g1/*/files/weights.bin")
+    assert weights.read_text() == "train 3 0"
+    # A copy that was damaged since is fetched anew.
+    weights.write_text("train 9 9")
+    assert outcomes(there.run(judge={"seed": 4}))["judge"] == "built"
+    assert weights.read_text() == "train 3 0"
+
+
+def test_old_bytes_are_never_taken(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = machines.world("one")
+    first = one.run()
+    address = f"{machines.url}/{made(first, 'train').address}"
+    manifest = json.loads(place.read(f"{address}/{MANIFEST}"))
+    place.replace(f"{address}/{manifest['address']}/weights.bin", b"train 0 0")
+    there = machines.world("two")
+    run = there.run(judge={"seed": 3})
+    assert outcomes(run)["judge"] == "failed"
+    error = run.outcomes["judge"]
+    assert "weights.bin: the store returned bytes that are not those of its manifest" in str(error)
+
+
+def test_an_object_that_vanished_is_named(machines: Machines) -> None:
+    one = machines.world("one")
+    first = one.run()
+    address = f"{machines.url}/{made(first, 'train').address}"
+    manifest = json.loads(place.read(f"{address}/{MANIFEST}"))
+    place.delete(f"{address}/{manifest['address']}/weights.bin")
+    node = one.graph()["train"]
+    committed = one.store.find(node)
+    assert committed is not None
+    with pytest.raises(ArtifactError, match=r"weights\.bin is missing; rebuild with --force train"):
+        committed.check(hashes=True)
+
+
+def test_of_two_drivers_one_builds_and_one_reuses(machines: Machines) -> None:
+    worlds = [machines.world(name) for name in ("one", "two")]
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda world: world.run(gather={"seconds": 1.0}), worlds))
+    for node in runs[0].outcomes:
+        assert sorted(outcomes(run)[node] for run in runs) == ["built", "reused"], node
+
+
+def test_of_many_builders_that_commit_one_generation_exactly_one_does(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = machines.world("one")
+    node, barrier = world.graph()["data"], Barrier(RACERS)
+    real = place.create
+
+    def create(address: str, data: bytes) -> bool:
+        if address.endswith(MANIFEST):
+            barrier.wait(60)
+        return real(address, data)
+
+    monkeypatch.setattr(lease_module.Watch, "is_dead", lambda *args: True)
+    monkeypatch.setattr(store_module.Lease, "check", lambda lease: None)
+    monkeypatch.setattr(place, "create", create)
+
+    def build(number: int) -> bool:
+        with world.store.slot(node, {}) as slot:
+            assert isinstance(slot, Slot)
+            ready.wait(60)
+            try:
+                world.store.commit(slot, node, fill(slot), {}, {"number": number})
+            except LeaseLost:
+                return False
+            return True
+
+    ready = Barrier(RACERS)
+    with ThreadPoolExecutor(RACERS) as pool:
+        won = list(pool.map(build, range(RACERS)))
+    assert won.count(True) == 1
+    committed = world.store.find(node)
+    assert committed is not None
+    assert committed.manifest.provenance["number"] == won.index(True)
+    committed.check(hashes=True)
+
+
+def test_a_builder_that_slept_through_the_commit_changes_nothing(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It wakes between its last look and its manifest."""
+    sleeping, waking = machines.world("one"), machines.world("two")
+    node = sleeping.graph()["data"]
+    monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 60.0)
+    monkeypatch.setattr(lease_module, "DEAD_SECONDS", 0.5)
+    monkeypatch.setattr(lease_module, "has_ended", lambda process: False)
+    with sleeping.store.slot(node, {}) as first:
+        assert isinstance(first, Slot)
+        with waking.store.slot(node, {}) as second:
+            assert isinstance(second, Slot)
+            won = waking.store.commit(second, node, fill(second), {}, {"who": "two"})
+        before = place.read(f"{machines.url}/{won.address}/{MANIFEST}")
+        monkeypatch.setattr(store_module.Lease, "check", lambda lease: None)
+        with pytest.raises(LeaseLost, match="another builder has committed"):
+            sleeping.store.commit(first, node, fill(first), {}, {"who": "one"})
+    assert place.read(f"{machines.url}/{won.address}/{MANIFEST}") == before
+    found = waking.store.find(node)
+    assert found is not None
+    found.check(hashes=True)
+    assert found.manifest.provenance["who"] == "two"
+
+
+def test_a_generation_that_was_deleted_at_the_commit_is_no_artifact(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files went between the builder's last look and its manifest."""
+    world = machines.world("one")
+    node = world.graph()["data"]
+    with world.store.slot(node, {}) as slot:
+        assert isinstance(slot, Slot)
+        generation = world.store.mirror.address(slot.path.parent)
+        monkeypatch.setattr(store_module.Lease, "check", lambda lease: place.delete(generation))
+        with pytest.raises(LeaseLost, match="was deleted"):
+            world.store.commit(slot, node, fill(slot), {}, {})
+    monkeypatch.undo()
+    assert MANIFEST not in place.names(generation)
+
+
+def test_an_interrupted_build_is_continued_on_another_machine(machines: Machines) -> None:
+    one = machines.world("one")
+    node = one.graph()["data"]
+    with one.store.slot(node, {}) as slot:
+        assert isinstance(slot, Slot)
+        save = slot.path / "resume" / "step-00000007"
+        save.mkdir(parents=True)
+        (save / "rank-0.bin").write_text("weights")
+        (slot.path / "metrics.jsonl").write_text('{"step": 7}\n')
+        (save / "complete.json").write_text('{"step": 7}')
+    there = machines.world("two")
+    assert there.store.is_begun(node)
+    with there.store.slot(node, {}) as again:
+        assert isinstance(again, Slot)
+        (earlier,) = again.earlier
+        there_save = Path(earlier, "resume", "step-00000007")
+        assert (there_save / "rank-0.bin").read_text() == "weights"
+        assert (there_save / "complete.json").read_text() == '{"step": 7}'
+        assert Path(earlier, "metrics.jsonl").read_text() == '{"step": 7}\n'
+        made = there.store.commit(again, node, fill(again), {}, {})
+    left = place.names(f"{machines.url}/{made.address}")
+    assert len(left) == 2
+    assert MANIFEST in left
+
+
+def test_a_save_reaches_the_store_while_the_build_goes_on_and_its_mark_comes_last(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.carrier.SEND_SECONDS", 0.1)
+    sent: list[str] = []
+    real = place.send
+
+    def send(path: Path, address: str) -> None:
+        real(path, address)
+        sent.append(path.name)
+
+    monkeypatch.setattr(place, "send", send)
+    world = machines.world("one")
+    node = world.graph()["train"]
+    with world.store.slot(node, {}) as slot:
+        assert isinstance(slot, Slot)
+        (slot.path / "metrics.jsonl").write_text("")
+        for step in (1, 2):
+            save = slot.path / "resume" / f"step-{step}"
+            save.mkdir(parents=True)
+            for name in ("a.bin", "complete.json", "z.bin"):
+                (save / name).write_text(f"{name} {step}")
+            deadline = time.monotonic() + 30
+            while sent.count("complete.json") < step:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        resume = f"{world.store.mirror.address(slot.path)}/resume"
+        for path in (slot.path / "resume" / "step-1").iterdir():
+            path.unlink()
+        while any(name.startswith("step-1/") for name in place.sizes(resume)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert len(place.sizes(resume)) == 3
+    assert [name for name in sent if name != "metrics.jsonl"] == [
+        "a.bin",
+        "z.bin",
+        "complete.json",
+    ] * 2
+
+
+def test_copies_that_were_not_used_for_longest_go_first(machines: Machines) -> None:
+    machines.world("one").run()
+    there = machines.world("two")
+    there.run(judge={"seed": 3})
+    copies = sorted(there.store.root.glob("artifacts/*/*/g*/*/.used"))
+    assert len(copies) == 2
+    gone = there.store.mirror.trim(0, keep=[copies[0].parent.parent])
+    assert gone == [copies[1].parent]
+    assert copies[0].exists()
+    # What is gone is fetched again.
+    assert outcomes(there.run(judge={"seed": 4}))["judge"] == "built"
+
+
+@pytest.mark.parametrize(
+    ("url", "content", "message"),
+    [
+        ("newer", b'{"format": 99}', "says format 99, and this version of Ingot reads"),
+        ("damaged", b"{", "cannot be read"),
+    ],
+)
+def test_a_store_of_another_format_is_refused(
+    objects: Objects, url: str, content: bytes, message: str
+) -> None:
+    place.replace(f"{objects.url}/{url}/store.json", content)
+    with pytest.raises(StoreError, match=message):
+        World(StoreConfig(url=f"{objects.url}/{url}", min_free_bytes=0))
+
+
+def test_a_bucket_that_is_not_there_is_named(tmp_path: Path, objects: Objects) -> None:
+    world = World(StoreConfig(url="s3://nowhere/store", min_free_bytes=0))
+    with pytest.raises(StoreError, match=r"s3://nowhere/store/store\.json: no such bucket"):
+        world.store.prepare()
