@@ -72,6 +72,10 @@ class StoreConfig(Frozen):
     """Where artifacts live."""
 
     url: str = ".ingot"
-    """A folder (any fsspec URL with a local file system today)."""
+    """A folder, or a place of objects: s3://BUCKET/FOLDER, gs://BUCKET/FOLDER. Who may use such a
+    place is said in the environment, as AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL, and never here."""
+    cache_bytes: int = Field(default=50_000_000_000, ge=0)
+    """Of a place of objects a run keeps copies up to this size, in the user's cache or below
+    XDG_CACHE_HOME; those unused for longest go first."""
     min_free_bytes: int = Field(default=500_000_000, ge=0)
     """A build does not start with less free disk than this."""

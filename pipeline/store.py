@@ -20,7 +20,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +184,22 @@ class Store:
     def manifest(self, generation: Path) -> Manifest:
         """What the store says of a generation; ArtifactError if it is no artifact."""
         return read_manifest(self.mirror.address(generation))
+
+    def fetch(self, generation: Path, *, most_bytes: int | None = None) -> None:
+        """Have an artifact on this machine: its manifest, and its files up to this size each.
+
+        Nothing where the store is a folder. ArtifactError or StoreError if it cannot be fetched.
+        """
+        if self.mirror.is_apart:
+            manifest = self.manifest(generation)
+            self.mirror.pull(generation / MANIFEST)
+            bring(self.mirror, generation, manifest, most_bytes=most_bytes)
+
+    def trim(self, in_use: Iterable[str]) -> None:
+        """Delete copies of what was not used for longest, down to `store.cache_bytes`."""
+        keep = [self.root / address for address in in_use]
+        for path in self.mirror.trim(self.config.cache_bytes, keep):
+            self._say(f"deleted the copy {path} (store.cache_bytes = {self.config.cache_bytes:,})")
 
     def is_committed(self, generation: Path) -> bool:
         """Whether there is an artifact in a generation's folder."""
@@ -415,9 +431,18 @@ def generations(store_root: Path) -> Iterator[Path]:
         yield from (folder / f"g{number}" for number in sorted(numbers))
 
 
-def bring(mirror: Mirror, generation: Path, manifest: Manifest) -> None:
-    """Have the files of an artifact on this machine, and its step log if it has one."""
-    hashes = {name: entry.sha256 for name, entry in manifest.files.items()}
+def bring(
+    mirror: Mirror, generation: Path, manifest: Manifest, *, most_bytes: int | None = None
+) -> None:
+    """Have the files of an artifact on this machine, and its step log if it has one.
+
+    With `most_bytes` only those that are no larger.
+    """
+    hashes = {
+        name: entry.sha256
+        for name, entry in manifest.files.items()
+        if most_bytes is None or entry.bytes <= most_bytes
+    }
     mirror.bring(generation / manifest.address, hashes)
     mirror.pull_folder((generation / manifest.address).parent, [METRICS])
 

@@ -71,6 +71,7 @@ class Models:
     def _new_version(
         self, node: Node, run_id: str, made: Committed, alias: str, pages: Mapping[str, str]
     ) -> str:
+        made.bring()
         client, model_id = self._server.client(), self._model_id(node, run_id, made)
         try:
             client.create_registered_model(self.name)

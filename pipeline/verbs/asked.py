@@ -154,6 +154,13 @@ def locate(store: Store, recipe: str, target: str) -> Path:
     """
     if (Path(target) / MANIFEST).is_file():
         return Path(target).resolve()
+    found = _latest(store, recipe, target)
+    store.fetch(found)
+    return found
+
+
+def _latest(store: Store, recipe: str, target: str) -> Path:
+    """The generation that a node of the recipe made or took last."""
     artifacts = store.records.latest_artifacts()
     latest = {node: path for (name, node), path in artifacts.items() if name == recipe}
     if target in latest:
@@ -165,7 +172,7 @@ def locate(store: Store, recipe: str, target: str) -> Path:
         hint = f"--recipe {others[0]} has one"
     raise PlanError(
         f"{target!r} is neither a finished artifact's folder nor a node of {recipe} that was "
-        f"built in {store.root}; {hint}"
+        f"built in {store.mirror.url}; {hint}"
     )
 
 

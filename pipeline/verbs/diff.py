@@ -121,6 +121,7 @@ def _runs(store: Store, first: Run, second: Run) -> Iterator[str]:
 
 def _committed(store: Store, address: str) -> Committed:
     path = store.root / address
+    store.fetch(path, most_bytes=0)
     return Committed(path, read_manifest(str(path)))
 
 

@@ -30,7 +30,7 @@ def plan(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_plan_record(asked, graph, judged, examiner), indent=1))
     else:
-        print(f"{asked.title} in {store.root}")
+        print(f"{asked.title} in {store.mirror.url}")
         if not asked.recipe.base:
             model = asked.recipe.model
             print(

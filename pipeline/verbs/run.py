@@ -20,12 +20,14 @@ from pipeline.loading import load_body
 from pipeline.machine import require_machine
 from pipeline.notify import Notifier
 from pipeline.places import sqlite_path, tracking_uri
+from pipeline.plain import SMALL_BYTES
 from pipeline.progress import Display, make_console
 from pipeline.provenance import machine_facts
 from pipeline.records import Blocked, Built, Failed, Reused, Run, as_json, new_run_id
 from pipeline.runner import Setting, realise
 from pipeline.seeds import across_seeds
 from pipeline.states import Examiner
+from pipeline.store import Store
 from pipeline.tracking.listener import Tracking
 from pipeline.tracking.runs import Told
 from pipeline.verbs.asked import Asked, changed_settings, command, load_asked, selection
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         process=this_process(),
         in_use=in_use(judged),
     )
+    store.trim(record.in_use)
     # A scheduler's polite end is the same as the user's.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     told = Told(
@@ -79,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         record = replace(record, across_seeds=across_seeds(graph, record, store.root))
         # All is built: what is left to do elsewhere must not lose that.
         store.records.update(replace(record, finished=True))
-        record, page = _finish(record, told, tracking, store.root, display)
+        record, page = _finish(record, told, tracking, store, display)
         store.records.update(replace(record, finished=True))
         notifier.finish(record)
         if args.json:
@@ -88,12 +91,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _finish(
-    record: Run, told: Told, tracking: Tracking, root: Path, display: Display
+    record: Run, told: Told, tracking: Tracking, store: Store, display: Display
 ) -> tuple[Run, Path | None]:
     """Have MLflow hold all of the run, and its page written, unless it made nothing new."""
     if not any(isinstance(one, Built | Failed) for one in record.outcomes.values()):
         return tracking.finish(record, None), None
-    write = partial(_write_page, told, root, tracking.link)
+    write = partial(_write_page, told, store, tracking.link)
     record = tracking.finish(record, write)
     if tracking.page is not None:
         return record, tracking.page
@@ -110,12 +113,16 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
-def _write_page(told: Told, root: Path, link: Callable[[str], str], record: Run) -> Path:
+def _write_page(told: Told, store: Store, link: Callable[[str], str], record: Run) -> Path:
     """The page of the run. It comes with a plotting library, for which not every run has use."""
     page = importlib.import_module("pipeline.page")
+    for one in record.outcomes.values():
+        if isinstance(one, Reused):
+            store.fetch(store.root / one.address, most_bytes=SMALL_BYTES)
     written: Path = page.write_page(
-        record, told.line, root, again=told.command, changed=told.changed, link=link
+        record, told.line, store.root, again=told.command, changed=told.changed, link=link
     )
+    store.mirror.push(written)
     return written
 
 
