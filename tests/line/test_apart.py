@@ -36,7 +36,7 @@ class Machine:
     url: str
 
     def words(self) -> tuple[str, ...]:
-        return ("run", "smoke", "--set", f"store.url={self.url}", "--set", "posttrain.steps=6")
+        return ("run", "smoke", "--set", f"store.url={self.url}", "--set", "posttrain.steps=40")
 
     def run(self) -> subprocess.CompletedProcess[str]:
         return ingot(self.folder, *self.words(), timeout_seconds=900)
@@ -70,7 +70,7 @@ def steps(url: str, stage: str) -> int:
 def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The content of each artifact of a local store that nothing disturbed, by stage and target."""
     folder = tmp_path_factory.mktemp("calm")
-    done = ingot(folder, "run", "smoke", "--set", "posttrain.steps=6", timeout_seconds=900)
+    done = ingot(folder, "run", "smoke", "--set", "posttrain.steps=40", timeout_seconds=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return contents(str(folder / ".ingot"))
 
