@@ -138,8 +138,8 @@ class Trainer:
         metrics = self._sum({"loss": float(value.detach()), **metrics})
         if not all(torch.isfinite(torch.tensor(list(metrics.values())))):
             raise TrainingError(
-                f"step {self.step + 1}: not finite: {metrics}{self._culprit()}; lower the learning "
-                "rate, or look at the batch"
+                f"step {self.step + 1}: not finite: {_named(metrics)}{self._culprit()}; lower the "
+                "learning rate, or look at the batch"
             )
         return metrics
 
@@ -202,8 +202,8 @@ class Trainer:
         norms = self._grad_norms(grads)
         if not all(map(math.isfinite, norms.values())):
             raise TrainingError(
-                f"step {self.step + 1}: not finite: {norms}{self._culprit()}; lower the learning "
-                "rate, or look at the batch"
+                f"step {self.step + 1}: not finite: {_named(norms)}{self._culprit()}; lower the "
+                "learning rate, or look at the batch"
             )
         factors = {
             name: min(1.0, self.optim.max_grad_norm / (n + 1e-6)) for name, n in norms.items()
@@ -322,6 +322,11 @@ class Trainer:
         if self.parallel:
             dist.all_reduce(total)
         return dict(zip(keys, total.tolist(), strict=True))
+
+
+def _named(values: Mapping[str, float]) -> str:
+    """`loss nan, mtp_loss inf`: those that are not finite."""
+    return ", ".join(f"{name} {one}" for name, one in values.items() if not math.isfinite(one))
 
 
 def _norm_of(parameter: str) -> str:

@@ -47,6 +47,13 @@ NO_SCHEME = (
     "an address of MLflow begins with what it is: http://HOST:5000 for a server, or "
     "sqlite:///PATH, postgresql+psycopg2://... for a database"
 )
+_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
+
+
+def is_tracking_address(uri: str) -> bool:
+    """Whether it begins as an address of MLflow that runs can be recorded at."""
+    scheme, mark, _ = uri.partition("://")
+    return bool(mark) and scheme.partition("+")[0] in _SCHEMES
 
 
 class TrackingConfig(Frozen):
@@ -63,7 +70,7 @@ class TrackingConfig(Frozen):
     @field_validator("uri")
     @classmethod
     def _has_a_scheme(cls, uri: str | None) -> str | None:
-        if uri is not None and "://" not in uri:
+        if uri is not None and not is_tracking_address(uri):
             raise ValueError(NO_SCHEME)
         return uri
 

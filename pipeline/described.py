@@ -59,6 +59,16 @@ def reused(artifact: str, built_by: str | None) -> str:
     return f"Taken as it was: `{artifact}`{where}."
 
 
+def failed(error: str, was_stopped: bool, node: str) -> str:
+    """What is said of a node that was not built."""
+    if was_stopped:
+        return "Stopped; the same command goes on from what is saved."
+    return (
+        f"**failed**: {_escape(error[: _MOST_CHARS // 2])}\n\n"
+        f"`ingot logs {node}` shows what its workers printed."
+    )
+
+
 def built(
     node: str,
     artifact: str,
@@ -78,27 +88,31 @@ def built(
 
 
 def version(
-    name: str,
+    uri: str,
     alias: str,
     *,
+    tracking: str,
     folder: str,
     pages: Mapping[str, str],
     not_copied: str | None,
 ) -> str:
     """The words of a model's version: where it comes from, how it is loaded and served.
 
+    `uri` is its address in the registry, `tracking` that of the server.
+
     `pages` has an address by what it leads to; `not_copied` says why MLflow cannot load it, and is
     none if it can.
     """
     links = ", ".join(f"[{_escape(what)}]({page})" for what, page in pages.items())
-    uri = f"models:/{name}@{alias}"
     parts = [f"The bundle for **{alias}**: {links}.", f"Its files lie in `{folder}`."]
     if not_copied is None:
         parts.append(
             "Load it (`pip install mlflow transformers torch accelerate`):\n\n"
-            f'```python\nimport mlflow\n\nmodel = mlflow.pyfunc.load_model("{uri}")\n'
+            f'```python\nimport mlflow\n\nmlflow.set_tracking_uri("{tracking}")\n'
+            f'model = mlflow.pyfunc.load_model("{uri}")\n'
             'print(model.predict(["37+45="], params={"do_sample": False}))\n```\n\n'
-            f"or serve it: `mlflow models serve -m {uri} --env-manager local`."
+            f"or serve it: `MLFLOW_TRACKING_URI={tracking} mlflow models serve -m {uri} "
+            "--env-manager local`."
         )
     else:
         parts.append(

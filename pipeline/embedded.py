@@ -139,6 +139,9 @@ def serve(uri: str, store_root: Path, port: int, *, ready: str) -> int:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         # Not on the command line, which everybody on the machine may read: it may hold a password.
         "MLFLOW_BACKEND_STORE_URI": uri,
+        "MLFLOW_REGISTRY_STORE_URI": uri,
+        # What its libraries say to their developers.
+        "PYTHONWARNINGS": "ignore::DeprecationWarning",
     }
     # However this process is politely ended, the server ends with it.
     for ending in (signal.SIGTERM, signal.SIGHUP):

@@ -9,10 +9,8 @@ from configs.errors import IngotError
 from configs.masking import masked
 from configs.notify import Event
 from pipeline.figures import show_figures, show_seconds
-from pipeline.records import Blocked, Built, Failed, Reused, Run
+from pipeline.records import INTERRUPTED, Blocked, Built, Failed, Reused, Run
 
-INTERRUPTED = "interrupted"
-"""The error of a node that the user stopped."""
 _ERROR_CHARS, _LINE_CHARS = 4000, 500
 
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 from configs.notify import NotifyConfig
 from pipeline.channels import Channel
 from pipeline.graph import Node
-from pipeline.messages import INTERRUPTED, Message, Teller
+from pipeline.messages import Message, Teller
 from pipeline.records import Blocked, Built, Failed, Reused, Run
 from pipeline.store import Committed
 
@@ -96,7 +96,7 @@ class Notifier:
     ) -> None:
         """A node is done with."""
         self._run = self._run.with_outcome(node.name, outcome)
-        if not (isinstance(outcome, Failed) and outcome.error == INTERRUPTED):
+        if not (isinstance(outcome, Failed) and outcome.was_stopped):
             self._gets_on(node.name, {})
 
     def note(self, message: str) -> None:

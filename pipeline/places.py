@@ -8,7 +8,7 @@ from urllib.parse import unquote
 from configs.data import FilesSource, Source
 from configs.errors import ConfigError
 from configs.masking import MASK
-from configs.parallel import NO_SCHEME, TrackingConfig
+from configs.parallel import NO_SCHEME, TrackingConfig, is_tracking_address
 from configs.recipe import Recipe
 
 SQLITE = "sqlite:///"
@@ -55,7 +55,7 @@ def tracking_uri(tracking: TrackingConfig, store_root: Path) -> str:
             )
         return tracking.uri
     named = os.environ.get(URI_VARIABLE, "")
-    if named and "://" not in named:
+    if named and not is_tracking_address(named):
         # Not shown, as it may hold a password where nobody would look for one.
         raise ConfigError(f"{URI_VARIABLE}: {NO_SCHEME}")
     if named.startswith(SQLITE):

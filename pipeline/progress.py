@@ -20,7 +20,13 @@ LOG_SECONDS = 10.0
 _LOG_COLUMNS = 120
 _LIVE_SECONDS = 0.25
 _FIGURES = ("tokens_per_second", "reward", "loss")
-_COLOURS = {"built": "green", "reused": "cyan", "failed": "red", "blocked": "yellow"}
+_COLOURS = {
+    "built": "green",
+    "reused": "cyan",
+    "failed": "red",
+    "blocked": "yellow",
+    "stopped": "yellow",
+}
 
 
 _PAST_SECONDS = 1.0
@@ -63,7 +69,7 @@ class Line:
     def text(self) -> str:
         """The line as it stands: `pretrain 120/400 steps, 3.2/s, 1:28 left, loss 2.31`."""
         if not self._step:
-            steps = f"0/{self._steps} {self._units()}, " if self._steps else ""
+            steps = f"0/{self._steps} {self._units()}, starting, " if self._steps else ""
             return f"{self.name} {steps}{_clock(time.monotonic() - self._started)}"
         parts = [f"{self.name} {self._step}/{self._steps} {self._units()}"]
         elapsed, done = time.monotonic() - self._first_time, self._step - self._first
@@ -140,7 +146,7 @@ class Display:
         for heading in ("node", "outcome", "seconds", "key figure", "MLflow"):
             table.add_column(heading, justify="right" if heading == "seconds" else "left")
         for name, outcome in run.outcomes.items():
-            word = outcome.outcome
+            word = _word(outcome)
             seconds = "" if isinstance(outcome, Blocked) else f"{outcome.seconds:.1f}"
             url = links.get(name, "")
             link = Text(url.rpartition("/")[2][:8], f"link {url}" if url else "")
@@ -202,6 +208,10 @@ class NodeDisplay:
         """How a build was made is for its record; what a user should know comes as a note."""
 
 
+def _word(outcome: Built | Reused | Failed | Blocked) -> str:
+    return "stopped" if isinstance(outcome, Failed) and outcome.was_stopped else outcome.outcome
+
+
 def _tell(outcome: Built | Reused | Failed | Blocked) -> str:
     match outcome:
         case Built():
@@ -209,6 +219,8 @@ def _tell(outcome: Built | Reused | Failed | Blocked) -> str:
         case Reused():
             return f"reused: {show_figures(outcome.figures)}"
         case Failed():
+            if outcome.was_stopped:
+                return f"stopped after {outcome.seconds:.1f} s"
             return f"failed after {outcome.seconds:.1f} s: {outcome.error}"
         case Blocked():
             return f"blocked by {outcome.by}" + (f", {outcome.reason}" if outcome.reason else "")
@@ -219,7 +231,7 @@ def _figure(outcome: Built | Reused | Failed | Blocked) -> str:
         case Built() | Reused():
             return show_figures(outcome.figures)
         case Failed():
-            return shortened(outcome.error)
+            return "" if outcome.was_stopped else shortened(outcome.error)
         case Blocked():
             return f"needs {outcome.by}"
 

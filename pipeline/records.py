@@ -53,6 +53,10 @@ class Reused:
     outcome: Literal["reused"] = "reused"
 
 
+INTERRUPTED = "interrupted"
+"""The error of a node that the user stopped."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failed:
     """The node was tried and did not succeed; what it wrote is kept for the next attempt."""
@@ -63,6 +67,11 @@ class Failed:
     output: str = ""
     """The end of what the worker that failed had printed; empty if no worker did."""
     outcome: Literal["failed"] = "failed"
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether the user stopped it, and nothing was wrong."""
+        return self.error == INTERRUPTED
 
 
 @dataclass(frozen=True, slots=True)

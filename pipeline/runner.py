@@ -39,7 +39,7 @@ from pipeline.decide import (
 from pipeline.graph import Graph, Node, Role, Selection, assign_roles
 from pipeline.listeners import Audience, Listener
 from pipeline.provenance import source_digest
-from pipeline.records import Blocked, Built, Failed, Reused, Run
+from pipeline.records import INTERRUPTED, Blocked, Built, Failed, Reused, Run
 from pipeline.states import Examiner, Fresh
 from pipeline.store import Committed, Store
 
@@ -155,7 +155,7 @@ class _Tour:
         for name, visited in crew.stop(STOP_SECONDS).items():
             if visited is None:
                 self._site.audience.note(f"{name}: does not stop by itself; ends with this process")
-                visited = Visited(Failed("interrupted", STOP_SECONDS), Lost("failed"), True)
+                visited = Visited(Failed(INTERRUPTED, STOP_SECONDS), Lost("failed"), True)
             self.keep(name, visited)
 
 
@@ -167,7 +167,7 @@ def _visit(
     try:
         return _treat(node, role, suppliers, examiner, site)
     except KeyboardInterrupt:
-        failed = Failed("interrupted", time.monotonic() - started)
+        failed = Failed(INTERRUPTED, time.monotonic() - started)
         return Visited(failed, Lost("failed"), interrupted=True)
     except Exception as error:
         # Nodes that do not depend on this one must still run, whatever was raised.

@@ -10,7 +10,9 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
+from pipeline import described
 from pipeline.background import Background
 from pipeline.landing import OUTCOME
 from pipeline.plain import clean, metric_name, step_metrics
@@ -23,12 +25,13 @@ class Child:
     """The tracker of one node: a child run."""
 
     def __init__(
-        self, worker: Background, create: Callable[[int], tuple[MlflowClient, str]]
+        self, node: str, worker: Background, create: Callable[[int], tuple[MlflowClient, str]]
     ) -> None:
-        """A child that `create(begun)` opens when the server can be reached.
+        """A child of a node that `create(begun)` opens when the server can be reached.
 
         `begun` is now, in milliseconds since the epoch: that may be long before.
         """
+        self.node = node
         self._worker, self._create, self._begun = worker, create, now_ms()
         self._client: MlflowClient | None = None
         self.run_id: str | None = None
@@ -74,8 +77,9 @@ class Child:
         self._worker.submit(lambda: self._end(status, moment), owed=True)
 
     def fail(self, error: str, status: str) -> None:
-        """Keep the reason, then end the run."""
+        """Keep the reason, and show it, then end the run."""
         self._set_tag("ingot.error", error)
+        self._set_tag(MLFLOW_RUN_NOTE, described.failed(error, status == "KILLED", self.node))
         self.close("stopped" if status == "KILLED" else "failed", status)
 
     def _set_tag(self, key: str, value: str) -> None:

@@ -26,7 +26,7 @@ from pipeline.landing import (
 )
 from pipeline.places import URI_VARIABLE, tracking_uri
 from pipeline.plain import seed_metrics, seed_table
-from pipeline.records import Blocked, Built, Failed, Records, Reused, Run
+from pipeline.records import INTERRUPTED, Blocked, Built, Failed, Records, Reused, Run
 from pipeline.store import Committed
 from pipeline.tracking.child import Child
 from pipeline.tracking.models import Models
@@ -75,7 +75,7 @@ class Tracking:
 
     def begin(self, node: Node, inputs: Mapping[str, Committed]) -> Child:
         """Open the child run of a node that is being built."""
-        child = Child(self._worker, partial(self._runs.create_child, node, {}))
+        child = Child(node.name, self._worker, partial(self._runs.create_child, node, {}))
         self._children[node.name] = child
         child.open()
         self._describe(node, child, inputs)
@@ -101,7 +101,8 @@ class Tracking:
                 if node.name in self._children:
                     # Begun here, and then taken from a builder that was quicker.
                     self._children[node.name].fail("another builder was quicker", "KILLED")
-                child = Child(self._worker, partial(self._runs.create_reused, node, outcome))
+                opened = partial(self._runs.create_reused, node, outcome)
+                child = Child(node.name, self._worker, opened)
                 self._children[node.name] = child
                 child.open()
                 self._describe(node, child, {})
@@ -109,7 +110,7 @@ class Tracking:
                 for step in (self._show_in_parent, self._register):
                     self._worker.submit(partial(step, node, child, made), owed=True)
             case Failed() if node.name in self._children:
-                status = "KILLED" if outcome.error == "interrupted" else "FAILED"
+                status = "KILLED" if outcome.error == INTERRUPTED else "FAILED"
                 self._children[node.name].fail(outcome.error, status)
             case Failed() | Blocked():
                 pass
@@ -131,6 +132,11 @@ class Tracking:
             self._worker.submit(lambda: self._show_page(run, write_page), owed=True)
         self._worker.stop(patience_seconds=2 * self._timeout, limit_seconds=12 * self._timeout)
         return run.with_tracking(self._runs.parent, self._node_ids())
+
+    @property
+    def registered(self) -> tuple[str, ...]:
+        """Addresses of the models that this run delivers."""
+        return tuple(dict.fromkeys(self._models.aliases))
 
     def link(self, run_id: str) -> str:
         """The page that shows a run; the embedded store has one once `ingot ui` serves it."""

@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+from configs.masking import masked
 from pipeline import described
 from pipeline.graph import Node
 from pipeline.landing import plain_name
@@ -40,6 +41,8 @@ class Models:
         self.name = plain_name(f"{prefix}-{recipe}")
         self._models: dict[str, str] = {}
         self._versions: dict[str, str] = {}
+        self.aliases: list[str] = []
+        """Addresses of what was registered, or registered again."""
 
     def show(self, node: Node, run_id: str, made: Committed) -> None:
         """A logged model that the node's run put out."""
@@ -60,6 +63,7 @@ class Models:
                 node, run_id, made, alias, pages
             )
         client.set_registered_model_alias(self.name, alias, self._versions[node.name])
+        self.aliases.append(f"models:/{self.name}@{alias}")
 
     def _known_version(self, made: Committed) -> str | None:
         """The latest version that is of this artifact."""
@@ -83,16 +87,18 @@ class Models:
             f"models:/{model_id}",
             run_id=run_id,
             tags={ARTIFACT_TAG: made.address, CONTENT_TAG: made.manifest.content},
-            description=described.version(
-                self.name,
-                alias,
-                folder=str(made.artifact.path()),
-                pages=pages,
-                not_copied=_not_copied(made),
-            ),
             await_creation_for=0,
             model_id=model_id,
         )
+        words = described.version(
+            f"models:/{self.name}/{version.version}",
+            alias,
+            tracking=masked(self._server.uri),
+            folder=str(made.artifact.path()),
+            pages=pages,
+            not_copied=_not_copied(made),
+        )
+        client.update_model_version(self.name, version.version, words)
         return str(version.version)
 
     def _model_id(self, node: Node, run_id: str, made: Committed) -> str:

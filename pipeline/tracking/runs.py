@@ -2,6 +2,8 @@
 
 import getpass
 import json
+import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -68,7 +70,7 @@ class Runs:
             client, run, recipe = self._server.client(), self._told.run, self._told.recipe
             tags = {
                 "ingot.run": run.id,
-                MLFLOW_SOURCE_NAME: self._told.command,
+                MLFLOW_SOURCE_NAME: _without_folders(self._told.command),
                 MLFLOW_RUN_NOTE: described.beginning(run, self._told.command, self._told.changed),
             }
             opened = client.create_run(
@@ -204,6 +206,11 @@ class Runs:
             tags[MLFLOW_GIT_COMMIT] = git["commit"]
             tags["ingot.uncommitted_changes"] = str(git["dirty"]).lower()
         return tags
+
+
+def _without_folders(command: str) -> str:
+    """A command as MLflow's pages show it: of what they take for a path only the last part."""
+    return " ".join(re.sub(r"^(@?).*/", r"\1", word) for word in shlex.split(command))
 
 
 def _cleaned(tags: Mapping[str, str]) -> dict[str, str]:

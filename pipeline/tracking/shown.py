@@ -58,8 +58,11 @@ def _show_figures(client: MlflowClient, run_id: str, made: Committed, log: StepL
     """What was measured; not what is the last value of a curve that is there."""
     figures = made.artifact.measured() or made.artifact.key_figures()
     shown = {name: value for name, value in figures.items() if name not in log.curves}
-    if shown:
-        log_figures(client, run_id, figure_metrics(shown))
+    there = {name.partition("/")[2] for name in client.get_run(run_id).data.metrics}
+    metrics = figure_metrics(shown)
+    new = {name: one for name, one in metrics.items() if name.partition("/")[2] not in there}
+    if new:
+        log_figures(client, run_id, new)
 
 
 def show_in_parent(client: MlflowClient, parent: str, node: str, made: Committed) -> list[str]:

@@ -140,11 +140,18 @@ def changed_settings(asked: Asked) -> dict[str, tuple[str, str]]:
         # It is no recipe by itself.
         return {}
     before, now = (flatten(one.model_dump(mode="json")) for one in (own, asked.recipe))
-    return {
+    said = flatten(asked.recipe.model_dump(mode="json", exclude_unset=True))
+    changed = {key for key in {**before, **now} if before.get(key) != now.get(key)}
+    # A section that is left out is one change; one that is added is what is said of it.
+    gone = {key for key in changed if any(one.startswith(f"{key}.") for one in before)}
+    new = {key for key in changed if any(one.startswith(f"{key}.") for one in now)}
+    shown = {
         key: (masked(before.get(key, "none")), masked(now.get(key, "none")))
-        for key in {**before, **now}
-        if before.get(key) != now.get(key)
+        for key in sorted(changed - gone - new)
+        if not any(key.startswith(f"{one}.") for one in gone)
+        and (key in said or not any(key.startswith(f"{one}.") for one in new))
     }
+    return dict.fromkeys(sorted(gone), ("as in its file", "left out")) | shown
 
 
 def locate(store: Store, recipe: str, target: str) -> Path:

@@ -13,7 +13,7 @@ from pipeline.figures import show_figure, spoken
 from pipeline.plain import flatten
 from pipeline.records import Built, Records, Reused, Run
 from pipeline.store import Store
-from pipeline.verbs.asked import find_store, locate
+from pipeline.verbs.asked import command, find_store, locate
 from stages.artifacts import load_artifact
 from stages.manifest import MANIFEST, Manifest, read_manifest
 
@@ -101,7 +101,11 @@ def _recipes(first: Recipe, second: Recipe) -> Iterator[str]:
 
 
 def _runs(store: Store, first: Run, second: Run) -> Iterator[str]:
-    """Node by node: what was made in one run alone, and how what was made in both differs."""
+    """How they were asked for; then node by node what was made in one run alone, and how what was
+    made in both differs."""
+    asked = [command("run", run.invocation) for run in (first, second)]
+    if asked[0] != asked[1]:
+        yield f"command: {asked[0]} -> {asked[1]}"
     for name in dict.fromkeys((*first.outcomes, *second.outcomes)):
         one, other = first.outcomes.get(name), second.outcomes.get(name)
         words = ["not there" if each is None else each.outcome for each in (one, other)]
@@ -136,14 +140,15 @@ def _artifacts(first: Committed, second: Committed) -> Iterator[str]:
     for name in ("stage", "revision"):
         if getattr(one, name) != getattr(other, name):
             yield f"{name}: {getattr(one, name)} -> {getattr(other, name)}"
-    yield from _changes(one.identity["config"], other.identity["config"])
-    yield from _changes(one.identity.get("reads", {}), other.identity.get("reads", {}))
+    if one.stage == other.stage:
+        # Settings and figures of two stages are of two kinds, even where they share a name.
+        yield from _changes(one.identity["config"], other.identity["config"])
+        yield from _changes(one.identity.get("reads", {}), other.identity.get("reads", {}))
     for name in sorted(one.inputs.keys() | other.inputs.keys()):
         seen, now = one.inputs.get(name), other.inputs.get(name)
         if seen is None or now is None or seen.content != now.content:
             yield f"input {name}: {_input(seen)} -> {_input(now)}"
     if one.stage == other.stage:
-        # Figures of one name, as `loss`, are of two kinds where two stages report them.
         yield from _figures(_measured(first), _measured(second))
     if one.content == other.content:
         return
@@ -169,7 +174,10 @@ def _figures(one: Mapping[str, float], other: Mapping[str, float]) -> Iterator[s
     for name in dict.fromkeys((*one, *other)):
         if name.endswith(("_low", "_high")) or one.get(name) == other.get(name):
             continue
-        yield f"{spoken(name)}: {_figure(one, name)} -> {_figure(other, name)}"
+        shown = [_figure(one, name), _figure(other, name)]
+        if shown[0] == shown[1]:
+            shown = [str(one.get(name)), str(other.get(name))]
+        yield f"{spoken(name)}: {shown[0]} -> {shown[1]}"
 
 
 def _figure(figures: Mapping[str, float], name: str) -> str:

@@ -16,7 +16,8 @@ def import_(args: argparse.Namespace) -> int:
     """
     folder = Path(args.folder).expanduser().absolute()
     args.sets = [*args.sets, f"base={json.dumps(str(folder))}"]
-    args.only, args.start, args.force, args.dry_run = [IMPORT], [], [], False
+    args.only, args.start, args.force = [IMPORT], [], []
+    args.dry_run = args.json = False
     asked = load_asked(args)
     code = run(args)
     if code == 0:

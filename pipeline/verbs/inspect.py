@@ -45,7 +45,11 @@ def _last_failures(records: Records, recipe: str) -> dict[str, str]:
     for run in islice((run for run in records.newest_first() if run.recipe == recipe), _RUNS):
         for node, one in run.outcomes.items():
             if not isinstance(one, Blocked):
-                word = f"failed in run {run.id}: {one.error}" if isinstance(one, Failed) else ""
+                word = (
+                    f"failed in run {run.id}: {one.error}"
+                    if isinstance(one, Failed) and not one.was_stopped
+                    else ""
+                )
                 tried.setdefault(node, word)
     return {node: word for node, word in tried.items() if word}
 

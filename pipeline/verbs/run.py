@@ -141,6 +141,8 @@ def _conclude(
         hint = " (`ingot ui` serves these pages)" if tracking.is_embedded else ""
         display.note(f"MLflow, this run: {tracking.link(record.tracking_id)}{hint}")
         display.note(f"MLflow, all runs: {tracking.landing()}")
+    if tracking.registered:
+        display.note(f"MLflow, models: {', '.join(tracking.registered)}")
     if page is not None:
         display.note(f"The run on one page: {page}")
     if record.interrupted:
@@ -154,6 +156,7 @@ def _conclude(
                 print(f"ingot: error: {name}: {outcome.error}", file=sys.stderr)
                 if outcome.output:
                     print(outcome.output, file=sys.stderr)
+                    print(f"`ingot logs {name}` shows all of it", file=sys.stderr)
             case Blocked(by, reason) if reason:
                 print(
                     f"ingot: error: {name}: made of {by}, which is {reason}; run it again without "

@@ -69,7 +69,7 @@ def _nodes(run: Run) -> str:
 def _last_word(run: Run) -> str:
     """The figure of the node that measured last; of a run that failed, which node did and why."""
     for name, one in run.outcomes.items():
-        if isinstance(one, Failed):
+        if isinstance(one, Failed) and not one.was_stopped:
             return f"{name}: {shortened(one.error)}"
     there = [one for one in run.outcomes.values() if isinstance(one, Built | Reused)]
     return show_figures(dict(list(there[-1].figures.items())[:1])) if there else ""

@@ -30,7 +30,9 @@ def test_recipes_are_listed_with_size_and_what_they_are(
     told = capsys.readouterr().out.splitlines()
     assert [one.split()[0] for one in told[1:]] == [*shipped_recipes(), "mine.toml"]
     (tiny,) = (one for one in told if one.startswith("tiny "))
-    assert re.search(r" 2\.39M \(1\.01M\) +never +The shop window$", tiny)
+    assert re.search(
+        r" 2\.39M \(1\.01M\) +never +The whole line on two CPU cores, in minutes$", tiny
+    )
     (article,) = (one for one in told if one.startswith("article-v4 "))
     assert " 1T (31.6B) " in article
 

@@ -1,5 +1,6 @@
 """Looking at what is there: runs, and how two of a kind differ."""
 
+import argparse
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 from configs.recipe import Recipe
 from pipeline import cli, page
 from pipeline.tracking.listener import Tracking
-from pipeline.verbs import asked
+from pipeline.verbs import asked, diff, import_
 from stages.artifacts import Corpus
 from stages.contract import Face, Planned
 from tests.pipeline.fakes import FakeConfig, gather, make_line
@@ -354,3 +355,57 @@ def test_a_run_that_is_stopped_while_it_is_recorded_elsewhere_is_finished_here(
     assert ingot("run", "smoke", "@over.toml") == 130
     newest = max((line / ".ingot" / "runs").glob("*.json"))
     assert json.loads(newest.read_text())["finished"]
+
+
+def test_an_import_is_asked_of_run_with_all_that_run_reads(
+    line: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def run(args: argparse.Namespace) -> int:
+        given.update(vars(args))
+        return 1
+
+    monkeypatch.setattr(import_, "run", run)
+    monkeypatch.setattr(import_, "load_asked", lambda args: None)
+    assert ingot("import", "folder") == 1
+    assert vars(cli.parse(["run", "tiny"])).keys() <= given.keys()
+    assert (given["only"], given["json"]) == (["import"], False)
+
+
+def test_an_import_of_no_folder_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ingot("import", "nowhere") == 2
+    told = capsys.readouterr().err
+    assert "nowhere" in told
+    assert "internal error" not in told
+
+
+def test_a_run_that_failed_differs_from_another_by_how_it_was_asked_for(
+    ids: list[str], line: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ingot("run", "smoke", "@over.toml", "--set", "pretrain.steps=13") == 1
+    failed = max(path.stem for path in (line / ".ingot" / "runs").glob("*.json"))
+    capsys.readouterr()
+    assert ingot("diff", ids[0], failed) == 3
+    told = capsys.readouterr().out
+    assert re.search(r"^command: ingot run smoke @\S+ -> .*--set pretrain.steps=13$", told, re.M)
+    assert "train: built -> failed" in told
+
+
+def test_a_difference_that_does_not_show_is_shown_in_full() -> None:
+    told = list(diff._figures({"loss": 4.36712}, {"loss": 4.36714}))
+    assert told == ["loss: 4.36712 -> 4.36714"]
+
+
+def test_what_differs_from_the_recipe_is_what_was_said(line: Path) -> None:
+    (line / "told.toml").write_text('[notify]\ncommand = ["true"]\n')
+    words = ["run", "smoke", "@told.toml", "--set", "posttrain=false", "--set", "seed=4"]
+    changed = asked.changed_settings(asked.load_asked(cli.parse(words)))
+    assert changed == {
+        "posttrain": ("as in its file", "left out"),
+        "notify.command": ("none", '["true"]'),
+        "seed": ("0", "4"),
+    }

@@ -11,7 +11,7 @@ from rich.console import Console
 from configs.parallel import StoreConfig
 from pipeline import progress
 from pipeline.progress import Display, Line
-from pipeline.records import Blocked, Built, Failed, Invocation, Run
+from pipeline.records import INTERRUPTED, Blocked, Built, Failed, Invocation, Run
 from tests.pipeline.fakes import World
 
 
@@ -132,3 +132,17 @@ def test_a_log_spells_out_each_page_unbroken_and_a_terminal_links_to_it(terminal
     Display(console).table(run, {"data": url})
     assert (f"data: {url}\n" in out.getvalue()) is not terminal
     assert (f";{url}\x1b" in out.getvalue()) is terminal
+
+
+def test_a_node_that_the_user_stopped_did_not_fail() -> None:
+    out = io.StringIO()
+    display = Display(Console(file=out, width=200))
+    outcomes = {"train": Failed(INTERRUPTED, 2.0), "judge": Failed("no", 1.0)}
+    run = Run("id", "tiny", Invocation("tiny"), {}, 0.0, "/store", {}, outcomes=outcomes)
+    display.table(run, {})
+    rows = [line.split("│")[1:3] for line in out.getvalue().splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["train", "stopped"],
+        ["judge", "failed"],
+    ]
+    assert INTERRUPTED not in out.getvalue()

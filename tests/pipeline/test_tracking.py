@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.entities import Run as MlflowRun
@@ -338,7 +339,8 @@ def test_a_step_logged_twice_is_sent_once() -> None:
         def submit(self, job: object) -> None:
             """Nothing runs."""
 
-    one = Child(Still(), lambda begun: pytest.fail("not opened"))  # type: ignore[arg-type]
+    still: Any = Still()
+    one = Child("train", still, lambda begun: pytest.fail("not opened"))
     one.log({"loss": 1.0, "flag": True, "text": "x"}, step=1)
     one.log({"loss": 2.0}, step=1)
     assert [(m.key, m.value, m.step) for m in one._pending] == [("curves/loss", 1.0, 1)]

@@ -22,14 +22,14 @@ from configs.masking import masked, without_login
 from configs.parallel import StoreConfig, TrackingConfig
 from configs.reading import load_recipe
 from pipeline import background, embedded
-from pipeline.described import beginning, conclusion
+from pipeline.described import beginning, conclusion, version
 from pipeline.embedded import schema_lock
 from pipeline.graph import Selection, make_graph
 from pipeline.landing import ORDER, OUTCOME, VIEW_TAG, landing_page
 from pipeline.places import URI_VARIABLE, tracking_uri
 from pipeline.plain import figure_metrics, step_metrics
 from pipeline.tracking import server as server_module
-from pipeline.tracking.runs import log_figures
+from pipeline.tracking.runs import _without_folders, log_figures
 from pipeline.tracking.server import REGISTRY_VARIABLE, Server, is_ours, open_server
 from stages.artifacts import Checkpoint, Corpus, Report
 from stages.contract import Workspace, stage
@@ -269,6 +269,8 @@ def test_the_address_in_the_environment_counts_where_the_recipe_names_none(
 def test_an_address_without_a_scheme_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"tracking\.uri.*begins with what it is: http://HOST"):
         load_recipe("smoke", sets=["tracking.uri=server:5000"])
+    with pytest.raises(ConfigError, match=r"tracking\.uri.*begins with what it is: http://HOST"):
+        load_recipe("smoke", sets=["tracking.uri=htp://server:5000"])
     monkeypatch.setenv(URI_VARIABLE, "mlruns")
     with pytest.raises(ConfigError, match=rf"{URI_VARIABLE}: an address of MLflow"):
         tracking_uri(TrackingConfig(), Path("/s"))
@@ -518,3 +520,31 @@ def test_words_that_are_too_long_for_mlflow_say_where_they_are_cut(world: World)
     assert len(text) < 8000
     assert text.endswith("(cut here)")
     assert "Again: ``ingot run a`b``" in beginning(run, "ingot run a`b", {})
+
+
+def test_the_page_of_a_failed_node_says_why_and_where_to_look(world: World) -> None:
+    run, _ = tracked(world, CONFIG, judge={"fails": True})
+    client = MlflowClient(tracking_uri(CONFIG, world.store.root))
+    note = child(client, run, "judge").data.tags["mlflow.note.content"]
+    assert note.startswith("**failed**: judge was told to fail")
+    assert "`ingot logs judge`" in note
+
+
+def test_a_commands_paths_are_shown_as_mlflow_would_cut_them() -> None:
+    command = "ingot run /a/b/mine.toml @/c/over.toml --set base=/x/y --set seed=1"
+    assert _without_folders(command) == "ingot run mine.toml @over.toml --set y --set seed=1"
+
+
+def test_a_version_says_how_that_very_version_is_loaded(world: World) -> None:
+    uri = tracking_uri(CONFIG, world.store.root)
+    words = version("models:/m/3", "cuda", tracking=uri, folder="/f", pages={}, not_copied=None)
+    assert f'mlflow.set_tracking_uri("{uri}")' in words
+    assert 'load_model("models:/m/3")' in words
+    apart = version("models:/m/3", "cuda", tracking=uri, folder="/f", pages={}, not_copied="odd")
+    assert "It stays where it is, as odd." in apart
+
+
+def test_a_run_names_the_models_that_it_delivers(world: World) -> None:
+    for _ in range(2):
+        _, tracking = tracked(world, CONFIG)
+        assert tracking.registered == ("models:/ingot-fake@cuda", "models:/ingot-fake@ascend")
