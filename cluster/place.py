@@ -30,7 +30,6 @@ Stamp = Mapping[str, Any]
 CONNECT_SECONDS, ANSWER_SECONDS, TRIES = 10, 60, 3
 """How long a place of objects may take to take a call, and to answer it, and how often it is asked
 again."""
-_CHUNK_BYTES = 1 << 20
 _LOCAL = ("file", "local")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """The extra of this package that brings what reads such addresses."""
@@ -203,8 +202,9 @@ def fetch(address: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
-        with opened(address) as source, draft.open("wb") as target:
-            shutil.copyfileobj(source, target, _CHUNK_BYTES)
+        with _told(address):
+            fs, there = _open(address)
+            fs.get_file(there, str(draft))
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)

@@ -132,7 +132,7 @@ def _made_by_another(slot: Slot, node: Node, site: Site, error: Exception) -> Co
     Raises `error` if this builder still holds the lease, or LeaseLost if nothing is there yet.
     """
     try:
-        slot.lease.check()
+        slot.lease.check(anew=True)
     except LeaseLost as lost:
         committed = site.store.find(node)
         if committed is None or committed.generation < slot.generation:

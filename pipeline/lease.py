@@ -130,7 +130,7 @@ def beat(lease: Lease, stop: threading.Event, inputs: Sequence[str] = ()) -> Non
     """Move the heartbeat until told to stop, or until the lease is another's."""
     while not stop.wait(HEARTBEAT_SECONDS * pace(lease.generation)):
         try:
-            lease.check()
+            lease.check(anew=True)
             place.replace(lease.uri, _body(lease, inputs=list(inputs), ended=False))
         except LeaseLost:
             return

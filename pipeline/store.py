@@ -86,7 +86,8 @@ class Committed:
         Objects are hashed when they are fetched (`bring`), and only measured here.
         """
         hashes = hashes and not self.mirror.is_apart and self.num_bytes <= HASHED_BYTES
-        verify(self.mirror.address(self.path), hashes=hashes)
+        files = self.mirror.address(self.path / self.manifest.address)
+        verify(str(self.path), hashes=hashes, files=files)
 
     def bring(self) -> None:
         """Have its files on this machine."""
@@ -141,6 +142,7 @@ class Store:
         self.records = Records(self.mirror, say=say)
         self.hashes = Hashes(self.root / "hashes", store=self.root)
         self._say = say
+        self._is_prepared = False
         _check_format(self.mirror)
 
     def prepare(self) -> None:
@@ -148,17 +150,22 @@ class Store:
         with _store_errors(self.root):
             for part in (self.root / "artifacts", self.records.folder):
                 part.mkdir(parents=True, exist_ok=True)
-            store = self.mirror.address(self.root / STORE)
-            place.create(store, json.dumps({"format": FORMAT}).encode() + b"\n")
-            probe = self.mirror.address(self.root / f".probe-{uuid.uuid4().hex}")
-            place.replace(probe, b"")
-            place.delete(probe)
+            if not (self._is_prepared and self.mirror.is_apart):
+                self._require_writable()
         free = shutil.disk_usage(self.root).free
         if free < self.config.min_free_bytes:
             raise StoreError(
                 f"store.url = {self.root}: {free:,} bytes free, store.min_free_bytes = "
                 f"{self.config.min_free_bytes:,}; free some (`ingot clean`) or lower the limit"
             )
+
+    def _require_writable(self) -> None:
+        store = self.mirror.address(self.root / STORE)
+        place.create(store, json.dumps({"format": FORMAT}).encode() + b"\n")
+        probe = self.mirror.address(self.root / f".probe-{uuid.uuid4().hex}")
+        place.replace(probe, b"")
+        place.delete(probe)
+        self._is_prepared = True
 
     def folder(self, node: Node) -> Path:
         """Where the generations of a node's artifact lie."""
@@ -171,7 +178,7 @@ class Store:
         """
         for generation in reversed(self._generations(self.folder(node))):
             path = self.folder(node) / f"g{generation}"
-            if self.is_committed(path):
+            if self._has_manifest(path):
                 return self._load(node.planned.stage.makes, path, generation)
         return None
 
@@ -208,6 +215,16 @@ class Store:
         except PermissionError:
             # Nobody may look inside: taken for an artifact, so that a rebuild goes beside it.
             return True
+
+    def _has_manifest(self, generation: Path) -> bool:
+        """The same, and then the manifest is on this machine too."""
+        if not self.mirror.is_apart:
+            return self.is_committed(generation)
+        try:
+            self.mirror.pull(generation / MANIFEST)
+        except FileNotFoundError:
+            return False
+        return True
 
     def is_begun(self, node: Node) -> bool:
         """Whether an interrupted build of the node left something to continue from."""
@@ -298,7 +315,7 @@ class Store:
 
         LeaseLost if another builder took over or has committed; then nothing is changed.
         """
-        slot.lease.check()
+        slot.lease.check(anew=True)
         files = {
             name: FileEntry(bytes=size, sha256=_hash_durably(slot.files, name))
             for name, size in place.sizes(str(slot.files)).items()
@@ -330,7 +347,7 @@ class Store:
             if self.mirror.is_apart:
                 made = self._send(slot, manifest, text)
             else:
-                slot.lease.check()
+                slot.lease.check(anew=True)
                 made = _settle(slot, text)
             if not made:
                 raise LeaseLost(
@@ -339,6 +356,8 @@ class Store:
                     "command takes the other's"
                 )
             self._tidy(generation, slot.path)
+        if self.mirror.is_apart:
+            self.mirror.pull(generation / MANIFEST)
         return self._load(stage.makes, generation, slot.generation)
 
     def _send(self, slot: Slot, manifest: Manifest, text: str) -> bool:
@@ -354,7 +373,7 @@ class Store:
         for path in (slot.path / METRICS, *sorted((slot.path / LOGS).glob("*"))):
             if path.is_file():
                 self.mirror.push(path)
-        slot.lease.check()
+        slot.lease.check(anew=True)
         address = self.mirror.address(generation / MANIFEST)
         if not place.create(address, text.encode()):
             place.delete(self.mirror.address(slot.path))
@@ -412,8 +431,6 @@ class Store:
 
     def _load(self, kind: type[Artifact], path: Path, generation: int) -> Committed:
         try:
-            if self.mirror.is_apart:
-                self.mirror.pull(path / MANIFEST)
             artifact, manifest = kind.load(str(path)), read_manifest(str(path))
         except ValidationError as error:
             fields = ", ".join(sorted({".".join(map(str, one["loc"])) for one in error.errors()}))

@@ -49,6 +49,8 @@ def serving() -> Iterator[Objects]:
     with patched(objects.environment):
         try:
             _await_answer(objects, server)
+            # Those that are known in this process may be of a server that was there before.
+            s3fs.S3FileSystem.clear_instance_cache()
             s3fs.S3FileSystem(skip_instance_cache=True).mkdir(BUCKET)
             yield objects
         finally:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import s3fs
 import torch
 
+from configs.parallel import StoreConfig
 from configs.v3 import V3Config
 from pipeline.provenance import processor
 from tests.bench import (
@@ -17,10 +19,13 @@ from tests.bench import (
     fp8_on_gpu,
     fp8_table,
     machine,
+    store_calls,
     test_sampling,
     test_training_step,
 )
 from tests.bench import test_against_transformers as training
+from tests.objects import patched, serving
+from tests.pipeline.fakes import World
 
 HERE = Path(__file__).parent
 NO_BENCHMARKS = {"fp8_table", "machine", "test_fp8_on_gpu", "test_short_rounds"}
@@ -99,9 +104,23 @@ def compare_fp8_on_a_cpu(patch: pytest.MonkeyPatch, folder: Path) -> None:
             assert len(fp8_table.product_rows(found, 1e12)) == len(fp8_table.VARIANTS)
 
 
+def count_the_calls_of_a_store(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Of the fake line, which takes no minute."""
+    with serving() as objects, store_calls.counting(objects.endpoint) as (endpoint, calls):
+        variables = {"AWS_ENDPOINT_URL": endpoint, "XDG_CACHE_HOME": str(folder)}
+        s3fs.S3FileSystem.clear_instance_cache()
+        with patched(variables):
+            World(StoreConfig(url=f"{objects.url}/store", min_free_bytes=0)).run()
+    # A lease and a manifest of each node.
+    assert calls.number["train"]["create"] == 2
+    assert calls.sent["train"] > 0
+    assert store_calls.table(calls).count("\n") > 5
+
+
 ROUNDS = {
     "attention_cost": draw_the_attention_curves,
     "fp8_on_gpu": compare_fp8_on_a_cpu,
+    "store_calls": count_the_calls_of_a_store,
     "test_against_transformers": train_beside_transformers,
     "test_sampling": sample_beside_transformers,
     "test_training_step": train_in_each_precision,

@@ -199,7 +199,7 @@ def test_a_builder_whose_generation_was_deleted_and_begun_anew_has_lost(
         assert Path(slot.lease.uri).read_text() == text
         # A stage makes its folder anew, past its check.
         sleeper.files.mkdir(parents=True)
-        monkeypatch.setattr(type(sleeper.lease), "check", lambda lease: None)
+        monkeypatch.setattr(type(sleeper.lease), "check", lambda lease, **_: None)
         with pytest.raises(LeaseLost, match="or this one's folder was deleted"):
             world.store.commit(sleeper, node, fill(sleeper, "half"), {}, {})
         assert not (generation / MANIFEST).exists()

@@ -134,7 +134,7 @@ def test_of_many_builders_that_commit_one_generation_exactly_one_does(
         return real(address, data)
 
     monkeypatch.setattr(lease_module.Watch, "is_dead", lambda *args: True)
-    monkeypatch.setattr(Lease, "check", lambda lease: None)
+    monkeypatch.setattr(Lease, "check", lambda lease, **_: None)
     monkeypatch.setattr(place, "create", create)
 
     def build(number: int) -> bool:
@@ -172,7 +172,7 @@ def test_a_builder_that_slept_through_the_commit_changes_nothing(
             assert isinstance(second, Slot)
             won = waking.store.commit(second, node, fill(second), {}, {"who": "two"})
         before = place.read(f"{machines.url}/{won.address}/{MANIFEST}")
-        monkeypatch.setattr(Lease, "check", lambda lease: None)
+        monkeypatch.setattr(Lease, "check", lambda lease, **_: None)
         with pytest.raises(LeaseLost, match="another builder has committed"):
             sleeping.store.commit(first, node, fill(first), {}, {"who": "one"})
     assert place.read(f"{machines.url}/{won.address}/{MANIFEST}") == before
@@ -191,7 +191,7 @@ def test_a_generation_that_was_deleted_at_the_commit_is_no_artifact(
     with world.store.slot(node, {}) as slot:
         assert isinstance(slot, Slot)
         generation = world.store.mirror.address(slot.path.parent)
-        monkeypatch.setattr(Lease, "check", lambda lease: place.delete(generation))
+        monkeypatch.setattr(Lease, "check", lambda lease, **_: place.delete(generation))
         with pytest.raises(LeaseLost, match="was deleted"):
             world.store.commit(slot, node, fill(slot), {}, {})
     monkeypatch.undo()
