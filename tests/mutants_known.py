@@ -279,12 +279,6 @@ EQUIVALENTS: tuple[Equivalent, ...] = (
         "how often a silent holder is looked at; what is found is the same",
     ),
     Equivalent(
-        "pipeline/store.py",
-        "Path(lease.uri).unlink(missing_ok=True)",
-        "Path(lease.uri).unlink()",
-        "the block around it passes over a file that is not found, and the loop goes on",
-    ),
-    Equivalent(
         "model/loss.py",
         "torch.log_softmax(logits_CV, dim=1, out=logits_CV)",
         "torch.log_softmax(logits_CV, dim=(-1), out=logits_CV)",

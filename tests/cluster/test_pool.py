@@ -95,7 +95,7 @@ def test_a_pool_trains_as_one_trainer_does(pool: TrainerPool, tmp_path: Path) ->
     # An error in a rank is raised here as itself, and no step can follow it.
     with pytest.raises(TrainingError, match="not finite"):
         pool.forward_backward(batch(1), NextToken(scale=float("nan")))
-    with pytest.raises(TrainingError, match=r"not finite: \{'grad_norm': nan\}"):
+    with pytest.raises(TrainingError, match="not finite: grad_norm nan"):
         pool.optim_step(RATE)
 
 

@@ -502,7 +502,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
     assert gradient is not None
     gradient.view(-1)[0] = math.inf
     before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
-    with pytest.raises(TrainingError, match=r"step 1: not finite: \{'grad_norm': inf\}"):
+    with pytest.raises(TrainingError, match="step 1: not finite: grad_norm inf"):
         one.optim_step(RATE)
     assert all(torch.equal(before[n], t) for n, t in one.model.state_dict().items())
 
