@@ -51,7 +51,7 @@ def surroundings(
     is None for another kind of tracking."""
     yield _address(machines, environ)
     yield _ray_folder(machines, environ)
-    seen, fix = token_fault(machines, environ) or ("there is one, or none is needed", None)
+    seen, fix = token_fault(machines, environ) or ("none is lacking", None)
     yield Finding("Ray's token", seen, fix, needed=True)
     yield _home(environ)
     if database is not None:
@@ -112,7 +112,7 @@ def _spelling(database: Path) -> Finding:
     """Whether the address of MLflow's file is spelt as its path is."""
     what, spelt = "store's path", sqlite_uri(database).removeprefix(SQLITE)
     if spelt == str(database):
-        return Finding(what, "has no sign that addresses spell otherwise")
+        return Finding(what, "has only signs that addresses take as they are")
     stray = Path(spelt).parent
     seen = f"{database.parent} has a % or ?, for which MLflow makes an empty folder {stray}"
     return Finding(what, seen, "a folder without them in store.url spares you that")

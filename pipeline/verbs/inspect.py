@@ -17,13 +17,15 @@ from pipeline.verbs.asked import Asked, load_asked
 
 STALE = 3
 """The exit code of `status` if something is not fresh."""
+_FIGURES = 2
+"""Of a node, before and after among them."""
 _RUNS = 50
 """So many runs of a recipe are looked through for what failed last."""
 
 
 def status(args: argparse.Namespace) -> int:
     """Print every node: fresh or why it is not, when it was built, how long that took, its key
-    figure and its size. Exit 3 if one is not fresh."""
+    figures and its size. Exit 3 if one is not fresh."""
     asked, store, graph, judged = _judge(args)
     failed = _last_failures(store.records, asked.recipe.name)
     if args.json:
@@ -61,7 +63,7 @@ def _lines(node: Node, one: Judged, failed: Mapping[str, str], width: int) -> It
     if isinstance(one.decision, Reuse):
         committed = one.decision.committed
         made = committed.manifest.provenance
-        figures = dict(list(committed.artifact.key_figures().items())[:1])
+        figures = dict(list(committed.artifact.key_figures().items())[:_FIGURES])
         size, seconds = show_bytes(committed.num_bytes), show_seconds(made.get("seconds", 0.0))
         when = _local(made.get("time"))
         yield f"{begin} {when}  {seconds:>8}  {size:>8}  {show_figures(figures)}"

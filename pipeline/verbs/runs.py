@@ -67,12 +67,13 @@ def _nodes(run: Run) -> str:
 
 
 def _last_word(run: Run) -> str:
-    """The figure of the node that measured last; of a run that failed, which node did and why."""
+    """The figures of the node that reports most; of a run that failed, which node did and why."""
     for name, one in run.outcomes.items():
         if isinstance(one, Failed) and not one.was_stopped:
             return f"{name}: {shortened(one.error)}"
     there = [one for one in run.outcomes.values() if isinstance(one, Built | Reused)]
-    return show_figures(dict(list(there[-1].figures.items())[:1])) if there else ""
+    # Of two that report as many the later.
+    return show_figures(max(there[::-1], key=lambda one: len(one.figures)).figures) if there else ""
 
 
 def _when(started: float) -> str:

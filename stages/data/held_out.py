@@ -91,8 +91,8 @@ class Overlap:
             lost = _share(self.cut_chars[PASSAGE], self.train_chars)
             yield (
                 f"held-out text: {before:.1%} of it stood in documents to train on too; "
-                f"{self.cuts[PASSAGE]:,} passages ({lost:.1%} of their text) were cut there, "
-                f"which leaves {after:.1%}; statistics.json counts them, dropped.jsonl names them"
+                f"passages cut there: {self.cuts[PASSAGE]:,} ({lost:.1%} of text), which leaves "
+                f"{after:.1%}; statistics.json counts them, dropped.jsonl names them"
             )
         if self.cuts[PROBLEM]:
             yield (

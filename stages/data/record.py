@@ -44,9 +44,9 @@ def unread(spec: DataConfig, texts: Mapping[str, Texts]) -> Iterator[str]:
     for name, source in sorted(spec.sources.items()):
         if not isinstance(source, ArithmeticSource) and (files := texts[name].unread_files):
             yield (
-                f"data.sources.{name}.max_bytes = {source.max_bytes:,}: files not read to their "
-                f"end: {files:,}, of {texts[name].unread_bytes:,} bytes in all; raise it to have "
-                "more of them"
+                f"data.sources.{name}: max_bytes = {source.max_bytes:,} is reached; {files:,} "
+                f"files of {texts[name].unread_bytes:,} bytes are left out, or not read to their "
+                "end. Raise it to have more of them"
             )
 
 

@@ -207,8 +207,8 @@ def test_a_source_cut_by_its_budget_says_so(
     assert {n: s["truncated"] for n, s in statistics.items()} == {"books": True, "sums": False}
     assert (statistics["books"]["unread_files"], statistics["books"]["unread_bytes"]) == (1, last)
     (said,) = recorder.notes
-    assert f"data.sources.books.max_bytes = {sum(files) - 1:,}: files not read to their" in said
-    assert f"end: 1, of {last} bytes" in said
+    assert f"data.sources.books: max_bytes = {sum(files) - 1:,} is reached; 1 files of" in said
+    assert f"1 files of {last} bytes are left out" in said
 
 
 def test_slips_are_recorded_and_the_held_out_sums_have_none(
