@@ -12,7 +12,8 @@ from pipeline.listeners import Audience
 from pipeline.loading import load_body
 from pipeline.provenance import machine_facts
 from pipeline.records import Built, Reused
-from pipeline.store import Committed, Slot, Store
+from pipeline.slots import Slot
+from pipeline.store import Committed, Store
 from stages.contract import Workspace
 
 RESUMED = "resumed_from"

@@ -14,7 +14,6 @@ store.
 """
 
 import json
-import os
 import re
 import shutil
 import threading
@@ -29,28 +28,34 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster import place
-from cluster.files import create_exclusively, says_disk_is_full, sync_folder
+from cluster.files import says_disk_is_full
 from cluster.mirror import Mirror, mirror_of
 from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.parallel import StoreConfig
-from pipeline.carrier import RESUME, Carrier
+from pipeline.carrier import Carrier
 from pipeline.graph import Node
-from pipeline.lease import Watch, beat, give_up, has_stopped, newest, pace, take
+from pipeline.lease import Watch, beat, give_up, newest, pace, take
 from pipeline.records import Records
+from pipeline.slots import (
+    Slot,
+    builders,
+    has_resume_state,
+    hash_durably,
+    is_committed,
+    open_slot,
+    settle,
+    sync_folders,
+    tidy,
+)
 from stages.artifacts import Artifact
 from stages.hashing import Hashes
 from stages.manifest import (
-    FILES,
     FORMAT,
-    LEASE_PREFIX,
-    LOGS,
     MANIFEST,
     FileEntry,
     InputEntry,
-    Lease,
     Manifest,
     content_hash,
-    hash_file,
     read_manifest,
     verify,
 )
@@ -61,10 +66,8 @@ TELL_SECONDS = 30.0
 HASHED_BYTES = 1 << 30
 """Artifacts up to this size are hashed again before they are reused; larger ones only measured."""
 _POLL_SECONDS = 0.25
-_DRAFT = "manifest.draft"
 _SCHEMES = ("s3", "s3a", "gs", "gcs")
 _GENERATION = re.compile(r"g\d+")
-_BUILDER = re.compile(r"\d+-\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,29 +100,6 @@ class Committed:
     def num_bytes(self) -> int:
         """Of all its files."""
         return self.manifest.num_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A folder that this process alone writes, and the right to commit it."""
-
-    path: Path
-    """The builder's folder; the artifact is what is put below `files`."""
-    lease: Lease
-    generation: int
-    earlier: tuple[str, ...]
-    """Folders of interrupted builds that left something to resume from, the newest first."""
-
-    @property
-    def files(self) -> Path:
-        """The folder of the artifact to be."""
-        return self.path / FILES
-
-    @property
-    def draft(self) -> Path:
-        """What becomes the manifest. Made with the folder and never again: it is there only while
-        nobody has deleted the folder, however often a stage may make that anew."""
-        return self.path / _DRAFT
 
 
 class Store:
@@ -210,11 +190,7 @@ class Store:
 
     def is_committed(self, generation: Path) -> bool:
         """Whether there is an artifact in a generation's folder."""
-        try:
-            return place.exists(self.mirror.address(generation / MANIFEST))
-        except PermissionError:
-            # Nobody may look inside: taken for an artifact, so that a rebuild goes beside it.
-            return True
+        return is_committed(self.mirror, generation)
 
     def _has_manifest(self, generation: Path) -> bool:
         """The same, and then the manifest is on this machine too."""
@@ -290,7 +266,7 @@ class Store:
                 with suppress(FileNotFoundError):  # Deleted at this moment: begun anew.
                     lease = take(address, number + 1, owner, inputs)
                     if lease is not None and not self.is_committed(generation):
-                        return self._open_slot(generation, lease, done + 1)
+                        return open_slot(self.mirror, generation, lease, done + 1)
                     if lease is not None:
                         # Committed between the look and the lease.
                         place.delete(lease.uri)
@@ -317,7 +293,7 @@ class Store:
         """
         slot.lease.check(anew=True)
         files = {
-            name: FileEntry(bytes=size, sha256=_hash_durably(slot.files, name))
+            name: FileEntry(bytes=size, sha256=hash_durably(slot.files, name))
             for name, size in place.sizes(str(slot.files)).items()
         }
         stage, facts, generation = node.planned.stage, artifact.facts(), slot.path.parent
@@ -342,92 +318,17 @@ class Store:
             provenance=dict(provenance),
         )
         with _store_errors(slot.path):
-            _sync_folders(slot.path, self.root)
-            text = manifest.model_dump_json(indent=1)
-            if self.mirror.is_apart:
-                made = self._send(slot, manifest, text)
-            else:
-                slot.lease.check(anew=True)
-                made = _settle(slot, text)
-            if not made:
+            sync_folders(slot.path, self.root)
+            if not settle(self.mirror, slot, manifest):
                 raise LeaseLost(
                     f"{self.mirror.address(generation / MANIFEST)}: another builder has committed, "
                     "or this one's folder was deleted; its files are left out, and the same "
                     "command takes the other's"
                 )
-            self._tidy(generation, slot.path)
+            tidy(self.mirror, generation, slot.path)
         if self.mirror.is_apart:
             self.mirror.pull(generation / MANIFEST)
         return self._load(stage.makes, generation, slot.generation)
-
-    def _send(self, slot: Slot, manifest: Manifest, text: str) -> bool:
-        """Commit in a store of objects: files, then the manifest; whether this build is the one.
-
-        Who deletes a generation there takes its next lease first, then its manifest, then its
-        files. So a build that was deleted between its last look and its manifest finds itself
-        without its lease, and takes the manifest away again unless all files are there.
-        """
-        generation = slot.path.parent
-        for name in manifest.files:
-            self.mirror.push(slot.files / name)
-        for path in (slot.path / METRICS, *sorted((slot.path / LOGS).glob("*"))):
-            if path.is_file():
-                self.mirror.push(path)
-        slot.lease.check(anew=True)
-        address = self.mirror.address(generation / MANIFEST)
-        if not place.create(address, text.encode()):
-            place.delete(self.mirror.address(slot.path))
-            return False
-        sizes = {name: entry.bytes for name, entry in manifest.files.items()}
-        if place.sizes(self.mirror.address(slot.files)) != sizes:
-            place.delete(address)
-            return False
-        return True
-
-    def _open_slot(self, generation: Path, lease: Lease, number: int) -> Slot:
-        """A builder's new folder; what earlier ones left is cleared, but for state to resume from.
-
-        A builder that is merely silent may be past its last check, and commit after all: its files
-        stay until the commit that decides. One that has stopped can commit no more: so that is
-        looked at first, and then whether it has.
-        """
-        earlier = []
-        for path in builders(self.mirror, generation):
-            theirs = int(path.name.partition("-")[0])
-            if has_resume_state(self.mirror, path):
-                self.mirror.pull_folder(path, _to_resume(self.mirror, path))
-                earlier.append(str(path))
-            elif has_stopped(lease.generation, theirs) and not self.is_committed(generation):
-                self._drop(path)
-        name = f"{lease.number:06}-{lease.owner[:8]}"
-        slot = Slot(generation / name, lease, number, tuple(earlier))
-        # Not its parents: where the generation was deleted, this lease went with it.
-        slot.path.mkdir()
-        slot.files.mkdir()
-        slot.draft.touch()
-        return slot
-
-    def _tidy(self, generation: Path, builder: Path) -> None:
-        """Drop what only the building needed: leases, resume state, folders of other builders, and
-        files that those who were killed left half written."""
-        for path in builders(self.mirror, generation):
-            if path != builder:
-                self._drop(path)
-        for path in builder.iterdir():
-            if path.name not in (FILES, METRICS, LOGS):
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-        if self.mirror.is_apart:
-            place.delete(self.mirror.address(builder / RESUME))
-        address = self.mirror.address(generation)
-        for name in place.names(address):
-            if name.startswith(LEASE_PREFIX) or (name.startswith(".") and name.endswith(".draft")):
-                place.delete(place.join(address, name))
-
-    def _drop(self, builder: Path) -> None:
-        """Delete what a builder left, here and in the store."""
-        shutil.rmtree(builder, ignore_errors=True)
-        if self.mirror.is_apart:
-            place.delete(self.mirror.address(builder))
 
     def _load(self, kind: type[Artifact], path: Path, generation: int) -> Committed:
         try:
@@ -464,38 +365,6 @@ def bring(
     mirror.pull_folder((generation / manifest.address).parent, [METRICS])
 
 
-def has_resume_state(mirror: Mirror, builder: Path) -> bool:
-    """Whether a builder's folder holds anything to resume from."""
-    if mirror.is_apart:
-        return bool(place.names(mirror.address(builder / RESUME)))
-    # Its builder may be alive and deleting old saves, which `os.walk` passes over.
-    return any(files for _, _, files in os.walk(builder / RESUME))
-
-
-def builders(mirror: Mirror, generation: Path) -> list[Path]:
-    """The folders that builders made in a generation, the newest first."""
-    if mirror.is_apart:
-        found = [generation / name for name in place.names(mirror.address(generation))]
-        return sorted((path for path in found if _BUILDER.fullmatch(path.name)), reverse=True)
-    return sorted((path for path in generation.glob("[0-9]*-*") if path.is_dir()), reverse=True)
-
-
-def _to_resume(mirror: Mirror, builder: Path) -> list[str]:
-    """What another machine needs of an interrupted build: its saves and its step log."""
-    if not mirror.is_apart:
-        return []
-    saves = place.sizes(mirror.address(builder / RESUME))
-    return [METRICS, *(f"{RESUME}/{name}" for name in saves)]
-
-
-def _settle(slot: Slot, manifest: str) -> bool:
-    """Commit on a disk: create the manifest through the draft that dies with the slot."""
-    try:
-        return create_exclusively(slot.path.parent / MANIFEST, manifest, draft=slot.draft)
-    except FileNotFoundError:
-        return False
-
-
 def _check_format(mirror: Mirror) -> None:
     """StoreError if what lies in the store is of another format."""
     root = mirror.root if not mirror.is_apart else mirror.url
@@ -525,21 +394,6 @@ def _check_format(mirror: Mirror) -> None:
             f"store.url = {root}: {STORE} says format {found!r}, and this version of Ingot reads "
             f"format {FORMAT}; {remedy}"
         )
-
-
-def _hash_durably(folder: Path, name: str) -> str:
-    """SHA-256 of a file whose bytes have reached the disk."""
-    with (folder / name).open("rb") as file:
-        os.fsync(file.fileno())
-    return hash_file(str(folder), name)
-
-
-def _sync_folders(builder: Path, root: Path) -> None:
-    """Return once the names of all that a builder wrote, and of the way to it, are on the disk."""
-    below = [path for path in builder.rglob("*") if path.is_dir()]
-    above = [path for path in builder.parents if path.is_relative_to(root)]
-    for folder in (*below, builder, *above):
-        sync_folder(folder)
 
 
 @contextmanager

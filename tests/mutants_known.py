@@ -27,6 +27,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "pipeline/listeners.py": ("tests/pipeline/test_listeners.py",),
     "pipeline/crew.py": ("tests/pipeline/test_crew.py", "tests/pipeline/test_side_by_side.py"),
     "cluster/session.py": ("tests/cluster/test_sharing.py", "tests/cluster/test_session.py"),
+    "pipeline/slots.py": (
+        "tests/pipeline/test_store.py",
+        "tests/pipeline/test_late_builders.py",
+        "tests/pipeline/test_store_apart.py",
+    ),
     "pipeline/store.py": (
         "tests/pipeline/test_store.py",
         "tests/pipeline/test_removal.py",
@@ -219,8 +224,8 @@ NAMED = (
         "None",
         "create_exclusively",
     ),
-    Named("fsync of an artifact removed", "pipeline/store.py", "os.fsync(_)", "None"),
-    Named("fsync of a slot removed", "pipeline/store.py", "_sync_folders(*_)", "None", "commit"),
+    Named("fsync of an artifact removed", "pipeline/slots.py", "os.fsync(_)", "None"),
+    Named("fsync of a slot removed", "pipeline/store.py", "sync_folders(*_)", "None", "commit"),
     Named("fsync of a save removed", "cluster/checkpoint.py", "os.fsync(_)", "None"),
     Named(
         "SIGTERM handler of a run removed",

@@ -15,7 +15,8 @@ from configs.errors import ArtifactError, PlanError, StoreError
 from pipeline.lease import is_held, newest
 from pipeline.records import Built, Reused
 from pipeline.removal import delete, remove, removed
-from pipeline.store import Store, builders, generations
+from pipeline.slots import builders
+from pipeline.store import Store, generations
 from pipeline.verbs.asked import load_asked
 from stages.manifest import MANIFEST, Manifest, read_manifest
 

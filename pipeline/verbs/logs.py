@@ -11,7 +11,7 @@ from cluster.mirror import Mirror
 from cluster.output import log_files
 from configs.errors import IngotError, PlanError, StoreError
 from pipeline.lease import Watch, newest
-from pipeline.store import builders
+from pipeline.slots import builders
 from pipeline.verbs.asked import find_store, load_asked, locate
 from stages.manifest import LOGS, MANIFEST, read_manifest
 

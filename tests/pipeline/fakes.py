@@ -23,8 +23,9 @@ from pipeline.lease import this_process
 from pipeline.listeners import Listener
 from pipeline.records import Built, Failed, Invocation, Reused, Run, new_run_id
 from pipeline.runner import Setting, realise
+from pipeline.slots import Slot
 from pipeline.states import Examiner
-from pipeline.store import Slot, Store
+from pipeline.store import Store
 from stages.artifacts import Bundle, Checkpoint, Corpus, Parity, Report
 from stages.contract import Planned, Workspace, stage
 from stages.hashing import Hashes

@@ -15,8 +15,8 @@ from configs.parallel import StoreConfig
 from pipeline.decide import Block, Build, Judged, Leave, Recheck, Refuse, Reuse, decide
 from pipeline.graph import Graph, Role, Selection, assign_roles, make_graph
 from pipeline.removal import remove
+from pipeline.slots import Slot
 from pipeline.states import Examiner
-from pipeline.store import Slot
 from stages.artifacts import Corpus
 from stages.contract import Planned, Workspace, stage
 from tests.pipeline.fakes import RECIPE, FakeConfig, World, fill, outcomes

@@ -19,7 +19,8 @@ from pipeline.graph import make_graph
 from pipeline.lease import give_up, newest, take, this_process
 from pipeline.records import Run
 from pipeline.removal import remove
-from pipeline.store import Committed, Slot, Store
+from pipeline.slots import Slot
+from pipeline.store import Committed, Store
 from pipeline.verbs import asked
 from pipeline.verbs import clean as clean_module
 from pipeline.verbs.clean import Entry, clean, inventory

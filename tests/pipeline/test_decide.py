@@ -13,8 +13,8 @@ from pipeline.decide import Block, Build, Decision, Leave, Recheck, Refuse, Reus
 from pipeline.graph import Selection
 from pipeline.records import Blocked
 from pipeline.removal import remove
+from pipeline.slots import Slot
 from pipeline.states import Damaged, Fresh, Missing, Stale
-from pipeline.store import Slot
 from tests.pipeline.fakes import World, failed, outcomes
 
 ALL = ["data", "train", "judge", "pack.cuda", "pack.ascend"]

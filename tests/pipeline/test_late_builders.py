@@ -21,10 +21,11 @@ from cluster.mirror import mirror_of
 from configs.errors import LeaseLost
 from configs.parallel import StoreConfig
 from pipeline import lease as lease_module
-from pipeline import store as store_module
+from pipeline import slots as slots_module
 from pipeline.graph import Node
 from pipeline.lease import newest, take
-from pipeline.store import Committed, Slot, builders
+from pipeline.slots import Slot, builders
+from pipeline.store import Committed
 from stages.manifest import MANIFEST, Lease, verify
 from tests.pipeline.fakes import World, fill
 
@@ -47,21 +48,21 @@ BUILDER = """
 import os, signal, sys
 from configs.errors import LeaseLost
 from configs.parallel import StoreConfig
-from pipeline import store as store_module
+from pipeline import slots as slots_module
 from stages.manifest import MANIFEST
 from tests.pipeline.fakes import World, fill
 
 def pause():
     os.kill(os.getpid(), signal.SIGSTOP)
 
-real = store_module.create_exclusively
+real = slots_module.create_exclusively
 
 def create(path, text, **settings):
     if path.name == MANIFEST and sys.argv[2] == "after the last check":
         pause()
     return real(path, text, **settings)
 
-store_module.create_exclusively = create
+slots_module.create_exclusively = create
 world = World(StoreConfig(url=sys.argv[1], min_free_bytes=0))
 node = world.graph()["data"]
 with world.store.slot(node, {}) as slot:
@@ -203,7 +204,7 @@ def test_of_many_builders_that_commit_one_generation_exactly_one_does(
             barrier.wait(10)
         return create_exclusively(path, text, draft=draft)
 
-    monkeypatch.setattr(store_module, "create_exclusively", create)
+    monkeypatch.setattr(slots_module, "create_exclusively", create)
     with world.store.slot(node, {}) as first:
         assert isinstance(first, Slot)
         generation = first.path.parent

@@ -12,7 +12,8 @@ from pipeline.graph import Graph, Selection, make_graph
 from pipeline.lease import take
 from pipeline.places import tracking_uri
 from pipeline.records import Built, Failed, Reused
-from pipeline.store import Committed, Slot
+from pipeline.slots import Slot
+from pipeline.store import Committed
 from stages.artifacts import Corpus, Report
 from stages.contract import Workspace, stage
 from stages.manifest import verify

@@ -16,7 +16,8 @@ from pipeline import removal
 from pipeline.graph import Node
 from pipeline.lease import is_held, newest, take
 from pipeline.removal import delete, remove, removed
-from pipeline.store import Committed, Slot
+from pipeline.slots import Slot
+from pipeline.store import Committed
 from stages.manifest import MANIFEST, Lease, verify
 from tests.pipeline.fakes import World, fill
 

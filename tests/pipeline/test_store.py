@@ -17,15 +17,18 @@ from typing import Any
 import pytest
 
 from cluster import place
+from cluster.mirror import Mirror
 from configs.data import FilesSource
 from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.parallel import StoreConfig
 from pipeline import lease as lease_module
+from pipeline import slots as slots_module
 from pipeline import store as store_module
 from pipeline.graph import Node
 from pipeline.lease import newest, take
 from pipeline.removal import remove
-from pipeline.store import Committed, Slot, Store
+from pipeline.slots import Slot, open_slot
+from pipeline.store import Committed, Store
 from stages.artifacts import Corpus
 from stages.data.reads import identify
 from stages.manifest import MANIFEST, Lease, verify
@@ -136,7 +139,7 @@ def test_a_disk_that_is_full_at_the_commit_is_named_and_nothing_is_committed(
         raise OSError(28, "No space left on device")
 
     with opened(world, node) as slot:
-        monkeypatch.setattr(store_module, "create_exclusively", full)
+        monkeypatch.setattr(slots_module, "create_exclusively", full)
         with pytest.raises(StoreError, match=r"cannot be written \(No space left on device\)"):
             world.store.commit(slot, node, fill(slot), {}, {})
         monkeypatch.undo()
@@ -192,15 +195,15 @@ def built_while_the_first_sleeps(
     monkeypatch: pytest.MonkeyPatch, world: World, node: Node, build: Callable[[], object]
 ) -> Path:
     """Another takes over and commits as the first has its lease; the generation of both."""
-    real = Store._open_slot
+    real = open_slot
 
-    def paused(store: Store, generation: Path, lease: Lease, number: int) -> Slot:
-        monkeypatch.setattr(Store, "_open_slot", real)
+    def paused(mirror: Mirror, generation: Path, lease: Lease, number: int) -> Slot:
+        monkeypatch.setattr(store_module, "open_slot", real)
         build()
-        return real(store, generation, lease, number)
+        return real(mirror, generation, lease, number)
 
     monkeypatch.setattr(lease_module, "DEAD_SECONDS", 0.5)
-    monkeypatch.setattr(Store, "_open_slot", paused)
+    monkeypatch.setattr(store_module, "open_slot", paused)
     with opened(world, node) as slot:
         with pytest.raises(LeaseLost):
             slot.lease.check()
@@ -213,7 +216,7 @@ from configs.parallel import StoreConfig
 from pipeline import lease as lease_module, store as store_module
 from tests.pipeline.fakes import World, fill
 lease_module.DEAD_SECONDS = 0.5
-store_module.Store._tidy = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+store_module.tidy = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 world = World(StoreConfig(url=sys.argv[1], min_free_bytes=0))
 node = world.graph()["data"]
 with world.store.slot(node, {}) as slot:
@@ -424,7 +427,7 @@ def test_a_lease_lost_while_files_are_hashed_stops_the_commit(
             steal(slot)
             return "0" * 64
 
-        monkeypatch.setattr(store_module, "_hash_durably", lose)
+        monkeypatch.setattr(store_module, "hash_durably", lose)
         with pytest.raises(LeaseLost):
             world.store.commit(slot, node, fill(slot), {}, {})
     assert world.store.find(node) is None

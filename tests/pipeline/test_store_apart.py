@@ -16,7 +16,7 @@ from cluster import place
 from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.parallel import StoreConfig
 from pipeline import lease as lease_module
-from pipeline.store import Slot
+from pipeline.slots import Slot
 from stages.manifest import MANIFEST, Lease
 from tests.objects import Objects, serving
 from tests.pipeline.fakes import World, fill, made, outcomes
