@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import ray
 
+from cluster.nodes import require_equal_nodes
 from cluster.surroundings import (
     folder_fault,
     needs_own_token,
@@ -161,11 +162,23 @@ def _open(machines: ClusterConfig, home: Path) -> None:
             f"cluster.address = {machines.address!r}: Ray cannot be reached: {error}; "
             f"{why_refused(machines, os.environ)}"
         ) from error
+    else:
+        if machines.address is not None:
+            _require_equal_nodes(machines.address, machines.startup_timeout_seconds)
     finally:
         os.chdir(here)
         if threading.current_thread() is threading.main_thread():
             # Ray takes the signal for itself, and would end the process in the middle of a stage.
             signal.signal(signal.SIGTERM, politely)
+
+
+def _require_equal_nodes(address: str, timeout_seconds: float) -> None:
+    """Leave a cluster that is not taken: the next stage would find it open, and ask no more."""
+    try:
+        require_equal_nodes(address, timeout_seconds=timeout_seconds)
+    except BaseException:
+        ray.shutdown()
+        raise
 
 
 def _start_to_last(machines: ClusterConfig) -> None:

@@ -1,0 +1,75 @@
+"""Machines of a cluster that run something else are found before the first stage."""
+
+from typing import Any
+
+import pytest
+import ray
+
+from cluster import nodes, session
+from cluster.nodes import require_equal_nodes, versions
+from cluster.session import ray_for
+from configs.errors import MachineError
+from configs.parallel import ClusterConfig
+
+
+def test_a_cluster_that_runs_what_the_driver_runs_is_taken(
+    machines: ClusterConfig, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with ray_for(machines, str(tmp_path_factory.mktemp("home")), workers=1):
+        require_equal_nodes("here:1", timeout_seconds=60)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torch", r"cluster.address = 'here:1': \S+ \(\w{8}\) has torch 2\.\S+, and the driver 0"),
+        ("ingot", r"has other files of ingot; install the same on every machine"),
+    ],
+)
+def test_a_machine_that_runs_something_else_is_named(
+    machines: ClusterConfig,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    message: str,
+) -> None:
+    other = {**versions(), name: "0"}
+    real = nodes._compare
+
+    def compare(address: str, node: str, theirs: Any, own: Any) -> None:
+        real(address, node, theirs, other)
+
+    monkeypatch.setattr(nodes, "_compare", compare)
+    with (
+        ray_for(machines, str(tmp_path_factory.mktemp("home")), workers=1),
+        pytest.raises(MachineError, match=message),
+    ):
+        require_equal_nodes("here:1", timeout_seconds=60)
+
+
+def test_a_machine_that_does_not_answer_is_named(
+    machines: ClusterConfig,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with ray_for(machines, str(tmp_path_factory.mktemp("home")), workers=1):
+        monkeypatch.setattr(ray, "wait", lambda refs, **_: ([], refs))
+        with pytest.raises(MachineError, match="did not say within 1 s what it runs"):
+            require_equal_nodes("here:1", timeout_seconds=1)
+
+
+def test_a_cluster_that_is_not_taken_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def differ(address: str, *, timeout_seconds: float) -> None:
+        raise MachineError("other files of ingot")
+
+    left: list[bool] = []
+    monkeypatch.setattr(session, "require_equal_nodes", differ)
+    monkeypatch.setattr(ray, "shutdown", lambda: left.append(True))
+    with pytest.raises(MachineError, match="other files"):
+        session._require_equal_nodes("here:1", 1.0)
+    assert left == [True]
+
+
+def test_files_of_the_code_are_told_apart_by_their_content() -> None:
+    assert versions() == versions()
+    assert len(versions()["ingot"]) == 16
