@@ -9,7 +9,9 @@ manifest, so that old or other bytes are never taken for it.
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,9 @@ from configs.errors import StoreError
 
 CACHE_VARIABLE = "XDG_CACHE_HOME"
 _FOLDER = "ingot/stores"
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+"""Buckets of one name on two servers are two stores."""
+IDLE_SECONDS = 24 * 3600.0
 _USED = ".used"
 """Touched in a copy whenever it is read, so that those unused for longest are known."""
 
@@ -57,7 +62,9 @@ class Mirror:
         for name in names:
             path = folder / name
             if name in sizes and not (path.is_file() and path.stat().st_size == sizes[name]):
-                self.pull(path)
+                # One that was deleted since the look is not asked for any more.
+                with suppress(FileNotFoundError):
+                    self.pull(path)
 
     def bring(self, folder: Path, hashes: Mapping[str, str]) -> None:
         """Have files below `folder` here, each with the SHA-256 that is given by its name.
@@ -80,13 +87,21 @@ class Mirror:
                         f"manifest (sha256 {wanted[:12]}), twice; run again, and if that does not "
                         "help rebuild the node with --force"
                     )
-        (folder.parent / _USED).touch()
+        self.mark(folder.parent)
 
-    def trim(self, most_bytes: int, keep: Iterable[Path]) -> list[Path]:
+    def mark(self, builder: Path) -> None:
+        """Remember that a builder's folder, which lies in the store too, was used now."""
+        if self.is_apart and builder.is_dir():
+            (builder / _USED).touch()
+
+    def trim(
+        self, most_bytes: int, keep: Iterable[Path], *, idle_seconds: float = IDLE_SECONDS
+    ) -> list[Path]:
         """Delete local copies, those unused for longest first, until the rest fits; which ones.
 
-        `keep` are generations that stay whatever their size. Nothing is deleted that was not
-        fetched: what is being built here is no copy.
+        `keep` are generations that stay whatever their size, and so do those that another process
+        may be reading, as they were asked for less than `idle_seconds` ago. What is being built
+        here is no copy.
         """
         if not self.is_apart:
             return []
@@ -100,7 +115,8 @@ class Mirror:
         for path in copies:
             if sum(held.values()) <= most_bytes:
                 break
-            if path.parent.resolve() not in kept:
+            is_idle = time.time() - (path / _USED).stat().st_mtime >= idle_seconds
+            if is_idle and path.parent.resolve() not in kept:
                 shutil.rmtree(path, ignore_errors=True)
                 del held[path]
                 gone.append(path)
@@ -113,8 +129,9 @@ def mirror_of(url: str) -> Mirror:
         path = place.local_path(url)
         return Mirror(str(path), path)
     url = url.rstrip("/")
-    cache = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache").expanduser()
-    name = hashlib.sha256(url.encode()).hexdigest()[:16]
+    cache = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache").expanduser().absolute()
+    served = [os.environ.get(name, "") for name in _ENDPOINTS]
+    name = hashlib.sha256("\n".join([url, *filter(None, served)]).encode()).hexdigest()[:16]
     return Mirror(url, cache / _FOLDER / name)
 
 

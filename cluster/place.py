@@ -10,12 +10,15 @@ Who may read a place is the environment's business (`AWS_ACCESS_KEY_ID`, `AWS_EN
 deadline. Loads neither torch nor ray.
 """
 
+import io
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -30,6 +33,9 @@ Stamp = Mapping[str, Any]
 CONNECT_SECONDS, ANSWER_SECONDS, TRIES = 10, 60, 3
 """How long a place of objects may take to take a call, and to answer it, and how often it is asked
 again."""
+_CHUNK_BYTES = 1 << 20
+_AGAIN_SECONDS = 0.5
+_CONFLICTS = (409, 412)
 _LOCAL = ("file", "local")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """The extra of this package that brings what reads such addresses."""
@@ -64,8 +70,38 @@ def opened(address: str) -> Iterator[IO[bytes]]:
     """A file, to be read in parts from any point. OSError if it cannot be."""
     with _told(address):
         fs, path = _open(address)
-        with fs.open(path, "rb") as file:
-            yield cast(IO[bytes], file)
+        file = fs.open(path, "rb")
+    try:
+        # What the caller makes of the bytes is no fault of the place.
+        yield file if is_local(address) else io.BufferedReader(_Remote(file, address), _CHUNK_BYTES)
+    finally:
+        file.close()
+
+
+class _Remote(io.RawIOBase):
+    """A file in a place of objects, whose faults are told as those of every call are."""
+
+    def __init__(self, file: Any, address: str) -> None:
+        self._file, self._address = file, address
+
+    def readinto(self, buffer: Any) -> int:
+        with _told(self._address):
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with _told(self._address):
+            return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
 
 
 def read(address: str) -> bytes:
@@ -92,7 +128,8 @@ def names(folder: str) -> list[str]:
     if is_local(folder):
         try:
             return sorted(os.listdir(local_path(folder)))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            # What nobody may look into holds nothing that could be used.
             return []
     with _told(folder):
         fs, path = _open(folder)
@@ -113,8 +150,14 @@ def sizes(folder: str) -> dict[str, int]:
         fs, path = _open(folder)
         fs.invalidate_cache()
         found = fs.find(path, detail=True)
+    # Some tools leave an empty object where they think of a folder.
+    kept = {name: one for name, one in found.items() if name.rstrip("/") != path.rstrip("/")}
     return dict(
-        sorted((os.path.relpath(name, path), int(one["size"])) for name, one in found.items())
+        sorted(
+            (os.path.relpath(name, path), int(one["size"]))
+            for name, one in kept.items()
+            if not name.endswith("/")
+        )
     )
 
 
@@ -165,12 +208,22 @@ def create(address: str, data: bytes) -> bool:
         return files.create_exclusively(local_path(address), data.decode())
     with _told(address, writes=True):
         fs, path = _open(address)
-        try:
-            fs.pipe_file(path, data, mode="create")
-        except FileExistsError:
-            # A call that was sent again, as its first answer was lost, meets its own file.
-            return bool(fs.cat_file(path) == data)
-    return True
+        for _ in range(TRIES):
+            try:
+                fs.pipe_file(path, data, mode="create")
+                return True
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                if not _says_something_is_there(error):
+                    raise
+            try:
+                # A call that was sent again, as its first answer was lost, meets its own file.
+                return bool(fs.cat_file(path) == data)
+            except FileNotFoundError:
+                # Deleted since, or still being made by another.
+                time.sleep(_AGAIN_SECONDS)
+    raise StoreError(f"{address}: others make and delete it at each of {TRIES} tries; run again")
 
 
 def replace(address: str, data: bytes) -> None:
@@ -192,15 +245,21 @@ def send(path: Path, address: str) -> None:
         shutil.copyfile(path, draft)
         os.replace(draft, target)
         return
-    with _told(address, writes=True):
-        fs, there = _open(address)
-        fs.put_file(str(path), there)
+    path.stat()
+    try:
+        with _told(address, writes=True):
+            fs, there = _open(address)
+            fs.put_file(str(path), there)
+    except StoreError:
+        # Deleted meanwhile, which is for the caller to judge.
+        path.stat()
+        raise
 
 
 def fetch(address: str, path: Path) -> None:
     """Copy a file to a local path, whose folder is made; it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.draft")
     try:
         with _told(address):
             fs, there = _open(address)
@@ -222,10 +281,9 @@ def delete(address: str) -> None:
     with _told(address):
         fs, path = _open(address)
         fs.invalidate_cache()
-        try:
-            fs.rm(path, recursive=True)
-        except FileNotFoundError:
-            return
+        # One by one: deleting many at once takes names for patterns, and keeps refusals to itself.
+        for name in fs.find(path):
+            fs.rm_file(name)
 
 
 def _open(address: str) -> tuple[AbstractFileSystem, str]:
@@ -236,8 +294,8 @@ def _open(address: str) -> tuple[AbstractFileSystem, str]:
     if is_local(address):
         return LocalFileSystem(), str(local_path(address))
     protocol = address.partition("://")[0]
-    fs, path = fsspec.core.url_to_fs(address, **_settings(protocol))
-    return fs, str(path)
+    fs = fsspec.filesystem(protocol, **_settings(protocol))
+    return fs, str(fs._strip_protocol(address))
 
 
 def _settings(protocol: str) -> dict[str, Any]:
@@ -277,6 +335,16 @@ def _told(address: str, *, writes: bool = False) -> Iterator[None]:
         if is_local(address):
             raise
         raise StoreError(f"{address}: {_reason(error)}") from error
+
+
+def _says_something_is_there(error: OSError) -> bool:
+    """Whether a create was refused because of another file, in whichever way a server says so."""
+    if isinstance(error, FileExistsError):
+        return True
+    answers = (getattr(one, "response", None) or {} for one in _chain(error))
+    return any(
+        answer.get("ResponseMetadata", {}).get("HTTPStatusCode") in _CONFLICTS for answer in answers
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -84,5 +84,13 @@ class StoreConfig(Frozen):
     cache_bytes: int = Field(default=50_000_000_000, ge=0)
     """Of a place of objects a run keeps copies up to this size, in the user's cache or below
     XDG_CACHE_HOME; those unused for longest go first."""
+
     min_free_bytes: int = Field(default=500_000_000, ge=0)
     """A build does not start with less free disk than this."""
+
+    @field_validator("url")
+    @classmethod
+    def _holds_no_login(cls, url: str) -> str:
+        if "@" in url.partition("://")[2].partition("/")[0]:
+            raise ValueError("holds a login, which belongs in the environment; leave it out")
+        return url

@@ -6,12 +6,14 @@ finds the mark finds the rest. The step log goes with each save, which is of no 
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from cluster import place
 from cluster.files import COMPLETE
 from cluster.mirror import Mirror
 from configs.errors import StoreError
+from stages.manifest import LOGS
 from stages.steps import METRICS
 
 SEND_SECONDS = 5.0
@@ -39,6 +41,7 @@ class Carrier:
         if self._mirror.is_apart:
             self._thread.join()
             self._attempt()
+            self._send_logs()
 
     def _work(self) -> None:
         while not self._stop.wait(SEND_SECONDS):
@@ -47,6 +50,7 @@ class Carrier:
     def _attempt(self) -> None:
         try:
             self.carry()
+            self._told = False
         except (StoreError, OSError) as error:
             if not self._told:
                 self._told = True
@@ -54,6 +58,12 @@ class Carrier:
                     f"warning: what this build could be continued from elsewhere is not sent "
                     f"({error}); here it can be"
                 )
+
+    def _send_logs(self) -> None:
+        """What workers printed, for whoever looks from another machine."""
+        with suppress(StoreError, OSError):
+            for path in sorted((self._builder / LOGS).glob("*")):
+                self._mirror.push(path)
 
     def carry(self) -> None:
         """One look: send what is new, the marks of whole saves last, and delete what is gone."""

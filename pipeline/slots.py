@@ -13,6 +13,7 @@ from pathlib import Path
 from cluster import place
 from cluster.files import create_exclusively, sync_folder
 from cluster.mirror import Mirror
+from configs.errors import StoreError
 from pipeline.carrier import RESUME
 from pipeline.lease import has_stopped
 from stages.manifest import FILES, LEASE_PREFIX, LOGS, MANIFEST, Lease, Manifest, hash_file
@@ -110,9 +111,15 @@ def _send(mirror: Mirror, slot: Slot, manifest: Manifest, text: str) -> bool:
         place.delete(mirror.address(slot.path))
         return False
     sizes = {name: entry.bytes for name, entry in manifest.files.items()}
-    if place.sizes(mirror.address(slot.files)) != sizes:
+    try:
+        found = place.sizes(mirror.address(slot.files))
+    except StoreError:
+        # It is committed; whoever reads it looks again.
+        found = sizes
+    if found != sizes:
         place.delete(address)
         return False
+    mirror.mark(slot.path)
     return True
 
 
@@ -142,18 +149,19 @@ def _drop(mirror: Mirror, builder: Path) -> None:
 
 def has_resume_state(mirror: Mirror, builder: Path) -> bool:
     """Whether a builder's folder holds anything to resume from."""
-    if mirror.is_apart:
-        return bool(place.names(mirror.address(builder / RESUME)))
     # Its builder may be alive and deleting old saves, which `os.walk` passes over.
-    return any(files for _, _, files in os.walk(builder / RESUME))
+    is_here = any(files for _, _, files in os.walk(builder / RESUME))
+    return is_here or (mirror.is_apart and bool(place.names(mirror.address(builder / RESUME))))
 
 
 def builders(mirror: Mirror, generation: Path) -> list[Path]:
     """The folders that builders made in a generation, the newest first."""
+    found = {path for path in generation.glob("[0-9]*-*") if path.is_dir()}
     if mirror.is_apart:
-        found = [generation / name for name in place.names(mirror.address(generation))]
-        return sorted((path for path in found if _BUILDER.fullmatch(path.name)), reverse=True)
-    return sorted((path for path in generation.glob("[0-9]*-*") if path.is_dir()), reverse=True)
+        # What did not reach the store can be continued here all the same.
+        names = place.names(mirror.address(generation))
+        found |= {generation / name for name in names if _BUILDER.fullmatch(name)}
+    return sorted(found, reverse=True)
 
 
 def _to_resume(mirror: Mirror, builder: Path) -> list[str]:

@@ -28,7 +28,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster import place
-from cluster.files import says_disk_is_full
+from cluster.files import replace, says_disk_is_full
 from cluster.mirror import Mirror, mirror_of
 from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.parallel import StoreConfig
@@ -116,6 +116,8 @@ class Store:
                 f"store.url = {config.url}: only folders, s3:// and gs:// can be a store, as "
                 "of several builders one alone must be able to create a file"
             )
+        if scheme in _SCHEMES and not config.url.partition("://")[2].strip("/"):
+            raise StoreError(f"store.url = {config.url}: names no bucket; add it")
         self.mirror = mirror_of(config.url)
         self.root = self.mirror.root
         self.config = config
@@ -143,8 +145,13 @@ class Store:
         store = self.mirror.address(self.root / STORE)
         place.create(store, json.dumps({"format": FORMAT}).encode() + b"\n")
         probe = self.mirror.address(self.root / f".probe-{uuid.uuid4().hex}")
-        place.replace(probe, b"")
+        alone = place.create(probe, b"1") and not place.create(probe, b"2")
         place.delete(probe)
+        if not alone:
+            raise StoreError(
+                f"store.url = {self.mirror.url}: what serves it lets two create one file "
+                "(If-None-Match is not obeyed), so two builders could both commit; use another"
+            )
         self._is_prepared = True
 
     def folder(self, node: Node) -> Path:
@@ -266,7 +273,13 @@ class Store:
                 with suppress(FileNotFoundError):  # Deleted at this moment: begun anew.
                     lease = take(address, number + 1, owner, inputs)
                     if lease is not None and not self.is_committed(generation):
-                        return open_slot(self.mirror, generation, lease, done + 1)
+                        try:
+                            return open_slot(self.mirror, generation, lease, done + 1)
+                        except BaseException:
+                            # Nobody beats for it: others would wait until it ages.
+                            with suppress(OSError):
+                                give_up(lease)
+                            raise
                     if lease is not None:
                         # Committed between the look and the lease.
                         place.delete(lease.uri)
@@ -325,9 +338,14 @@ class Store:
                     "or this one's folder was deleted; its files are left out, and the same "
                     "command takes the other's"
                 )
-            tidy(self.mirror, generation, slot.path)
-        if self.mirror.is_apart:
-            self.mirror.pull(generation / MANIFEST)
+            if self.mirror.is_apart:
+                replace(generation / MANIFEST, manifest.model_dump_json(indent=1))
+            try:
+                tidy(self.mirror, generation, slot.path)
+            except StoreError as error:
+                # What is committed is so, whatever is left lying about.
+                left = f"not all that only the building needed is deleted ({error})"
+                self._say(f"warning: {node.name}: is committed, but {left}")
         return self._load(stage.makes, generation, slot.generation)
 
     def _load(self, kind: type[Artifact], path: Path, generation: int) -> Committed:

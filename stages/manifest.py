@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from cluster import place
 from configs.base import Frozen
-from configs.errors import ArtifactError, LeaseLost
+from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.explain import first_fault
 
 MANIFEST = "manifest.json"
@@ -203,7 +203,15 @@ class Lease:
         if not place.is_local(self.generation):
             if not anew and time.monotonic() - _seen.get(self.uri, -math.inf) < SEEN_SECONDS:
                 return
-            self._look()
+            try:
+                self._look()
+            except LeaseLost:
+                raise
+            except StoreError:
+                if anew:
+                    raise
+                # A place that does not answer now says nothing of who holds the lease.
+                return
             _seen[self.uri] = time.monotonic()
         else:
             self._look()

@@ -154,15 +154,17 @@ def changed_settings(asked: Asked) -> dict[str, tuple[str, str]]:
     return dict.fromkeys(sorted(gone), ("as in its file", "left out")) | shown
 
 
-def locate(store: Store, recipe: str, target: str) -> Path:
+def locate(store: Store, recipe: str, target: str, *, most_bytes: int | None = None) -> Path:
     """The generation's folder of an artifact, named by its node in the recipe's line or its path.
+
+    From a place of objects it is fetched, with `most_bytes` only its files up to that size.
 
     PlanError with the nearest spelling if it is neither.
     """
     if (Path(target) / MANIFEST).is_file():
         return Path(target).resolve()
     found = _latest(store, recipe, target)
-    store.fetch(found)
+    store.fetch(found, most_bytes=most_bytes)
     return found
 
 

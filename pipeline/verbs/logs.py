@@ -10,7 +10,7 @@ from cluster import place
 from cluster.mirror import Mirror
 from cluster.output import log_files
 from configs.errors import IngotError, PlanError, StoreError
-from pipeline.lease import Watch, newest
+from pipeline.lease import Watch, newest, pace
 from pipeline.slots import builders
 from pipeline.verbs.asked import find_store, load_asked, locate
 from stages.manifest import LOGS, MANIFEST, read_manifest
@@ -49,7 +49,7 @@ def _find(args: argparse.Namespace) -> tuple[Mirror, Path]:
         for number in (done + 1, done):
             if builders(store.mirror, folder := store.folder(node) / f"g{number}"):
                 return store.mirror, folder
-    return store.mirror, locate(store, recipe, args.node)
+    return store.mirror, locate(store, recipe, args.node, most_bytes=0)
 
 
 def _tell(message: str) -> None:
@@ -74,7 +74,7 @@ def _follow(mirror: Mirror, generation: Path, shown: "_Shown") -> None:
     watch = Watch(address)
     while not place.exists(place.join(address, MANIFEST)) and not watch.is_dead(newest(address)[1]):
         shown.print_new(_folder(mirror, generation), final=False)
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_LOOK_SECONDS * pace(address))
 
 
 class _Shown:

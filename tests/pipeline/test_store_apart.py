@@ -269,7 +269,7 @@ def test_copies_that_were_not_used_for_longest_go_first(machines: Machines) -> N
     there.run(judge={"seed": 3})
     copies = sorted(there.store.root.glob("artifacts/*/*/g*/*/.used"))
     assert len(copies) == 2
-    gone = there.store.mirror.trim(0, keep=[copies[0].parent.parent])
+    gone = there.store.mirror.trim(0, keep=[copies[0].parent.parent], idle_seconds=0)
     assert gone == [copies[1].parent]
     assert copies[0].exists()
     # What is gone is fetched again.
