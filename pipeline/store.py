@@ -380,7 +380,8 @@ def bring(
         if most_bytes is None or entry.bytes <= most_bytes
     }
     mirror.bring(generation / manifest.address, hashes)
-    mirror.pull_folder((generation / manifest.address).parent, [METRICS])
+    if most_bytes != 0:
+        mirror.pull_folder((generation / manifest.address).parent, [METRICS])
 
 
 def _check_format(mirror: Mirror) -> None:

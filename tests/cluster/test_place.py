@@ -10,6 +10,7 @@ from threading import Barrier
 
 import pytest
 import s3fs
+from botocore.exceptions import ClientError
 
 from cluster import place
 from configs.errors import StoreError
@@ -177,3 +178,78 @@ def test_a_place_that_cannot_be_used_is_one_clear_error(
     assert str(caught.value).startswith(f"{address}: ")
     assert message in str(caught.value)
     assert "anything" not in str(caught.value)
+
+
+def test_signs_of_patterns_in_an_address_mean_themselves(folder: str) -> None:
+    names = ("run[ab]", "runa", "s*r", "star", "q?x", "qax", "a::b", "ä b%20+&")
+    for name in names:
+        address = place.join(folder, name, "x")
+        if place.is_local(folder):
+            place.local_path(address).parent.mkdir()
+        place.replace(address, name.encode())
+    for name in names:
+        assert place.read(place.join(folder, name, "x")) == name.encode()
+    for name in ("run[ab]", "s*r", "q?x"):
+        place.delete(place.join(folder, name))
+    left = {"runa", "star", "qax", "a::b", "ä b%20+&"}
+    assert set(place.names(folder)) == left
+
+
+def test_threads_that_fetch_one_file_at_once_each_have_it(folder: str, tmp_path: Path) -> None:
+    address, data = place.join(folder, "large.bin"), os.urandom(8_000_000)
+    (tmp_path / "source").write_bytes(data)
+    place.send(tmp_path / "source", address)
+    target, barrier = tmp_path / "here" / "large.bin", Barrier(4)
+
+    def fetch(number: int) -> bool:
+        barrier.wait(30)
+        place.fetch(address, target)
+        return target.read_bytes() == data
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(fetch, range(4)))
+    assert [path.name for path in target.parent.iterdir()] == ["large.bin"]
+
+
+def test_what_a_caller_makes_of_the_bytes_is_its_own_fault(folder: str) -> None:
+    address = place.join(folder, "text")
+    place.replace(address, b"text")
+    with pytest.raises(KeyError, match="mine"), place.opened(address):
+        raise KeyError("mine")
+
+
+def test_a_local_file_that_is_gone_is_no_fault_of_the_bucket(
+    objects: Objects, tmp_path: Path
+) -> None:
+    with pytest.raises(FileNotFoundError):
+        place.send(tmp_path / "gone", f"{objects.url}/gone")
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_who_loses_is_told_so_in_whichever_way_a_server_says_it(
+    objects: Objects, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    address = f"{objects.url}/{uuid.uuid4().hex}"
+    place.replace(address, b"theirs")
+
+    def refuse(*args: object, **given: object) -> None:
+        answer = {"ResponseMetadata": {"HTTPStatusCode": status}, "Error": {"Code": "Conflict"}}
+        raise OSError(5, "Conflict") from ClientError(answer, "PutObject")
+
+    monkeypatch.setattr(place._open(address)[0], "pipe_file", refuse)
+    assert not place.create(address, b"mine")
+    assert place.create(address, b"theirs")
+    monkeypatch.setattr(place, "_AGAIN_SECONDS", 0.0)
+    with pytest.raises(StoreError, match="make and delete it at each of 3 tries"):
+        place.create(f"{address}-none", b"mine")
+
+
+def test_empty_objects_that_stand_for_folders_are_no_files(objects: Objects) -> None:
+    base = f"{objects.url}/{uuid.uuid4().hex}"
+    fs = s3fs.S3FileSystem()
+    for name in ("folder/", "folder/a.txt"):
+        fs.call_s3(
+            "put_object", Bucket="bucket", Key=f"{base.partition('bucket/')[2]}/{name}", Body=b""
+        )
+    assert place.sizes(f"{base}/folder") == {"a.txt": 0}
+    assert place.names(f"{base}/folder") == ["a.txt"]

@@ -13,10 +13,13 @@ from threading import Barrier
 import pytest
 
 from cluster import place
+from cluster.mirror import mirror_of
 from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.parallel import StoreConfig
+from pipeline import cli
 from pipeline import lease as lease_module
-from pipeline.slots import Slot
+from pipeline import store as store_module
+from pipeline.slots import Slot, open_slot
 from stages.manifest import MANIFEST, Lease
 from tests.objects import Objects, serving
 from tests.pipeline.fakes import World, fill, made, outcomes
@@ -295,3 +298,145 @@ def test_a_bucket_that_is_not_there_is_named(tmp_path: Path, objects: Objects) -
     world = World(StoreConfig(url="s3://nowhere/store", min_free_bytes=0))
     with pytest.raises(StoreError, match=r"s3://nowhere/store/store\.json: no such bucket"):
         world.store.prepare()
+
+
+def test_a_place_that_lets_two_create_one_file_is_no_store(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = machines.world("one")
+    monkeypatch.setattr(place, "create", lambda address, data: True)
+    with pytest.raises(StoreError, match="lets two create one file"):
+        world.store.prepare()
+
+
+def test_a_place_that_does_not_answer_for_a_moment_ends_no_training(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = machines.world("one")
+    with world.store.slot(world.graph()["data"], {}) as slot:
+        assert isinstance(slot, Slot)
+
+        def silent(address: str) -> list[str]:
+            raise StoreError(f"{address}: does not answer")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, "names", silent)
+            slot.lease.check()
+            # What commits is asked of the place itself.
+            with pytest.raises(StoreError, match="does not answer"):
+                slot.lease.check(anew=True)
+
+
+def test_a_save_that_did_not_reach_the_store_is_continued_where_it_lies(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = machines.world("one")
+    node = world.graph()["data"]
+
+    def refuse(path: Path, address: str) -> None:
+        raise StoreError(f"{address}: does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, "send", refuse)
+        with world.store.slot(node, {}) as slot:
+            assert isinstance(slot, Slot)
+            save = slot.path / "resume" / "step-1"
+            save.mkdir(parents=True)
+            (save / "complete.json").write_text("{}")
+    assert "here it can be" in world.said[-1]
+    assert world.store.is_begun(node)
+    with world.store.slot(node, {}) as again:
+        assert isinstance(again, Slot)
+        assert again.earlier == (str(slot.path),)
+        assert (save / "complete.json").exists()
+
+
+def test_what_is_committed_is_so_though_what_is_behind_it_cannot_be_deleted(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = machines.world("one")
+
+    def refuse(*args: object) -> None:
+        raise StoreError("s3://x: does not answer")
+
+    monkeypatch.setattr(store_module, "tidy", refuse)
+    run = world.run()
+    assert set(outcomes(run).values()) == {"built"}
+    assert any("is committed, but not all" in line for line in world.said)
+
+
+def test_a_builder_that_could_not_begin_leaves_nobody_waiting(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = machines.world("one")
+    node = world.graph()["data"]
+    real = open_slot
+
+    def fail(*args: object) -> Slot:
+        monkeypatch.setattr(store_module, "open_slot", real)
+        raise StoreError("s3://x: does not answer")
+
+    monkeypatch.setattr(store_module, "open_slot", fail)
+    with pytest.raises(StoreError), world.store.slot(node, {}):
+        pytest.fail("was given a slot")
+    begin = time.monotonic()
+    with world.store.slot(node, {}) as slot:
+        assert isinstance(slot, Slot)
+    assert time.monotonic() - begin < 5
+    assert not [line for line in world.said if "waiting for process" in line]
+
+
+def test_news_of_a_run_that_goes_on_are_fetched_whatever_their_size(machines: Machines) -> None:
+    one = machines.world("one")
+    run = one.run()
+    path = one.store.records.folder / f"{run.id}.json"
+    text = path.read_text()
+    assert '"finished": true' in text
+    there = machines.world("two")
+    stale = there.store.records.folder / path.name
+    stale.parent.mkdir(parents=True)
+    stale.write_text(text.replace('"finished": true', '"finished":false'))
+    assert next(there.store.records.newest_first()).finished
+
+
+def test_manifests_alone_are_fetched_to_compare(machines: Machines) -> None:
+    first = machines.world("one").run()
+    there = machines.world("two")
+    path = there.store.root / made(first, "train").address
+    there.store.fetch(path, most_bytes=0)
+    assert [one.name for one in path.rglob("*") if one.is_file()] == [MANIFEST]
+
+
+def test_a_copy_that_was_asked_for_of_late_is_left_to_whoever_reads_it(machines: Machines) -> None:
+    machines.world("one").run()
+    there = machines.world("two")
+    there.run(judge={"seed": 3})
+    assert there.store.mirror.trim(0, keep=[]) == []
+
+
+def test_two_servers_with_one_bucket_are_two_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    roots = set()
+    for endpoint in ("http://a", "http://b"):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        roots.add(mirror_of("s3://bucket/store").root)
+    assert len(roots) == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert mirror_of("s3://bucket/store").root.is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("s3://KEY:SECRET@bucket/x", "holds a login"), ("s3://", "names no bucket")],
+)
+def test_an_address_that_no_store_can_have_is_refused_without_its_secret(
+    url: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plan", "smoke", "--set", f"store.url={url}"]) > 0
+    told = capsys.readouterr().err
+    assert message in told
+    assert "SECRET" not in told
