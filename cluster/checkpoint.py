@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.files import COMPLETE
+from cluster.files import COMPLETE, sync_to_disk
 from configs.errors import ArtifactError
 from configs.model import ModelConfig
 from model.weights import families
@@ -86,7 +86,7 @@ def mark_complete(folder: Path, facts: Mapping[str, object]) -> None:
     draft.write_text(json.dumps(dict(facts)))
     _settle(draft, folder / COMPLETE)
     # The folder may be new, and older saves are deleted once this one counts.
-    _sync(folder.parent)
+    sync_to_disk(folder.parent)
 
 
 def latest(*roots: Path) -> tuple[Path, int] | None:
@@ -131,18 +131,9 @@ def step_folder(root: Path, step: int) -> Path:
 
 def _settle(draft: Path, path: Path) -> None:
     """Give a written file its name once its bytes are on the disk; return once the name is too."""
-    _sync(draft)
+    sync_to_disk(draft)
     os.replace(draft, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Return once a file's bytes, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_to_disk(path.parent)
 
 
 def _step_folders(root: Path) -> list[Path]:

@@ -32,7 +32,7 @@ def create_exclusively(path: Path, text: str, *, draft: Path | None = None) -> b
     finally:
         # Whoever tidies the folder up may have been quicker.
         draft.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync_to_disk(path.parent)
     return True
 
 
@@ -45,7 +45,7 @@ def replace(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             draft.unlink()
         raise
-    sync_folder(path.parent)
+    sync_to_disk(path.parent)
 
 
 def says_disk_is_full(error: BaseException) -> bool:
@@ -63,9 +63,9 @@ def says_disk_is_full(error: BaseException) -> bool:
     return False
 
 
-def sync_folder(folder: Path) -> None:
-    """Return once the names in `folder` are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync_to_disk(path: Path) -> None:
+    """Return once a file's bytes, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -80,7 +80,7 @@ def _create_in_place(path: Path, text: str) -> bool:
         return False
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         _put(file, text)
-    sync_folder(path.parent)
+    sync_to_disk(path.parent)
     return True
 
 

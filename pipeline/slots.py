@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import place
-from cluster.files import create_exclusively, sync_folder
+from cluster.files import create_exclusively, sync_to_disk
 from cluster.mirror import Mirror
 from configs.errors import StoreError
 from pipeline.carrier import RESUME
@@ -184,4 +184,4 @@ def sync_folders(builder: Path, root: Path) -> None:
     below = [path for path in builder.rglob("*") if path.is_dir()]
     above = [path for path in builder.parents if path.is_relative_to(root)]
     for folder in (*below, builder, *above):
-        sync_folder(folder)
+        sync_to_disk(folder)

@@ -209,24 +209,26 @@ NAMED = (
         'derive(seed, "posttrain", slot, prompt.problem.id, index)',
     ),
     Named("fsync of a text removed", "cluster/files.py", "os.fsync(_)", "None", "_put"),
-    Named("fsync of a folder removed", "cluster/files.py", "os.fsync(_)", "None", "sync_folder"),
+    Named("fsync of a folder removed", "cluster/files.py", "os.fsync(_)", "None", "sync_to_disk"),
     Named(
         "fsync after a replacement removed",
         "cluster/files.py",
-        "sync_folder(_)",
+        "sync_to_disk(_)",
         "None",
         "replace",
     ),
     Named(
         "fsync after a creation removed",
         "cluster/files.py",
-        "sync_folder(_)",
+        "sync_to_disk(_)",
         "None",
         "create_exclusively",
     ),
     Named("fsync of an artifact removed", "pipeline/slots.py", "os.fsync(_)", "None"),
     Named("fsync of a slot removed", "pipeline/store.py", "sync_folders(*_)", "None", "commit"),
-    Named("fsync of a save removed", "cluster/checkpoint.py", "os.fsync(_)", "None"),
+    Named(
+        "fsync of a save removed", "cluster/checkpoint.py", "sync_to_disk(draft)", "None", "_settle"
+    ),
     Named(
         "SIGTERM handler of a run removed",
         "pipeline/verbs/run.py",

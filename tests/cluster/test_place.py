@@ -153,6 +153,8 @@ def test_a_path_means_itself_whatever_its_signs(
     }.items():
         assert str(place.local_path(address)) == path
         assert place.key(address) == f"file://{path}"
+        assert place.is_local(address)
+    assert not place.is_local("memory://a/b")
 
 
 @pytest.mark.parametrize(

@@ -141,17 +141,3 @@ def test_a_manifest_that_cannot_be_understood_is_one_line_with_a_remedy(
         read_manifest(str(artifact))
     assert "\n" not in str(raised.value)
     assert str(raised.value).endswith("rebuild the node with --force")
-
-
-def test_whatever_is_no_url_is_a_local_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for address, path in {
-        "/a::b/*.txt": "/a::b/*.txt",
-        "zip::x": f"{tmp_path}/zip::x",
-        "file:///a b": "/a b",
-    }.items():
-        assert place.is_local(address)
-        assert str(place.local_path(address)) == path
-    assert not place.is_local("memory://a/b")
