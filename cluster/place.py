@@ -6,8 +6,8 @@ one wins, and a listing shows what was written before it began. Beyond that they
 a folder exists by itself and can be renamed; objects have neither folders nor new names.
 
 Who may read a place is the environment's business (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`,
-`GOOGLE_APPLICATION_CREDENTIALS` and the like): an address holds no password. Every call has a
-deadline. Loads neither torch nor ray.
+`GOOGLE_APPLICATION_CREDENTIALS` and the like): an address holds no password. Every call to S3 and
+GCS has a deadline. Loads neither torch nor ray.
 """
 
 import io
@@ -37,7 +37,8 @@ _CHUNK_BYTES = 1 << 20
 _AGAIN_SECONDS = 0.5
 _CONFLICTS = (409, 412)
 _LOCAL = ("file", "local")
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_S3, _GCS = ("s3", "s3a"), ("gs", "gcs")
+_EXTRAS = dict.fromkeys(_S3, "s3") | dict.fromkeys(_GCS, "gcs")
 """The extra of this package that brings what reads such addresses."""
 _LOGIN_FAULTS = ("NoCredentialsError", "PartialCredentialsError", "InvalidAccessKeyId")
 
@@ -295,12 +296,17 @@ def _open(address: str) -> tuple[AbstractFileSystem, str]:
         return LocalFileSystem(), str(local_path(address))
     protocol = address.partition("://")[0]
     fs = fsspec.filesystem(protocol, **_settings(protocol))
+    if protocol in _S3:
+        # Its own tries, of which each would be as many of the library below.
+        fs.retries = 1
     return fs, str(fs._strip_protocol(address))
 
 
 def _settings(protocol: str) -> dict[str, Any]:
     """Deadlines, and no memory of listings, which others change."""
-    if protocol not in ("s3", "s3a"):
+    if protocol in _GCS:
+        return {"use_listings_cache": False, "requests_timeout": ANSWER_SECONDS}
+    if protocol not in _S3:
         return {}
     return {
         "use_listings_cache": False,

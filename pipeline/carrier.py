@@ -13,7 +13,7 @@ from cluster import place
 from cluster.files import COMPLETE
 from cluster.mirror import Mirror
 from configs.errors import StoreError
-from stages.manifest import LOGS
+from stages.manifest import LOGS, MANIFEST
 from stages.steps import METRICS
 
 SEND_SECONDS = 5.0
@@ -36,12 +36,20 @@ class Carrier:
             self._thread.start()
 
     def stop(self) -> None:
-        """Send what is new since, and end."""
+        """Send what is new since, and what workers printed, and end.
+
+        Nothing once there is a manifest: the commit has sent all that counts, or this build has
+        lost.
+        """
         self._stop.set()
-        if self._mirror.is_apart:
-            self._thread.join()
-            self._attempt()
-            self._send_logs()
+        if not self._mirror.is_apart:
+            return
+        self._thread.join()
+        with suppress(StoreError):
+            if place.exists(self._mirror.address(self._builder.parent / MANIFEST)):
+                return
+        self._attempt()
+        self._send_logs()
 
     def _work(self) -> None:
         while not self._stop.wait(SEND_SECONDS):

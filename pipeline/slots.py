@@ -119,7 +119,6 @@ def _send(mirror: Mirror, slot: Slot, manifest: Manifest, text: str) -> bool:
     if found != sizes:
         place.delete(address)
         return False
-    mirror.mark(slot.path)
     return True
 
 

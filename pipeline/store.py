@@ -103,7 +103,7 @@ class Committed:
 
 
 class Store:
-    """Artifacts and run records under one folder."""
+    """Artifacts and run records in one place, and this machine's folder for them."""
 
     def __init__(self, config: StoreConfig, *, say: Callable[[str], None]) -> None:
         """The store that `config` names; `say` is told in one line what the store waits for.
@@ -346,6 +346,8 @@ class Store:
                 # What is committed is so, whatever is left lying about.
                 left = f"not all that only the building needed is deleted ({error})"
                 self._say(f"warning: {node.name}: is committed, but {left}")
+            # What was made here is a copy from now on, as what is fetched.
+            self.mirror.mark(slot.path)
         return self._load(stage.makes, generation, slot.generation)
 
     def _load(self, kind: type[Artifact], path: Path, generation: int) -> Committed:

@@ -8,11 +8,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from configs.errors import IngotError
+from configs.errors import IngotError, StoreError
 from pipeline.channels import open_channels
 from pipeline.decide import Build, Recheck, decide, in_use
 from pipeline.lease import this_process
@@ -118,7 +119,9 @@ def _write_page(told: Told, store: Store, link: Callable[[str], str], record: Ru
     page = importlib.import_module("pipeline.page")
     for one in record.outcomes.values():
         if isinstance(one, Reused):
-            store.fetch(store.root / one.address, most_bytes=SMALL_BYTES)
+            # The page tells of one that is not here.
+            with suppress(StoreError):
+                store.fetch(store.root / one.address, most_bytes=SMALL_BYTES)
     written: Path = page.write_page(
         record, told.line, store.root, again=told.command, changed=told.changed, link=link
     )

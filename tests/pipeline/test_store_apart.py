@@ -4,6 +4,7 @@ Another machine is another cache folder: what lies in the store is all that the 
 """
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +17,13 @@ from cluster import place
 from cluster.mirror import mirror_of
 from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.parallel import StoreConfig
+from configs.reading import load_recipe
 from pipeline import cli
 from pipeline import lease as lease_module
 from pipeline import store as store_module
 from pipeline.slots import Slot, open_slot
+from pipeline.tracking.runs import Told
+from pipeline.verbs.run import _write_page
 from stages.manifest import MANIFEST, Lease
 from tests.objects import Objects, serving
 from tests.pipeline.fakes import World, fill, made, outcomes
@@ -271,9 +275,12 @@ def test_copies_that_were_not_used_for_longest_go_first(machines: Machines) -> N
     there = machines.world("two")
     there.run(judge={"seed": 3})
     copies = sorted(there.store.root.glob("artifacts/*/*/g*/*/.used"))
-    assert len(copies) == 2
+    # Two that were fetched, and the one that was made of them.
+    assert len(copies) == 3
+    for age, copy in enumerate(copies):
+        os.utime(copy, (1000 - age, 1000 - age))
     gone = there.store.mirror.trim(0, keep=[copies[0].parent.parent], idle_seconds=0)
-    assert gone == [copies[1].parent]
+    assert gone == [copies[2].parent, copies[1].parent]
     assert copies[0].exists()
     # What is gone is fetched again.
     assert outcomes(there.run(judge={"seed": 4}))["judge"] == "built"
@@ -440,3 +447,60 @@ def test_an_address_that_no_store_can_have_is_refused_without_its_secret(
     told = capsys.readouterr().err
     assert message in told
     assert "SECRET" not in told
+
+
+def test_what_was_made_here_and_never_read_is_a_copy_too(machines: Machines) -> None:
+    world = machines.world("one")
+    run = world.run()
+    gone = world.store.mirror.trim(0, keep=[], idle_seconds=0)
+    assert {path.parent for path in gone} == {
+        world.store.root / made(run, node).address for node in run.outcomes
+    }
+
+
+def test_nothing_is_sent_of_a_build_behind_its_commit(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+    real = place.send
+
+    def send(path: Path, address: str) -> None:
+        sent.append(address)
+        real(path, address)
+
+    monkeypatch.setattr(place, "send", send)
+    world = machines.world("one")
+    node = world.graph()["data"]
+    with world.store.slot(node, {}) as slot:
+        assert isinstance(slot, Slot)
+        (slot.path / "logs").mkdir()
+        (slot.path / "logs" / "trainer-0.log").write_text("words")
+        world.store.commit(slot, node, fill(slot), {}, {})
+    assert len([one for one in sent if one.endswith("trainer-0.log")]) == 1
+
+
+def test_what_workers_of_a_failed_build_printed_is_seen_from_another_machine(
+    machines: Machines,
+) -> None:
+    world = machines.world("one")
+    node = world.graph()["data"]
+    with pytest.raises(ValueError, match="broke"), world.store.slot(node, {}) as slot:
+        assert isinstance(slot, Slot)
+        (slot.path / "logs").mkdir()
+        (slot.path / "logs" / "trainer-0.log").write_text("words")
+        raise ValueError("broke")
+    address = f"{world.store.mirror.address(slot.path)}/logs/trainer-0.log"
+    assert place.read(address) == b"words"
+
+
+def test_an_artifact_that_cannot_be_fetched_costs_no_page(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = machines.world("one").run()
+    there = machines.world("two")
+    run = there.run(judge={"seed": 3})
+    place.delete(f"{machines.url}/{made(first, 'data').address}")
+    told = Told(load_recipe("smoke"), run, list(run.outcomes), "ingot run fake")
+    path = _write_page(told, there.store, lambda run_id: run_id, run)
+    assert "judge" in path.read_text()
+    assert place.exists(f"{machines.url}/runs/{path.name}")

@@ -28,7 +28,11 @@ from pipeline.graph import Selection, make_graph
 from pipeline.landing import ORDER, OUTCOME, VIEW_TAG, landing_page
 from pipeline.places import URI_VARIABLE, tracking_uri
 from pipeline.plain import figure_metrics, step_metrics
+from pipeline.records import Run
+from pipeline.tracking import child as child_module
+from pipeline.tracking import listener
 from pipeline.tracking import server as server_module
+from pipeline.tracking.listener import Tracking
 from pipeline.tracking.runs import _without_folders, log_figures
 from pipeline.tracking.server import REGISTRY_VARIABLE, Server, is_ours, open_server
 from stages.artifacts import Checkpoint, Corpus, Report
@@ -548,3 +552,46 @@ def test_a_run_names_the_models_that_it_delivers(world: World) -> None:
     for _ in range(2):
         _, tracking = tracked(world, CONFIG)
         assert tracking.registered == ("models:/ingot-fake@cuda", "models:/ingot-fake@ascend")
+
+
+def test_a_page_that_cannot_be_drawn_is_told_by_who_asked_and_costs_no_record(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(run: Run) -> Path:
+        raise TypeError("nothing to draw")
+
+    real = Tracking.finish
+    monkeypatch.setattr(Tracking, "finish", lambda one, run, write: real(one, run, broken))
+    run, tracking = tracked(world, CONFIG)
+    assert tracking.page is None
+    assert world.said == []
+    client = MlflowClient(tracking_uri(CONFIG, world.store.root))
+    assert client.get_run(str(run.tracking_id)).info.status == "FINISHED"
+
+
+def test_an_artifact_that_cannot_be_drawn_costs_its_own_page_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: object) -> None:
+        raise TypeError("nothing to draw")
+
+    monkeypatch.setattr(listener, "show", broken)
+    run, _ = tracked(world, CONFIG)
+    assert sorted(world.said) == [
+        f"warning: {node}: MLflow does not show all of it: nothing to draw"
+        for node in sorted(run.outcomes)
+    ]
+    client = MlflowClient(tracking_uri(CONFIG, world.store.root))
+    assert client.get_model_version_by_alias("ingot-fake", "cuda")
+
+
+def test_a_counter_that_cannot_be_read_here_is_left_out_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Broken:
+        def __init__(self) -> None:
+            raise OSError("no such counter")
+
+    whole = len(list(child_module._monitors()))
+    monkeypatch.setattr(child_module, "DiskMonitor", Broken)
+    assert len(list(child_module._monitors())) == whole - 1 >= 2
