@@ -30,8 +30,8 @@ def save_shard(
     *,
     rank: int,
     world: int,
-) -> None:
-    """Write one rank's tensors; names under a key of `experts` are split by expert.
+) -> Path:
+    """Write one rank's tensors; the file. Names under a key of `experts` are split by expert.
 
     Files that an interrupted save by another number of ranks left in `folder` are removed.
     """
@@ -51,6 +51,7 @@ def save_shard(
     draft = path.with_suffix(".draft")
     save_file(split, draft)
     _settle(draft, path)
+    return path
 
 
 def load_shards(folder: Path, experts: Mapping[str, range] | None = None) -> dict[str, Tensor]:
@@ -122,6 +123,12 @@ def prune(root: Path, *, keep: int, earlier: Sequence[Path] = ()) -> None:
             shutil.rmtree(path, ignore_errors=True)
     for other in earlier if complete else ():
         shutil.rmtree(other, ignore_errors=True)
+
+
+def prune_shards(root: Path, *, keep: int) -> None:
+    """Delete the shards of all but the `keep` newest saves on a machine that has no marks."""
+    for path in sorted(root.glob("step-*"), key=lambda path: path.name)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def step_folder(root: Path, step: int) -> Path:

@@ -8,7 +8,6 @@ the driver, once, since a builder that is late may still write there. Losses are
 last bit, because a batch is a pure function of its step.
 """
 
-import json
 import math
 import os
 import queue
@@ -31,11 +30,13 @@ from ray.train.v2.api.config import FailureConfig, RunConfig
 from safetensors import SafetensorError
 
 from cluster import checkpoint
+from cluster.desk import Desk, FarDesk, StepLog, open_desk
+from cluster.gathered import gathered
 from cluster.output import Output
 from cluster.session import close_ray, hear, ray_for, worker_env
+from cluster.supply import Supply
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
-from cluster.workers import await_cpus, with_tail
-from configs import errors
+from cluster.workers import await_cpus, choose_network, with_tail
 from configs.errors import ArtifactError, IngotError, LeaseLost, MachineError, TrainingError
 from configs.model import ModelConfig
 from configs.parallel import ClusterConfig
@@ -45,7 +46,6 @@ from model.fp8.scheme import Numerics
 from model.transformer import Transformer
 from model.weights.files import read_tensors
 
-_FAILURE = "failure.json"
 _SHOWN_SECONDS = 90.0
 """How long a shared disk may take to show what another machine wrote: NFS looks at a folder again
 after a minute at most, by default (`acdirmax`)."""
@@ -74,14 +74,6 @@ class HeldOut(Protocol):
 
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
         """What the totals say, by the names of metrics."""
-
-
-@runtime_checkable
-class StepLog(Protocol):
-    """Where rank 0 records each step."""
-
-    def append(self, metrics: dict[str, Any], *, step: int) -> None:
-        """Record one step; number 0 is what was measured before the first."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +105,10 @@ class FitJob:
     threads: int
     output: Output
     """Where the ranks' words go."""
+    supply: Supply
+    """How files reach ranks on other machines."""
+    reads: tuple[Path, ...] = ()
+    """Folders of the build's inputs that every rank reads."""
     held_out: HeldOut | None = None
     base: str | None = None
     """A model's folder, with whose weights training begins; none begins with values drawn anew."""
@@ -121,7 +117,10 @@ class FitJob:
 
     def resume(self) -> tuple[Path, int] | None:
         """The save to continue from and its step: this build's newest, or what it begins with."""
-        return checkpoint.latest(Path(self.saves[0])) or self.start
+        root = Path(self.saves[0])
+        # Shards of ranks that were elsewhere lie in the store alone.
+        self.supply.fetch(root)
+        return checkpoint.latest(root) or self.start
 
 
 def fit(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
@@ -132,16 +131,15 @@ def fit(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
     TrainingError if the steps were not done; an Ingot error of a rank is raised as itself;
     MachineError once workers died more than `machines.max_restarts` times.
     """
-    root = Path(job.saves[0])
-    for folder in (root, Path(notes)):
-        folder.mkdir(parents=True, exist_ok=True)
-    (root / _FAILURE).unlink(missing_ok=True)
+    Path(notes).mkdir(parents=True, exist_ok=True)
+    desk = desk_of(job)
+    desk.begin()
     done = job.resume()
     if done is None or done[1] != job.steps:
         with ray_for(machines, home, workers=machines.trainers):
             await_cpus(machines, machines.trainers, role=job.output.role)
             job.may_write()
-            _run(job, machines, root, notes)
+            _run(job, machines, desk, notes)
         done = job.resume()
     if done is None or done[1] != job.steps:
         seen = 0 if done is None else done[1]
@@ -149,7 +147,7 @@ def fit(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
     return done[0]
 
 
-def _run(job: FitJob, machines: ClusterConfig, root: Path, notes: str) -> None:
+def _run(job: FitJob, machines: ClusterConfig, desk: Desk, notes: str) -> None:
     timeout = math.ceil(machines.step_timeout_seconds)
     # Of the whole process; those who train beside this one set the same.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(machines.startup_timeout_seconds)
@@ -162,26 +160,47 @@ def _run(job: FitJob, machines: ClusterConfig, root: Path, notes: str) -> None:
         ),
         worker_runtime_env={"env_vars": worker_env(machines)},
     )
+    far = None
+    if job.supply.is_apart:
+        far = FarDesk(open_desk(job.saves, job.open_log), machines.step_timeout_seconds)
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="gloo", timeout_s=timeout),
+        train_loop_config={"job": job, "desk": far},
+        torch_config=_Gloo(backend="gloo", timeout_s=timeout),
         scaling_config=ScalingConfig(
-            num_workers=machines.trainers, resources_per_worker={"CPU": machines.cpus_per_worker}
+            num_workers=machines.trainers,
+            resources_per_worker={"CPU": machines.cpus_per_worker},
+            placement_strategy=machines.placement.upper(),
         ),
         run_config=settings,
     )
     try:
-        _fit_interruptibly(trainer)
+        with gathered(job.output, job.supply):
+            _fit_interruptibly(trainer)
     except ray.train.TrainingFailedError as error:
         job.may_write()
-        _raise_recorded(root)
+        desk.raise_failure()
         failed = MachineError(
             f"training workers failed more than cluster.max_restarts = {machines.max_restarts} "
             f"times: {_last_line(error)}; run again to continue from the newest save"
         )
         raise with_tail(failed, job.output, _to_name(error, job.output)) from error
-    _raise_recorded(root)
+    desk.raise_failure()
+
+
+@dataclass
+class _Gloo(TorchConfig):
+    """Ray's own, but for the network that ranks on several machines meet on."""
+
+    @property
+    def backend_cls(self) -> type[Any]:
+        return _GlooBackend
+
+
+class _GlooBackend(TorchConfig(backend="gloo").backend_cls):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(choose_network)
+        super().on_start(worker_group, backend_config)
 
 
 def _fit_interruptibly(trainer: TorchTrainer) -> None:
@@ -213,22 +232,28 @@ def _fit_interruptibly(trainer: TorchTrainer) -> None:
 def _train_worker(config: dict[str, Any]) -> None:
     """What runs on each rank."""
     job: FitJob = config["job"]
-    job.output.capture(dist.get_rank())
-    root = Path(job.saves[0])
-    if (root / _FAILURE).is_file():
-        return  # A previous attempt failed for a reason that trying again will not mend.
+    desk = config["desk"] if job.supply.is_far else desk_of(job)
+    if desk.has_failed():
+        return
     try:
+        job.supply.arrive()
+        job.output.capture(dist.get_rank())
         job.may_write()
-        _steps(job)
+        job.supply.bring(*job.reads)
+        _steps(job, desk)
     except LeaseLost:
         raise  # The slot is another builder's: nothing may be left in it.
     except IngotError as error:
-        record = {"error": type(error).__name__, "message": str(error)}
-        (root / _FAILURE).write_text(json.dumps(record))
+        desk.fail(type(error).__name__, str(error))
         raise
 
 
-def _steps(job: FitJob) -> None:
+def desk_of(job: FitJob) -> Desk:
+    """Where ranks report to that see the driver's files."""
+    return Desk(job.saves, job.open_log)
+
+
+def _steps(job: FitJob, desk: Desk | FarDesk) -> None:
     torch.set_num_threads(job.threads)
     trainer = build_trainer(
         job.model,
@@ -239,10 +264,12 @@ def _steps(job: FitJob) -> None:
         vocabulary=job.vocabulary,
     )
     if chosen := agreed_save(job):
-        _load(trainer, *chosen)
+        _load(trainer, job, *chosen)
     elif job.base is not None:
         trainer.load_whole(read_tensors(Path(job.base)))
-    log = job.open_log(trainer.step) if trainer.rank == 0 else None
+    if trainer.rank == 0:
+        desk.open_log(trainer.step)
+    log = desk if trainer.rank == 0 else None
     drift, begun = Drift(), trainer.step
     if begun == 0 and (held_out := _evaluate(trainer, job)):
         _record(log, job, held_out, step=0)
@@ -253,7 +280,7 @@ def _steps(job: FitJob) -> None:
         # Before the save: a run that continues from it must find this line.
         _record(log, job, news, learned, held_out, step=step)
         if step % job.checkpoint_every_steps == 0 or step == job.steps:
-            _save(trainer, job)
+            _save(trainer, job, desk)
 
 
 def _learn(trainer: Trainer, job: FitJob, drift: Drift, step: int) -> dict[str, Any]:
@@ -290,14 +317,14 @@ def _evaluate(trainer: Trainer, job: FitJob) -> dict[str, float]:
     return figures
 
 
-def _record(log: StepLog | None, job: FitJob, *told: Mapping[str, Any], step: int) -> None:
+def _record(log: Desk | FarDesk | None, job: FitJob, *told: Mapping[str, Any], step: int) -> None:
     """Write the line of a step, on the rank that has a log: all that is told of it in one."""
     if log is None:
         return
     notes = [note for part in told for note in part.get("notes", ())]
     line = {name: value for part in told for name, value in part.items() if name != "notes"}
     job.may_write()
-    log.append(line | ({"notes": notes} if notes else {}), step=step)
+    log.append(line | ({"notes": notes} if notes else {}), step)
 
 
 def agreed_save(job: FitJob) -> tuple[Path, int] | None:
@@ -312,11 +339,12 @@ def agreed_save(job: FitJob) -> tuple[Path, int] | None:
     return job.start if by_driver else (checkpoint.step_folder(Path(job.saves[0]), step), step)
 
 
-def _load(trainer: Trainer, folder: Path, step: int) -> None:
+def _load(trainer: Trainer, job: FitJob, folder: Path, step: int) -> None:
     """Read the save that rank 0 chose; the other ranks look again until their disk shows it."""
     deadline = time.monotonic() + _SHOWN_SECONDS
     while True:
         try:
+            job.supply.fetch(folder)
             return trainer.load(folder, step=step)
         except (ArtifactError, SafetensorError, OSError) as error:
             if trainer.rank == 0 and isinstance(error, ArtifactError):
@@ -335,26 +363,17 @@ def _load(trainer: Trainer, folder: Path, step: int) -> None:
         time.sleep(min(1.0, _SHOWN_SECONDS / 10))
 
 
-def _save(trainer: Trainer, job: FitJob) -> None:
+def _save(trainer: Trainer, job: FitJob, desk: Desk | FarDesk) -> None:
     job.may_write()
-    root, *earlier = map(Path, job.saves)
-    folder = checkpoint.step_folder(root, trainer.step)
-    trainer.save(folder)
+    root = Path(job.saves[0])
+    shard = trainer.save(checkpoint.step_folder(root, trainer.step))
+    job.supply.send(shard)
     dist.barrier()
     if trainer.rank == 0:
         job.may_write()
-        checkpoint.mark_complete(folder, {"step": trainer.step})
-        checkpoint.prune(root, keep=2, earlier=earlier)
-
-
-def _raise_recorded(root: Path) -> None:
-    path = root / _FAILURE
-    if not path.is_file():
-        return
-    record = json.loads(path.read_text())
-    path.unlink()
-    kind = getattr(errors, record["error"], TrainingError)
-    raise kind(record["message"])
+        desk.complete(trainer.step)
+    if job.supply.is_far:
+        checkpoint.prune_shards(root, keep=2)
 
 
 def _last_line(error: BaseException) -> str:

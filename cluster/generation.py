@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cluster.output import Output
 from cluster.session import ray_for
-from cluster.workers import Actor, Worker, dismiss, gather, spawn
+from cluster.supply import Supply
+from cluster.workers import Actor, Worker, gather, open_workers
 from configs.errors import MachineError
 from configs.parallel import ClusterConfig
 from configs.train import Precision
@@ -82,7 +83,7 @@ class GenerationPool:
 
     def load(self, checkpoint: Path) -> None:
         """Let every sampler hold `checkpoint` as version 0, in place of the model that it held."""
-        refs = [actor.load.remote(str(checkpoint)) for actor in self.actors]
+        refs = [actor.load.remote(checkpoint) for actor in self.actors]
         gather(refs, self.output, timeout_seconds=self.machines.startup_timeout_seconds)
 
     def update_weights(self, version: int, shards: Sequence[Any]) -> None:
@@ -102,6 +103,7 @@ def open_generation(
     checkpoint: Path,
     *,
     logs: Path,
+    supply: Supply,
     precision: Precision | Numerics = "high",
 ) -> Iterator[GenerationPool]:
     """A pool of `machines.samplers` that holds `checkpoint` as version 0, closed afterwards.
@@ -109,13 +111,19 @@ def open_generation(
     What its workers print goes to files in the folder `logs`.
     """
     output = Output(str(logs), "sampler")
-    arguments = (str(checkpoint), precision, machines.threads_per_worker)
-    with ray_for(machines, str(checkpoint), workers=machines.samplers):
-        actors = spawn(_Sampler, machines, machines.samplers, output=output, arguments=arguments)
-        try:
-            yield GenerationPool(actors, machines, output)
-        finally:
-            dismiss(actors)
+    arguments = (checkpoint, precision, machines.threads_per_worker)
+    with (
+        ray_for(machines, str(checkpoint), workers=machines.samplers),
+        open_workers(
+            _Sampler,
+            machines,
+            machines.samplers,
+            output=output,
+            supply=supply,
+            arguments=arguments,
+        ) as actors,
+    ):
+        yield GenerationPool(actors, machines, output)
 
 
 class _Sampler(Worker):
@@ -123,22 +131,24 @@ class _Sampler(Worker):
 
     def __init__(
         self,
-        checkpoint: str,
+        checkpoint: Path,
         precision: Precision | Numerics,
         threads: int,
         output: Output,
+        supply: Supply,
         rank: int,
     ) -> None:
-        super().__init__(output, rank)
+        super().__init__(output, supply, rank)
         torch.set_num_threads(threads)
         wanted = precision if isinstance(precision, Numerics) else Numerics(precision)
         # As a trainer does: one that learns in high precision must not be sampled in FP8.
         self.numerics, _ = settle(wanted, torch.device("cpu"))
         self.load(checkpoint)
 
-    def load(self, checkpoint: str) -> None:
+    def load(self, checkpoint: Path) -> None:
         vars(self).pop("model", None)  # There may be room for one only.
-        self.model = load_pretrained(Path(checkpoint), precision=self.numerics)
+        self.supply.bring(checkpoint)
+        self.model = load_pretrained(checkpoint, precision=self.numerics)
         self.version = 0
 
     def sample(

@@ -56,10 +56,10 @@ class Mirror:
         if self.is_apart:
             place.fetch(self.address(path), path)
 
-    def pull_folder(self, folder: Path, names: Iterable[str]) -> None:
-        """Fetch these files below a folder, unless files of the same size are here."""
+    def pull_folder(self, folder: Path, names: Iterable[str] | None = None) -> None:
+        """Fetch these files below a folder, or all, unless files of the same size are here."""
         sizes = place.sizes(self.address(folder)) if self.is_apart else {}
-        for name in names:
+        for name in sizes if names is None else names:
             path = folder / name
             if name in sizes and not (path.is_file() and path.stat().st_size == sizes[name]):
                 # One that was deleted since the look is not asked for any more.

@@ -14,8 +14,9 @@ from cluster import checkpoint
 from cluster.expert_parallel import join_group
 from cluster.output import Output
 from cluster.session import ray_for
+from cluster.supply import Supply
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
-from cluster.workers import Actor, Worker, dismiss, free_address, gather, spawn
+from cluster.workers import Actor, Worker, choose_network, free_address, gather, open_workers
 from configs.errors import ConfigError
 from configs.parallel import ClusterConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
@@ -89,13 +90,14 @@ class TrainerPool:
         Those of `earlier` builds, which it makes superfluous, are deleted.
         """
         folder = checkpoint.step_folder(root, step)
-        self._all("save", str(folder))
+        self._all("save", folder)
+        folder.mkdir(parents=True, exist_ok=True)
         checkpoint.mark_complete(folder, {"step": step})
         checkpoint.prune(root, keep=2, earlier=earlier)
 
     def load(self, folder: Path, *, step: int) -> None:
         """Continue from a sharded save."""
-        self._all("load", str(folder), step)
+        self._all("load", folder, step)
 
     def _split(self, batch: Batch) -> list[dict[str, Tensor]]:
         parts = len(self.actors)
@@ -123,25 +125,29 @@ class TrainerPool:
 
 @contextmanager
 def open_trainers(
-    machines: ClusterConfig, start: Path, spec: TrainerSpec, *, logs: Path
+    machines: ClusterConfig, start: Path, spec: TrainerSpec, *, logs: Path, supply: Supply
 ) -> Iterator[TrainerPool]:
     """A pool of `machines.trainers` that starts from the checkpoint `start`, closed afterwards.
 
     What its workers print goes to files in the folder `logs`.
     """
-    arguments, output = (str(start), spec, machines), Output(str(logs), "trainer")
-    with ray_for(machines, str(start), workers=machines.trainers):
-        actors = spawn(
-            _TrainWorker, machines, machines.trainers, output=output, arguments=arguments
-        )
-        try:
-            wait = machines.startup_timeout_seconds
-            (rendezvous,) = gather([actors[0].address.remote()], output, timeout_seconds=wait)
-            joined = [actor.join.remote(rendezvous) for actor in actors]
-            gather(joined, output, timeout_seconds=wait)
-            yield TrainerPool(actors, machines, output)
-        finally:
-            dismiss(actors)
+    arguments, output = (start, spec, machines), Output(str(logs), "trainer")
+    with (
+        ray_for(machines, str(start), workers=machines.trainers),
+        open_workers(
+            _TrainWorker,
+            machines,
+            machines.trainers,
+            output=output,
+            supply=supply,
+            arguments=arguments,
+        ) as actors,
+    ):
+        wait = machines.startup_timeout_seconds
+        (rendezvous,) = gather([actors[0].address.remote()], output, timeout_seconds=wait)
+        joined = [actor.join.remote(rendezvous) for actor in actors]
+        gather(joined, output, timeout_seconds=wait)
+        yield TrainerPool(actors, machines, output)
 
 
 class _TrainWorker(Worker):
@@ -151,11 +157,18 @@ class _TrainWorker(Worker):
     starting: Transformer | None
 
     def __init__(
-        self, start: str, spec: TrainerSpec, machines: ClusterConfig, output: Output, rank: int
+        self,
+        start: Path,
+        spec: TrainerSpec,
+        machines: ClusterConfig,
+        output: Output,
+        supply: Supply,
+        rank: int,
     ) -> None:
-        super().__init__(output, rank)
+        super().__init__(output, supply, rank)
         torch.set_num_threads(machines.threads_per_worker)
-        self.start, self.spec, self.machines = Path(start), spec, machines
+        supply.bring(start)
+        self.start, self.spec, self.machines = start, spec, machines
 
     def address(self) -> str:
         """Where the ranks can meet: on this one's machine, on loopback in a local cluster."""
@@ -166,6 +179,8 @@ class _TrainWorker(Worker):
         """Meet the other ranks and load the starting weights."""
         world = self.machines.trainers
         if world > 1:
+            if self.machines.address is not None:
+                choose_network()
             join_group(rendezvous, self.rank, world, self.machines.step_timeout_seconds)
         self.trainer = _trainer(self.spec, self.start)
         self.starting = None
@@ -192,11 +207,15 @@ class _TrainWorker(Worker):
     def weights(self) -> Mapping[str, Tensor]:
         return self.trainer.state()
 
-    def save(self, folder: str) -> None:
-        self.trainer.save(Path(folder))
+    def save(self, folder: Path) -> None:
+        self.supply.send(self.trainer.save(folder))
+        if self.supply.is_far:
+            checkpoint.prune_shards(folder.parent, keep=2)
 
-    def load(self, folder: str, step: int) -> None:
-        self.trainer.load(Path(folder), step=step)
+    def load(self, folder: Path, step: int) -> None:
+        if self.supply.is_far:
+            self.supply.fetch(folder)
+        self.trainer.load(folder, step=step)
 
 
 def _trainer(spec: TrainerSpec, start: Path) -> Trainer:

@@ -227,12 +227,12 @@ class Trainer:
         state = self.model.state_dict()
         return {n: t for n, t in state.items() if n in self.sharded or self.rank == 0}
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's shard of the weights and moments."""
+    def save(self, folder: Path) -> Path:
+        """Write this rank's shard of the weights and moments; its file."""
         named = self.model.named_parameters()
         mine = [(n, p) for n, p in named if n in self.sharded or self.rank == 0]
         tensors = self.state() | moments(self.optimizer, mine)
-        save_shard(folder, tensors, self.expert_ranges(), rank=self.rank, world=self.world)
+        return save_shard(folder, tensors, self.expert_ranges(), rank=self.rank, world=self.world)
 
     def load(self, folder: Path, *, step: int) -> None:
         """Read a sharded save, whatever number of ranks wrote it."""

@@ -1,21 +1,29 @@
 """Groups of actors that a single-process driver calls, with a deadline on every wait."""
 
+import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import psutil
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.gathered import bring_up_to_date, gathered
 from cluster.output import Output
 from cluster.session import LOOK_SECONDS, worker_env
+from cluster.supply import Supply
 from configs.errors import DeadlineError, IngotError, MachineError
 from configs.parallel import ClusterConfig
 
 Actor = Any
 """A Ray actor handle: its methods exist only at run time, so no type can say more."""
 E = TypeVar("E", bound=Exception)
+T = TypeVar("T")
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 5.0
@@ -27,43 +35,86 @@ class WorkerDied(MachineError):
 
 
 class Worker:
-    """What every actor of a group does first: its words go where its group's do."""
+    """What every actor of a group does first: it finds its files, and its words go where its
+    group's do."""
 
-    def __init__(self, output: Output, rank: int) -> None:
+    def __init__(self, output: Output, supply: Supply, rank: int) -> None:
+        supply.arrive()
         output.capture(rank)
-        self.rank = rank
+        self.supply, self.rank = supply, rank
 
     def ready(self) -> int:
         return self.rank
 
 
-def spawn(
+@contextmanager
+def open_workers(
     actor_class: type[Worker],
     machines: ClusterConfig,
     count: int,
     *,
     output: Output,
+    supply: Supply,
     arguments: tuple[Any, ...],
-) -> list[Actor]:
-    """`count` actors of `actor_class(*arguments, output, rank)`.
+) -> Iterator[list[Actor]]:
+    """`count` actors of `actor_class(*arguments, output, supply, rank)`, ended afterwards.
 
-    MachineError if they cannot be placed or a constructor raises; DeadlineError if one takes
-    longer than `cluster.startup_timeout_seconds` to construct.
+    Placed as `cluster.placement` says. MachineError if they cannot be placed or a constructor
+    raises; DeadlineError if one takes longer than `cluster.startup_timeout_seconds` to construct.
     """
     await_cpus(machines, count, role=output.role)
-    remote: Any = ray.remote(actor_class).options(
-        num_cpus=machines.cpus_per_worker,
-        runtime_env={"env_vars": worker_env(machines)},
-        max_restarts=0,
-    )
-    actors = [remote.remote(*arguments, output, rank) for rank in range(count)]
+    bundles = [{"CPU": machines.cpus_per_worker}] * count
+    group: Any = placement_group(bundles, strategy=machines.placement.upper())
+    actors: list[Actor] = []
     try:
-        pending = [actor.ready.remote() for actor in actors]
-        gather(pending, output, timeout_seconds=machines.startup_timeout_seconds)
-    except MachineError:
-        dismiss(actors)
-        raise
-    return actors
+        _await_places(group, machines, count, role=output.role)
+        with gathered(output, supply):
+            for rank in range(count):
+                remote: Any = ray.remote(actor_class).options(
+                    num_cpus=machines.cpus_per_worker,
+                    runtime_env={"env_vars": worker_env(machines)},
+                    max_restarts=0,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank),
+                )
+                actors.append(remote.remote(*arguments, output, supply, rank))
+            pending = [actor.ready.remote() for actor in actors]
+            gather(pending, output, timeout_seconds=machines.startup_timeout_seconds)
+            yield actors
+    finally:
+        for actor in actors:
+            ray.kill(actor, no_restart=True)
+        remove_placement_group(group)
+
+
+def _await_places(group: Any, machines: ClusterConfig, count: int, *, role: str) -> None:
+    """Return once a group's places are reserved: free CPUs may lie on too many machines."""
+    timeout = machines.placement_timeout_seconds
+    if not group.wait(timeout):
+        raise MachineError(
+            f"{count} {role}s of {machines.cpus_per_worker:g} CPUs each found no place within "
+            f"{timeout:g} s, though that many are free in all; lower cluster.cpus_per_worker, or "
+            "stop what else runs on the cluster"
+        )
+
+
+def with_restarts(
+    build: Callable[[], T], machines: ClusterConfig, note: Callable[[str], None]
+) -> T:
+    """What `build` returns; it is called again whenever one of its workers dies.
+
+    MachineError once that happened more than `cluster.max_restarts` times. `note` is told of each.
+    """
+    for deaths in range(1, machines.max_restarts + 2):
+        try:
+            return build()
+        except WorkerDied as death:
+            if deaths > machines.max_restarts:
+                raise MachineError(
+                    f"{death}; workers died {deaths} times, cluster.max_restarts = "
+                    f"{machines.max_restarts}; run again to continue"
+                ) from death
+            note(f"{death}; starting the workers anew")
+    raise AssertionError("the last death is raised")
 
 
 def await_cpus(machines: ClusterConfig, count: int, *, role: str) -> None:
@@ -102,7 +153,7 @@ def gather(refs: Sequence[Any], output: Output, *, timeout_seconds: float) -> li
             rank = waiting.pop(ref)
             try:
                 results[rank] = ray.get(ref)
-            except (RayActorError, RayTaskError) as error:
+            except RayError as error:
                 failures.append(_failure(error, output, rank))
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
     if failures:
@@ -119,10 +170,15 @@ def gather(refs: Sequence[Any], output: Output, *, timeout_seconds: float) -> li
     return [results[rank] for rank in range(len(refs))]
 
 
-def dismiss(actors: Sequence[Actor]) -> None:
-    """End the actors, whatever they are doing."""
-    for actor in actors:
-        ray.kill(actor, no_restart=True)
+def choose_network() -> None:
+    """Have this process's collectives use the network that Ray knows its machine by.
+
+    Gloo would take the address that the machine's own name stands for, which on many is loopback.
+    """
+    own = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == own for one in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def free_address(host: str) -> str:
@@ -134,12 +190,13 @@ def free_address(host: str) -> str:
 
 def with_tail(error: E, output: Output, rank: int) -> E:
     """The error, with the end of what a worker printed as a note."""
+    bring_up_to_date(output)
     if tail := output.tail(rank):
         error.add_note(tail)
     return error
 
 
-def _failure(error: RayActorError | RayTaskError, output: Output, rank: int) -> Exception:
+def _failure(error: RayError, output: Output, rank: int) -> Exception:
     """What became of a worker, as an error of ours; what it has not printed goes to its file."""
     who = f"{output.role} {rank}"
     if isinstance(error, RayTaskError):
@@ -149,7 +206,7 @@ def _failure(error: RayActorError | RayTaskError, output: Output, rank: int) -> 
             return cause
         raised = MachineError(f"{who}: {type(cause).__name__}: {cause}")
         return with_tail(raised, output, rank)
-    if error.actor_init_failed:
+    if isinstance(error, RayActorError) and error.actor_init_failed:
         # Not a dead one: building it again would raise again. Ray has printed why.
         unable = MachineError(f"{who} could not start: {_lines(error)[-1]}")
         return with_tail(unable, output, rank)

@@ -1,6 +1,6 @@
 """Machines: where the line runs. Nothing here bears on what is built."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
@@ -17,6 +17,9 @@ class ClusterConfig(Frozen):
     """Expert-parallel training workers; experts and batches are divided over them."""
     samplers: PositiveInt = 2
     """Generation workers of post-training."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Whether the workers of a group stay on one machine where it has room, or go to as many as
+    there are."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 0.5
     """CPUs that each worker reserves; fractions let trainers and samplers share a small machine."""
     threads_per_worker: PositiveInt = 1

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cluster.supply import Supply
 from configs.errors import DataError, LeaseLost, StoreError
 from configs.parallel import ClusterConfig
 from pipeline.fingerprint import differences, identify
@@ -90,6 +91,13 @@ def _fill(slot: Slot, node: Node, inputs: Mapping[str, Committed], site: Site) -
         tracker=tracker,
         lease=slot.lease,
         hashes=site.store.hashes,
+        supply=Supply(
+            mirror=site.store.mirror,
+            sign=slot.draft,
+            is_spread=site.machines.address is not None,
+            inputs={one.files: one.hashes for one in inputs.values()},
+            cache_bytes=site.store.config.cache_bytes,
+        ),
         earlier=slot.earlier,
     )
     for one in inputs.values():

@@ -89,12 +89,22 @@ class Committed:
         Objects are hashed when they are fetched (`bring`), and only measured here.
         """
         hashes = hashes and not self.mirror.is_apart and self.num_bytes <= HASHED_BYTES
-        files = self.mirror.address(self.path / self.manifest.address)
+        files = self.mirror.address(self.files)
         verify(str(self.path), hashes=hashes, files=files)
 
     def bring(self) -> None:
         """Have its files on this machine."""
         bring(self.mirror, self.path, self.manifest)
+
+    @property
+    def files(self) -> Path:
+        """The folder of its files on this machine."""
+        return self.path / self.manifest.address
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of each of its files, by name."""
+        return {name: entry.sha256 for name, entry in self.manifest.files.items()}
 
     @property
     def num_bytes(self) -> int:

@@ -23,6 +23,7 @@ from typing import (
     runtime_checkable,
 )
 
+from cluster.supply import Supply
 from configs.base import Frozen
 from configs.errors import PlanError
 from configs.parallel import ClusterConfig
@@ -65,6 +66,8 @@ class Workspace:
     lease: Lease
     hashes: Hashes
     """Sizes and hashes of files outside the line, as they were when the stage was planned."""
+    supply: Supply
+    """How the stage's workers come by files where they do not see the driver's."""
     earlier: tuple[str, ...] = ()
     """Folders that interrupted builds of the same identity left, the newest first. What they hold
     beside their files may be read, to resume from it; it belongs to them. A stage changes nothing

@@ -16,6 +16,7 @@ from stages.contract import Tracker, Workspace
 from stages.hashing import Hashes
 from stages.manifest import FILES, Lease
 from tests import checks
+from tests.supplies import local
 
 # Two files run at a time, and threads that wait for each other's cores are slower than none. torch
 # read the variable when it was imported; processes that tests start do so later.
@@ -94,6 +95,7 @@ def workspace_at(
         tracker=tracker,
         lease=lease,
         hashes=Hashes(),
+        supply=local(files.parent),
         earlier=earlier,
     )
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from cluster.generation import GenerationPool, Sampling, open_generation
+from cluster.workers import with_restarts
 from configs.delivery import EvaluateSpec
 from configs.errors import DataError
 from model.weights.files import load_pretrained
@@ -200,16 +201,22 @@ def _answer_problems(
     config: EvaluateSpec, work: Workspace, exam: Exam, models: Mapping[str, Checkpoint]
 ) -> dict[str, list[Answered]]:
     """By name what each model answers: the same samplers load one model after the other."""
-    found: dict[str, list[Answered]] = {name: [] for name in models}
     if not exam.prompts:
-        return found
-    first = next(iter(models))
-    with open_generation(work.machines, models[first].path(), logs=work.logs) as pool:
-        for number, (name, checkpoint) in enumerate(models.items()):
-            if number:
-                pool.load(checkpoint.path())
-            step = number * len(exam.prompts)
-            found[name] = _ask_model(pool, config, work, exam, checkpoint, name, first_step=step)
+        return {name: [] for name in models}
+    found: dict[str, list[Answered]] = {}
+
+    def ask_others() -> None:
+        """Those that have not answered yet; whoever has, need not again when a worker dies."""
+        others = {name: one for name, one in models.items() if name not in found}
+        begin = next(iter(others.values())).path()
+        with open_generation(work.machines, begin, logs=work.logs, supply=work.supply) as pool:
+            for name, one in others.items():
+                if one.path() != begin:
+                    pool.load(one.path())
+                step = len(found) * len(exam.prompts)
+                found[name] = _ask_model(pool, config, work, exam, one, name, first_step=step)
+
+    with_restarts(ask_others, work.machines, work.tracker.note)
     return found
 
 

@@ -7,6 +7,7 @@ measuring alone.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +16,7 @@ from cluster import checkpoint
 from cluster.generation import GenerationPool, open_generation
 from cluster.pool import TrainerPool, open_trainers
 from cluster.session import ray_for
-from cluster.workers import WorkerDied
-from configs.errors import MachineError
+from cluster.workers import with_restarts
 from configs.rl import PosttrainSpec
 from model.fp8.drift import Drift
 from model.fp8.scheme import settle
@@ -43,7 +43,7 @@ def posttrain(
     # Steps after the last save will be made again, and are not to be shown until then.
     begin_metrics(work, run.resume())
     with following(work.beside(), work.tracker):
-        final = _with_restarts(run)
+        final = with_restarts(partial(_train, run), work.machines, work.tracker.note)
     work.lease.check()
     checkpoint.consolidate(final, base.model, work.path())
     carry(base.path(), work.path())
@@ -58,23 +58,6 @@ def posttrain(
         final_loss=records[-1]["loss"],
         best_step=best_step(records),
     )
-
-
-def _with_restarts(run: Run) -> Path:
-    """The final save; pools that lose a worker are rebuilt from the newest save."""
-    machines = run.work.machines
-    deaths = 0
-    while True:
-        try:
-            return _train(run)
-        except WorkerDied as death:
-            deaths += 1
-            if deaths > machines.max_restarts:
-                raise MachineError(
-                    f"{death}; workers died {deaths} times, cluster.max_restarts = "
-                    f"{machines.max_restarts}; run again to continue from the newest save"
-                ) from death
-            run.work.tracker.note(f"{death}; rebuilding the pools from the newest save")
 
 
 def _train(run: Run) -> Path:
@@ -108,7 +91,7 @@ def _train(run: Run) -> Path:
             if rl.saves_at(step):
                 run.work.lease.check()
                 trainers.save(own, step=step, earlier=earlier)
-    final = checkpoint.latest(own)
+    final = run.resume()
     assert final is not None
     return final[0]
 
@@ -125,10 +108,13 @@ def _measure_before(run: Run, samplers: GenerationPool, journal: Journal) -> Non
 
 @contextmanager
 def _pools(run: Run) -> Iterator[tuple[TrainerPool, GenerationPool]]:
-    start, machines, logs = run.base.path(), run.work.machines, run.work.logs
+    work, start = run.work, run.base.path()
+    machines, logs, supply = work.machines, work.logs, work.supply
     with (
         ray_for(machines, str(start), workers=machines.trainers + machines.samplers),
-        open_trainers(machines, start, run.trainers, logs=logs) as trainers,
-        open_generation(machines, start, logs=logs, precision=run.numerics) as samplers,
+        open_trainers(machines, start, run.trainers, logs=logs, supply=supply) as trainers,
+        open_generation(
+            machines, start, logs=logs, supply=supply, precision=run.numerics
+        ) as samplers,
     ):
         yield trainers, samplers

@@ -70,7 +70,10 @@ class Run:
 
     def resume(self) -> tuple[Path, int] | None:
         """The save to continue from and its step: this build's newest, or what it begins with."""
-        return checkpoint.latest(self.work.resumable(SAVES)[0]) or self.start
+        own = self.work.resumable(SAVES)[0]
+        # Shards of trainers that were elsewhere lie in the store alone.
+        self.work.supply.fetch(own)
+        return checkpoint.latest(own) or self.start
 
 
 def prepare(config: PosttrainSpec, work: Workspace, corpus: Corpus, base: Checkpoint) -> Run:

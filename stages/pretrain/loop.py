@@ -117,6 +117,8 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus, base: Checkpoint
         may_write=work.lease.check,
         threads=work.machines.threads_per_worker,
         output=Output(str(work.logs), "trainer"),
+        supply=work.supply,
+        reads=(corpus.path("train"), corpus.path("held_out"), *([base.path()] if base else [])),
         held_out=held_out_text(config, corpus, partial(loss_at, train)),
         vocabulary=vocabulary(corpus.path("tokenizer.json")) if config.model.engram else None,
     )

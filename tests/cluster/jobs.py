@@ -17,6 +17,7 @@ from configs.train import BalanceConfig, OptimConfig
 from model.transformer import Transformer
 from stages.telemetry import open_metrics
 from tests.references import TINY
+from tests.supplies import local
 
 STEPS, SEQUENCES, LENGTH = 7, 8, 12
 OPTIM = OptimConfig(learning_rate=1e-2, epsilon=1e-3, max_grad_norm=0.5)
@@ -120,6 +121,7 @@ def job(builder: Path, loss: LossSpec, **changes: Any) -> FitJob:
         "may_write": allowed,
         "threads": 1,
         "output": Output(str(builder / "logs"), "trainer"),
+        "supply": local(builder),
     }
     builder.mkdir(parents=True, exist_ok=True)
     return FitJob(**settings | changes)

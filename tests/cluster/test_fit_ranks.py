@@ -20,7 +20,8 @@ from tests.ranks import on_ranks
 
 def train(builder: str, steps: int) -> None:
     """All steps up to this one, in the folder of a builder."""
-    fit._steps(job(Path(builder), NextToken(), steps=steps, precision="high"))
+    todo = job(Path(builder), NextToken(), steps=steps, precision="high")
+    fit._steps(todo, fit.desk_of(todo))
 
 
 def train_behind(calm: str, rough: str, hidden_step: int) -> list[int]:

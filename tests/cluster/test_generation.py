@@ -21,6 +21,7 @@ from model.fp8.scheme import Numerics, settle
 from model.transformer import Transformer
 from model.weights.files import load_pretrained, save_pretrained
 from tests.references import TINY, random_model
+from tests.supplies import local
 
 PROMPTS = [[5, 6], [7], [8, 9, 10, 11], [12], [13, 14]]
 SEEDS = [1, 2, 3, 4, 5]
@@ -44,7 +45,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pool(machines: ClusterConfig, checkpoint: Path, logs: Path) -> Iterator[GenerationPool]:
     """Two samplers."""
-    with open_generation(machines, checkpoint, logs=logs) as opened:
+    with open_generation(machines, checkpoint, logs=logs, supply=local(logs.parent)) as opened:
         yield opened
 
 
@@ -168,7 +169,9 @@ def test_samplers_compute_in_the_precision_that_trainers_learn_in(
     machines: ClusterConfig, checkpoint: Path, tmp_path: Path
 ) -> None:
     one = machines.model_copy(update={"samplers": 1})
-    with open_generation(one, checkpoint, logs=tmp_path, precision="fp8") as rough:
+    with open_generation(
+        one, checkpoint, logs=tmp_path, supply=local(tmp_path), precision="fp8"
+    ) as rough:
         found = rough.sample(PROMPTS, SAMPLING, SEEDS)
     exact, expected = (
         decode.sample(
@@ -203,7 +206,7 @@ def test_a_pool_that_finds_no_room_beside_another_says_what_is_short(
     )
     with (
         pytest.raises(MachineError, match=r"2 samplers ask for 2 CPUs and 1 were free after 2 s"),
-        open_generation(greedy, checkpoint, logs=checkpoint),
+        open_generation(greedy, checkpoint, logs=checkpoint, supply=local(checkpoint)),
     ):
         pass
 
@@ -214,7 +217,7 @@ def test_a_pool_too_large_for_the_cluster_says_so(
     large = machines.model_copy(update={"cpus_per_worker": 1.25, "placement_timeout_seconds": 1})
     with (
         pytest.raises(MachineError, match=r"ask for 2\.5 CPUs, the cluster has 2"),
-        open_generation(large, checkpoint, logs=checkpoint),
+        open_generation(large, checkpoint, logs=checkpoint, supply=local(checkpoint)),
     ):
         pass
 
@@ -225,7 +228,7 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_pool(
     one = machines.model_copy(update={"samplers": 1})
     with (
         pytest.raises(MachineError, match=r"sampler 0 could not start: .*config\.json") as caught,
-        open_generation(one, tmp_path, logs=tmp_path),
+        open_generation(one, tmp_path, logs=tmp_path, supply=local(tmp_path)),
     ):
         pass
     # The traceback is in the file, and what is at its end in the error.

@@ -20,6 +20,7 @@ from configs.train import BalanceConfig
 from model.weights.files import save_pretrained
 from tests.cluster.jobs import OPTIM, NextToken, RandomBatches, next_logprobs
 from tests.references import TINY, random_model
+from tests.supplies import local
 
 RATE = 0.01
 BALANCE = BalanceConfig(bias_update_speed=0.01)
@@ -43,7 +44,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pool(machines: ClusterConfig, start: Path, logs: Path) -> Iterator[TrainerPool]:
     """Two trainers."""
-    with open_trainers(machines, start, SPEC, logs=logs) as opened:
+    with open_trainers(machines, start, SPEC, logs=logs, supply=local(logs.parent)) as opened:
         yield opened
 
 
@@ -119,7 +120,11 @@ def test_a_pool_of_one_does_counts_and_says_what_its_trainer_does(
     alone = build_trainer(TINY, optim=OPTIM, balance=BALANCE, precision="fp8", seed=0)
     alone.load_weights(random_model().state_dict())
     with open_trainers(
-        machines.model_copy(update={"trainers": 1}), start, spec, logs=tmp_path
+        machines.model_copy(update={"trainers": 1}),
+        start,
+        spec,
+        logs=tmp_path,
+        supply=local(tmp_path),
     ) as one:
         assert one.news() == alone.news()
         found = one.forward_backward(batch(1), NextToken(), counting=True)
@@ -156,6 +161,6 @@ def test_a_pool_too_large_for_the_cluster_says_so(machines: ClusterConfig, start
     large = machines.model_copy(update={"cpus_per_worker": 1.25})
     with (
         pytest.raises(MachineError, match=r"ask for 2\.5 CPUs, the cluster has 2"),
-        open_trainers(large, start, SPEC, logs=start),
+        open_trainers(large, start, SPEC, logs=start, supply=local(start)),
     ):
         pass

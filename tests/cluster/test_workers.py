@@ -5,23 +5,26 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.output import Output
-from cluster.workers import Worker, WorkerDied, dismiss, free_address, gather, spawn
+from cluster.supply import Supply
+from cluster.workers import Worker, WorkerDied, free_address, gather, open_workers
 from configs.errors import DataError, DeadlineError, MachineError
 from configs.parallel import ClusterConfig
 from pipeline.crew import Crew, hire
+from tests.supplies import local
 
 
 class Toy(Worker):
     """An actor that does as it is told."""
 
-    def __init__(self, fault: str, output: Output, rank: int) -> None:
-        super().__init__(output, rank)
+    def __init__(self, fault: str, output: Output, supply: Supply, rank: int) -> None:
+        super().__init__(output, supply, rank)
         if fault == "constructor" and rank == 1:
             raise DataError("no such thing")
 
@@ -56,12 +59,25 @@ def output(tmp_path: Path) -> Output:
     return Output(str(tmp_path / "logs"), "toy")
 
 
+def toys_on(
+    machines: ClusterConfig, output: Output, fault: str = ""
+) -> AbstractContextManager[list[Any]]:
+    """Two toys, of which the second may have a fault."""
+    supply = local(Path(output.folder).parent)
+    return open_workers(Toy, machines, 2, output=output, supply=supply, arguments=(fault,))
+
+
+def enter(group: AbstractContextManager[list[Any]]) -> None:
+    """Open it and close it."""
+    with group:
+        pass
+
+
 @pytest.fixture
 def toys(machines: ClusterConfig, output: Output) -> Iterator[list[Any]]:
     """Two of them."""
-    actors = spawn(Toy, machines, 2, output=output, arguments=("",))
-    yield actors
-    dismiss(actors)
+    with toys_on(machines, output) as actors:
+        yield actors
 
 
 def test_results_come_in_order_and_failures_by_name(toys: list[Any], output: Output) -> None:
@@ -100,7 +116,7 @@ def test_a_constructor_that_raises_is_no_dead_worker(
     machines: ClusterConfig, output: Output
 ) -> None:
     with pytest.raises(MachineError, match=r"toy 1 could not start: .*no such thing") as caught:
-        spawn(Toy, machines, 2, output=output, arguments=("constructor",))
+        enter(toys_on(machines, output, "constructor"))
     assert not isinstance(caught.value, WorkerDied)
 
 
@@ -109,7 +125,7 @@ def test_a_group_that_finds_no_place_says_what_is_short(
 ) -> None:
     greedy = machines.model_copy(update={"cpus_per_worker": 1.5, "placement_timeout_seconds": 3})
     with pytest.raises(MachineError, match=r"2 toys ask for 3 CPUs and 2 were free after 3 s"):
-        spawn(Toy, greedy, 2, output=output, arguments=("",))
+        enter(toys_on(greedy, output))
 
 
 def test_an_address_is_on_loopback_and_free() -> None:
@@ -144,11 +160,9 @@ def test_what_workers_print_lies_in_a_file_for_each_and_its_end_in_the_error(
 ) -> None:
     """Also what C++ says as it aborts, whose streams Python knows nothing of."""
     for how, said in (("abort", "terminate called"), ("die", "on stdout, just before")):
-        actors = spawn(Toy, machines, 2, output=output, arguments=("",))
-        with pytest.raises(WorkerDied) as caught:
+        with toys_on(machines, output) as actors, pytest.raises(WorkerDied) as caught:
             refs = [toy.fail.remote(1, how) for toy in actors]
             gather(refs, output, timeout_seconds=60)
-        dismiss(actors)
         (note,) = caught.value.__notes__
         assert note.startswith(f"the last lines of {output.path(1)}:\n")
         assert said in note

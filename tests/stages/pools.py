@@ -17,6 +17,7 @@ from torch import Tensor
 from cluster import checkpoint
 from cluster.generation import Sample, Sampling, merge_shards
 from cluster.pool import Score, TrainerSpec
+from cluster.supply import Supply
 from cluster.trainer import Batch, LossSpec, build_trainer
 from configs.parallel import ClusterConfig
 from model import decode
@@ -217,13 +218,19 @@ class LocalPools:
 
     @contextmanager
     def open_trainers(
-        self, machines: ClusterConfig, start: Path, spec: TrainerSpec, *, logs: Path
+        self, machines: ClusterConfig, start: Path, spec: TrainerSpec, *, logs: Path, supply: Supply
     ) -> Iterator[LocalTrainers]:
         yield LocalTrainers(self.book, start, spec)
 
     @contextmanager
     def open_generation(
-        self, machines: ClusterConfig, checkpoint: Path, *, logs: Path, precision: Any = "high"
+        self,
+        machines: ClusterConfig,
+        checkpoint: Path,
+        *,
+        logs: Path,
+        supply: Supply,
+        precision: Any = "high",
     ) -> Iterator[LocalSamplers]:
         yield self.samplers(self.book, checkpoint, precision)
 

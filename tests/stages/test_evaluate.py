@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from cluster.generation import Sample, Sampling
+from cluster.supply import Supply
 from configs.delivery import EvaluateConfig, EvaluateSpec
 from configs.errors import DataError, VerifierError
 from configs.model import V3Config
@@ -240,7 +241,7 @@ class Lab:
 
     @contextmanager
     def open_generation(
-        self, machines: ClusterConfig, path: Path, *, logs: Path
+        self, machines: ClusterConfig, path: Path, *, logs: Path, supply: Supply
     ) -> Iterator["Pool"]:
         assert not self.asked
         assert logs == self.work.beside("logs")

@@ -91,7 +91,7 @@ def test_a_dead_worker_is_followed_by_new_pools_and_the_same_training(
     lab.book.fail(verb, number, DEATH)
     made = lab.run(workspace)
     assert_equal_to(whole, lab, workspace, made)
-    assert recorder.notes[0] == f"{DEATH}; rebuilding the pools from the newest save"
+    assert recorder.notes[0] == f"{DEATH}; starting the workers anew"
     assert len(lab.book.of("open_trainers")) == len(lab.book.of("open_generation")) == 2
     assert [step for step, _ in recorder.logged] == [0, 1, 2, 3, 4, 5]
 

@@ -49,7 +49,7 @@ def fit_here(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Pat
     Path(job.saves[0]).mkdir(parents=True)
     Path(notes).mkdir()
     Path(notes, "state.json").touch()
-    fit_module._steps(job)
+    fit_module._steps(job, fit_module.desk_of(job))
     saved = job.resume()
     assert saved is not None
     return saved[0]

@@ -1,0 +1,118 @@
+"""Where the ranks of a training report to: the builder's folder, on the driver's machine.
+
+The step log, the mark that completes a save and the word of a failure are small, and the driver
+reads them: so they are written on its disk. A rank that does not see that disk tells an actor
+there, and goes on once it is written.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster import checkpoint
+from configs import errors
+from configs.errors import IngotError, MachineError, TrainingError
+
+_FAILURE = "failure.json"
+
+
+@runtime_checkable
+class StepLog(Protocol):
+    """Where rank 0 records each step."""
+
+    def append(self, metrics: dict[str, Any], *, step: int) -> None:
+        """Record one step; number 0 is what was measured before the first."""
+
+
+class Desk:
+    """The folder of a training's saves, for a process that sees it."""
+
+    def __init__(self, saves: tuple[str, ...], open_log: Callable[[int], StepLog]) -> None:
+        """`saves` and `open_log` as of `FitJob`."""
+        self._root, *self._earlier = map(Path, saves)
+        self._open_log = open_log
+        self._log: StepLog | None = None
+
+    def begin(self) -> None:
+        """Make the folder, and forget the failure of an earlier try."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        (self._root / _FAILURE).unlink(missing_ok=True)
+
+    def open_log(self, step: int) -> None:
+        """Open the step log for a training that continues after this step."""
+        self._log = self._open_log(step)
+
+    def append(self, metrics: dict[str, Any], step: int) -> None:
+        """Write the line of a step."""
+        assert self._log is not None
+        self._log.append(metrics, step=step)
+
+    def complete(self, step: int) -> None:
+        """Mark the save of a step, all shards of which are written, and delete older ones."""
+        folder = checkpoint.step_folder(self._root, step)
+        folder.mkdir(exist_ok=True)
+        checkpoint.mark_complete(folder, {"step": step})
+        checkpoint.prune(self._root, keep=2, earlier=self._earlier)
+
+    def fail(self, error: str, message: str) -> None:
+        """Keep what a rank raised, for the driver."""
+        (self._root / _FAILURE).write_text(json.dumps({"error": error, "message": message}))
+
+    def has_failed(self) -> bool:
+        """Whether an earlier attempt failed for a reason that trying again will not mend."""
+        return (self._root / _FAILURE).is_file()
+
+    def raise_failure(self) -> None:
+        """Raise what a rank raised, if any did."""
+        if not self.has_failed():
+            return
+        record = json.loads((self._root / _FAILURE).read_text())
+        (self._root / _FAILURE).unlink()
+        kind = getattr(errors, record["error"], TrainingError)
+        raise kind(record["message"])
+
+
+class FarDesk:
+    """The same for a process on another machine: each call returns once it is done there."""
+
+    def __init__(self, actor: Any, timeout_seconds: float) -> None:
+        """`actor` is that of `open_desk`."""
+        self._actor, self._timeout = actor, timeout_seconds
+
+    def open_log(self, step: int) -> None:
+        self._tell("open_log", step)
+
+    def append(self, metrics: dict[str, Any], step: int) -> None:
+        self._tell("append", metrics, step)
+
+    def complete(self, step: int) -> None:
+        self._tell("complete", step)
+
+    def fail(self, error: str, message: str) -> None:
+        self._tell("fail", error, message)
+
+    def has_failed(self) -> bool:
+        return bool(self._tell("has_failed"))
+
+    def _tell(self, verb: str, *arguments: Any) -> Any:
+        try:
+            return ray.get(getattr(self._actor, verb).remote(*arguments), timeout=self._timeout)
+        except RayError as error:
+            if isinstance(cause := getattr(error, "cause", None), IngotError):
+                raise cause from None
+            raise MachineError(
+                f"the driver's machine did not take a report ({verb}: {error}); see that the "
+                "driver runs, and run again to continue from the newest save"
+            ) from error
+
+
+def open_desk(saves: tuple[str, ...], open_log: Callable[[int], StepLog]) -> Any:
+    """A desk in an actor on this machine, for ranks elsewhere; it ends with the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote: Any = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here)
+    return remote.remote(saves, open_log)

@@ -1,0 +1,139 @@
+"""The files of one build, for its workers on whatever machine they are placed.
+
+On the driver's machine, and where a disk is mounted everywhere, workers find all files under the
+driver's paths. Elsewhere they fetch what they read from the store of objects, into folders of the
+same paths, and send what they write there: so nothing but the store is shared. Loads neither torch
+nor ray.
+"""
+
+import fcntl
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster.mirror import Mirror
+from configs.errors import MachineError, StoreError
+
+_LOCK = ".fetching"
+_LOOK_SECONDS = 0.2
+FETCH_SECONDS = 3600.0
+"""How long a worker waits for another of its machine that fetches the same."""
+
+
+@dataclass(frozen=True)
+class Supply:
+    """Where the files of a build come from and go to. Travels to workers by value."""
+
+    mirror: Mirror
+    sign: Path
+    """A file in the builder's folder that only the driver's disk has."""
+    is_spread: bool
+    """Whether workers may be on other machines than the driver."""
+    inputs: Mapping[Path, Mapping[str, str]] = field(default_factory=dict)
+    """The files of each artifact that the build takes: by folder, the SHA-256 of each by name."""
+    cache_bytes: int = 0
+    """Up to this size copies that nobody has used for a day stay on a worker's machine."""
+
+    @property
+    def builder(self) -> Path:
+        """The builder's folder, which has the same path on every machine."""
+        return self.sign.parent
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether this process sees the driver's files."""
+        return self.sign.exists()
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether workers may be where they do not see the driver's files, and can do without."""
+        return self.is_spread and self.mirror.is_apart
+
+    @property
+    def is_far(self) -> bool:
+        """Whether this process is on another machine, and does without the driver's files."""
+        return self.is_apart and not self.is_shared
+
+    def arrive(self) -> None:
+        """Have a builder's folder on this machine. MachineError if there can be none."""
+        if self.is_shared or not self.is_spread:
+            return
+        if not self.is_apart:
+            raise MachineError(
+                f"{socket.gethostname()} does not see {self.builder}, as all machines of a "
+                "cluster must where store.url is a folder; mount that folder there, or name a "
+                "place of objects (s3://BUCKET/FOLDER) in store.url"
+            )
+        try:
+            self.builder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MachineError(
+                f"{socket.gethostname()} cannot make {self.builder}, where it is to work as "
+                f"the driver does ({error.strerror}); set XDG_CACHE_HOME for the driver to a "
+                "folder that every machine can write"
+            ) from None
+        # Counted among the copies, so that what this build leaves here is deleted some day.
+        self.mirror.mark(self.builder)
+        self.mirror.trim(self.cache_bytes, [files.parents[1] for files in self.inputs])
+
+    def bring(self, *folders: Path) -> None:
+        """Have what lies below these folders of artifacts on this machine, as it was committed."""
+        if not self.is_far:
+            return
+        for folder in folders:
+            for files, hashes in self.inputs.items():
+                if folder.is_relative_to(files):
+                    below = folder.relative_to(files)
+                    wanted = {n: h for n, h in hashes.items() if Path(n).is_relative_to(below)}
+                    with _alone(files), _named(self.mirror):
+                        self.mirror.bring(files, wanted)
+
+    def fetch(self, folder: Path) -> None:
+        """Have all that the store holds below a folder of saves, which nobody changes."""
+        if self.is_apart:
+            with _named(self.mirror):
+                self.mirror.pull_folder(folder)
+
+    def send(self, path: Path) -> None:
+        """Have a file in the store that was written here, unless the driver's machine sends it."""
+        if self.is_far:
+            with _named(self.mirror):
+                self.mirror.push(path)
+
+
+@contextmanager
+def _named(mirror: Mirror) -> Iterator[None]:
+    """Say on which machine the store could not be used."""
+    try:
+        yield
+    except StoreError as error:
+        raise StoreError(f"on {socket.gethostname()}: {error}") from error
+    except OSError as error:
+        raise MachineError(
+            f"{socket.gethostname()} cannot keep a copy of {mirror.url} in {mirror.root} "
+            f"({error.strerror or error}); free some of its disk, or set XDG_CACHE_HOME for the "
+            "driver to a folder that every machine can write"
+        ) from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process of this machine at a time fetch into a folder, so that it is done once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + FETCH_SECONDS
+    with (folder.parent / _LOCK).open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise MachineError(
+                        f"{socket.gethostname()}: another worker has been fetching {folder} for "
+                        f"{FETCH_SECONDS:g} s; see what it printed, and run again"
+                    ) from None
+            time.sleep(_LOOK_SECONDS)
+        yield
