@@ -19,6 +19,7 @@ from configs import errors
 from configs.errors import IngotError, MachineError, TrainingError
 
 _FAILURE = "failure.json"
+_INTERRUPTED = "interrupted.txt"
 
 
 @runtime_checkable
@@ -41,11 +42,23 @@ class Desk:
     def begin(self) -> None:
         """Make the folder, and forget the failure of an earlier try."""
         self._root.mkdir(parents=True, exist_ok=True)
-        (self._root / _FAILURE).unlink(missing_ok=True)
+        for name in (_FAILURE, _INTERRUPTED):
+            (self._root / name).unlink(missing_ok=True)
 
-    def open_log(self, step: int) -> None:
-        """Open the step log for a training that continues after this step."""
+    def interrupt(self, reason: str) -> None:
+        """Keep why the ranks are started anew, for the first record that they write then."""
+        (self._root / _INTERRUPTED).write_text(reason)
+
+    def open_log(self, step: int) -> str | None:
+        """Open the step log for a training that continues after this step; why it does so, if
+        ranks of this build failed before."""
         self._log = self._open_log(step)
+        path = self._root / _INTERRUPTED
+        if not path.is_file():
+            return None
+        reason = path.read_text()
+        path.unlink()
+        return reason
 
     def append(self, metrics: dict[str, Any], step: int) -> None:
         """Write the line of a step."""
@@ -84,8 +97,9 @@ class FarDesk:
         """`actor` is that of `open_desk`."""
         self._actor, self._timeout = actor, timeout_seconds
 
-    def open_log(self, step: int) -> None:
-        self._tell("open_log", step)
+    def open_log(self, step: int) -> str | None:
+        reason: str | None = self._tell("open_log", step)
+        return reason
 
     def append(self, metrics: dict[str, Any], step: int) -> None:
         self._tell("append", metrics, step)

@@ -23,7 +23,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import ScalingConfig, WorkerGroupError
+from ray.train import ScalingConfig, UserCallback, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.config import FailureConfig, RunConfig
@@ -32,11 +32,11 @@ from safetensors import SafetensorError
 from cluster import checkpoint
 from cluster.desk import Desk, FarDesk, StepLog, open_desk
 from cluster.gathered import gathered
-from cluster.output import Output
+from cluster.output import RESTART, Output
 from cluster.session import close_ray, hear, ray_for, worker_env
 from cluster.supply import Supply
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
-from cluster.workers import await_cpus, choose_network, with_tail
+from cluster.workers import await_cpus, choose_network, what_happened, with_tail
 from configs.errors import ArtifactError, IngotError, LeaseLost, MachineError, TrainingError
 from configs.model import ModelConfig
 from configs.parallel import ClusterConfig
@@ -159,6 +159,7 @@ def _run(job: FitJob, machines: ClusterConfig, desk: Desk, notes: str) -> None:
             max_failures=machines.max_restarts, controller_failure_limit=machines.max_restarts
         ),
         worker_runtime_env={"env_vars": worker_env(machines)},
+        callbacks=[_Interruptions(desk)],
     )
     far = None
     if job.supply.is_apart:
@@ -201,6 +202,23 @@ class _GlooBackend(TorchConfig(backend="gloo").backend_cls):  # type: ignore[mis
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         worker_group.execute(choose_network)
         super().on_start(worker_group, backend_config)
+
+
+class _Interruptions(UserCallback):
+    """Runs in Ray Train's own actor, on the driver's machine."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        """Keep which ranks failed: a dead one makes the others' collectives fail too."""
+        died = [
+            rank
+            for rank, error in worker_exceptions.items()
+            if isinstance(error, WorkerHealthCheckFailedError)
+        ]
+        rank = min(died or worker_exceptions)
+        self._desk.interrupt(f"trainer {rank} failed ({what_happened(worker_exceptions[rank])})")
 
 
 def _fit_interruptibly(trainer: TorchTrainer) -> None:
@@ -267,20 +285,28 @@ def _steps(job: FitJob, desk: Desk | FarDesk) -> None:
         _load(trainer, job, *chosen)
     elif job.base is not None:
         trainer.load_whole(read_tensors(Path(job.base)))
-    if trainer.rank == 0:
-        desk.open_log(trainer.step)
-    log = desk if trainer.rank == 0 else None
     drift, begun = Drift(), trainer.step
+    log = desk if trainer.rank == 0 else None
+    reason = log.open_log(begun) if log else None
     if begun == 0 and (held_out := _evaluate(trainer, job)):
         _record(log, job, held_out, step=0)
     for step in range(begun + 1, job.steps + 1):
         learned = _learn(trainer, job, drift, step)
         held_out = _evaluate(trainer, job)
-        news = trainer.news() if step == begun + 1 else {}
+        news = _news(trainer, begun, reason) if step == begun + 1 else {}
         # Before the save: a run that continues from it must find this line.
         _record(log, job, news, learned, held_out, step=step)
         if step % job.checkpoint_every_steps == 0 or step == job.steps:
             _save(trainer, job, desk)
+
+
+def _news(trainer: Trainer, begun: int, reason: str | None) -> dict[str, Any]:
+    """What the first record of this group of ranks says beside its figures."""
+    news = trainer.news()
+    if reason is not None:
+        source = f"the save of step {begun}" if begun else "the beginning"
+        news[RESTART] = f"{reason}; goes on from {source}"
+    return news
 
 
 def _learn(trainer: Trainer, job: FitJob, drift: Drift, step: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ machine lives, and `ingot logs` shows all workers alike.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,20 +49,21 @@ class _Reader:
 
     def __init__(self, output: Output, supply: Supply) -> None:
         self._output, self._supply = output, supply
-        self._read: dict[int, int] = {}
 
-    def news(self) -> dict[int, bytes] | None:
-        """What each worker printed since the last call; none if the driver sees it by itself."""
+    def news(self, known: Mapping[int, int]) -> dict[int, tuple[int, bytes]]:
+        """What each worker printed beyond the bytes that are `known`, and how many those are then;
+        nothing if the driver sees it by itself."""
+        found: dict[int, tuple[int, bytes]] = {}
         if self._supply.is_shared:
-            return None
-        found = {}
+            return found
         for (role, rank), path in log_files(Path(self._output.folder)).items():
             if role == self._output.role:
                 with path.open("rb") as file:
-                    file.seek(self._read.get(rank, 0))
+                    begin = known.get(rank, 0)
+                    # Shorter than what is known: the disk is a new one.
+                    file.seek(begin if begin <= path.stat().st_size else 0)
                     if part := file.read(_PART_BYTES):
-                        found[rank] = part
-                    self._read[rank] = file.tell()
+                        found[rank] = file.tell(), part
         return found
 
 
@@ -71,7 +72,10 @@ class _Gatherer:
 
     def __init__(self, output: Output, supply: Supply) -> None:
         self._output, self._supply = output, supply
-        self._readers: dict[str, Any] = {}
+        self._readers: dict[str, tuple[str, Any]] = {}
+        """By node of Ray: the address of its machine, and the reader there."""
+        self._known: dict[str, dict[int, int]] = {}
+        """By address, which a machine keeps when its Ray is started anew: bytes of each worker."""
         self._busy = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True, name="gathered")
@@ -81,27 +85,29 @@ class _Gatherer:
         self._stop.set()
         self._thread.join()
         self.look()
-        for reader in self._readers.values():
+        for _, reader in self._readers.values():
             ray.kill(reader, no_restart=True)
 
     def look(self) -> None:
         with self._busy:
             self._meet()
-            asked = [reader.news.remote() for reader in self._readers.values()]
-            for ref in asked:
+            asked = [
+                (address, reader.news.remote(self._known.setdefault(address, {})))
+                for address, reader in self._readers.values()
+            ]
+            for address, ref in asked:
                 try:
-                    self._keep(ray.get(ref, timeout=_ANSWER_SECONDS))
+                    self._keep(address, ray.get(ref, timeout=_ANSWER_SECONDS))
                 except (RayError, TimeoutError, OSError):
                     continue  # It may be gone; nothing depends on these words.
 
-    def _keep(self, news: dict[int, bytes] | None) -> None:
-        if news is None:
-            return
-        for rank, part in news.items():
+    def _keep(self, address: str, news: Mapping[int, tuple[int, bytes]]) -> None:
+        for rank, (end, part) in news.items():
             path = self._output.path(rank)
             path.parent.mkdir(exist_ok=True)
             with path.open("ab") as file:
                 file.write(part)
+            self._known[address][rank] = end
 
     def _work(self) -> None:
         while not self._stop.wait(LOOK_SECONDS):
@@ -110,10 +116,10 @@ class _Gatherer:
     def _meet(self) -> None:
         """Have a reader on every other machine; machines come and go."""
         own = ray.get_runtime_context().get_node_id()
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - {own}
-        for node in alive - self._readers.keys():
+        alive = {one["NodeID"]: one["NodeManagerAddress"] for one in ray.nodes() if one["Alive"]}
+        for node in alive.keys() - self._readers.keys() - {own}:
             there = NodeAffinitySchedulingStrategy(node, soft=False)
             remote: Any = ray.remote(_Reader).options(num_cpus=0, scheduling_strategy=there)
-            self._readers[node] = remote.remote(self._output, self._supply)
-        for node in self._readers.keys() - alive:
+            self._readers[node] = alive[node], remote.remote(self._output, self._supply)
+        for node in self._readers.keys() - alive.keys():
             del self._readers[node]

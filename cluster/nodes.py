@@ -6,13 +6,14 @@ that it does not know, hours later and in words that do not tell why.
 
 import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+from ray.exceptions import NodeDiedError, TaskUnschedulableError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from configs.errors import MachineError
@@ -31,30 +32,41 @@ def versions() -> dict[str, str]:
     }
 
 
-def require_equal_nodes(address: str, *, timeout_seconds: float) -> None:
-    """MachineError naming the machine, what differs there and both versions.
+def require_equal_nodes(
+    address: str, *, timeout_seconds: float, known: Collection[str] = ()
+) -> set[str]:
+    """The ids of the machines that run what this process does; those that are `known` to are not
+    asked again, and those that are leaving are passed over.
 
-    Also if a machine does not answer in time.
+    MachineError naming the machine, what differs there and both versions, or which does not answer.
     """
-    asked: dict[str, Any] = {}
-    for node in ray.nodes():
-        if node["Alive"]:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(num_cpus=0)(versions).options(scheduling_strategy=there)
-            asked[f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"] = task.remote()
-    done, late = ray.wait(
-        list(asked.values()), num_returns=len(asked), timeout=timeout_seconds, fetch_local=True
+    alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    asked: dict[Any, str] = {}
+    for node in alive.keys() - known:
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        task = ray.remote(num_cpus=0, max_retries=0)(versions).options(scheduling_strategy=there)
+        asked[task.remote()] = node
+    done, late = (
+        ray.wait(list(asked), num_returns=len(asked), timeout=timeout_seconds)
+        if asked
+        else ([], [])
     )
-    names = {ref: name for name, ref in asked.items()}
+    names = {ref: f"{alive[node]} ({node[:8]})" for ref, node in asked.items()}
     if late:
         raise MachineError(
             f"cluster.address = {address!r}: {names[late[0]]} did not say within "
             f"{timeout_seconds:g} s what it runs; see that it is up, or raise "
             "cluster.startup_timeout_seconds"
         )
-    own = versions()
+    own, equal = versions(), alive.keys() & known
     for ref in done:
-        _compare(address, names[ref], ray.get(ref), own)
+        try:
+            theirs = ray.get(ref)
+        except (TaskUnschedulableError, NodeDiedError, WorkerCrashedError):
+            continue  # It was dead already, and Ray had not noticed.
+        _compare(address, names[ref], theirs, own)
+        equal.add(asked[ref])
+    return equal
 
 
 def _compare(address: str, node: str, theirs: Mapping[str, str], own: Mapping[str, str]) -> None:

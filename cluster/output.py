@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TAIL_LINES = 20
+RESTART = "restart"
+"""In the record of a step: why the workers began anew before it, and from where."""
 _TAIL_BYTES = 64 * 1024
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _FILE = re.compile(r"(?P<role>.+)-(?P<rank>\d+)\.log")

@@ -11,6 +11,7 @@ GCS has a deadline. Loads neither torch nor ray.
 """
 
 import io
+import logging
 import os
 import shutil
 import time
@@ -297,6 +298,9 @@ def _open(address: str) -> tuple[AbstractFileSystem, str]:
     protocol = address.partition("://")[0]
     fs = fsspec.filesystem(protocol, **_settings(protocol))
     if protocol in _S3:
+        for library in ("aiobotocore", "botocore"):
+            # They tell where each credential was found, in every worker's file.
+            logging.getLogger(library).setLevel(logging.WARNING)
         # Its own tries, of which each would be as many of the library below.
         fs.retries = 1
     return fs, str(fs._strip_protocol(address))

@@ -9,13 +9,15 @@ import os
 import queue
 import secrets
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
+from ray._private import worker
 
 from cluster.nodes import require_equal_nodes
 from cluster.surroundings import (
@@ -55,6 +57,10 @@ def worker_env(machines: ClusterConfig) -> dict[str, str]:
     if machines.address is None:
         env |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": _LOCAL}
     return env
+
+
+_equal: set[str] = set()
+"""Machines of the named cluster that are known to run what the driver runs."""
 
 
 class _Sharing:
@@ -129,6 +135,8 @@ def ensure_ray(machines: ClusterConfig, home: str, *, cpus_needed: float) -> Non
     with _sharing.opening:
         if not ray.is_initialized():
             _open(machines, Path(home))
+        if machines.address is not None:
+            _require_equal_nodes(machines.address, machines.startup_timeout_seconds)
     available = _cpus_of_ray()
     if available < cpus_needed:
         raise MachineError(
@@ -162,9 +170,6 @@ def _open(machines: ClusterConfig, home: Path) -> None:
             f"cluster.address = {machines.address!r}: Ray cannot be reached: {error}; "
             f"{why_refused(machines, os.environ)}"
         ) from error
-    else:
-        if machines.address is not None:
-            _require_equal_nodes(machines.address, machines.startup_timeout_seconds)
     finally:
         os.chdir(here)
         if threading.current_thread() is threading.main_thread():
@@ -173,12 +178,8 @@ def _open(machines: ClusterConfig, home: Path) -> None:
 
 
 def _require_equal_nodes(address: str, timeout_seconds: float) -> None:
-    """Leave a cluster that is not taken: the next stage would find it open, and ask no more."""
-    try:
-        require_equal_nodes(address, timeout_seconds=timeout_seconds)
-    except BaseException:
-        ray.shutdown()
-        raise
+    """Ask those that joined since the last stage."""
+    _equal.update(require_equal_nodes(address, timeout_seconds=timeout_seconds, known=_equal))
 
 
 def _start_to_last(machines: ClusterConfig) -> None:
@@ -207,6 +208,7 @@ def _start_to_last(machines: ClusterConfig) -> None:
 
 def _start(machines: ClusterConfig) -> None:
     if machines.address is not None:
+        _shorten_messages()
         ray.init(address=machines.address, log_to_driver=False, logging_level=logging.ERROR)
         return
     # Ray would run workers at niceness 15, behind everything else on a machine that may be shared.
@@ -224,6 +226,22 @@ def _start(machines: ClusterConfig) -> None:
             logging_level=logging.ERROR,
             object_store_memory=_OBJECT_STORE_BYTES,
         )
+
+
+def _shorten_messages() -> None:
+    """Have what Ray says of a cluster's machines be one line each, on stderr.
+
+    It prints a page onto stdout for a machine that is lost, and offers no other way.
+    """
+    if not hasattr(worker, "print_to_stdstream"):
+        return
+
+    def say(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+        for text in data.get("lines", ()):
+            sentence = " ".join(str(text).split(". ")[0].split())
+            print(f"Ray: {sentence}", file=sys.stderr)
+
+    worker.print_to_stdstream = say
 
 
 @contextmanager

@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 
 import psutil
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -210,8 +217,19 @@ def _failure(error: RayError, output: Output, rank: int) -> Exception:
         # Not a dead one: building it again would raise again. Ray has printed why.
         unable = MachineError(f"{who} could not start: {_lines(error)[-1]}")
         return with_tail(unable, output, rank)
-    output.add(rank, f"died: {_lines(error)[0]}")
-    return with_tail(WorkerDied(f"{who} died: {_lines(error)[0]}"), output, rank)
+    why = what_happened(error)
+    output.add(rank, f"died: {why}")
+    return with_tail(WorkerDied(f"{who} died: {why}"), output, rank)
+
+
+def what_happened(error: Exception) -> str:
+    """Why a worker is gone, in one line; Ray has many for a machine that is lost."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ActorUnavailableError | NodeDiedError | ObjectLostError) or any(
+        one in text for one in ("is unavailable", "its node has died", "node has terminated")
+    ):
+        return "its machine does not answer any more"
+    return _lines(error)[0]
 
 
 def _lines(error: Exception) -> list[str]:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluster.output import RESTART
 from stages.contract import Tracker, Workspace
 from stages.steps import METRICS, read_metrics
 
@@ -132,6 +133,7 @@ def following(folder: str | Path, tracker: Tracker) -> Iterator[None]:
 
 def _follow(path: Path, tracker: Tracker, done: threading.Event) -> None:
     last_step, offset, inode = -1, 0, -1
+    restarts: set[str] = set()
     while True:
         finishing = done.is_set()
         if path.exists():
@@ -145,6 +147,11 @@ def _follow(path: Path, tracker: Tracker, done: threading.Event) -> None:
                     record = json.loads(line)
                     step = record.pop("step")
                     notes, tags = record.pop("notes", []), record.pop("tags", {})
+                    # Of a step that was told before, as those since the last save are.
+                    restart = record.pop(RESTART, None)
+                    if restart is not None and restart not in restarts:
+                        restarts.add(restart)
+                        tracker.note(restart)
                     # A worker that took over may compute by other means than the first.
                     for name, value in tags.items():
                         tracker.tag(name, value)

@@ -58,16 +58,38 @@ def test_a_machine_that_does_not_answer_is_named(
             require_equal_nodes("here:1", timeout_seconds=1)
 
 
-def test_a_cluster_that_is_not_taken_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    def differ(address: str, *, timeout_seconds: float) -> None:
-        raise MachineError("other files of ingot")
+def test_machines_are_asked_once_and_those_that_join_later_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[set[str]] = []
+    joined = [{"a"}, {"a", "b"}]
 
-    left: list[bool] = []
-    monkeypatch.setattr(session, "require_equal_nodes", differ)
-    monkeypatch.setattr(ray, "shutdown", lambda: left.append(True))
-    with pytest.raises(MachineError, match="other files"):
+    def require(address: str, *, timeout_seconds: float, known: set[str]) -> set[str]:
+        asked.append(set(known))
+        return joined[len(asked) - 1]
+
+    monkeypatch.setattr(session, "_equal", set())
+    monkeypatch.setattr(session, "require_equal_nodes", require)
+    for _ in joined:
         session._require_equal_nodes("here:1", 1.0)
-    assert left == [True]
+    assert asked == [set(), {"a"}]
+    assert session._equal == {"a", "b"}
+
+
+def test_a_machine_that_is_gone_before_it_answers_is_passed_over(
+    machines: ClusterConfig,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with ray_for(machines, str(tmp_path_factory.mktemp("home")), workers=1):
+        gone = {"NodeID": "0" * 56, "NodeManagerAddress": "10.0.0.9", "Alive": True}
+        here = ray.nodes()
+        monkeypatch.setattr(ray, "nodes", lambda: [*here, gone])
+        found = require_equal_nodes("here:1", timeout_seconds=60)
+        assert found == {node["NodeID"] for node in here if node["Alive"]}
+        # Whoever is known is not asked again.
+        monkeypatch.setattr(ray, "wait", lambda refs, **_: ([], refs))
+        assert require_equal_nodes("here:1", timeout_seconds=1, known=[*found, "0" * 56])
 
 
 def test_files_of_the_code_are_told_apart_by_their_content() -> None:
