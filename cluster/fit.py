@@ -162,7 +162,7 @@ def _run(job: FitJob, machines: ClusterConfig, desk: Desk, notes: str) -> None:
         callbacks=[_Interruptions(desk)],
     )
     far = None
-    if job.supply.is_apart:
+    if job.supply.is_spread:
         far = FarDesk(open_desk(job.saves, job.open_log), machines.step_timeout_seconds)
     trainer = TorchTrainer(
         _train_worker,

@@ -27,7 +27,7 @@ _active: dict[Output, "_Gatherer"] = {}
 @contextmanager
 def gathered(output: Output, supply: Supply) -> Iterator[None]:
     """Keep the driver's files of these workers up to date; nothing where none can be elsewhere."""
-    if not supply.is_apart:
+    if not supply.is_spread:
         yield
         return
     gatherer = _active[output] = _Gatherer(output, supply)
@@ -54,7 +54,7 @@ class _Reader:
         """What each worker printed beyond the bytes that are `known`, and how many those are then;
         nothing if the driver sees it by itself."""
         found: dict[int, tuple[int, bytes]] = {}
-        if self._supply.is_shared:
+        if not self._supply.is_far:
             return found
         for (role, rank), path in log_files(Path(self._output.folder)).items():
             if role == self._output.role:

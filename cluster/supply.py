@@ -43,23 +43,18 @@ class Supply:
         return self.sign.parent
 
     @property
-    def is_shared(self) -> bool:
-        """Whether this process sees the driver's files."""
-        return self.sign.exists()
-
-    @property
     def is_apart(self) -> bool:
-        """Whether workers may be where they do not see the driver's files, and can do without."""
+        """Whether workers may be on machines that share the store of objects alone."""
         return self.is_spread and self.mirror.is_apart
 
     @property
     def is_far(self) -> bool:
-        """Whether this process is on another machine, and does without the driver's files."""
-        return self.is_apart and not self.is_shared
+        """Whether this process is on another machine, and does not see the driver's files."""
+        return self.is_spread and not self.sign.exists()
 
     def arrive(self) -> None:
         """Have a builder's folder on this machine. MachineError if there can be none."""
-        if self.is_shared or not self.is_spread:
+        if not self.is_far:
             return
         if not self.is_apart:
             raise MachineError(
@@ -77,7 +72,8 @@ class Supply:
             ) from None
         # Counted among the copies, so that what this build leaves here is deleted some day.
         self.mirror.mark(self.builder)
-        self.mirror.trim(self.cache_bytes, [files.parents[1] for files in self.inputs])
+        keep = [self.builder.parent, *(files.parents[1] for files in self.inputs)]
+        self.mirror.trim(self.cache_bytes, keep)
 
     def bring(self, *folders: Path) -> None:
         """Have what lies below these folders of artifacts on this machine, as it was committed."""
@@ -102,6 +98,8 @@ class Supply:
         if self.is_far:
             with _named(self.mirror):
                 self.mirror.push(path)
+            # Still in use, however long the build takes.
+            self.mirror.mark(self.builder)
 
 
 @contextmanager

@@ -52,9 +52,13 @@ def run(args: argparse.Namespace) -> int:
         require_machine(recipe.cluster, database, display.note)
     # A body that cannot be loaded is told of before anything starts. And large libraries import
     # each other in circles: threads that came into one from two sides would find it half made.
-    for node in graph:
-        if isinstance(judged[node.name].decision, Build | Recheck):
-            load_body(node.planned.stage)
+    due = [node for node in graph if isinstance(judged[node.name].decision, Build | Recheck)]
+    for node in due:
+        load_body(node.planned.stage)
+    if due and recipe.cluster.address is not None:
+        # A cluster that refuses, or runs something else, is told of before hours of preparation.
+        session = importlib.import_module("cluster.session")
+        session.ensure_ray(recipe.cluster, str(store.root), cpus_needed=0)
     record = Run(
         id=new_run_id(),
         recipe=recipe.name,

@@ -55,9 +55,13 @@ class Cluster:
         return f"{_ADDRESS[FIRST]}:{_PORT}"
 
     def start(
-        self, machine: str, words: Sequence[str], *, name: str, **variables: str
+        self, machine: str, words: Sequence[str], *, name: str, **variables: str | None
     ) -> "subprocess.Popen[str]":
-        """Start a command on a machine; what it prints goes to `<name>.txt`."""
+        """Start a command on a machine; what it prints goes to `<name>.txt`.
+
+        A variable of its environment that is None is taken away.
+        """
+        settings = environment() | self._environment() | variables
         own = self.folder / machine
         binds = []
         for path in (Path("/tmp/ray"), self.folder / "cache", self.folder / "work"):
@@ -68,7 +72,7 @@ class Cluster:
         with (self.folder / f"{name}.txt").open("w") as output:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", machine, "sh", "-c", script, "sh", *words],
-                env=environment() | self._environment() | variables,
+                env={key: value for key, value in settings.items() if value is not None},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -82,19 +86,19 @@ class Cluster:
         return (self.folder / f"{name}.txt").read_text()
 
     def run(
-        self, *settings: str, name: str = "driver", machine: str = FIRST, store: str = "store"
+        self, *settings: str, name: str = "driver", machine: str = FIRST, **variables: str | None
     ) -> "subprocess.Popen[str]":
-        """Start `ingot run smoke` over the machines, its store on the server."""
-        words = [str(INGOT), "run", "smoke", "--set", f"store.url={self.url}/{store}"]
-        for one in settings:
+        """Start `ingot run smoke`, its store on the server."""
+        words = [str(INGOT), "run", "smoke"]
+        for one in (f"store.url={self.url}/store", *settings):
             words += ["--set", one]
-        return self.start(machine, words, name=name)
+        return self.start(machine, words, name=name, **variables)
 
     def files(self, machine: str, pattern: str) -> list[Path]:
         """What a machine keeps of the store, by a pattern below `artifacts`."""
         return sorted((self.folder / machine / "cache").glob(f"ingot/stores/*/artifacts/{pattern}"))
 
-    def start_ray(self, machine: str, **variables: str) -> "subprocess.Popen[str]":
+    def start_ray(self, machine: str, **variables: str | None) -> "subprocess.Popen[str]":
         """Start Ray on a machine, the head on the first."""
         words = [str(RAY), "start", "--block", f"--node-ip-address={_ADDRESS[machine]}"]
         words += ["--num-cpus=2", "--object-store-memory=200000000", "--disable-usage-stats"]
