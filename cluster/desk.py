@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import checkpoint
+from cluster.workers import what_happened
 from configs import errors
 from configs.errors import IngotError, MachineError, TrainingError
 
@@ -120,8 +121,8 @@ class FarDesk:
             if isinstance(cause := getattr(error, "cause", None), IngotError):
                 raise cause from None
             raise MachineError(
-                f"the driver's machine did not take a report ({verb}: {error}); see that the "
-                "driver runs, and run again to continue from the newest save"
+                f"the driver's machine did not take a report ({verb}: {what_happened(error)}); "
+                "see that the driver runs, and run again to continue from the newest save"
             ) from error
 
 

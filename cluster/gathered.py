@@ -85,11 +85,13 @@ class _Gatherer:
         self._stop.set()
         self._thread.join()
         self.look()
-        for _, reader in self._readers.values():
+        for _, reader in self._readers.values() if ray.is_initialized() else ():
             ray.kill(reader, no_restart=True)
 
     def look(self) -> None:
         with self._busy:
+            if not ray.is_initialized():
+                return  # Closed by an interrupt, and the workers with it.
             self._meet()
             asked = [
                 (address, reader.news.remote(self._known.setdefault(address, {})))

@@ -18,9 +18,11 @@ from cluster.mirror import Mirror
 from configs.errors import MachineError, StoreError
 
 _LOCK = ".fetching"
-_LOOK_SECONDS = 0.2
+_LOOK_SECONDS, _AGAIN_SECONDS = 0.2, 5.0
 FETCH_SECONDS = 3600.0
 """How long a worker waits for another of its machine that fetches the same."""
+SEND_SECONDS = 300.0
+"""How long a worker waits for a store that does not answer, before its build ends."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,16 @@ class Supply:
     def send(self, path: Path) -> None:
         """Have a file in the store that was written here, unless the driver's machine sends it."""
         if self.is_far:
-            with _named(self.mirror):
-                self.mirror.push(path)
+            deadline = time.monotonic() + SEND_SECONDS
+            while True:
+                try:
+                    with _named(self.mirror):
+                        self.mirror.push(path)
+                    break
+                except StoreError:
+                    if time.monotonic() > deadline:
+                        raise
+                time.sleep(_AGAIN_SECONDS)
             # Still in use, however long the build takes.
             self.mirror.mark(self.builder)
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._private import worker
 
+from cluster import session
 from cluster.session import ensure_ray, worker_env
 from configs.errors import MachineError
 from configs.parallel import ClusterConfig
@@ -106,3 +108,18 @@ def test_workers_of_a_local_cluster_stay_on_loopback() -> None:
     remote = worker_env(ClusterConfig(address="auto"))
     assert "GLOO_SOCKET_IFNAME" not in remote
     assert all(isinstance(value, str) for value in local.values())
+
+
+def test_what_ray_says_of_a_lost_machine_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
+    session._shorten_messages()
+    said = "The node with id: 1 has been marked dead. This can happen when a \t(1) raylet\n crashes"
+    worker.print_to_stdstream({"lines": [said], "pid": "raylet", "is_err": False}, False)
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "Ray: The node with id: 1 has been marked dead\n")
+    # A later Ray may have no such function.
+    monkeypatch.delattr(worker, "print_to_stdstream")
+    session._shorten_messages()
+    assert not hasattr(worker, "print_to_stdstream")

@@ -10,10 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from ray.exceptions import ActorUnavailableError
+from ray.util.placement_group import placement_group_table
 
+from cluster import workers
 from cluster.output import Output
 from cluster.supply import Supply
-from cluster.workers import Worker, WorkerDied, free_address, gather, open_workers
+from cluster.workers import (
+    Worker,
+    WorkerDied,
+    choose_network,
+    free_address,
+    gather,
+    open_workers,
+    what_happened,
+    with_restarts,
+)
 from configs.errors import DataError, DeadlineError, MachineError
 from configs.parallel import ClusterConfig
 from pipeline.crew import Crew, hire
@@ -57,6 +70,9 @@ class Toy(Worker):
 def output(tmp_path: Path) -> Output:
     """Where they write."""
     return Output(str(tmp_path / "logs"), "toy")
+
+
+GONE = "its machine does not answer any more"
 
 
 def toys_on(
@@ -194,3 +210,75 @@ def test_a_worker_that_does_not_answer_is_told_of_with_what_it_said(
     with pytest.raises(DeadlineError, match=r"see what it printed in .*toy-0\.log") as caught:
         gather([toys[0].fail.remote(0, "sleep")], output, timeout_seconds=1)
     assert " begins" in caught.value.__notes__[0]
+
+
+def test_a_group_takes_its_places_and_gives_them_back(
+    machines: ClusterConfig, output: Output
+) -> None:
+    """As `cluster.placement` says, which one machine can do in one way only."""
+    for placement in ("pack", "spread"):
+        asked = machines.model_copy(update={"placement": placement})
+        with toys_on(asked, output):
+            (table,) = (
+                one for one in placement_group_table().values() if one["state"] == "CREATED"
+            )
+            assert table["strategy"] == placement.upper()
+            assert list(table["bundles"].values()) == [{"CPU": 0.5}] * 2
+        assert {one["state"] for one in placement_group_table().values()} == {"REMOVED"}
+
+
+def test_places_that_are_free_on_no_one_machine_are_told_of(
+    machines: ClusterConfig, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "await_cpus", lambda *_, **__: None)
+    large = machines.model_copy(update={"cpus_per_worker": 1.5, "placement_timeout_seconds": 2})
+    with pytest.raises(MachineError, match=r"2 toys of 1\.5 CPUs each found no place within 2 s"):
+        enter(toys_on(large, output))
+
+
+@pytest.mark.parametrize(("set_before", "found"), [(None, "lo"), ("eth7", "eth7")])
+def test_collectives_use_the_network_that_ray_knows_the_machine_by(
+    monkeypatch: pytest.MonkeyPatch, set_before: str | None, found: str
+) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    if set_before is not None:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", set_before)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    choose_network()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == found
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ActorUnavailableError("RpcError: Socket closed", None), GONE),
+        # Ray Train wraps it, and keeps the words alone.
+        (RuntimeError("health check failed:\nThe actor b is unavailable: RPC error"), GONE),
+        (RuntimeError("The actor died because its node has died. Node Id: 1"), GONE),
+        (RuntimeError("killed\nlines of a log"), "killed"),
+    ],
+)
+def test_why_a_worker_is_gone_is_one_line(error: Exception, told: str) -> None:
+    assert what_happened(error) == told
+
+
+def test_a_group_is_started_anew_as_often_as_is_allowed() -> None:
+    few = ClusterConfig(max_restarts=2)
+    notes: list[str] = []
+    deaths = iter([WorkerDied("toy 1 died"), WorkerDied("toy 0 died")])
+
+    def build() -> str:
+        for death in deaths:
+            raise death
+        return "made"
+
+    assert with_restarts(build, few, notes.append) == "made"
+    assert notes == [f"toy {n} died; starting the workers anew" for n in (1, 0)]
+
+    def die() -> str:
+        raise WorkerDied("toy 1 died")
+
+    with pytest.raises(MachineError, match=r"died 3 times, cluster\.max_restarts = 2; run again"):
+        with_restarts(die, few, notes.append)
+    assert len(notes) == 4

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cluster.generation import Sample, Sampling
 from cluster.supply import Supply
+from cluster.workers import WorkerDied
 from configs.delivery import EvaluateConfig, EvaluateSpec
 from configs.errors import DataError, VerifierError
 from configs.model import V3Config
@@ -212,6 +213,11 @@ class Lab:
     """What was sampled."""
     greedy: dict[str, list[tuple[tuple[int, ...], int]]] = field(default_factory=dict)
     loaded: list[str] = field(default_factory=list)
+    opened: list[str] = field(default_factory=list)
+    """The model that each pool began with."""
+    dies_at: int | None = None
+    """The call of the pool at which a sampler dies."""
+    calls: int = 0
     models: tuple[str, ...] = ("before", "after")
     has_baseline: bool = True
 
@@ -243,10 +249,11 @@ class Lab:
     def open_generation(
         self, machines: ClusterConfig, path: Path, *, logs: Path, supply: Supply
     ) -> Iterator["Pool"]:
-        assert not self.asked
+        assert not self.asked or self.dies_at is not None
         assert logs == self.work.beside("logs")
         pool = Pool(self)
         pool.load(path)
+        self.opened.append(path.name)
         yield pool
 
     def run(self, seen: int = 5, context_tokens: int = 64, **settings: Any) -> Any:
@@ -281,13 +288,16 @@ class Pool:
     def load(self, path: Path) -> None:
         # What scores text is done by then: no two models are in memory at a time.
         assert self.lab.loaded[-len(self.lab.models) :] == list(self.lab.models)
-        assert path.name not in self.lab.asked
+        assert path.name not in self.lab.asked or self.lab.dies_at is not None
         self.lab.asked[path.name] = []
         self.name = path.name
 
     def sample(
         self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]
     ) -> list[Sample]:
+        self.lab.calls += 1
+        if self.lab.calls == self.lab.dies_at:
+            raise WorkerDied("sampler 1 died: killed")
         greedy = sampling.temperature == 0.0
         expected = Sampling(max_new_tokens=4, temperature=1.0, stop_tokens=self.lab.end_tokens)
         assert sampling == replace(expected, temperature=0.0 if greedy else 1.0)
@@ -377,6 +387,18 @@ def test_the_report_sets_both_models_side_by_side(lab: Lab) -> None:
     assert "| all 4 samples right | 0.0% [0.0%, " in text
     assert "| +100.0 [" in text
     assert "Documents are scored one by one" in text
+
+
+def test_a_sampler_that_dies_costs_the_answers_of_its_model_alone(lab: Lab) -> None:
+    calm = lab.run().headline
+    calls = lab.calls
+    # In the second half: the first model has answered, the second one not to the end.
+    lab.asked, lab.greedy, lab.calls, lab.dies_at = {}, {}, 0, calls
+    lab.opened.clear()
+    assert lab.run().headline == calm
+    assert lab.opened == ["before", "after"]
+    assert lab.calls == calls + calls // 2
+    assert lab.tracker.notes[-1] == "sampler 1 died: killed; starting the workers anew"
 
 
 def test_every_other_model_is_compared_with_the_first(lab: Lab) -> None:

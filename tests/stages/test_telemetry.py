@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.output import RESTART
 from stages.contract import Workspace
 from stages.steps import METRICS, read_metrics
 from stages.telemetry import HISTORY, SAVES, MetricsFile, begin_metrics, following, write_history
@@ -183,6 +184,27 @@ def test_what_a_step_has_to_say_reaches_the_user_once(tmp_path: Path, recorder: 
     assert recorder.notes == ["step 2: warning: it drifts"]
     assert recorder.tags == {"fp8.products": "cpu: compiled"}
     assert recorder.logged == [(1, {"loss": 1.0}), (2, {"loss": 2.0})]
+
+
+def test_why_workers_began_anew_is_told_though_the_step_was_told_before(
+    tmp_path: Path, recorder: Recorder
+) -> None:
+    why = "trainer 1 failed (killed); goes on from the save of step 1"
+    with following(tmp_path, recorder):
+        log = MetricsFile(tmp_path)
+        log.append({"loss": 1.0}, step=1)
+        log.append({"loss": 2.0}, step=2)
+        deadline = time.monotonic() + 10
+        while len(recorder.logged) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        log = MetricsFile(tmp_path, resume_step=1)
+        log.append({"loss": 2.0, RESTART: why}, step=2)
+        while not recorder.notes and time.monotonic() < deadline:
+            time.sleep(0.01)
+        # Rewritten once more: the line of step 2 stays, and is read again.
+        MetricsFile(tmp_path, resume_step=2).append({"loss": 3.0}, step=3)
+    assert recorder.notes == [why]
+    assert recorder.logged == [(step, {"loss": float(step)}) for step in (1, 2, 3)]
 
 
 def test_a_worker_that_took_over_says_what_it_computes_with(
