@@ -22,9 +22,31 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 NODES = ("data", "pretrain", "posttrain", "evaluate", "export")
 
 
+OVERLAY = """
+[data.sources.stdlib]
+share = 0
+[data.sources.mine]
+type = "files"
+share = 0.5
+glob = "{texts}/*.txt"
+"""
+"""Texts of one's own, that lie beside the recipe or in the bucket."""
+
+
 @pytest.fixture(scope="module")
-def objects() -> Iterator[Objects]:
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calm") / "texts"
+    folder.mkdir()
+    for path in (Path(__file__).parents[2] / "pipeline").glob("*.py"):
+        (folder / f"{path.stem}.txt").write_text(path.read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def objects(texts: Path) -> Iterator[Objects]:
     with serving() as objects:
+        for path in texts.iterdir():
+            place.send(path, f"{objects.url}/texts/{path.name}")
         yield objects
 
 
@@ -36,7 +58,8 @@ class Machine:
     url: str
 
     def words(self) -> tuple[str, ...]:
-        return ("run", "smoke", "--set", f"store.url={self.url}", "--set", "posttrain.steps=40")
+        settings = (f"store.url={self.url}", "posttrain.steps=40")
+        return ("run", "smoke", "@mine.toml", *(w for one in settings for w in ("--set", one)))
 
     def run(self) -> subprocess.CompletedProcess[str]:
         return ingot(self.folder, *self.words(), timeout_seconds=900)
@@ -47,6 +70,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objects: Objects) -
     def make(name: str, store: str) -> Machine:
         folder = tmp_path / name
         folder.mkdir()
+        (folder / "mine.toml").write_text(OVERLAY.format(texts=f"{objects.url}/texts"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         return Machine(folder, f"{objects.url}/{store}")
 
@@ -67,10 +91,12 @@ def steps(url: str, stage: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def calm(texts: Path) -> dict[str, str]:
     """The content of each artifact of a local store that nothing disturbed, by stage and target."""
-    folder = tmp_path_factory.mktemp("calm")
-    done = ingot(folder, "run", "smoke", "--set", "posttrain.steps=40", timeout_seconds=900)
+    folder = texts.parent
+    (folder / "mine.toml").write_text(OVERLAY.format(texts="texts"))
+    settings = ("@mine.toml", "--set", "posttrain.steps=40")
+    done = ingot(folder, "run", "smoke", *settings, timeout_seconds=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return contents(str(folder / ".ingot"))
 
@@ -82,7 +108,7 @@ def contents(url: str) -> dict[str, str]:
     }
 
 
-def test_the_line_makes_byte_by_byte_what_it_makes_in_a_folder(
+def test_the_line_makes_of_objects_byte_by_byte_what_it_makes_of_folders(
     machine: Any, calm: dict[str, str]
 ) -> None:
     one = machine("one", "whole")
@@ -93,7 +119,7 @@ def test_the_line_makes_byte_by_byte_what_it_makes_in_a_folder(
     again = other.run()
     assert again.returncode == 0, again.stdout + again.stderr
     assert "built in" not in again.stdout
-    shown = ingot(other.folder, "show", "posttrain", "--recipe", "smoke", *other.words()[2:])
+    shown = ingot(other.folder, "show", "posttrain", "--recipe", "smoke", *other.words()[3:])
     assert shown.returncode == 0, shown.stderr
 
 
