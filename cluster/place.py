@@ -183,6 +183,16 @@ def stamp(address: str) -> Stamp | None:
     return None if tag is None else {"bytes": int(info["size"]), "etag": str(tag)}
 
 
+def modified(address: str) -> float:
+    """When a file came to be as it is, by the clock of its place, in seconds since the epoch."""
+    if is_local(address):
+        return os.stat(local_path(address)).st_mtime
+    with _told(address):
+        fs, path = _open(address)
+        fs.invalidate_cache()
+        return float(fs.modified(path).timestamp())
+
+
 def matching(pattern: str, *, below: str) -> dict[str, tuple[str, bool]]:
     """What a pattern fits in a place of objects: by its name relative to `below`, the address of
     each, and whether it is a folder."""

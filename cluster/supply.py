@@ -137,7 +137,9 @@ def _alone(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
+            except OSError as error:
+                if not isinstance(error, BlockingIOError):
+                    break  # A disk without locks: each fetches by itself.
                 if time.monotonic() > deadline:
                     raise MachineError(
                         f"{socket.gethostname()}: another worker has been fetching {folder} for "

@@ -254,6 +254,10 @@ class Records:
                 continue
             yield run
 
+    def look_again(self) -> None:
+        """See next what other machines have written until then."""
+        self._is_whole = not self.mirror.is_apart
+
     def _complete(self) -> None:
         """Fetch the records that other machines wrote, or wrote more of, since ours."""
         if self._is_whole:

@@ -1,17 +1,22 @@
 """Deletes from a store what nobody uses, and puts it back if somebody begins to meanwhile.
 
-A generation is renamed before it is deleted. From then on nobody finds it, so what others did to it
-until that moment is all that they will ever have done, and can be looked at.
+On a disk a generation is renamed before it is deleted. From then on nobody finds it, so what others
+did to it until that moment is all that they will ever have done, and can be looked at. Objects have
+no new names: there the lease of whoever deletes keeps others away.
 """
 
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from cluster import place
+from cluster.mirror import Mirror
 from configs.errors import StoreError
-from pipeline.lease import is_held, newest, take
+from pipeline.lease import beat, is_held, newest, take
+from pipeline.slots import is_committed
 from stages.manifest import MANIFEST
 
 _SUFFIX = ".removed"
@@ -29,8 +34,7 @@ def remove(generation: Path, used_by: Callable[[], str | None] = lambda: None) -
         address = str(generation)
         lease = None if is_held(address) else take(address, number + 1, uuid.uuid4().hex)
         if lease is None:
-            pid = newest(address)[1].get("pid")
-            raise StoreError(f"{generation}: process {pid} is building it; wait for it, or end it")
+            raise _held(address)
         away = generation.with_name(f".{generation.name}-{lease.owner[:8]}{_SUFFIX}")
         generation.rename(away)
     except StoreError:
@@ -49,6 +53,38 @@ def remove(generation: Path, used_by: Callable[[], str | None] = lambda: None) -
     delete(away)
 
 
+def remove_objects(mirror: Mirror, generation: Path, used_by: Callable[[], str | None]) -> None:
+    """The same where nothing can be renamed: the next lease, then the manifest, then the rest.
+
+    A builder that commits between finds itself without its lease and its files, and takes its
+    manifest away again (`slots.settle`). The lease goes last: nobody builds here until then.
+    """
+    address = mirror.address(generation)
+    number, was_committed = newest(address)[0], is_committed(mirror, generation)
+    lease = None if is_held(address) else take(address, number + 1, uuid.uuid4().hex)
+    if lease is None:
+        raise _held(address)
+    stop = threading.Event()
+    beating = threading.Thread(target=beat, args=(lease, stop), daemon=True)
+    reason: str | None = "another process builds it, or has just done so"
+    if newest(address)[0] == number + 1 and is_committed(mirror, generation) == was_committed:
+        reason = used_by()
+    if reason is not None:
+        place.delete(lease.uri)
+        raise StoreError(f"{address}: {reason}; left as it is")
+    place.delete(f"{address}/{MANIFEST}")
+    beating.start()
+    try:
+        for name in place.names(address):
+            if place.join(address, name) != lease.uri:
+                place.delete(place.join(address, name))
+    finally:
+        stop.set()
+        beating.join()
+    place.delete(lease.uri)
+    shutil.rmtree(generation, ignore_errors=True)
+
+
 def removed(store_root: Path) -> Iterator[Path]:
     """Folders of generations whose removal was cut short."""
     yield from sorted((store_root / "artifacts").glob(f"*/*/.g*{_SUFFIX}"))
@@ -63,6 +99,11 @@ def delete(folder: Path) -> None:
             continue  # Part of it went by another hand: the rest is still to go.
         except OSError as error:
             raise _undeletable(folder, error) from None
+
+
+def _held(address: str) -> StoreError:
+    pid = newest(address)[1].get("pid")
+    return StoreError(f"{address}: process {pid} is building it; wait for it, or end it")
 
 
 def _put_back(away: Path, generation: Path, lease: str) -> None:

@@ -14,6 +14,7 @@ store.
 """
 
 import json
+import math
 import re
 import shutil
 import threading
@@ -63,6 +64,8 @@ from stages.steps import METRICS
 
 STORE = "store.json"
 TELL_SECONDS = 30.0
+PATIENCE_SECONDS = 300.0
+"""How long a place of objects may be silent while a builder waits for another."""
 HASHED_BYTES = 1 << 30
 """Artifacts up to this size are hashed again before they are reused; larger ones only measured."""
 _POLL_SECONDS = 0.25
@@ -232,6 +235,17 @@ class Store:
         found = place.names(self.mirror.address(folder))
         return sorted(int(name[1:]) for name in found if _GENERATION.fullmatch(name))
 
+    def generations(self) -> list[Path]:
+        """Every generation's folder in the store, finished or not."""
+        artifacts = self.root / "artifacts"
+        if self.mirror.is_apart:
+            names = place.sizes(self.mirror.address(artifacts))
+            found = {artifacts.joinpath(*name.split("/")[:3]) for name in names}
+        else:
+            found = {path for path in artifacts.glob("*/*/g*") if path.is_dir()}
+        kept = (path for path in found if _GENERATION.fullmatch(path.name))
+        return sorted(kept, key=lambda path: (path.parent, int(path.name[1:])))
+
     def address(self, path: Path) -> str:
         """A folder of the store as records name it, wherever the store may be moved."""
         return path.relative_to(self.root).as_posix()
@@ -267,8 +281,33 @@ class Store:
                 give_up(taken.lease)
 
     def _take(self, node: Node, inputs: list[str], replacing: int) -> Slot | Committed:
-        folder, told, owner = self.folder(node), 0.0, uuid.uuid4().hex
-        watch = Watch(self.mirror.address(folder))
+        """Wait until the node is made, or free to be built; hours, where another builds it."""
+        told, owner, answered = 0.0, uuid.uuid4().hex, -math.inf
+        watch = Watch(self.mirror.address(self.folder(node)))
+        while True:
+            try:
+                found = self._try(node, inputs, replacing, owner, watch)
+            except (ArtifactError, LeaseLost):
+                raise
+            except StoreError:
+                # A place that does not answer for a moment ends no wait.
+                if time.monotonic() - answered > PATIENCE_SECONDS:
+                    raise
+                found = None
+            else:
+                answered = time.monotonic()
+            if isinstance(found, Slot | Committed):
+                return found
+            if found is not None and (time.monotonic() - told >= TELL_SECONDS or not told):
+                told = time.monotonic()
+                self._say(f"{node.name}: waiting for {found}")
+            time.sleep(_POLL_SECONDS * pace(self.mirror.address(self.folder(node))))
+
+    def _try(
+        self, node: Node, inputs: list[str], replacing: int, owner: str, watch: Watch
+    ) -> Slot | Committed | str:
+        """The artifact, or a slot to build it in, or who has that slot now."""
+        folder = self.folder(node)
         while True:
             done = self.newest(node)
             if done > replacing:
@@ -279,28 +318,24 @@ class Store:
             generation.mkdir(parents=True, exist_ok=True)
             address = self.mirror.address(generation)
             number, holder = newest(address)
-            if not number or watch.is_dead(holder):
-                with suppress(FileNotFoundError):  # Deleted at this moment: begun anew.
-                    lease = take(address, number + 1, owner, inputs)
-                    if lease is not None and not self.is_committed(generation):
-                        try:
-                            return open_slot(self.mirror, generation, lease, done + 1)
-                        except BaseException:
-                            # Nobody beats for it: others would wait until it ages.
-                            with suppress(OSError):
-                                give_up(lease)
-                            raise
-                    if lease is not None:
-                        # Committed between the look and the lease.
-                        place.delete(lease.uri)
-                continue
-            if time.monotonic() - told >= TELL_SECONDS or not told:
-                told = time.monotonic()
-                self._say(
-                    f"{node.name}: waiting for process {holder.get('pid')} on "
-                    f"{holder.get('host')}, which builds it ({generation})"
+            if number and not watch.is_dead(holder):
+                return (
+                    f"process {holder.get('pid')} on {holder.get('host')}, which builds it "
+                    f"({generation})"
                 )
-            time.sleep(_POLL_SECONDS * pace(address))
+            with suppress(FileNotFoundError):  # Deleted at this moment: begun anew.
+                lease = take(address, number + 1, owner, inputs)
+                if lease is not None and not self.is_committed(generation):
+                    try:
+                        return open_slot(self.mirror, generation, lease, done + 1)
+                    except BaseException:
+                        # Nobody beats for it: others would wait until it ages.
+                        with suppress(OSError):
+                            give_up(lease)
+                        raise
+                if lease is not None:
+                    # Committed between the look and the lease.
+                    place.delete(lease.uri)
 
     def commit(
         self,
@@ -370,13 +405,6 @@ class Store:
                 "rebuild the node with --force"
             ) from None
         return Committed(artifact, manifest, generation, self.address(path), path, self.mirror)
-
-
-def generations(store_root: Path) -> Iterator[Path]:
-    """Every generation's folder of a store that is a local folder, finished or not."""
-    for folder in sorted((store_root / "artifacts").glob("*/*")):
-        numbers = (int(p.name[1:]) for p in folder.glob("g*") if _GENERATION.fullmatch(p.name))
-        yield from (folder / f"g{number}" for number in sorted(numbers))
 
 
 def bring(

@@ -7,18 +7,19 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from cluster.mirror import mirror_of
-from configs.errors import ArtifactError, PlanError, StoreError
+from cluster import place
+from configs.errors import ArtifactError, StoreError
 from pipeline.lease import is_held, newest
 from pipeline.records import Built, Reused
-from pipeline.removal import delete, remove, removed
+from pipeline.removal import delete, remove, remove_objects, removed
 from pipeline.slots import builders
-from pipeline.store import Store, generations
+from pipeline.store import Store
 from pipeline.verbs.asked import load_asked
-from stages.manifest import MANIFEST, Manifest, read_manifest
+from stages.manifest import MANIFEST, Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,6 @@ def clean(args: argparse.Namespace) -> int:
     With `--dry-run` only list. Exit code 1 if anything that was offered could not be deleted.
     """
     store = load_asked(args).store(print)
-    if store.mirror.is_apart:
-        raise PlanError(
-            f"store.url = {store.mirror.url}: clean deletes in local folders only so far; delete "
-            "what `ingot status` and `ingot runs` do not name with the tools of that store"
-        )
     entries = list(inventory(store, unfinished=args.unfinished))
     for entry in entries:
         name = entry.path.relative_to(store.root / "artifacts")
@@ -72,13 +68,23 @@ def _is_deleted(store: Store, entry: Entry, since: float) -> bool:
     """
     try:
         if entry.is_generation:
-            remove(entry.path, lambda: _used(store, since).get(entry.path))
+            used_by = partial(_user, store, entry.path, since)
+            if store.mirror.is_apart:
+                remove_objects(store.mirror, entry.path, used_by)
+            else:
+                remove(entry.path, used_by)
         else:
+            if store.mirror.is_apart:
+                place.delete(store.mirror.address(entry.path))
             delete(entry.path)
     except StoreError as error:
         print(f"warning: {error}")
         return False
     return True
+
+
+def _user(store: Store, path: Path, since: float) -> str | None:
+    return _used(store, since).get(path)
 
 
 def inventory(store: Store, *, unfinished: bool) -> Iterator[Entry]:
@@ -89,18 +95,19 @@ def inventory(store: Store, *, unfinished: bool) -> Iterator[Entry]:
     being built and, but for `unfinished`, what an interrupted build left, since hours of training
     may lie there.
     """
-    held = {path for path in generations(store.root) if is_held(str(path))}
+    every = store.generations()
+    held = {path for path in every if is_held(store.mirror.address(path))}
     latest, used = _latest(store), _used(store)
-    for path in generations(store.root):
-        num_bytes = _size(path)
+    for path in every:
+        num_bytes = _size(store, path)
         if path in held:
             yield Entry(path, num_bytes, "keep", "being built")
         elif path in latest:
             yield Entry(path, num_bytes, "keep", f"latest of {latest[path]}")
-            yield from _leftovers(path)
+            yield from _leftovers(store, path)
         elif path in used:
             yield Entry(path, num_bytes, "keep", used[path])
-        elif (path / MANIFEST).exists():
+        elif store.is_committed(path):
             yield Entry(path, num_bytes, "remove", "superseded")
         elif unfinished:
             yield Entry(path, num_bytes, "remove", "unfinished")
@@ -110,18 +117,18 @@ def inventory(store: Store, *, unfinished: bool) -> Iterator[Entry]:
     for path in removed(store.root):
         if not is_held(str(path)):
             reason = "left by a clean that was cut short"
-            yield Entry(path, _size(path), "remove", reason, is_generation=False)
+            yield Entry(path, _size(store, path), "remove", reason, is_generation=False)
 
 
-def _leftovers(path: Path) -> Iterator[Entry]:
+def _leftovers(store: Store, path: Path) -> Iterator[Entry]:
     """Folders in a committed generation of builders that wrote on after they had lost it."""
-    manifest = _manifest(path)
+    manifest = _manifest(store, path)
     if manifest is None:
         return
-    for builder in builders(mirror_of(str(path)), path):
+    for builder in builders(store.mirror, path):
         if not manifest.address.startswith(f"{builder.name}/"):
             reason = "left by a builder that came too late"
-            yield Entry(builder, _size(builder), "remove", reason, is_generation=False)
+            yield Entry(builder, _size(store, builder), "remove", reason, is_generation=False)
 
 
 def _used(store: Store, since: float = math.inf) -> dict[Path, str]:
@@ -130,12 +137,14 @@ def _used(store: Store, since: float = math.inf) -> dict[Path, str]:
     Also what runs used that began at `since` or later, in seconds since the epoch, and have ended.
     """
     used: dict[Path, str] = {}
-    for path in generations(store.root):
-        holder = newest(str(path))[1]
+    for path in store.generations():
+        address = store.mirror.address(path)
+        holder = newest(address)[1]
         inputs = holder.get("inputs", ())
-        if inputs and is_held(str(path)):
+        if inputs and is_held(address):
             reader = f"in use by process {holder.get('pid')}, which builds {path}"
             used |= {store.root / address: reader for address in inputs}
+    store.records.look_again()
     for run in store.records.newest_first():
         if run.live or run.started >= since:
             made = (o.address for o in run.outcomes.values() if isinstance(o, Built | Reused))
@@ -152,20 +161,22 @@ def _latest(store: Store) -> dict[Path, str]:
         for (recipe, node), path in store.records.latest_artifacts().items()
     }
     newest_of: dict[tuple[str, str], Path] = {}
-    for path in generations(store.root):
-        manifest = _manifest(path)
+    for path in store.generations():
+        manifest = _manifest(store, path)
         if manifest is not None:
             made = manifest.provenance
             key = str(made.get("recipe")), str(made.get("node"))
-            if key not in newest_of or _committed(path) > _committed(newest_of[key]):
+            if key not in newest_of or _committed(store, path) > _committed(store, newest_of[key]):
                 newest_of[key] = path
     for (recipe, node), path in newest_of.items():
         kept.setdefault(path, f"{recipe} {node}")
     return kept
 
 
-def _size(path: Path) -> int:
+def _size(store: Store, path: Path) -> int:
     """Bytes of the files below `path`; what vanishes while they are counted has none."""
+    if store.mirror.is_apart:
+        return sum(place.sizes(store.mirror.address(path)).values())
     total = 0
     for folder, _, names in os.walk(path):
         for name in names:
@@ -174,15 +185,15 @@ def _size(path: Path) -> int:
     return total
 
 
-def _committed(path: Path) -> int:
+def _committed(store: Store, path: Path) -> float:
     try:
-        return (path / MANIFEST).stat().st_mtime_ns
+        return place.modified(store.mirror.address(path / MANIFEST))
     except FileNotFoundError:
-        return 0
+        return 0.0
 
 
-def _manifest(path: Path) -> Manifest | None:
+def _manifest(store: Store, path: Path) -> Manifest | None:
     try:
-        return read_manifest(str(path))
+        return store.manifest(path)
     except ArtifactError:
         return None

@@ -293,7 +293,7 @@ def test_what_a_clean_that_was_cut_short_left_is_offered_unless_it_goes_on(
 
 
 def test_files_that_vanish_while_they_are_counted_have_no_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "kept").write_text("1234")
     (tmp_path / "vanishes").touch()
@@ -305,5 +305,5 @@ def test_files_that_vanish_while_they_are_counted_have_no_size(
         yield from found
 
     monkeypatch.setattr(os, "walk", walk)
-    assert clean_module._size(tmp_path) == 4
-    assert clean_module._committed(tmp_path / "gone") == 0
+    assert clean_module._size(world.store, tmp_path) == 4
+    assert clean_module._committed(world.store, tmp_path / "gone") == 0

@@ -553,7 +553,7 @@ def test_generations_are_counted_as_numbers(world: World, node: Node) -> None:
     for name in ("g9", "g10"):
         (made.path.parent / name / MANIFEST).write_text((made.path / MANIFEST).read_text())
     assert world.store.newest(node) == 10
-    found = [path.name for path in store_module.generations(world.store.root)]
+    found = [path.name for path in world.store.generations()]
     assert found == ["g1", "g9", "g10", "g11"]
 
 

@@ -3,13 +3,16 @@
 Another machine is another cache folder: what lies in the store is all that the two share.
 """
 
+import argparse
 import json
 import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pytest
 
@@ -18,11 +21,15 @@ from cluster.mirror import mirror_of
 from configs.errors import ArtifactError, LeaseLost, StoreError
 from configs.parallel import StoreConfig
 from configs.reading import load_recipe
-from pipeline import cli
+from pipeline import cli, removal
 from pipeline import lease as lease_module
 from pipeline import store as store_module
+from pipeline.lease import give_up, newest, take, this_process
+from pipeline.removal import remove_objects
 from pipeline.slots import Slot, open_slot
 from pipeline.tracking.runs import Told
+from pipeline.verbs import clean as clean_module
+from pipeline.verbs.clean import Entry, clean, inventory
 from pipeline.verbs.run import _write_page
 from stages.manifest import MANIFEST, Lease
 from tests.objects import Objects, serving
@@ -504,3 +511,115 @@ def test_an_artifact_that_cannot_be_fetched_costs_no_page(
     path = _write_page(told, there.store, lambda run_id: run_id, run)
     assert "judge" in path.read_text()
     assert place.exists(f"{machines.url}/runs/{path.name}")
+
+
+def listed(world: World) -> dict[Path, Entry]:
+    return {entry.path: entry for entry in inventory(world.store, unfinished=True)}
+
+
+def run_clean(world: World, monkeypatch: pytest.MonkeyPatch, *, code: int = 0) -> None:
+    """`ingot clean` of this store."""
+
+    class Asked:
+        def store(self, say: object) -> object:
+            return world.store
+
+    monkeypatch.setattr(clean_module, "load_asked", lambda args: Asked())
+    assert clean(argparse.Namespace(unfinished=False, dry_run=False)) == code
+
+
+def test_what_newer_artifacts_replaced_is_deleted_here_and_there(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = machines.world("one")
+    old = one.run(train={"steps": 2})
+    new = one.run(train={"steps": 3})
+    gone, kept = one.generation(old, "train"), one.generation(new, "train")
+    entries = listed(one)
+    assert (entries[gone].verdict, entries[kept].verdict) == ("remove", "keep")
+    assert entries[gone].num_bytes == sum(place.sizes(one.store.mirror.address(gone)).values()) > 0
+    # Another machine reuses it in a run that goes on: then it stays.
+    other = machines.world("other")
+    reading = other.run(train={"steps": 2})
+    other.store.records.update(replace(reading, finished=False, process=this_process()))
+    one.run(train={"steps": 3})
+    run_clean(one, monkeypatch)
+    assert "in use by run" in capsys.readouterr().out
+    assert place.exists(one.store.mirror.address(gone / MANIFEST))
+    other.store.records.update(replace(reading, finished=True))
+    run_clean(one, monkeypatch)
+    assert place.names(one.store.mirror.address(gone)) == []
+    assert not gone.exists()
+    assert place.exists(one.store.mirror.address(kept / MANIFEST))
+    assert "freed" in capsys.readouterr().out
+    # What is gone is built again, under the first number.
+    assert outcomes(machines.world("third").run(train={"steps": 2}))["train"] == "built"
+
+
+def test_a_build_that_commits_while_its_folder_is_deleted_leaves_no_manifest(
+    machines: Machines,
+) -> None:
+    world = machines.world("one")
+    node = world.graph()["data"]
+    world.store.prepare()
+    with pytest.raises(LeaseLost), world.store.slot(node, {}) as slot:
+        assert isinstance(slot, Slot)
+        corpus = fill(slot)
+        # Silent for so long that it counts as dead, to whoever deletes.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(removal, "is_held", lambda address: False)
+            remove_objects(world.store.mirror, slot.path.parent, lambda: None)
+        world.store.commit(slot, node, corpus, {}, {})
+    assert not place.exists(world.store.mirror.address(slot.path.parent / MANIFEST))
+    assert outcomes(world.run())["data"] == "built"
+
+
+@pytest.mark.parametrize("moment", ["held", "lease", "used"])
+def test_what_somebody_builds_or_uses_is_not_deleted(machines: Machines, moment: str) -> None:
+    world = machines.world("one")
+    generation = world.generation(world.run(), "data")
+    address = world.store.mirror.address(generation)
+    before = place.sizes(address)
+    mirror = world.store.mirror
+    with pytest.MonkeyPatch.context() as patch:
+        if moment == "held":
+            take(address, 1, "another")
+            patch.setattr(removal, "is_held", lambda address: True)
+        if moment == "lease":
+            patch.setattr(removal, "take", lambda *_: None)
+        with pytest.raises(StoreError, match=r"is building it|used by me; left as it is"):
+            remove_objects(mirror, generation, lambda: "used by me")
+    place.delete(f"{address}/lease-000001.json")
+    assert place.sizes(address) == before
+
+
+@pytest.mark.parametrize(("patience", "ends"), [(60.0, True), (0.0, False)])
+def test_a_wait_for_another_builder_outlasts_a_moment_without_answers(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, patience: float, ends: bool
+) -> None:
+    one, other = machines.world("one"), machines.world("other")
+    node, looks = one.graph()["data"], [0]
+
+    def look(address: str) -> Any:
+        looks[0] += 1
+        if looks[0] == 2:
+            raise StoreError(f"{address}: does not answer")
+        if looks[0] == 3 and isinstance(slot, Slot):
+            give_up(slot.lease)
+        return newest(address)
+
+    with one.store.slot(node, {}) as slot:
+        assert isinstance(slot, Slot)
+        monkeypatch.setattr(store_module, "newest", look)
+        monkeypatch.setattr(store_module, "PATIENCE_SECONDS", patience)
+        if ends:
+            with other.store.slot(node, {}) as taken:
+                assert isinstance(taken, Slot)
+                assert taken.lease.number == 2
+        else:
+            with (
+                pytest.raises(StoreError, match="does not answer"),
+                other.store.slot(node, {}),
+            ):
+                pass
+    assert looks[0] >= 2
