@@ -82,7 +82,8 @@ class Desk:
         return (self._root / _FAILURE).is_file()
 
     def raise_failure(self) -> None:
-        """Raise what a rank raised, if any did."""
+        """Raise what a rank raised, if any did, now that none is started anew any more."""
+        (self._root / _INTERRUPTED).unlink(missing_ok=True)
         if not self.has_failed():
             return
         record = json.loads((self._root / _FAILURE).read_text())

@@ -212,13 +212,14 @@ class _Interruptions(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
         """Keep which ranks failed: a dead one makes the others' collectives fail too."""
-        died = [
-            rank
+        died = {
+            rank: error.health_check_failure
             for rank, error in worker_exceptions.items()
             if isinstance(error, WorkerHealthCheckFailedError)
-        ]
-        rank = min(died or worker_exceptions)
-        self._desk.interrupt(f"trainer {rank} failed ({what_happened(worker_exceptions[rank])})")
+        }
+        failed = died or worker_exceptions
+        rank = min(failed)
+        self._desk.interrupt(f"trainer {rank} failed ({what_happened(failed[rank])})")
 
 
 def _fit_interruptibly(trainer: TorchTrainer) -> None:

@@ -207,8 +207,8 @@ def _start_to_last(machines: ClusterConfig) -> None:
 
 
 def _start(machines: ClusterConfig) -> None:
+    _shorten_messages()
     if machines.address is not None:
-        _shorten_messages()
         ray.init(address=machines.address, log_to_driver=False, logging_level=logging.ERROR)
         return
     # Ray would run workers at niceness 15, behind everything else on a machine that may be shared.
@@ -229,9 +229,9 @@ def _start(machines: ClusterConfig) -> None:
 
 
 def _shorten_messages() -> None:
-    """Have what Ray says of a cluster's machines be one line each, on stderr.
+    """Have what Ray says of lost workers and machines be one line each, on stderr.
 
-    It prints a page onto stdout for a machine that is lost, and offers no other way.
+    It prints a page of each onto stdout, and offers no other way.
     """
     if not hasattr(worker, "print_to_stdstream"):
         return

@@ -1,6 +1,7 @@
 """The long loop under Ray Train: each step once, whatever dies in between."""
 
 import os
+import re
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from cluster.checkpoint import latest, load_shards
 from cluster.fit import FitJob, fit
+from cluster.output import RESTART
 from configs.errors import LeaseLost, MachineError, TrainingError
 from configs.parallel import ClusterConfig
 from stages.steps import read_metrics
@@ -88,7 +90,7 @@ def run(one: FitJob, machines: ClusterConfig, folder: Path) -> Path:
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     """The step log without the rate, which is measured, and what each process says of itself."""
-    own = {"tokens_per_second", "tags"}
+    own = {"tokens_per_second", "tags", RESTART}
     return [
         {name: value for name, value in line.items() if name not in own}
         for line in read_metrics(folder / "metrics.jsonl")
@@ -103,6 +105,9 @@ def test_a_killed_rank_costs_time_and_nothing_else(machines: ClusterConfig, tmp_
     survived = run(job(rough, KilledOnce(marker=str(marker))), machines, rough)
     assert marker.exists()
     assert steps_of(rough) == steps_of(calm)
+    (said,) = (line[RESTART] for line in read_metrics(rough / "metrics.jsonl") if RESTART in line)
+    assert re.fullmatch(r"trainer 1 failed \(.+\); goes on from the save of step 4", said)
+    assert "\n" not in said
     expected, found = load_shards(final), load_shards(survived)
     assert set(expected) == set(found)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
