@@ -51,7 +51,6 @@ from model.fp8.triton_layout import (
     flat,
     group_heights,
     group_table,
-    matrix,
 )
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -226,16 +225,17 @@ class Triton:
             return out.zero_()
         blocking = _blocking(height, a.values.device)
         blocks = -(-height // blocking.rows) * -(-columns // _BLOCK_N)
+        operands = _operands(out.device)
         with _launching(out):
             product_kernels.outer[(len(heights) * blocks,)](
-                **matrix(a).arguments("a", "km"),
-                **matrix(b).arguments("b", "kn"),
+                **matrix(a, operands).arguments("a", "km"),
+                **matrix(b, operands).arguments("b", "kn"),
                 out=out,
                 table=group_table(heights, TILE, out.device),
                 height=height,
                 columns=columns,
                 groups=len(heights),
-                OPERANDS=_operands(out.device),
+                OPERANDS=operands,
                 BLOCK_M=blocking.rows,
                 BLOCK_N=_BLOCK_N,
                 TOGETHER=_TOGETHER,
@@ -305,10 +305,11 @@ class Triton:
             return out.zero_().to(dtype)
         blocking = _blocking(rows // len(heights), a.values.device)
         tiles = sum(-(-height // blocking.rows) for height in heights)
+        operands = _operands(out.device)
         with _launching(out):
             product_kernels.multiply[(tiles * -(-columns // _BLOCK_N),)](
-                **matrix(a).arguments("a", "mk"),
-                **matrix(b).arguments("b", "ekn"),
+                **matrix(a, operands).arguments("a", "mk"),
+                **matrix(b, operands).arguments("b", "ekn"),
                 out=out,
                 out_m=columns,
                 table=group_table(heights, blocking.rows, out.device),
@@ -318,7 +319,7 @@ class Triton:
                 groups=len(heights),
                 A_ROWS=a.tile[0],
                 B_COLUMNS=b.tile[1],
-                OPERANDS=_operands(out.device),
+                OPERANDS=operands,
                 BLOCK_M=blocking.rows,
                 BLOCK_N=_BLOCK_N,
                 TOGETHER=_TOGETHER,
@@ -372,6 +373,12 @@ def _operands(device: torch.device) -> Any:
         return product_kernels.FLOAT32
     able = torch.cuda.get_device_capability(device) >= FLOAT8_PRODUCTS
     return product_kernels.FLOAT8 if able else product_kernels.BFLOAT16
+
+
+def matrix(q: Quantized, operands: Any) -> Matrix:
+    """The codes and scales of `q` as a product reads them."""
+    as_they_are = operands is product_kernels.FLOAT8
+    return Matrix(q.values if as_they_are else q.values.view(torch.uint8), q.scales)
 
 
 def _launching(x: Tensor) -> AbstractContextManager[Any]:

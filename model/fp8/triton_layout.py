@@ -28,7 +28,7 @@ class Matrix:
     """A quantised matrix, or a stack of them, as kernels read and write it."""
 
     codes: Tensor
-    """uint8, the bytes of E4M3 values; for a cast, floats are a source too."""
+    """uint8, the bytes of E4M3 values, or these values; for a cast, floats are a source too."""
     scales: Tensor
     """float32 of as many dims; any tensor of such where codes are floats, which have none."""
 
@@ -44,11 +44,6 @@ class Matrix:
             found[f"{name}_{axis}"] = stride
             found[f"{name}_scales_{axis}"] = scale_stride
         return found
-
-
-def matrix(q: Quantized) -> Matrix:
-    """The bytes and scales of `q`, as views."""
-    return Matrix(q.values.view(torch.uint8), q.scales)
 
 
 @lru_cache(256)

@@ -22,7 +22,8 @@ from model.fp8.triton_casts import WIDTH, band_of, decode
 # checks the types of other functions would stand between Triton and the source it compiles.
 
 FLOAT8 = tl.constexpr(0)
-"""Bytes go to the tensor cores as they are."""
+"""Codes go to the tensor cores as they are, typed as what they are: bytes that are cast after they
+were loaded could not be handed over from shared memory."""
 BFLOAT16 = tl.constexpr(1)
 """For GPUs without products of float8: bfloat16 holds every E4M3 value."""
 FLOAT32 = tl.constexpr(2)
@@ -179,33 +180,37 @@ def _sum_of_blocks(
         k = block * WIDTH + tl.arange(0, WIDTH)
         real = k < contraction
         k = k.to(tl.int64)
-        left = tl.load(a_row + k[None, :] * a_k, mask=real_row[:, None] & real[None, :], other=0)
+        left = tl.load(a_row + k[None, :] * a_k, mask=real_row[:, None] & real[None, :], other=0.0)
         right = tl.load(
-            b_column + k[:, None] * b_k, mask=real[:, None] & real_column[None, :], other=0
+            b_column + k[:, None] * b_k, mask=real[:, None] & real_column[None, :], other=0.0
         )
+        # Both scales before the product: a load behind it would begin when that has ended.
         a_scale = tl.load(a_scale_at + block * a_scales_k, mask=real_row, other=0.0)
-        part = _dot(left, right, OPERANDS)
         b_at = b_scales + block * b_scales_k
         if B_COLUMNS == 1:
             b_scale = tl.load(b_at + column * b_scales_n, mask=real_column, other=0.0)
-            total += part * (a_scale[:, None] * b_scale[None, :])
+            total += _dot(left, right, OPERANDS) * (a_scale[:, None] * b_scale[None, :])
         else:
             # A block of columns lies within one tile: its width divides 128.
             b_scale = tl.load(b_at + tl.min(column, axis=0) // B_COLUMNS * b_scales_n)
-            total += part * (a_scale * b_scale)[:, None]
+            total += _dot(left, right, OPERANDS) * (a_scale * b_scale)[:, None]
     return total
 
 
 @no_type_check
 @triton.jit
 def _dot(left, right, OPERANDS: tl.constexpr):
-    """The product of two blocks of codes, float32."""
+    """The product of two blocks of codes, float32.
+
+    One branch each: what comes after a `return` would be compiled too.
+    """
     if OPERANDS == FLOAT8:
-        a8, b8 = left.to(tl.float8e4nv, bitcast=True), right.to(tl.float8e4nv, bitcast=True)
-        return tl.dot(a8, b8)
-    if OPERANDS == BFLOAT16:
-        return tl.dot(decode(left).to(tl.bfloat16), decode(right).to(tl.bfloat16))
-    return tl.dot(decode(left), decode(right), input_precision="ieee")
+        part = tl.dot(left, right)
+    elif OPERANDS == BFLOAT16:
+        part = tl.dot(decode(left).to(tl.bfloat16), decode(right).to(tl.bfloat16))
+    else:
+        part = tl.dot(decode(left), decode(right), input_precision="ieee")
+    return part
 
 
 @no_type_check
