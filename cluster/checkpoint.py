@@ -98,7 +98,7 @@ def latest(*roots: Path) -> tuple[Path, int] | None:
     """
     folders = [folder for root in roots for folder in _step_folders(root)]
     for folder in sorted(folders, key=lambda path: path.name, reverse=True):
-        if (step := _complete_step(folder)) is not None:
+        if (step := complete_step(folder)) is not None:
             return folder, step
     return None
 
@@ -151,7 +151,7 @@ def _step_folders(root: Path) -> list[Path]:
         return []
 
 
-def _complete_step(folder: Path) -> int | None:
+def complete_step(folder: Path) -> int | None:
     """The step of a save that is complete, each file as long as its own header says; else none.
 
     Its builder may be alive, and delete it at this moment.

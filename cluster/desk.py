@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster import checkpoint
+from cluster.saves import Saves
 from cluster.workers import what_happened
 from configs import errors
 from configs.errors import IngotError, MachineError, TrainingError
@@ -32,29 +32,32 @@ class StepLog(Protocol):
 
 
 class Desk:
-    """The folder of a training's saves, for a process that sees it."""
+    """The folder of a builder that trains, for a process that sees it."""
 
-    def __init__(self, saves: tuple[str, ...], open_log: Callable[[int], StepLog]) -> None:
-        """`saves` and `open_log` as of `FitJob`."""
-        self._root, *self._earlier = map(Path, saves)
-        self._open_log = open_log
+    def __init__(self, saves: Saves, open_log: Callable[[int], StepLog]) -> None:
+        """`open_log` as of `FitJob`."""
+        self._saves, self._open_log = saves, open_log
         self._log: StepLog | None = None
 
     def begin(self) -> None:
-        """Make the folder, and forget the failure of an earlier try."""
-        self._root.mkdir(parents=True, exist_ok=True)
+        """Make the folder of saves, and forget the failure of an earlier try."""
+        self._saves.root.mkdir(parents=True, exist_ok=True)
         for name in (_FAILURE, _INTERRUPTED):
-            (self._root / name).unlink(missing_ok=True)
+            self._path(name).unlink(missing_ok=True)
+
+    def choose(self) -> tuple[Path, int] | None:
+        """The save that the ranks continue from, which all of them can read then."""
+        return self._saves.choose()
 
     def interrupt(self, reason: str) -> None:
         """Keep why the ranks are started anew, for the first record that they write then."""
-        (self._root / _INTERRUPTED).write_text(reason)
+        self._path(_INTERRUPTED).write_text(reason)
 
     def open_log(self, step: int) -> str | None:
         """Open the step log for a training that continues after this step; why it does so, if
         ranks of this build failed before."""
         self._log = self._open_log(step)
-        path = self._root / _INTERRUPTED
+        path = self._path(_INTERRUPTED)
         if not path.is_file():
             return None
         reason = path.read_text()
@@ -68,28 +71,29 @@ class Desk:
 
     def complete(self, step: int) -> None:
         """Mark the save of a step, all shards of which are written, and delete older ones."""
-        folder = checkpoint.step_folder(self._root, step)
-        folder.mkdir(exist_ok=True)
-        checkpoint.mark_complete(folder, {"step": step})
-        checkpoint.prune(self._root, keep=2, earlier=self._earlier)
+        self._saves.complete(step)
 
     def fail(self, error: str, message: str) -> None:
         """Keep what a rank raised, for the driver."""
-        (self._root / _FAILURE).write_text(json.dumps({"error": error, "message": message}))
+        self._path(_FAILURE).write_text(json.dumps({"error": error, "message": message}))
 
     def has_failed(self) -> bool:
         """Whether an earlier attempt failed for a reason that trying again will not mend."""
-        return (self._root / _FAILURE).is_file()
+        return self._path(_FAILURE).is_file()
 
     def raise_failure(self) -> None:
         """Raise what a rank raised, if any did, now that none is started anew any more."""
-        (self._root / _INTERRUPTED).unlink(missing_ok=True)
+        self._path(_INTERRUPTED).unlink(missing_ok=True)
         if not self.has_failed():
             return
-        record = json.loads((self._root / _FAILURE).read_text())
-        (self._root / _FAILURE).unlink()
+        record = json.loads(self._path(_FAILURE).read_text())
+        self._path(_FAILURE).unlink()
         kind = getattr(errors, record["error"], TrainingError)
         raise kind(record["message"])
+
+    def _path(self, name: str) -> Path:
+        """Beside what a build can be continued from, of which this is none."""
+        return self._saves.supply.builder / name
 
 
 class FarDesk:
@@ -98,6 +102,10 @@ class FarDesk:
     def __init__(self, actor: Any, timeout_seconds: float) -> None:
         """`actor` is that of `open_desk`."""
         self._actor, self._timeout = actor, timeout_seconds
+
+    def choose(self) -> tuple[Path, int] | None:
+        found: tuple[Path, int] | None = self._tell("choose")
+        return found
 
     def open_log(self, step: int) -> str | None:
         reason: str | None = self._tell("open_log", step)
@@ -127,7 +135,7 @@ class FarDesk:
             ) from error
 
 
-def open_desk(saves: tuple[str, ...], open_log: Callable[[int], StepLog]) -> Any:
+def open_desk(saves: Saves, open_log: Callable[[int], StepLog]) -> Any:
     """A desk in an actor on this machine, for ranks elsewhere; it ends with the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote: Any = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here)

@@ -33,11 +33,19 @@ from cluster import checkpoint
 from cluster.desk import Desk, FarDesk, StepLog, open_desk
 from cluster.gathered import gathered
 from cluster.output import RESTART, Output
+from cluster.saves import Saves
 from cluster.session import close_ray, hear, ray_for, worker_env
 from cluster.supply import Supply
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
 from cluster.workers import await_cpus, choose_network, what_happened, with_tail
-from configs.errors import ArtifactError, IngotError, LeaseLost, MachineError, TrainingError
+from configs.errors import (
+    ArtifactError,
+    IngotError,
+    LeaseLost,
+    MachineError,
+    NoAnswer,
+    TrainingError,
+)
 from configs.model import ModelConfig
 from configs.parallel import ClusterConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
@@ -93,11 +101,7 @@ class FitJob:
     source: StepSource
     loss: Callable[[int], LossSpec]
     """What is minimised at a step."""
-    saves: tuple[str, ...]
-    """Folder of the sharded saves; then those of earlier builds, which are of no use once there is
-    one in the first."""
-    start: tuple[Path, int] | None
-    """The save of an earlier build that this one begins with, and its step."""
+    saves: Saves
     open_log: Callable[[int], StepLog]
     """Opens the step log for a run that continues after the given step."""
     may_write: Callable[[], None]
@@ -105,8 +109,6 @@ class FitJob:
     threads: int
     output: Output
     """Where the ranks' words go."""
-    supply: Supply
-    """How files reach ranks on other machines."""
     reads: tuple[Path, ...] = ()
     """Folders of the build's inputs that every rank reads."""
     held_out: HeldOut | None = None
@@ -115,12 +117,10 @@ class FitJob:
     vocabulary: tuple[int, ...] | None = None
     """What each token counts as to a memory of n-grams; none where the model has no memory."""
 
-    def resume(self) -> tuple[Path, int] | None:
-        """The save to continue from and its step: this build's newest, or what it begins with."""
-        root = Path(self.saves[0])
-        # Shards of ranks that were elsewhere lie in the store alone.
-        self.supply.fetch(root)
-        return checkpoint.latest(root) or self.start
+    @property
+    def supply(self) -> Supply:
+        """How files reach ranks on other machines."""
+        return self.saves.supply
 
 
 def fit(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
@@ -134,13 +134,13 @@ def fit(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
     Path(notes).mkdir(parents=True, exist_ok=True)
     desk = desk_of(job)
     desk.begin()
-    done = job.resume()
+    done = job.saves.newest()
     if done is None or done[1] != job.steps:
         with ray_for(machines, home, workers=machines.trainers):
             await_cpus(machines, machines.trainers, role=job.output.role)
             job.may_write()
             _run(job, machines, desk, notes)
-        done = job.resume()
+        done = job.saves.newest()
     if done is None or done[1] != job.steps:
         seen = 0 if done is None else done[1]
         raise TrainingError(f"{seen} of {job.steps} steps were done; run again to continue")
@@ -208,10 +208,16 @@ class _Interruptions(UserCallback):
     """Runs in Ray Train's own actor, on the driver's machine."""
 
     def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+        self._desk, self._count = desk, 0
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        """Keep which ranks failed: a dead one makes the others' collectives fail too."""
+        """Keep which ranks failed: a dead one makes the others' collectives fail too.
+
+        Nothing where the builder has lost its folder to another.
+        """
+        if any(isinstance(_cause_of(error), LeaseLost) for error in worker_exceptions.values()):
+            return
+        self._count += 1
         died = {
             rank: error.health_check_failure
             for rank, error in worker_exceptions.items()
@@ -219,7 +225,15 @@ class _Interruptions(UserCallback):
         }
         failed = died or worker_exceptions
         rank = min(failed)
-        self._desk.interrupt(f"trainer {rank} failed ({what_happened(failed[rank])})")
+        why = f"trainer {rank} failed ({what_happened(failed[rank])})"
+        self._desk.interrupt(f"restart {self._count}: {why}")
+
+
+def _cause_of(error: BaseException) -> BaseException:
+    """What a rank raised, without what Ray wraps it in."""
+    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = inner
+    return error
 
 
 def _fit_interruptibly(trainer: TorchTrainer) -> None:
@@ -251,7 +265,9 @@ def _fit_interruptibly(trainer: TorchTrainer) -> None:
 def _train_worker(config: dict[str, Any]) -> None:
     """What runs on each rank."""
     job: FitJob = config["job"]
-    desk = config["desk"] if job.supply.is_far else desk_of(job)
+    # On a cluster all report to one machine, also those who share its disk: it sees at once what it
+    # has written itself.
+    desk: Desk | FarDesk = config["desk"] or desk_of(job)
     if desk.has_failed():
         return
     try:
@@ -282,7 +298,7 @@ def _steps(job: FitJob, desk: Desk | FarDesk) -> None:
         seed=job.seed,
         vocabulary=job.vocabulary,
     )
-    if chosen := agreed_save(job):
+    if chosen := agreed_save(job, desk):
         _load(trainer, job, *chosen)
     elif job.base is not None:
         trainer.load_whole(read_tensors(Path(job.base)))
@@ -354,16 +370,18 @@ def _record(log: Desk | FarDesk | None, job: FitJob, *told: Mapping[str, Any], s
     log.append(line | ({"notes": notes} if notes else {}), step)
 
 
-def agreed_save(job: FitJob) -> tuple[Path, int] | None:
-    """What rank 0 finds to continue from, and its step, on every rank of the process group."""
-    found = job.resume() if dist.get_rank() == 0 else None
-    # Two numbers say it: the step, and whether it is what the driver chose.
-    said = torch.tensor([-1, 0] if found is None else [found[1], found == job.start])
+def agreed_save(job: FitJob, desk: Desk | FarDesk) -> tuple[Path, int] | None:
+    """What the driver's machine has to continue from, and its step, on every rank."""
+    found = desk.choose() if dist.get_rank() == 0 else None
+    # Two numbers say it: the step, and whether it is what the driver began with.
+    said = torch.tensor([-1, 0] if found is None else [found[1], found == job.saves.start])
     dist.broadcast(said, src=0)
     step, by_driver = said.tolist()
     if step < 0:
         return None
-    return job.start if by_driver else (checkpoint.step_folder(Path(job.saves[0]), step), step)
+    if by_driver:
+        return job.saves.start
+    return checkpoint.step_folder(job.saves.root, step), step
 
 
 def _load(trainer: Trainer, job: FitJob, folder: Path, step: int) -> None:
@@ -373,6 +391,8 @@ def _load(trainer: Trainer, job: FitJob, folder: Path, step: int) -> None:
         try:
             job.supply.fetch(folder)
             return trainer.load(folder, step=step)
+        except (NoAnswer, LeaseLost):
+            raise
         except (ArtifactError, SafetensorError, OSError) as error:
             if trainer.rank == 0 and isinstance(error, ArtifactError):
                 raise  # It names the remedy itself.
@@ -392,15 +412,14 @@ def _load(trainer: Trainer, job: FitJob, folder: Path, step: int) -> None:
 
 def _save(trainer: Trainer, job: FitJob, desk: Desk | FarDesk) -> None:
     job.may_write()
-    root = Path(job.saves[0])
-    shard = trainer.save(checkpoint.step_folder(root, trainer.step))
+    shard = trainer.save(checkpoint.step_folder(job.saves.root, trainer.step))
     job.supply.send(shard)
     dist.barrier()
     if trainer.rank == 0:
         job.may_write()
         desk.complete(trainer.step)
     if job.supply.is_far:
-        checkpoint.prune_shards(root, keep=2)
+        checkpoint.prune_shards(job.saves.root, keep=2)
 
 
 def _last_line(error: BaseException) -> str:

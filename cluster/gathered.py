@@ -7,7 +7,7 @@ machine lives, and `ingot logs` shows all workers alike.
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,18 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.head import is_lost
 from cluster.output import Output, log_files
 from cluster.supply import Supply
 
 LOOK_SECONDS = 2.0
-_ANSWER_SECONDS = 30.0
+_ANSWER_SECONDS, _JOIN_SECONDS = 30.0, 0.5
 _PART_BYTES = 1 << 20
+_MOST_LOOKS = 16
 _active: dict[Output, "_Gatherer"] = {}
+_known: dict[Output, dict[str, dict[int, int]]] = {}
+"""Bytes of each worker that the driver has, by the address of its machine, which stays the same
+when Ray or a group of workers is started anew."""
 
 
 @contextmanager
@@ -42,6 +47,10 @@ def bring_up_to_date(output: Output) -> None:
     """Have all that was printed until now, as far as machines answer."""
     if gatherer := _active.get(output):
         gatherer.look()
+
+
+def _is_reachable() -> bool:
+    return ray.is_initialized() and not is_lost()
 
 
 class _Reader:
@@ -74,8 +83,7 @@ class _Gatherer:
         self._output, self._supply = output, supply
         self._readers: dict[str, tuple[str, Any]] = {}
         """By node of Ray: the address of its machine, and the reader there."""
-        self._known: dict[str, dict[int, int]] = {}
-        """By address, which a machine keeps when its Ray is started anew: bytes of each worker."""
+        self._known = _known.setdefault(output, {})
         self._busy = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True, name="gathered")
@@ -83,15 +91,27 @@ class _Gatherer:
 
     def stop(self) -> None:
         self._stop.set()
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(_JOIN_SECONDS)
         self.look()
-        for _, reader in self._readers.values() if ray.is_initialized() else ():
-            ray.kill(reader, no_restart=True)
+        with suppress(Exception):
+            for _, reader in self._readers.values() if _is_reachable() else ():
+                ray.kill(reader, no_restart=True)
 
     def look(self) -> None:
+        """Have what was printed until now. Nothing depends on these words, and so no fault of who
+        tells them may hide another."""
+        with suppress(Exception):
+            for _ in range(_MOST_LOOKS):
+                if not self._look():
+                    return
+
+    def _look(self) -> bool:
+        """Whether there may be more of what was asked for."""
+        is_cut = False
         with self._busy:
-            if not ray.is_initialized():
-                return  # Closed by an interrupt, and the workers with it.
+            if not _is_reachable():
+                return False  # Closed by an interrupt, and the workers with it, or gone.
             self._meet()
             asked = [
                 (address, reader.news.remote(self._known.setdefault(address, {})))
@@ -99,9 +119,12 @@ class _Gatherer:
             ]
             for address, ref in asked:
                 try:
-                    self._keep(address, ray.get(ref, timeout=_ANSWER_SECONDS))
-                except (RayError, TimeoutError, OSError):
-                    continue  # It may be gone; nothing depends on these words.
+                    news = ray.get(ref, timeout=_ANSWER_SECONDS)
+                except (RayError, TimeoutError):
+                    continue  # Its machine may be gone.
+                self._keep(address, news)
+                is_cut |= any(len(part) == _PART_BYTES for _, part in news.values())
+        return is_cut
 
     def _keep(self, address: str, news: Mapping[int, tuple[int, bytes]]) -> None:
         for rank, (end, part) in news.items():

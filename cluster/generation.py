@@ -84,7 +84,12 @@ class GenerationPool:
     def load(self, checkpoint: Path) -> None:
         """Let every sampler hold `checkpoint` as version 0, in place of the model that it held."""
         refs = [actor.load.remote(checkpoint) for actor in self.actors]
-        gather(refs, self.output, timeout_seconds=self.machines.startup_timeout_seconds)
+        gather(
+            refs,
+            self.output,
+            timeout_seconds=self.machines.startup_timeout_seconds,
+            setting="cluster.startup_timeout_seconds",
+        )
 
     def update_weights(self, version: int, shards: Sequence[Any]) -> None:
         """Replace every sampler's weights by `shards` (see `TrainerPool.weights`).

@@ -66,6 +66,17 @@ class Mirror:
                 with suppress(FileNotFoundError):
                     self.pull(path)
 
+    def push_folder(self, folder: Path, *, last: str) -> None:
+        """Send the files below a folder of which the store has none of that size, `last` last."""
+        if not self.is_apart:
+            return
+        sizes = place.sizes(self.address(folder))
+        found = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".draft"]
+        for path in sorted(found, key=lambda path: (path.name == last, path)):
+            name = path.relative_to(folder).as_posix()
+            if sizes.get(name) != path.stat().st_size:
+                self.push(path)
+
     def bring(self, folder: Path, hashes: Mapping[str, str]) -> None:
         """Have files below `folder` here, each with the SHA-256 that is given by its name.
 
@@ -73,6 +84,8 @@ class Mirror:
         """
         if not self.is_apart:
             return
+        # Before and after: nobody is to delete meanwhile what is only looked at.
+        self.mark(folder.parent)
         for name, wanted in hashes.items():
             path = folder / name
             for _ in range(2):
@@ -106,16 +119,14 @@ class Mirror:
         if not self.is_apart:
             return []
         kept = {path.resolve() for path in keep}
-        copies = sorted(
-            (one.parent for one in self.root.glob(f"artifacts/*/*/g*/*/{_USED}")),
-            key=lambda path: (path / _USED).stat().st_mtime,
-        )
+        used = {one.parent: _modified(one) for one in self.root.glob(f"artifacts/*/*/g*/*/{_USED}")}
+        copies = sorted(used, key=lambda path: used[path])
         held = {path: sum(_sizes(path)) for path in copies}
         gone = []
         for path in copies:
             if sum(held.values()) <= most_bytes:
                 break
-            is_idle = time.time() - (path / _USED).stat().st_mtime >= idle_seconds
+            is_idle = time.time() - _modified(path / _USED) >= idle_seconds
             if is_idle and path.parent.resolve() not in kept:
                 shutil.rmtree(path, ignore_errors=True)
                 del held[path]
@@ -142,4 +153,18 @@ def sha256(path: Path) -> str:
 
 
 def _sizes(folder: Path) -> list[int]:
-    return [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    """Of the files below a folder; others may rename and delete them meanwhile."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                found.append(os.stat(os.path.join(parent, name)).st_size)
+    return found
+
+
+def _modified(path: Path) -> float:
+    """When a file was touched; now if another process has just deleted it."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return time.time()

@@ -6,6 +6,7 @@ that it does not know, hours later and in words that do not tell why.
 
 import hashlib
 import platform
+import time
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from configs.errors import MachineError
 
+_LOOK_SECONDS = 0.5
 _FLOORS = ("configs", "model", "cluster", "stages")
 """What workers import."""
 
@@ -46,11 +48,7 @@ def require_equal_nodes(
         there = NodeAffinitySchedulingStrategy(node, soft=False)
         task = ray.remote(num_cpus=0, max_retries=0)(versions).options(scheduling_strategy=there)
         asked[task.remote()] = node
-    done, late = (
-        ray.wait(list(asked), num_returns=len(asked), timeout=timeout_seconds)
-        if asked
-        else ([], [])
-    )
+    done, late = _await_all(list(asked), timeout_seconds)
     names = {ref: f"{alive[node]} ({node[:8]})" for ref, node in asked.items()}
     if late:
         raise MachineError(
@@ -67,6 +65,15 @@ def require_equal_nodes(
         _compare(address, names[ref], theirs, own)
         equal.add(asked[ref])
     return equal
+
+
+def _await_all(refs: list[Any], timeout_seconds: float) -> tuple[list[Any], list[Any]]:
+    """(done, late), in short waits, between which an interrupt is noticed."""
+    done: list[Any] = []
+    late, deadline = refs, time.monotonic() + timeout_seconds
+    while late and time.monotonic() < deadline:
+        done, late = ray.wait(refs, num_returns=len(refs), timeout=_LOOK_SECONDS)
+    return done, late
 
 
 def _compare(address: str, node: str, theirs: Mapping[str, str], own: Mapping[str, str]) -> None:

@@ -26,7 +26,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster import files
-from configs.errors import StoreError
+from configs.errors import NoAnswer, StoreError
 
 Stamp = Mapping[str, Any]
 """What changes with a file's content, in all likelihood: JSON values."""
@@ -37,6 +37,7 @@ again."""
 _CHUNK_BYTES = 1 << 20
 _AGAIN_SECONDS = 0.5
 _CONFLICTS = (409, 412)
+_BUSY = 500
 _LOCAL = ("file", "local")
 _S3, _GCS = ("s3", "s3a"), ("gs", "gcs")
 _EXTRAS = dict.fromkeys(_S3, "s3") | dict.fromkeys(_GCS, "gcs")
@@ -138,7 +139,9 @@ def names(folder: str) -> list[str]:
         fs.invalidate_cache()
         try:
             found = fs.ls(path, detail=False)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if _says_no_bucket(error):
+                raise
             return []
     own = path.rstrip("/").rpartition("/")[2]
     below = {one.rstrip("/").rpartition("/")[2] for one in found}
@@ -340,7 +343,7 @@ def _told(address: str, *, writes: bool = False) -> Iterator[None]:
     except (FileExistsError, IsADirectoryError, StoreError):
         raise
     except FileNotFoundError as error:
-        if writes and not is_local(address):
+        if not is_local(address) and (writes or _says_no_bucket(error)):
             # Where there are no folders, only the bucket can be missing.
             raise StoreError(
                 f"{address}: no such bucket ({error}); make it, or name another"
@@ -354,17 +357,15 @@ def _told(address: str, *, writes: bool = False) -> Iterator[None]:
     except Exception as error:
         if is_local(address):
             raise
-        raise StoreError(f"{address}: {_reason(error)}") from error
+        kind = NoAnswer if _is_silence(error) else StoreError
+        raise kind(f"{address}: {_reason(error)}") from error
 
 
 def _says_something_is_there(error: OSError) -> bool:
     """Whether a create was refused because of another file, in whichever way a server says so."""
     if isinstance(error, FileExistsError):
         return True
-    answers = (getattr(one, "response", None) or {} for one in _chain(error))
-    return any(
-        answer.get("ResponseMetadata", {}).get("HTTPStatusCode") in _CONFLICTS for answer in answers
-    )
+    return any(_status(one) in _CONFLICTS for one in _chain(error))
 
 
 def _reason(error: Exception) -> str:
@@ -375,9 +376,32 @@ def _reason(error: Exception) -> str:
         return f"no credentials, or wrong ones ({text}); set them in the environment"
     if isinstance(error, PermissionError):
         return f"is not allowed ({text}); allow it, or set other credentials in the environment"
-    if any("Timeout" in kind or "Connect" in kind or "Endpoint" in kind for kind in kinds):
+    if _is_silence(error):
         return f"does not answer ({text}); see that it runs, and that its endpoint is the right one"
     return f"{type(error).__name__}: {text}; see that the address is right"
+
+
+def _says_no_bucket(error: Exception) -> bool:
+    """Whether it is not a file that is missing, but all that could hold one."""
+    answers = (getattr(one, "response", None) for one in _chain(error))
+    codes = (one.get("Error", {}).get("Code") for one in answers if isinstance(one, dict))
+    return "NoSuchBucket" in codes
+
+
+def _is_silence(error: Exception) -> bool:
+    """Whether the same call may be answered later."""
+    chain = list(_chain(error))
+    kinds = {type(one).__name__ for one in chain}
+    if any("Timeout" in kind or "Connect" in kind or "Endpoint" in kind for kind in kinds):
+        return True
+    return any(_status(one) >= _BUSY for one in chain)
+
+
+def _status(error: BaseException) -> int:
+    """The status of HTTP that an error of S3's library bears; 0 if it bears none."""
+    answer = getattr(error, "response", None)
+    found = answer.get("ResponseMetadata", {}) if isinstance(answer, dict) else {}
+    return int(found.get("HTTPStatusCode", 0))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from cluster import checkpoint
 from cluster.expert_parallel import join_group
 from cluster.output import Output
+from cluster.saves import Saves
 from cluster.session import ray_for
 from cluster.supply import Supply
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
@@ -84,16 +86,13 @@ class TrainerPool:
         self._all("ready")
         return refs
 
-    def save(self, root: Path, *, step: int, earlier: Sequence[Path] = ()) -> None:
-        """A sharded save of weights and moments under `root`; the two newest are kept.
+    def save(self, saves: Saves, *, step: int) -> None:
+        """A sharded save of weights and moments; the two newest are kept.
 
-        Those of `earlier` builds, which it makes superfluous, are deleted.
+        Those of earlier builds, which it makes superfluous, are deleted.
         """
-        folder = checkpoint.step_folder(root, step)
-        self._all("save", folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.mark_complete(folder, {"step": step})
-        checkpoint.prune(root, keep=2, earlier=earlier)
+        self._all("save", checkpoint.step_folder(saves.root, step))
+        saves.complete(step)
 
     def load(self, folder: Path, *, step: int) -> None:
         """Continue from a sharded save."""
@@ -143,10 +142,14 @@ def open_trainers(
             arguments=arguments,
         ) as actors,
     ):
-        wait = machines.startup_timeout_seconds
-        (rendezvous,) = gather([actors[0].address.remote()], output, timeout_seconds=wait)
-        joined = [actor.join.remote(rendezvous) for actor in actors]
-        gather(joined, output, timeout_seconds=wait)
+        begun = partial(
+            gather,
+            output=output,
+            timeout_seconds=machines.startup_timeout_seconds,
+            setting="cluster.startup_timeout_seconds",
+        )
+        (rendezvous,) = begun([actors[0].address.remote()])
+        begun([actor.join.remote(rendezvous) for actor in actors])
         yield TrainerPool(actors, machines, output)
 
 

@@ -11,6 +11,7 @@ import secrets
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import ray
 from ray._private import worker
 
+from cluster.head import require_head, require_listener, watch
 from cluster.nodes import require_equal_nodes
 from cluster.surroundings import (
     folder_fault,
@@ -105,8 +107,10 @@ def ray_for(machines: ClusterConfig, home: str, *, workers: int) -> Iterator[Non
 
 
 def hear(said: "queue.SimpleQueue[T]") -> T:
-    """What another thread says, whenever that is; an interrupt is noticed meanwhile."""
+    """What another thread says, whenever that is; an interrupt is noticed meanwhile, and the loss
+    of the cluster's head, which is a MachineError."""
     while True:
+        require_head()
         with suppress(queue.Empty):
             return said.get(timeout=LOOK_SECONDS)
 
@@ -137,8 +141,13 @@ def ensure_ray(machines: ClusterConfig, home: str, *, cpus_needed: float) -> Non
             _open(machines, Path(home))
         if machines.address is not None:
             _require_equal_nodes(machines.address, machines.startup_timeout_seconds)
-    available = _cpus_of_ray()
-    if available < cpus_needed:
+    require_head()
+    deadline = time.monotonic() + machines.placement_timeout_seconds
+    while (available := _cpus_of_ray()) < cpus_needed:
+        if machines.address is not None and time.monotonic() < deadline:
+            # A machine may be about to join in the place of one that is lost.
+            time.sleep(LOOK_SECONDS)
+            continue
         raise MachineError(
             f"the workers ask for {cpus_needed:g} CPUs, the cluster has {available:g}; lower "
             "cluster.trainers, cluster.samplers or cluster.cpus_per_worker, or name a larger "
@@ -160,6 +169,8 @@ def _open(machines: ClusterConfig, home: Path) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         _start_to_last(machines)
+    except MachineError:
+        raise
     except Exception as error:  # Ray raises no narrower one where its processes do not come up
         if machines.address is None:
             raise MachineError(
@@ -209,7 +220,11 @@ def _start_to_last(machines: ClusterConfig) -> None:
 def _start(machines: ClusterConfig) -> None:
     _shorten_messages()
     if machines.address is not None:
+        require_listener(machines.address)
+        # What its library tries again it would tell each time, on stderr.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         ray.init(address=machines.address, log_to_driver=False, logging_level=logging.ERROR)
+        watch(ray.get_runtime_context().gcs_address)
         return
     # Ray would run workers at niceness 15, behind everything else on a machine that may be shared.
     os.environ.setdefault("RAY_worker_niceness", "0")

@@ -7,21 +7,24 @@ nor ray.
 """
 
 import fcntl
+import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from cluster import place
 from cluster.mirror import Mirror
-from configs.errors import MachineError, StoreError
+from configs.errors import MachineError, NoAnswer, StoreError
 
 _LOCK = ".fetching"
 _LOOK_SECONDS, _AGAIN_SECONDS = 0.2, 5.0
 FETCH_SECONDS = 3600.0
 """How long a worker waits for another of its machine that fetches the same."""
-SEND_SECONDS = 300.0
+SILENT_SECONDS = 300.0
 """How long a worker waits for a store that does not answer, before its build ends."""
 
 
@@ -86,30 +89,51 @@ class Supply:
                 if folder.is_relative_to(files):
                     below = folder.relative_to(files)
                     wanted = {n: h for n, h in hashes.items() if Path(n).is_relative_to(below)}
-                    with _alone(files), _named(self.mirror):
-                        self.mirror.bring(files, wanted)
+                    with _alone(files):
+                        self._patiently(partial(self.mirror.bring, files, wanted))
 
     def fetch(self, folder: Path) -> None:
-        """Have all that the store holds below a folder of saves, which nobody changes."""
+        """Have all that the store holds of one save on this machine."""
         if self.is_apart:
-            with _named(self.mirror):
-                self.mirror.pull_folder(folder)
+            self._patiently(partial(self.mirror.pull_folder, folder))
 
     def send(self, path: Path) -> None:
         """Have a file in the store that was written here, unless the driver's machine sends it."""
         if self.is_far:
-            deadline = time.monotonic() + SEND_SECONDS
-            while True:
-                try:
-                    with _named(self.mirror):
-                        self.mirror.push(path)
-                    break
-                except StoreError:
-                    if time.monotonic() > deadline:
-                        raise
-                time.sleep(_AGAIN_SECONDS)
+            self._patiently(partial(self.mirror.push, path))
             # Still in use, however long the build takes.
             self.mirror.mark(self.builder)
+
+    def publish(self, folder: Path, *, last: str) -> None:
+        """Have all of a save in the store that is here and is not there yet, its mark last."""
+        if self.is_apart:
+            self._patiently(partial(self.mirror.push_folder, folder, last=last))
+
+    def names(self, folder: Path) -> list[str]:
+        """What lies right below a folder of saves, here or in the store."""
+        found = set(place.names(str(folder)))
+        if self.is_apart:
+            self._patiently(lambda: found.update(place.names(self.mirror.address(folder))))
+        return sorted(found)
+
+    def drop(self, folder: Path) -> None:
+        """Delete a save, here and in the store."""
+        shutil.rmtree(folder, ignore_errors=True)
+        if self.is_apart:
+            self._patiently(partial(place.delete, self.mirror.address(folder)))
+
+    def _patiently(self, call: Callable[[], object]) -> None:
+        """Call until the store answers, and say on which machine it could not be used."""
+        deadline = time.monotonic() + SILENT_SECONDS
+        while True:
+            with _named(self.mirror):
+                try:
+                    call()
+                    return
+                except NoAnswer:
+                    if time.monotonic() > deadline:
+                        raise
+            time.sleep(_AGAIN_SECONDS)
 
 
 @contextmanager
@@ -118,7 +142,8 @@ def _named(mirror: Mirror) -> Iterator[None]:
     try:
         yield
     except StoreError as error:
-        raise StoreError(f"on {socket.gethostname()}: {error}") from error
+        # Of the kind that it is: whether it may be mended by waiting is known by that.
+        raise type(error)(f"on {socket.gethostname()}: {error}") from error
     except OSError as error:
         raise MachineError(
             f"{socket.gethostname()} cannot keep a copy of {mirror.url} in {mirror.root} "

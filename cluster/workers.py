@@ -21,6 +21,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.gathered import bring_up_to_date, gathered
+from cluster.head import is_lost, require_head
 from cluster.output import Output
 from cluster.session import LOOK_SECONDS, worker_env
 from cluster.supply import Supply
@@ -85,23 +86,34 @@ def open_workers(
                 )
                 actors.append(remote.remote(*arguments, output, supply, rank))
             pending = [actor.ready.remote() for actor in actors]
-            gather(pending, output, timeout_seconds=machines.startup_timeout_seconds)
+            gather(
+                pending,
+                output,
+                timeout_seconds=machines.startup_timeout_seconds,
+                setting="cluster.startup_timeout_seconds",
+            )
             yield actors
     finally:
-        for actor in actors:
-            ray.kill(actor, no_restart=True)
-        remove_placement_group(group)
+        if not is_lost():
+            try:
+                for actor in actors:
+                    ray.kill(actor, no_restart=True)
+            finally:
+                remove_placement_group(group)
 
 
 def _await_places(group: Any, machines: ClusterConfig, count: int, *, role: str) -> None:
     """Return once a group's places are reserved: free CPUs may lie on too many machines."""
     timeout = machines.placement_timeout_seconds
-    if not group.wait(timeout):
-        raise MachineError(
-            f"{count} {role}s of {machines.cpus_per_worker:g} CPUs each found no place within "
-            f"{timeout:g} s, though that many are free in all; lower cluster.cpus_per_worker, or "
-            "stop what else runs on the cluster"
-        )
+    deadline = time.monotonic() + timeout
+    # In short waits, between which an interrupt is noticed.
+    while not group.wait(LOOK_SECONDS):
+        if time.monotonic() > deadline:
+            raise MachineError(
+                f"{count} {role}s of {machines.cpus_per_worker:g} CPUs each found no place within "
+                f"{timeout:g} s, though that many are free in all; lower cluster.cpus_per_worker, "
+                "or stop what else runs on the cluster"
+            )
 
 
 def with_restarts(
@@ -142,8 +154,14 @@ def await_cpus(machines: ClusterConfig, count: int, *, role: str) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def gather(refs: Sequence[Any], output: Output, *, timeout_seconds: float) -> list[Any]:
-    """The results of one call on each worker, in order.
+def gather(
+    refs: Sequence[Any],
+    output: Output,
+    *,
+    timeout_seconds: float,
+    setting: str = "cluster.step_timeout_seconds",
+) -> list[Any]:
+    """The results of one call on each worker, in order; `setting` is what bounds the wait.
 
     DeadlineError names the workers that did not answer in time; WorkerDied those that are gone;
     an Ingot error raised in a worker's method is raised here as itself. The others bear as a note
@@ -155,6 +173,7 @@ def gather(refs: Sequence[Any], output: Output, *, timeout_seconds: float) -> li
     failures: list[Exception] = []
     waiting = {ref: rank for rank, ref in enumerate(refs)}
     while waiting and (left := deadline - time.monotonic()) > 0:
+        require_head()
         done, _ = ray.wait(list(waiting), num_returns=1, timeout=min(left, LOOK_SECONDS))
         for ref in done:
             rank = waiting.pop(ref)
@@ -171,7 +190,7 @@ def gather(refs: Sequence[Any], output: Output, *, timeout_seconds: float) -> li
         silent = sorted(waiting.values())
         late = DeadlineError(
             f"{output.role} {silent} did not answer within {timeout_seconds:g} s; see what it "
-            f"printed in {output.path(silent[0])}, or raise cluster.step_timeout_seconds"
+            f"printed in {output.path(silent[0])}, or raise {setting}"
         )
         raise with_tail(late, output, silent[0])
     return [results[rank] for rank in range(len(refs))]
@@ -206,7 +225,7 @@ def with_tail(error: E, output: Output, rank: int) -> E:
 def _failure(error: RayError, output: Output, rank: int) -> Exception:
     """What became of a worker, as an error of ours; what it has not printed goes to its file."""
     who = f"{output.role} {rank}"
-    if isinstance(error, RayTaskError):
+    if isinstance(error, RayTaskError) and not _is_of_ray(error.cause):
         output.add(rank, str(error))
         cause = error.cause
         if isinstance(cause, IngotError):
@@ -222,10 +241,16 @@ def _failure(error: RayError, output: Output, rank: int) -> Exception:
     return with_tail(WorkerDied(f"{who} died: {why}"), output, rank)
 
 
+def _is_of_ray(cause: BaseException) -> bool:
+    """Whether a call failed by the loss of a machine that held what it was given."""
+    return isinstance(cause, RayError) and not isinstance(cause, RayTaskError)
+
+
 def what_happened(error: Exception) -> str:
     """Why a worker is gone, in one line; Ray has many for a machine that is lost."""
     text = " ".join(str(error).split())
-    if isinstance(error, ActorUnavailableError | NodeDiedError | ObjectLostError) or any(
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, ActorUnavailableError | NodeDiedError | ObjectLostError) or any(
         one in text for one in ("is unavailable", "its node has died", "node has terminated")
     ):
         return "its machine does not answer any more"

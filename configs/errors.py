@@ -4,6 +4,7 @@ IngotError
 ├── ConfigError      a recipe or schema says something impossible          exit 2
 ├── PlanError        the line cannot be wired or selected as asked         exit 2
 ├── StoreError       the artifact store cannot be read or written          exit 1
+│   ├── NoAnswer         a place of objects is silent; it may answer later
 │   ├── ArtifactError    an artifact is unfinished, damaged or of another kind
 │   └── LeaseLost        another builder holds the slot; this one must not write
 ├── DataError        a source is unreadable or yields nothing              exit 1
@@ -38,6 +39,10 @@ class PlanError(IngotError, ValueError):
 
 class StoreError(IngotError, OSError):
     """The artifact store cannot be read or written."""
+
+
+class NoAnswer(StoreError):
+    """A place of objects does not answer, or says that it cannot at the moment."""
 
 
 class ArtifactError(StoreError):

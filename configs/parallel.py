@@ -37,6 +37,13 @@ class ClusterConfig(Frozen):
     """How many nodes of the line that do not need each other are built at a time; none means as
     many as the driver's cores bear: one below 8, then one for every 4, 4 at most."""
 
+    @field_validator("address")
+    @classmethod
+    def _names_a_port(cls, address: str | None) -> str | None:
+        if address is not None and address != "auto" and ":" not in address:
+            raise ValueError("names no port; write it as HOST:6379, or auto on the cluster itself")
+        return address
+
 
 def nodes_at_once(asked: int | None, cores: int) -> int:
     """How many nodes are built at a time, if so many are asked for on so many cores."""
@@ -90,6 +97,14 @@ class StoreConfig(Frozen):
 
     min_free_bytes: int = Field(default=500_000_000, ge=0)
     """A build does not start with less free disk than this."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_no_slip(cls, url: str) -> str:
+        scheme, mark, rest = url.partition(":/")
+        if mark and scheme in ("s3", "s3a", "gs", "gcs") and not rest.startswith("/"):
+            raise ValueError(f"would be a folder of this machine; did you mean {scheme}://{rest}?")
+        return url
 
     @field_validator("url")
     @classmethod

@@ -74,9 +74,19 @@ class Carrier:
                 self._mirror.push(path)
 
     def carry(self) -> None:
-        """One look: send what is new, the marks of whole saves last, and delete what is gone."""
+        """One look: send what is new, the marks of whole saves last; delete saves that are gone.
+
+        Of a save that never was whole nothing is deleted: another group of workers may be writing
+        it anew, on other machines.
+        """
         found = self._found()
-        new = [name for name, stamp in found.items() if self._sent.get(name) != stamp]
+        whole = {_folder(name) for name in self._sent if name.endswith(f"/{COMPLETE}")}
+        # What comes into a save that was sent whole was fetched: shards of other machines.
+        new = [
+            name
+            for name, stamp in found.items()
+            if self._sent.get(name) != stamp and _folder(name) not in whole
+        ]
         marks = [name for name in new if name.endswith(f"/{COMPLETE}")]
         for name in [one for one in new if one not in marks]:
             self._push(name, found)
@@ -85,7 +95,9 @@ class Carrier:
         for name in marks:
             self._push(name, found)
         for name in [one for one in self._sent if one not in found]:
-            place.delete(self._mirror.address(self._builder / name))
+            if name.endswith(f"/{COMPLETE}"):
+                # With the shards that other machines have sent.
+                place.delete(self._mirror.address(self._builder / _folder(name)))
             del self._sent[name]
 
     def _push(self, name: str, found: dict[str, _Stamp]) -> None:
@@ -104,3 +116,8 @@ class Carrier:
                 name = path.relative_to(self._builder).as_posix()
                 found[name] = (status.st_size, status.st_mtime_ns)
         return found
+
+
+def _folder(name: str) -> str:
+    """Of a save, by the name of one of its files."""
+    return name.rpartition("/")[0]

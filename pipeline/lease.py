@@ -14,7 +14,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +131,17 @@ def beat(lease: Lease, stop: threading.Event, inputs: Sequence[str] = ()) -> Non
     while not stop.wait(HEARTBEAT_SECONDS * pace(lease.generation)):
         try:
             lease.check(anew=True)
-            place.replace(lease.uri, _body(lease, inputs=list(inputs), ended=False))
+            renew(lease, inputs)
         except LeaseLost:
             return
         except OSError:
             # A full or vanished disk: the lease ages, and whoever takes over is the next owner.
             continue
+
+
+def renew(lease: Lease, inputs: Sequence[str] = ()) -> None:
+    """Move the heartbeat once."""
+    place.replace(lease.uri, _body(lease, inputs=list(inputs), ended=False))
 
 
 def give_up(lease: Lease) -> None:
@@ -148,18 +153,38 @@ def give_up(lease: Lease) -> None:
 
 def is_held(generation: str) -> bool:
     """Whether a builder that may be alive holds the lease; watches one elsewhere for a while."""
-    watch, slower = Watch(generation), pace(generation)
-    deadline = time.monotonic() + (DEAD_SECONDS + _LOOK_SECONDS) * slower
-    number, first = newest(generation)
-    if not number:
-        return False
-    while not watch.is_dead(newest(generation)[1]):
-        if first.get("host") == _host() or newest(generation)[1] != first:
-            return True
-        if time.monotonic() > deadline:
-            return True
-        time.sleep(_LOOK_SECONDS * slower)
-    return False
+    return bool(held_among([generation], {}))
+
+
+def held_among(generations: Iterable[str], dead: dict[str, object]) -> set[str]:
+    """Those of which a builder that may be alive holds the lease; all are watched at a time.
+
+    `dead` keeps the heartbeats that were found to be the last, so that no holder is watched twice.
+    """
+    waiting: dict[str, tuple[Watch, dict[str, Any], float]] = {}
+    for generation in generations:
+        number, first = newest(generation)
+        if number and dead.get(generation) != _heartbeat(first):
+            deadline = time.monotonic() + (DEAD_SECONDS + _LOOK_SECONDS) * pace(generation)
+            waiting[generation] = Watch(generation), first, deadline
+    held: set[str] = set()
+    while waiting:
+        for generation, (watch, first, deadline) in list(waiting.items()):
+            now = newest(generation)[1]
+            if watch.is_dead(now):
+                dead[generation] = _heartbeat(now)
+            elif first.get("host") == _host() or now != first or time.monotonic() > deadline:
+                held.add(generation)
+            else:
+                continue
+            del waiting[generation]
+        if waiting:
+            time.sleep(_LOOK_SECONDS * max(map(pace, waiting)))
+    return held
+
+
+def _heartbeat(holder: Mapping[str, Any]) -> object:
+    return holder.get("owner"), holder.get("heartbeat")
 
 
 def _read(address: str) -> dict[str, Any]:

@@ -10,14 +10,15 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from cluster import place
 from cluster.mirror import Mirror
 from configs.errors import StoreError
-from pipeline.lease import beat, is_held, newest, take
+from pipeline.lease import HEARTBEAT_SECONDS, is_held, newest, pace, renew, take
 from pipeline.slots import is_committed
-from stages.manifest import MANIFEST
+from stages.manifest import MANIFEST, Lease
 
 _SUFFIX = ".removed"
 
@@ -65,24 +66,40 @@ def remove_objects(mirror: Mirror, generation: Path, used_by: Callable[[], str |
     if lease is None:
         raise _held(address)
     stop = threading.Event()
-    beating = threading.Thread(target=beat, args=(lease, stop), daemon=True)
-    reason: str | None = "another process builds it, or has just done so"
-    if newest(address)[0] == number + 1 and is_committed(mirror, generation) == was_committed:
-        reason = used_by()
-    if reason is not None:
-        place.delete(lease.uri)
-        raise StoreError(f"{address}: {reason}; left as it is")
-    place.delete(f"{address}/{MANIFEST}")
+    beating = threading.Thread(target=_beat, args=(lease, stop), daemon=True)
     beating.start()
     try:
+        # A long look: records of all runs, and builders that may be alive elsewhere.
+        reason = used_by()
+        if not _is_newest(lease) or is_committed(mirror, generation) != was_committed:
+            reason = "another process builds it, or has just done so"
+        if reason is not None:
+            raise StoreError(f"{address}: {reason}; left as it is")
+        place.delete(f"{address}/{MANIFEST}")
         for name in place.names(address):
             if place.join(address, name) != lease.uri:
+                if not _is_newest(lease):
+                    raise StoreError(f"{address}: another process builds it; what is left stays")
                 place.delete(place.join(address, name))
+        shutil.rmtree(generation, ignore_errors=True)
     finally:
         stop.set()
         beating.join()
-    place.delete(lease.uri)
-    shutil.rmtree(generation, ignore_errors=True)
+        # Whatever happened: nobody is to wait for a lease that its holder has forgotten.
+        place.delete(lease.uri)
+
+
+def _beat(lease: Lease, stop: threading.Event) -> None:
+    """Move the heartbeat until told to stop; unlike a builder's also where there is a manifest."""
+    while not stop.wait(HEARTBEAT_SECONDS * pace(lease.generation)):
+        with suppress(OSError):
+            renew(lease)
+
+
+def _is_newest(lease: Lease) -> bool:
+    """Whether nobody has taken a later one, as of a holder that was silent for too long."""
+    number, holder = newest(lease.generation)
+    return number == lease.number and holder.get("owner") == lease.owner
 
 
 def removed(store_root: Path) -> Iterator[Path]:

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,8 +67,9 @@ class Asked:
 def load_asked(args: argparse.Namespace) -> Asked:
     """The recipe named on the command line; without one, that of the latest run here, or tiny."""
     base = Path.cwd()
+    store_url = _said_store(args.sets) or str(base / StoreConfig().url)
     if args.recipe is None:
-        latest = _latest_invocation(base)
+        latest = _latest_invocation(store_url)
         invocation = latest or Invocation(DEFAULT_RECIPE)
         if args.overlays or args.sets:
             invocation = Invocation(
@@ -89,7 +90,7 @@ def load_asked(args: argparse.Namespace) -> Asked:
     asked = Asked(absolute(recipe, base), invocation)
     if args.recipe is None and latest is None:
         print(
-            f"no run is recorded in {base / StoreConfig().url}: assuming the recipe "
+            f"no run is recorded in {store_url}: assuming the recipe "
             f"{invocation.recipe} and its store {asked.recipe.store.url}; --recipe names another",
             file=sys.stderr,
         )
@@ -185,8 +186,14 @@ def _latest(store: Store, recipe: str, target: str) -> Path:
     )
 
 
-def _latest_invocation(base: Path) -> Invocation | None:
-    records = Records(mirror_of(str(base / StoreConfig().url)), say=_ignore)
+def _said_store(sets: Sequence[str]) -> str | None:
+    """The store that a `--set` names, by whose latest run the recipe is known."""
+    said = [one.partition("=")[2] for one in sets if one.partition("=")[0] == "store.url"]
+    return said[-1].strip("'\"") if said else None
+
+
+def _latest_invocation(url: str) -> Invocation | None:
+    records = Records(mirror_of(url), say=_ignore)
     latest = next(records.newest_first(), None)
     return None if latest is None else records.invocation(latest)
 

@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -13,13 +13,16 @@ from typing import Literal
 
 from cluster import place
 from configs.errors import ArtifactError, StoreError
-from pipeline.lease import is_held, newest
+from pipeline.lease import held_among, is_held, newest
 from pipeline.records import Built, Reused
 from pipeline.removal import delete, remove, remove_objects, removed
 from pipeline.slots import builders
 from pipeline.store import Store
 from pipeline.verbs.asked import load_asked
 from stages.manifest import MANIFEST, Manifest
+
+_dead: dict[str, object] = {}
+"""Of this process: builders that were found to be dead, so that none is waited for twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,12 @@ def _is_deleted(store: Store, entry: Entry, since: float) -> bool:
     return True
 
 
+def _held(store: Store, paths: Iterable[Path]) -> set[Path]:
+    """Those that a builder which may be alive holds."""
+    by_address = {store.mirror.address(path): path for path in paths}
+    return {by_address[one] for one in held_among(by_address, _dead)}
+
+
 def _user(store: Store, path: Path, since: float) -> str | None:
     return _used(store, since).get(path)
 
@@ -96,7 +105,7 @@ def inventory(store: Store, *, unfinished: bool) -> Iterator[Entry]:
     may lie there.
     """
     every = store.generations()
-    held = {path for path in every if is_held(store.mirror.address(path))}
+    held = _held(store, every)
     latest, used = _latest(store), _used(store)
     for path in every:
         num_bytes = _size(store, path)
@@ -137,11 +146,12 @@ def _used(store: Store, since: float = math.inf) -> dict[Path, str]:
     Also what runs used that began at `since` or later, in seconds since the epoch, and have ended.
     """
     used: dict[Path, str] = {}
-    for path in store.generations():
-        address = store.mirror.address(path)
-        holder = newest(address)[1]
-        inputs = holder.get("inputs", ())
-        if inputs and is_held(address):
+    every = store.generations()
+    holders = {path: newest(store.mirror.address(path))[1] for path in every}
+    readers = [path for path, holder in holders.items() if holder.get("inputs")]
+    for path in sorted(_held(store, readers)):
+        holder = holders[path]
+        if inputs := holder.get("inputs", ()):
             reader = f"in use by process {holder.get('pid')}, which builds {path}"
             used |= {store.root / address: reader for address in inputs}
     store.records.look_again()

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from configs.errors import IngotError, StoreError
+from configs.parallel import StoreConfig
 from pipeline.channels import open_channels
 from pipeline.decide import Build, Recheck, decide, in_use
 from pipeline.lease import this_process
@@ -133,6 +135,14 @@ def _write_page(told: Told, store: Store, link: Callable[[str], str], record: Ru
     return written
 
 
+def _ui(asked: Asked) -> str:
+    """The command that serves the embedded MLflow of the recipe's store."""
+    url = asked.recipe.store.url
+    if url == str(Path.cwd() / StoreConfig().url):
+        return "ingot ui"
+    return shlex.join(["ingot", "ui", "--set", f"store.url={url}"])
+
+
 def _conclude(
     record: Run, asked: Asked, tracking: Tracking, display: Display, page: Path | None
 ) -> int:
@@ -145,7 +155,7 @@ def _conclude(
     display.table(record, shown)
     display.across_seeds(record)
     if record.tracking_id is not None:
-        hint = " (`ingot ui` serves these pages)" if tracking.is_embedded else ""
+        hint = f" (`{_ui(asked)}` serves these pages)" if tracking.is_embedded else ""
         display.note(f"MLflow, this run: {tracking.link(record.tracking_id)}{hint}")
         display.note(f"MLflow, all runs: {tracking.landing()}")
     if tracking.registered:

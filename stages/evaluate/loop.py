@@ -208,11 +208,12 @@ def _answer_problems(
     def ask_others() -> None:
         """Those that have not answered yet; whoever has, need not again when a worker dies."""
         others = {name: one for name, one in models.items() if name not in found}
-        begin = next(iter(others.values())).path()
-        with open_generation(work.machines, begin, logs=work.logs, supply=work.supply) as pool:
+        held = next(iter(others.values())).path()
+        with open_generation(work.machines, held, logs=work.logs, supply=work.supply) as pool:
             for name, one in others.items():
-                if one.path() != begin:
+                if one.path() != held:
                     pool.load(one.path())
+                    held = one.path()
                 step = len(found) * len(exam.prompts)
                 found[name] = _ask_model(pool, config, work, exam, one, name, first_step=step)
 

@@ -28,7 +28,7 @@ from stages.posttrain.exam import best_step, measure, tell
 from stages.posttrain.journal import Journal, Stopwatch
 from stages.posttrain.run import Run, prepare
 from stages.posttrain.step import describe, learn, sample, shown
-from stages.telemetry import SAVES, begin_metrics, following, write_history
+from stages.telemetry import begin_metrics, following, write_history
 
 
 @fills(face.posttrain)
@@ -41,7 +41,7 @@ def posttrain(
     settle(run.numerics, torch.device("cpu"))
     work.tracker.start(steps=run.rl.steps, unit="step")
     # Steps after the last save will be made again, and are not to be shown until then.
-    begin_metrics(work, run.resume())
+    begin_metrics(work, run.saves.newest())
     with following(work.beside(), work.tracker):
         final = with_restarts(partial(_train, run), work.machines, work.tracker.note)
     work.lease.check()
@@ -62,11 +62,10 @@ def posttrain(
 
 def _train(run: Run) -> Path:
     """All steps that the newest save does not hold; the final save."""
-    rl, saved = run.rl, run.resume()
+    rl, saved = run.rl, run.saves.choose()
     done = saved[1] if saved else 0
     if saved and done == rl.steps:
         return saved[0]
-    own, *earlier = run.work.resumable(SAVES)
     journal, drift = Journal(run.work, resume_step=done), Drift()
     with _pools(run) as (trainers, samplers):
         if saved:
@@ -90,8 +89,8 @@ def _train(run: Run) -> Path:
             journal.write(figures, step=step, notes=learned.notes)
             if rl.saves_at(step):
                 run.work.lease.check()
-                trainers.save(own, step=step, earlier=earlier)
-    final = run.resume()
+                trainers.save(run.saves, step=step)
+    final = run.saves.newest()
     assert final is not None
     return final[0]
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from cluster import checkpoint
 from cluster.generation import Sampling
 from cluster.pool import TrainerSpec
+from cluster.saves import Saves
 from configs.errors import DataError
 from configs.rl import PosttrainConfig, PosttrainSpec
 from configs.train import BalanceConfig, check_fp8
@@ -38,9 +38,8 @@ class Run:
     """An answer as the verifier reads it."""
     exam: Exam | None
     """What is asked of held-out problems; none if nothing is."""
-    start: tuple[Path, int] | None
-    """The save of an earlier build that this one begins with, and its step. Chosen once: a builder
-    that is late may still write beside it."""
+    saves: Saves
+    """Its `start` is chosen once: a builder that is late may still write beside it."""
 
     @property
     def rl(self) -> PosttrainConfig:
@@ -68,13 +67,6 @@ class Run:
             reference=self.algorithm.reference is not None,
         )
 
-    def resume(self) -> tuple[Path, int] | None:
-        """The save to continue from and its step: this build's newest, or what it begins with."""
-        own = self.work.resumable(SAVES)[0]
-        # Shards of trainers that were elsewhere lie in the store alone.
-        self.work.supply.fetch(own)
-        return checkpoint.latest(own) or self.start
-
 
 def prepare(config: PosttrainSpec, work: Workspace, corpus: Corpus, base: Checkpoint) -> Run:
     """Read what is asked and how; DataError or ConfigError if it does not fit the model."""
@@ -99,6 +91,7 @@ def prepare(config: PosttrainSpec, work: Workspace, corpus: Corpus, base: Checkp
         )
 
     held_out = _held_out(config, work, corpus)
+    own, *earlier = work.resumable(SAVES)
     seed, each = exam_seed(config.seed), rl.evaluate_samples_per_problem
     return Run(
         config=config,
@@ -108,7 +101,7 @@ def prepare(config: PosttrainSpec, work: Workspace, corpus: Corpus, base: Checkp
         sampling=sampling,
         answer_text=read,
         exam=Exam(encode(held_out), sampling, each, seed, read) if held_out else None,
-        start=checkpoint.latest(*work.resumable(SAVES)[1:]),
+        saves=Saves(own, tuple(earlier), checkpoint.latest(*earlier), work.supply),
     )
 
 

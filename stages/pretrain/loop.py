@@ -12,6 +12,7 @@ import torch
 from cluster.checkpoint import consolidate, latest
 from cluster.fit import FitJob, fit
 from cluster.output import Output
+from cluster.saves import Saves
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.train import PretrainConfig, PretrainSpec
@@ -52,7 +53,7 @@ def pretrain(
     settle(_numerics(config, work), torch.device("cpu"))
     work.tracker.start(steps=config.pretrain.steps, unit="step")
     # Steps after the last save will be made again, and are not to be shown until then.
-    begin_metrics(work, job.resume())
+    begin_metrics(work, job.saves.newest())
     with following(work.beside(), work.tracker):
         final = fit(job, work.machines, work.out, str(work.beside("ray")))
     consolidate(final, config.model, work.path())
@@ -110,14 +111,12 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus, base: Checkpoint
             str(corpus.path("train")), train.batch_sequences, config.seed, config.rows_before
         ),
         loss=partial(loss_at, train),
-        saves=tuple(map(str, saves)),
-        start=latest(*saves[1:]),
+        saves=Saves(saves[0], tuple(saves[1:]), latest(*saves[1:]), work.supply),
         base=None if base is None else str(base.path()),
         open_log=partial(open_metrics, str(work.beside())),
         may_write=work.lease.check,
         threads=work.machines.threads_per_worker,
         output=Output(str(work.logs), "trainer"),
-        supply=work.supply,
         reads=(corpus.path("train"), corpus.path("held_out"), *([base.path()] if base else [])),
         held_out=held_out_text(config, corpus, partial(loss_at, train)),
         vocabulary=vocabulary(corpus.path("tokenizer.json")) if config.model.engram else None,

@@ -19,6 +19,7 @@ def machines() -> Iterator[ClusterConfig]:
         # As `cluster/session.py` does: Ray would run workers behind everything else.
         os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
+            address="local",  # never one that runs here already
             num_cpus=CPUS,
             include_dashboard=False,
             log_to_driver=False,

@@ -17,7 +17,7 @@ from configs.train import BalanceConfig, OptimConfig
 from model.transformer import Transformer
 from stages.telemetry import open_metrics
 from tests.references import TINY
-from tests.supplies import local
+from tests.supplies import saves_of
 
 STEPS, SEQUENCES, LENGTH = 7, 8, 12
 OPTIM = OptimConfig(learning_rate=1e-2, epsilon=1e-3, max_grad_norm=0.5)
@@ -115,13 +115,10 @@ def job(builder: Path, loss: LossSpec, **changes: Any) -> FitJob:
         "indexer_learning_rate": rate,
         "source": RandomBatches(),
         "loss": partial(at_every_step, loss),
-        "saves": (saves(builder),),
-        "start": None,
+        "saves": saves_of(builder),
         "open_log": partial(open_metrics, str(builder)),
         "may_write": allowed,
         "threads": 1,
         "output": Output(str(builder / "logs"), "trainer"),
-        "supply": local(builder),
     }
-    builder.mkdir(parents=True, exist_ok=True)
     return FitJob(**settings | changes)

@@ -14,6 +14,7 @@ from configs.errors import DataError, MachineError
 from configs.parallel import ClusterConfig
 from stages.steps import read_metrics
 from stages.telemetry import MetricsFile, open_metrics
+from tests.supplies import saves_of
 
 
 class Refusing:
@@ -36,7 +37,7 @@ def builder(tmp_path: Path) -> Path:
 @pytest.fixture(params=["here", "elsewhere"])
 def desk(request: pytest.FixtureRequest, machines: ClusterConfig, builder: Path) -> Desk | FarDesk:
     """That of a process which sees the folder, and that of one which does not."""
-    saves = (str(builder / "resume" / "saves"), str(builder / "earlier"))
+    saves = saves_of(builder, builder / "earlier")
     log = partial(open_metrics, str(builder))
     return Desk(saves, log) if request.param == "here" else FarDesk(open_desk(saves, log), 60)
 
@@ -44,7 +45,7 @@ def desk(request: pytest.FixtureRequest, machines: ClusterConfig, builder: Path)
 def test_steps_marks_and_failures_are_written_before_a_call_returns(
     desk: Desk | FarDesk, builder: Path
 ) -> None:
-    own, saves = Desk((str(builder / "resume" / "saves"),), refuse), builder / "resume" / "saves"
+    own, saves = Desk(saves_of(builder), refuse), builder / "resume" / "saves"
     MetricsFile(builder).append({"loss": 9.0}, step=3)
     assert desk.open_log(2) is None
     assert read_metrics(builder / "metrics.jsonl") == []
@@ -56,6 +57,7 @@ def test_steps_marks_and_failures_are_written_before_a_call_returns(
     assert sorted(saves.glob("step-*")) == [step_folder(saves, step) for step in (6, 9)]
     assert (step_folder(saves, 9) / COMPLETE).is_file()
     assert not (builder / "earlier").exists()
+    assert desk.choose() == (step_folder(saves, 9), 9)
     assert not desk.has_failed()
     desk.fail("DataError", "no rows")
     assert desk.has_failed()
@@ -66,7 +68,7 @@ def test_steps_marks_and_failures_are_written_before_a_call_returns(
 
 
 def test_why_ranks_began_anew_is_told_once(desk: Desk | FarDesk, builder: Path) -> None:
-    own = Desk((str(builder / "resume" / "saves"),), refuse)
+    own = Desk(saves_of(builder), refuse)
     own.interrupt("trainer 1 failed")
     assert [desk.open_log(0), desk.open_log(0)] == ["trainer 1 failed", None]
     own.interrupt("trainer 2 failed")
@@ -79,14 +81,14 @@ def test_why_ranks_began_anew_is_told_once(desk: Desk | FarDesk, builder: Path) 
 def test_what_the_driver_s_machine_raises_is_raised_by_the_rank(
     machines: ClusterConfig, builder: Path
 ) -> None:
-    desk = FarDesk(open_desk((str(builder),), refuse), 60)
+    desk = FarDesk(open_desk(saves_of(builder), refuse), 60)
     desk.open_log(0)
     with pytest.raises(DataError, match=r"^no record of step 1$"):
         desk.append({}, 1)
 
 
 def test_a_driver_that_is_gone_is_told_of(machines: ClusterConfig, builder: Path) -> None:
-    actor = open_desk((str(builder),), refuse)
+    actor = open_desk(saves_of(builder), refuse)
     desk = FarDesk(actor, 60)
     assert not desk.has_failed()
     ray.kill(actor)

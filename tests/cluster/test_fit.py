@@ -22,6 +22,7 @@ from configs.parallel import ClusterConfig
 from stages.steps import read_metrics
 from stages.telemetry import MetricsFile
 from tests.cluster.jobs import STEPS, NextToken, job, saves
+from tests.supplies import saves_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -106,7 +107,9 @@ def test_a_killed_rank_costs_time_and_nothing_else(machines: ClusterConfig, tmp_
     assert marker.exists()
     assert steps_of(rough) == steps_of(calm)
     (said,) = (line[RESTART] for line in read_metrics(rough / "metrics.jsonl") if RESTART in line)
-    assert re.fullmatch(r"trainer 1 failed \(.+\); goes on from the save of step 4", said)
+    assert re.fullmatch(
+        r"restart 1: trainer 1 failed \(.+\); goes on from the save of step 4", said
+    )
     assert "\n" not in said
     expected, found = load_shards(final), load_shards(survived)
     assert set(expected) == set(found)
@@ -129,7 +132,7 @@ def test_a_build_goes_on_from_the_saves_of_an_earlier_builder_and_then_drops_the
     MetricsFile(first, resume_step=4).append({"loss": 0.0}, step=5)
     kept = set(first.rglob("*"))
     start = latest(Path(saves(first)))
-    resumed = job(second, NextToken(), saves=(saves(second), saves(first)), start=start)
+    resumed = job(second, NextToken(), saves=saves_of(second, Path(saves(first)), start=start))
     MetricsFile(second, resume_step=4, earlier=first)
     with pytest.raises(LeaseLost):
         run(replace(resumed, may_write=refused), machines, second)

@@ -16,6 +16,7 @@ from configs.errors import ArtifactError, MachineError
 from stages.steps import read_metrics
 from tests.cluster.jobs import STEPS, NextToken, job, saves
 from tests.ranks import on_ranks
+from tests.supplies import saves_of
 
 
 def train(builder: str, steps: int) -> None:
@@ -72,7 +73,8 @@ def choose_on_rank(builder: str, start: str) -> list[Any]:
             folder = step_folder(Path(saves(Path(builder))), 2)
             checkpoint.save_shard(folder, {"any": torch.ones(1)}, {}, rank=0, world=1)
             checkpoint.mark_complete(folder, {"step": 2})
-        found = fit.agreed_save(job(Path(builder), NextToken(), start=begin))
+        todo = job(Path(builder), NextToken(), saves=saves_of(Path(builder), start=begin))
+        found = fit.agreed_save(todo, fit.desk_of(todo))
         chosen.append(None if found is None else [str(found[0]), found[1]])
     return chosen
 

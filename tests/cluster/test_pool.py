@@ -9,7 +9,7 @@ import pytest
 import ray
 import torch
 
-from cluster.checkpoint import latest, step_folder
+from cluster.checkpoint import step_folder
 from cluster.generation import merge_shards
 from cluster.pool import TrainerPool, TrainerSpec, open_trainers
 from cluster.trainer import build_trainer
@@ -20,7 +20,7 @@ from configs.train import BalanceConfig
 from model.weights.files import save_pretrained
 from tests.cluster.jobs import OPTIM, NextToken, RandomBatches, next_logprobs
 from tests.references import TINY, random_model
-from tests.supplies import local
+from tests.supplies import local, saves_of
 
 RATE = 0.01
 BALANCE = BalanceConfig(bias_update_speed=0.01)
@@ -82,14 +82,14 @@ def test_a_pool_trains_as_one_trainer_does(pool: TrainerPool, tmp_path: Path) ->
     # A save is a way back, bit for bit.
     earlier = tmp_path / "of an earlier build"
     earlier.mkdir()
-    pool.save(tmp_path, step=2, earlier=[earlier])
+    saves = saves_of(tmp_path, earlier)
+    pool.save(saves, step=2)
     assert not earlier.exists()
     after = pool.forward_backward(batch(3), NextToken()) | pool.optim_step(RATE)
     pool.forward_backward(batch(4), NextToken())
     pool.optim_step(RATE)
-    saved = latest(tmp_path)
-    assert saved is not None
-    assert saved[1] == 2
+    saved = saves.newest()
+    assert saved == (step_folder(saves.root, 2), 2)
     pool.load(saved[0], step=2)
     assert pool.forward_backward(batch(3), NextToken()) | pool.optim_step(RATE) == after
 
@@ -119,6 +119,7 @@ def test_a_pool_of_one_does_counts_and_says_what_its_trainer_does(
     spec = TrainerSpec(optim=OPTIM, balance=BALANCE, precision="fp8", seed=0, reference=False)
     alone = build_trainer(TINY, optim=OPTIM, balance=BALANCE, precision="fp8", seed=0)
     alone.load_weights(random_model().state_dict())
+    saves = saves_of(tmp_path)
     with open_trainers(
         machines.model_copy(update={"trainers": 1}),
         start,
@@ -138,8 +139,8 @@ def test_a_pool_of_one_does_counts_and_says_what_its_trainer_does(
             alone.optim_step(RATE)["grad_norm"], rel=1e-4
         )
         for step in (8, 9, 10):
-            one.save(tmp_path, step=step)
-        assert sorted(tmp_path.glob("step-*")) == [step_folder(tmp_path, step) for step in (9, 10)]
+            one.save(saves, step=step)
+        assert sorted(saves.root.glob("step-*")) == [step_folder(saves.root, n) for n in (9, 10)]
     # Closed with its block, whoever still holds it: Ray ends what it is told to, in its own time.
     deadline = time.monotonic() + 60
     with pytest.raises(WorkerDied, match=r"^trainer 0 died"):

@@ -13,7 +13,7 @@ import pytest
 from cluster import place, supply
 from cluster.mirror import Mirror, sha256
 from cluster.supply import Supply
-from configs.errors import MachineError, StoreError
+from configs.errors import MachineError, NoAnswer, StoreError
 from tests.objects import Objects, serving
 from tests.supplies import local
 
@@ -125,7 +125,7 @@ def test_a_store_that_answers_again_costs_no_save(
     def send(path: Path, address: str) -> None:
         tries.append(path)
         if len(tries) < 3:
-            raise StoreError(f"{address}: does not answer")
+            raise NoAnswer(f"{address}: does not answer")
         real(path, address)
 
     monkeypatch.setattr(place, "send", send)
@@ -133,7 +133,7 @@ def test_a_store_that_answers_again_costs_no_save(
     driver.send(shard)
     assert place.read(driver.mirror.address(shard)) == b"shard"
     tries.clear()
-    monkeypatch.setattr(supply, "SEND_SECONDS", 0.0)
+    monkeypatch.setattr(supply, "SILENT_SECONDS", 0.0)
     with pytest.raises(StoreError, match="does not answer"):
         driver.send(shard)
 

@@ -119,7 +119,7 @@ def test_a_source_of_share_zero_is_left_out(recipe: str, tmp_path: Path) -> None
     [
         ("pretrain.steps=70", "pretrain.steps", 70),
         ("pretrain.precision=high", "pretrain.precision", "high"),
-        ('cluster.address="local"', "cluster.address", "local"),
+        ('cluster.address="auto"', "cluster.address", "auto"),
         ("evaluate.pass_at=[1, 2]", "evaluate.pass_at", (1, 2)),
         (" pretrain.optim.epsilon = 1e-6 ", "pretrain.optim.epsilon", 1e-6),
         ("pretrain.attend_across_documents=true", "pretrain.attend_across_documents", True),

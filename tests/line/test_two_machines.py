@@ -103,7 +103,9 @@ def test_a_machine_that_is_lost_in_any_stage_costs_no_bit(
     assert contents(two.files(FIRST, "*/*/*/manifest.json")) == calm
     # Each stage that had workers there went on from where it was, and said so.
     lost = r"(trainer|sampler) [01] (failed|died)[:]? \(?its machine does not answer any more\)?"
-    assert re.search(rf"^{lost}; goes on from the save of step 8$", printed, re.MULTILINE)
+    assert re.search(
+        rf"^restart 1: {lost}; goes on from the save of step 8$", printed, re.MULTILINE
+    )
     assert len(re.findall(rf"^{lost}; starting the workers anew$", printed, re.MULTILINE)) >= 2
     assert "Traceback" not in printed
 

@@ -309,9 +309,9 @@ def test_a_store_of_another_format_is_refused(
 
 
 def test_a_bucket_that_is_not_there_is_named(tmp_path: Path, objects: Objects) -> None:
-    world = World(StoreConfig(url="s3://nowhere/store", min_free_bytes=0))
+    """By every command, and not only by one that writes."""
     with pytest.raises(StoreError, match=r"s3://nowhere/store/store\.json: no such bucket"):
-        world.store.prepare()
+        World(StoreConfig(url="s3://nowhere/store", min_free_bytes=0))
 
 
 def test_a_place_that_lets_two_create_one_file_is_no_store(

@@ -17,6 +17,7 @@ from torch import Tensor
 from cluster import checkpoint
 from cluster.generation import Sample, Sampling, merge_shards
 from cluster.pool import Score, TrainerSpec
+from cluster.saves import Saves
 from cluster.supply import Supply
 from cluster.trainer import Batch, LossSpec, build_trainer
 from configs.parallel import ClusterConfig
@@ -136,13 +137,11 @@ class LocalTrainers:
         self._note("weights", {}, shards)
         return shards
 
-    def save(self, root: Path, *, step: int, earlier: Sequence[Path] = ()) -> None:
+    def save(self, saves: Saves, *, step: int) -> None:
         self.book.begin("save")
-        folder = checkpoint.step_folder(root, step)
-        self.trainer.save(folder)
-        checkpoint.mark_complete(folder, {"step": step})
-        checkpoint.prune(root, keep=2, earlier=earlier)
-        self._note("save", {"root": root, "step": step, "earlier": tuple(earlier)})
+        self.trainer.save(checkpoint.step_folder(saves.root, step))
+        saves.complete(step)
+        self._note("save", {"root": saves.root, "step": step, "earlier": saves.earlier})
 
     def load(self, folder: Path, *, step: int) -> None:
         self.book.begin("load")

@@ -46,11 +46,11 @@ def spec(model: AnyModelConfig = TINY, seed: int = 0, **changes: Any) -> Pretrai
 
 def fit_here(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
     """What Ray's one worker would do, in this process."""
-    Path(job.saves[0]).mkdir(parents=True)
+    job.saves.root.mkdir(parents=True)
     Path(notes).mkdir()
     Path(notes, "state.json").touch()
     fit_module._steps(job, fit_module.desk_of(job))
-    saved = job.resume()
+    saved = job.saves.newest()
     assert saved is not None
     return saved[0]
 
