@@ -61,7 +61,7 @@ class Readers:
         self.made: list[str] = []
         self.killed: list[Any] = []
         self.known: list[dict[int, int]] = []
-        self.printed = b"one\ntwo\n"
+        self.printed, self.most = b"one\ntwo\n", 100
         patch = monkeypatch.setattr
         patch(ray, "is_initialized", lambda: True)
         patch(ray, "nodes", self.nodes)
@@ -90,8 +90,9 @@ class Readers:
             return self
         (known,) = arguments
         self.known.append(dict(known))
-        part = self.printed[known.get(0, 0) :]
-        return {0: (len(self.printed), part)} if part else {}
+        begin = known.get(0, 0)
+        part = self.printed[begin : begin + self.most]
+        return {0: (begin + len(part), part)} if part else {}
 
     @property
     def news(self) -> "Readers":
@@ -128,3 +129,39 @@ def test_where_all_workers_are_on_one_machine_nobody_is_asked(
     with pytest.raises(TypeError), gathered(Output(str(tmp_path), "trainer"), spread):
         pass
     assert _Gatherer is not None
+
+
+def test_what_is_there_is_kept_when_a_group_is_started_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers, output = Readers(monkeypatch), Output(str(tmp_path / "logs"), "trainer")
+    for more in (b"", b"three\n"):
+        readers.printed += more
+        with gathered(output, elsewhere(tmp_path)):
+            bring_up_to_date(output)
+    assert output.path(0).read_bytes() == b"one\ntwo\nthree\n"
+
+
+def test_all_that_a_worker_said_at_its_end_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gathered_module, "_PART_BYTES", 4)
+    readers, output = Readers(monkeypatch), Output(str(tmp_path / "logs"), "trainer")
+    readers.most = 4
+    with gathered(output, elsewhere(tmp_path)):
+        readers.printed = b"0123456789"
+    assert output.path(0).read_bytes() == b"0123456789"
+
+
+def test_a_fault_of_who_tells_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Readers(monkeypatch)
+
+    def refuse() -> None:
+        raise RuntimeError("no nodes")
+
+    monkeypatch.setattr(ray, "nodes", refuse)
+    output = Output(str(tmp_path / "logs"), "trainer")
+    with pytest.raises(KeyError, match="ours"), gathered(output, elsewhere(tmp_path)):
+        raise KeyError("ours")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, ObjectLostError, RayTaskError
 from ray.util.placement_group import placement_group_table
 
 from cluster import workers
@@ -282,3 +282,14 @@ def test_a_group_is_started_anew_as_often_as_is_allowed() -> None:
     with pytest.raises(MachineError, match=r"died 3 times, cluster\.max_restarts = 2; run again"):
         with_restarts(die, few, notes.append)
     assert len(notes) == 4
+
+
+def test_what_a_lost_machine_held_is_a_death_and_not_a_fault_of_who_asked_for_it(
+    output: Output,
+) -> None:
+    lost = ObjectLostError("ab" * 28, None, "")
+    found = workers._failure(RayTaskError("f", "Traceback", lost), output, 1)
+    assert isinstance(found, WorkerDied)
+    assert str(found) == f"toy 1 died: {GONE}"
+    ours = workers._failure(RayTaskError("f", "Traceback", KeyError("x")), output, 1)
+    assert not isinstance(ours, WorkerDied)

@@ -168,3 +168,19 @@ def test_of_two_drivers_on_two_machines_one_builds_and_one_reuses(two: Cluster) 
         assert sum(f"{stage} reused" in one for one in printed) == 1
     assert len(two.files(FIRST, "*/*/g1/manifest.json")) == 3
     assert not two.files(FIRST, "*/*/g2")
+
+
+def test_a_head_that_is_lost_ends_the_run_in_one_sentence_and_the_next_goes_on(
+    two: Cluster,
+) -> None:
+    head = two.start_ray(FIRST)
+    longer = ("pretrain.steps=400", "posttrain=false", "export=false")
+    run = begin(two, *longer)
+    two.wait_for(lambda: steps(two, "pretrain") >= 20, run, "pretrain")
+    two.kill(head)
+    said = refused(two, run)
+    assert f"the head of the cluster at {two.address} does not answer any more" in said
+    assert "Failed" not in two.printed("driver").splitlines()[-1]
+    two.start_ray(FIRST)
+    printed = finish(two, begin(two, *longer))
+    assert "pretrain: continues the interrupted build" in printed

@@ -24,7 +24,8 @@ from configs.reading import load_recipe
 from pipeline import cli, removal
 from pipeline import lease as lease_module
 from pipeline import store as store_module
-from pipeline.lease import give_up, newest, take, this_process
+from pipeline.lease import give_up, held_among, newest, take, this_process
+from pipeline.records import Invocation
 from pipeline.removal import remove_objects
 from pipeline.slots import Slot, open_slot
 from pipeline.tracking.runs import Told
@@ -623,3 +624,77 @@ def test_a_wait_for_another_builder_outlasts_a_moment_without_answers(
             ):
                 pass
     assert looks[0] >= 2
+
+
+def test_a_removal_that_looks_for_long_leaves_a_builder_that_took_over(machines: Machines) -> None:
+    """Its lease was no longer the newest when it had looked; and it leaves none behind."""
+    world = machines.world("one")
+    node = world.graph()["data"]
+    world.store.prepare()
+    generation = world.store.folder(node) / "g1"
+    address = world.store.mirror.address(generation)
+    abandoned = take(address, 1, "abandoned")
+    assert abandoned is not None
+    give_up(abandoned)
+
+    def look() -> None:
+        assert take(address, 3, "living") is not None
+        place.create(f"{address}/000003-living/resume/saves/step-1/rank-0", b"shard")
+
+    with pytest.raises(StoreError, match="another process builds it"):
+        remove_objects(world.store.mirror, generation, look)
+    names = place.names(address)
+    assert "000003-living" in names
+    assert newest(address)[0] == 3
+    assert "lease-000002.json" not in names
+
+    def fail() -> None:
+        raise KeyError("interrupted")
+
+    living = Lease(address, 3, "living")
+    give_up(living)
+    with pytest.raises(KeyError):
+        remove_objects(world.store.mirror, generation, fail)
+    assert newest(address)[0] == 3
+
+
+def test_dead_builders_are_watched_at_a_time_and_once(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = machines.world("one")
+    world.store.prepare()
+    monkeypatch.setattr(lease_module, "DEAD_SECONDS", 1.0)
+    addresses = [f"{world.store.mirror.url}/artifacts/data/f/g{n}" for n in range(4)]
+    elsewhere = {"owner": "x", "host": "elsewhere", "heartbeat": 1.0, "ended": False}
+    for address in addresses:
+        place.create(f"{address}/lease-000001.json", json.dumps(elsewhere).encode())
+    dead: dict[str, object] = {}
+    begin = time.monotonic()
+    assert held_among(addresses, dead) == set()
+    assert 1.0 <= time.monotonic() - begin < 3.0
+    begin = time.monotonic()
+    assert held_among(addresses, dead) == set()
+    assert time.monotonic() - begin < 1.0
+    moved = {**elsewhere, "heartbeat": 2.0}
+    place.replace(f"{addresses[0]}/lease-000001.json", json.dumps(moved).encode())
+    assert held_among(addresses[:1], dead) == set()  # Watched once more: it may live again.
+    assert dead[addresses[0]] == ("x", 2.0)
+
+
+def test_commands_know_the_recipe_by_the_latest_run_of_the_store_that_is_named(
+    objects: Objects,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    url = f"{objects.url}/named"
+    world = World(StoreConfig(url=url, min_free_bytes=0))
+    run = replace(world.run(), recipe="smoke", invocation=Invocation("smoke"))
+    world.store.records.update(run)
+    code = cli.main(["status", "--set", f"store.url={url}"])
+    out, err = capsys.readouterr()
+    assert "no run is recorded" not in out + err
+    assert "smoke" in out
+    assert code in (0, 3)

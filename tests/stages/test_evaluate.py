@@ -213,6 +213,8 @@ class Lab:
     """What was sampled."""
     greedy: dict[str, list[tuple[tuple[int, ...], int]]] = field(default_factory=dict)
     loaded: list[str] = field(default_factory=list)
+    same: dict[str, str] = field(default_factory=dict)
+    """By name of a model, which other one it is."""
     opened: list[str] = field(default_factory=list)
     """The model that each pool began with."""
     dies_at: int | None = None
@@ -269,7 +271,9 @@ class Lab:
             corpus=self.corpus,
             **{
                 # Names are in no order when a stage is called.
-                name: self.checkpoint(name, context_tokens=context_tokens, seen=seen)
+                name: self.checkpoint(
+                    self.same.get(name, name), context_tokens=context_tokens, seen=seen
+                )
                 for name in sorted(self.models)
             },
         )
@@ -287,9 +291,10 @@ class Pool:
 
     def load(self, path: Path) -> None:
         # What scores text is done by then: no two models are in memory at a time.
-        assert self.lab.loaded[-len(self.lab.models) :] == list(self.lab.models)
-        assert path.name not in self.lab.asked or self.lab.dies_at is not None
-        self.lab.asked[path.name] = []
+        names = [self.lab.same.get(name, name) for name in self.lab.models]
+        assert self.lab.loaded[-len(names) :] == names
+        assert path.name not in self.lab.asked or self.lab.dies_at or self.lab.same
+        self.lab.asked.setdefault(path.name, [])
         self.name = path.name
 
     def sample(
@@ -399,6 +404,13 @@ def test_a_sampler_that_dies_costs_the_answers_of_its_model_alone(lab: Lab) -> N
     assert lab.opened == ["before", "after"]
     assert lab.calls == calls + calls // 2
     assert lab.tracker.notes[-1] == "sampler 1 died: killed; starting the workers anew"
+
+
+def test_a_model_under_two_names_is_asked_itself_each_time(lab: Lab) -> None:
+    lab.models, lab.same = ("before", "after", "again"), {"again": "before"}
+    figures = lab.run().headline
+    assert figures["after_pass_at_1"] == 1.0
+    assert figures["again_pass_at_1"] == figures["before_pass_at_1"] == 0.0
 
 
 def test_every_other_model_is_compared_with_the_first(lab: Lab) -> None:

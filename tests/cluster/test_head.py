@@ -1,0 +1,60 @@
+"""A cluster's head that is not there, or is lost, is told of in time."""
+
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from cluster import head, session
+from cluster.head import is_lost, require_head, require_listener, watch
+from configs.errors import MachineError
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Other tests of this process have a head of their own."""
+    yield
+    head._lost.clear()
+
+
+def address_of(server: socket.socket) -> str:
+    return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once(listener: socket.socket) -> None:
+    address = address_of(listener)
+    require_listener(address)
+    for unknown in ("auto", "ray://somewhere:10001"):
+        require_listener(unknown)  # Not for us to judge.
+    listener.close()
+    begin = time.monotonic()
+    with pytest.raises(MachineError, match=rf"cluster.address = '{address}': nobody answers there"):
+        require_listener(address)
+    assert time.monotonic() - begin < 5
+
+
+def test_a_head_that_is_lost_ends_every_wait_for_the_cluster(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(head, "LOST_SECONDS", 0.5)
+    monkeypatch.setattr(session, "LOOK_SECONDS", 0.05)
+    address = address_of(listener)
+    watch(address)
+    time.sleep(1.0)
+    assert not is_lost()
+    require_head()
+    threading.Timer(0.2, listener.close).start()
+    silent: queue.SimpleQueue[None] = queue.SimpleQueue()
+    with pytest.raises(MachineError, match=rf"head of the cluster at {address} does not answer"):
+        session.hear(silent)
+    assert is_lost()
