@@ -221,9 +221,8 @@ def _start(machines: ClusterConfig) -> None:
     _shorten_messages()
     if machines.address is not None:
         require_listener(machines.address)
-        # What its library tries again it would tell each time, on stderr.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        ray.init(address=machines.address, log_to_driver=False, logging_level=logging.ERROR)
+        with _silenced():
+            ray.init(address=machines.address, log_to_driver=False, logging_level=logging.ERROR)
         watch(ray.get_runtime_context().gcs_address)
         return
     # Ray would run workers at niceness 15, behind everything else on a machine that may be shared.
@@ -241,6 +240,21 @@ def _start(machines: ClusterConfig) -> None:
             logging_level=logging.ERROR,
             object_store_memory=_OBJECT_STORE_BYTES,
         )
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Nothing goes to stderr: Ray's library tells there of each of its tries to join, twenty for a
+    wrong token, and the error that ends them says it all."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _shorten_messages() -> None:

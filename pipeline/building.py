@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster.supply import Supply
 from configs.errors import DataError, LeaseLost, StoreError
@@ -83,7 +84,8 @@ def _fill(slot: Slot, node: Node, inputs: Mapping[str, Committed], site: Site) -
     started = time.monotonic()
     tracker = site.audience.begin(node, inputs)
     if slot.earlier:
-        tracker.note(f"{node.name}: continues the interrupted build in {slot.earlier[0]}")
+        where = site.store.mirror.address(Path(slot.earlier[0]))
+        tracker.note(f"{node.name}: continues the interrupted build in {where}")
         tracker.tag(RESUMED, str(slot.earlier[0]))
     work = Workspace(
         out=str(slot.files),

@@ -29,6 +29,8 @@ _COLOURS = {
 }
 
 
+_SILENT_SECONDS, _SILENT_STEPS = 30.0, 5
+"""For so long, and for the time of so many steps, none may be done before that is said."""
 _PAST_SECONDS = 1.0
 """How long after the first step others may arrive that were done by an earlier run."""
 
@@ -45,7 +47,8 @@ class Line:
     def __init__(self, name: str) -> None:
         """A line that has heard of no step yet."""
         self.name = name
-        self._started = self._first_time = self._heard = time.monotonic()
+        self._started = self._first_time = self._heard = self._last_time = time.monotonic()
+        self._is_past = False
         self._steps, self._unit = 0, "step"
         self._first = self._step = 0
         self._figures: dict[str, float] = {}
@@ -60,9 +63,14 @@ class Line:
         if self._step == 0:
             self._heard = now
         if now - self._heard < _PAST_SECONDS:
-            # A resumed build reports its past at once: the rate is measured from its end on.
+            # A resumed build reports its past at once: the rate is measured after it, and not while
+            # workers start, from the first step of its own on.
+            self._is_past = self._step > 0
             self._first, self._first_time = step, now
-        self._step = step
+        elif self._is_past:
+            self._is_past = False
+            self._first, self._first_time = step, now
+        self._step, self._last_time = step, now
         found = scalars(metrics)
         self._figures = {name: found[name] for name in _FIGURES if name in found}
 
@@ -72,11 +80,16 @@ class Line:
             steps = f"0/{self._steps} {self._units()}, starting, " if self._steps else ""
             return f"{self.name} {steps}{_clock(time.monotonic() - self._started)}"
         parts = [f"{self.name} {self._step}/{self._steps} {self._units()}"]
-        elapsed, done = time.monotonic() - self._first_time, self._step - self._first
+        elapsed, done = self._last_time - self._first_time, self._step - self._first
+        silent = time.monotonic() - self._last_time
         if done > 0 and elapsed > 0:
             rate = done / elapsed
             parts.append(f"{show_number(rate)}/s")
-            parts.append(f"{_clock(max(0, self._steps - self._step) / rate)} left")
+            if silent < max(_SILENT_SECONDS, _SILENT_STEPS / rate):
+                left = max(0, self._steps - self._step) / rate
+                parts.append(f"{_clock(max(0.0, left - silent))} left")
+            else:
+                parts.append(f"no {self._unit.removesuffix('s')} for {_clock(silent)}")
         if self._figures:
             parts.append(show_figures(self._figures))
         return ", ".join(parts)

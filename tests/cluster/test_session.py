@@ -124,3 +124,18 @@ def test_what_ray_says_of_a_lost_machine_is_one_line(
     monkeypatch.delattr(worker, "print_to_stdstream")
     session._shorten_messages()
     assert not hasattr(worker, "print_to_stdstream")
+
+
+def test_tries_to_join_a_cluster_are_not_told_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**_: object) -> None:
+        os.write(2, b"Failed to get cluster ID\n")
+        raise ConnectionError("refused")
+
+    monkeypatch.setattr(session, "require_listener", lambda address: None)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(ConnectionError):
+        session._start(ClusterConfig(address="ray.example:6379"))
+    os.write(2, b"what comes after\n")
+    assert capfd.readouterr().err == "what comes after\n"

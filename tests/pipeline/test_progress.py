@@ -38,6 +38,25 @@ def test_a_resumed_line_does_not_count_its_past_as_speed(monkeypatch: pytest.Mon
     assert "2/s, 00:45 left" in line.text()
 
 
+def test_neither_start_up_nor_silence_counts_as_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    line = Line("pretrain")
+    line.start(steps=300, unit="step")
+    for step in range(1, 201):
+        line.log({}, step=step)  # Those of the run before.
+    clock[0] += 20
+    line.log({}, step=201)
+    assert "/s" not in line.text()
+    clock[0] += 5
+    line.log({}, step=211)
+    assert line.text() == "pretrain 211/300 steps, 2/s, 00:44 left"
+    clock[0] += 29
+    assert line.text() == "pretrain 211/300 steps, 2/s, 00:15 left"
+    clock[0] += 31
+    assert line.text() == "pretrain 211/300 steps, 2/s, no step for 01:00"
+
+
 def test_a_log_gets_one_line_per_interval(
     monkeypatch: pytest.MonkeyPatch, store_config: StoreConfig
 ) -> None:
