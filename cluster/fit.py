@@ -43,7 +43,7 @@ from configs.errors import (
     IngotError,
     LeaseLost,
     MachineError,
-    NoAnswer,
+    StoreError,
     TrainingError,
 )
 from configs.model import ModelConfig
@@ -391,10 +391,8 @@ def _load(trainer: Trainer, job: FitJob, folder: Path, step: int) -> None:
         try:
             job.supply.fetch(folder)
             return trainer.load(folder, step=step)
-        except (NoAnswer, LeaseLost):
-            raise
         except (ArtifactError, SafetensorError, OSError) as error:
-            if trainer.rank == 0 and isinstance(error, ArtifactError):
+            if isinstance(error, StoreError) and (trainer.rank == 0 or _is_of_store(error)):
                 raise  # It names the remedy itself.
             if trainer.rank == 0:
                 raise ArtifactError(
@@ -408,6 +406,11 @@ def _load(trainer: Trainer, job: FitJob, folder: Path, step: int) -> None:
                     "that all machines are shown the same files there, and run again"
                 ) from error
         time.sleep(min(1.0, _SHOWN_SECONDS / 10))
+
+
+def _is_of_store(error: StoreError) -> bool:
+    """Whether the store could not be used, and not what lies in it."""
+    return not isinstance(error, ArtifactError)
 
 
 def _save(trainer: Trainer, job: FitJob, desk: Desk | FarDesk) -> None:

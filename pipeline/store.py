@@ -31,7 +31,7 @@ from pydantic import ValidationError
 from cluster import place
 from cluster.files import replace, says_disk_is_full
 from cluster.mirror import Mirror, mirror_of
-from configs.errors import ArtifactError, LeaseLost, StoreError
+from configs.errors import ArtifactError, LeaseLost, NoAnswer, StoreError
 from configs.parallel import StoreConfig
 from pipeline.carrier import Carrier
 from pipeline.graph import Node
@@ -287,18 +287,16 @@ class Store:
         while True:
             try:
                 found = self._try(node, inputs, replacing, owner, watch)
-            except (ArtifactError, LeaseLost):
-                raise
-            except StoreError:
+            except NoAnswer as error:
                 # A place that does not answer for a moment ends no wait.
                 if time.monotonic() - answered > PATIENCE_SECONDS:
                     raise
-                found = None
+                found = f"an answer ({error})"
             else:
                 answered = time.monotonic()
             if isinstance(found, Slot | Committed):
                 return found
-            if found is not None and (time.monotonic() - told >= TELL_SECONDS or not told):
+            if time.monotonic() - told >= TELL_SECONDS or not told:
                 told = time.monotonic()
                 self._say(f"{node.name}: waiting for {found}")
             time.sleep(_POLL_SECONDS * pace(self.mirror.address(self.folder(node))))

@@ -18,7 +18,7 @@ import pytest
 
 from cluster import place
 from cluster.mirror import mirror_of
-from configs.errors import ArtifactError, LeaseLost, StoreError
+from configs.errors import ArtifactError, LeaseLost, NoAnswer, StoreError
 from configs.parallel import StoreConfig
 from configs.reading import load_recipe
 from pipeline import cli, removal
@@ -604,7 +604,7 @@ def test_a_wait_for_another_builder_outlasts_a_moment_without_answers(
     def look(address: str) -> Any:
         looks[0] += 1
         if looks[0] == 2:
-            raise StoreError(f"{address}: does not answer")
+            raise NoAnswer(f"{address}: does not answer")
         if looks[0] == 3 and isinstance(slot, Slot):
             give_up(slot.lease)
         return newest(address)
@@ -613,10 +613,12 @@ def test_a_wait_for_another_builder_outlasts_a_moment_without_answers(
         assert isinstance(slot, Slot)
         monkeypatch.setattr(store_module, "newest", look)
         monkeypatch.setattr(store_module, "PATIENCE_SECONDS", patience)
+        monkeypatch.setattr(store_module, "TELL_SECONDS", 0.0)
         if ends:
             with other.store.slot(node, {}) as taken:
                 assert isinstance(taken, Slot)
                 assert taken.lease.number == 2
+            assert any("waiting for an answer" in one for one in other.said)
         else:
             with (
                 pytest.raises(StoreError, match="does not answer"),
