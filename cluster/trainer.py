@@ -42,7 +42,7 @@ class LossSpec(Protocol):
 
     def __call__(
         self, model: Transformer, batch: Batch, totals: Mapping[str, float]
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         """(loss, metrics): both add up over ranks to those of the whole batch.
 
         `totals` holds the sums of `counts` over all ranks.
@@ -135,13 +135,13 @@ class Trainer:
             load_E += block.load_E
             block.load_E.zero_()
             block.routing = None
-        metrics = self._sum({"loss": float(value.detach()), **metrics})
-        if not all(torch.isfinite(torch.tensor(list(metrics.values())))):
+        found = self._sum(read({"loss": value, **metrics}))
+        if not all(map(math.isfinite, found.values())):
             raise TrainingError(
-                f"step {self.step + 1}: not finite: {_named(metrics)}{self._culprit()}; lower the "
+                f"step {self.step + 1}: not finite: {_named(found)}{self._culprit()}; lower the "
                 "learning rate, or look at the batch"
             )
-        return metrics
+        return found
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch], sums: Measure) -> dict[str, float]:
@@ -279,15 +279,22 @@ class Trainer:
             return {}
         if self.parallel:
             dist.all_reduce(self.load_LE)
-        load_LE, worst = self.load_LE.float(), 0.0
-        for block, load_E in zip(self.blocks, load_LE, strict=True):
+        load_LE = self.load_LE.float()
+        worst_L = load_LE.new_zeros(len(load_LE))
+        for layer, (block, load_E) in enumerate(zip(self.blocks, load_LE, strict=True)):
             if (bias := block.bias_E) is not None:
                 bias.copy_(updated_bias(bias, load_E, self.balance.bias_update_speed))
-                worst = max(worst, imbalance(load_E))
+                worst_L[layer] = imbalance(load_E)
         self.load_LE.zero_()
         share_LE = load_LE / load_LE.sum(1, keepdim=True).clamp_min(1)
-        load = [[round(share, 5) for share in row] for row in share_LE.tolist()]
-        return {"imbalance": worst, "expert_load": load}
+        # Both in one copy to the host.
+        *rows, worst = torch.cat([share_LE.flatten(), worst_L.max().view(1)]).tolist()
+        experts = share_LE.shape[1]
+        load = [round(share, 5) for share in rows]
+        return {
+            "imbalance": max(0.0, worst),
+            "expert_load": [load[i : i + experts] for i in range(0, len(load), experts)],
+        }
 
     def _grad_norms(self, grads: Mapping[str, Tensor]) -> dict[str, float]:
         """The Euclidean norm of each group's gradients over all ranks, in float64.
@@ -296,8 +303,8 @@ class Trainer:
         """
         squares = dict.fromkeys(map(_norm_of, grads), 0.0)
         shared = 0.0
-        for name, grad in grads.items():
-            square = float(grad.double().square().sum())
+        found = read({name: grad.double().square().sum() for name, grad in grads.items()})
+        for name, square in found.items():
             if name in self.sharded:
                 shared += square
             else:
@@ -322,6 +329,19 @@ class Trainer:
         if self.parallel:
             dist.all_reduce(total)
         return dict(zip(keys, total.tolist(), strict=True))
+
+
+def read(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Numbers and tensors of no dim as numbers, in one copy to the host, which waits for it."""
+    tensors = [one.detach() for one in values.values() if isinstance(one, Tensor)]
+    if not tensors:
+        return {name: float(one) for name, one in values.items()}
+    wide = torch.float64 if any(one.dtype == torch.float64 for one in tensors) else torch.float32
+    numbers = iter(torch.stack([one.to(wide) for one in tensors]).tolist())
+    return {
+        name: next(numbers) if isinstance(one, Tensor) else float(one)
+        for name, one in values.items()
+    }
 
 
 def _named(values: Mapping[str, float]) -> str:

@@ -49,7 +49,8 @@ class AdamW(torch.optim.AdamW):
     def _update(self, parameter: Tensor, slope: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0, device=parameter.device)
+            # Made on the device: a copy to it would be waited for.
+            state["step"] = torch.zeros((), device=parameter.device)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter, dtype=self.rest_dtype)
         state["step"] += 1

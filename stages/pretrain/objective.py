@@ -52,7 +52,7 @@ class PretrainLoss:
 
     def __call__(
         self, model: Transformer, batch: Mapping[str, Tensor], totals: Mapping[str, float]
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's part of the loss; `next_token_loss` and the others are parts too."""
         tokens_BS = batch["tokens"]
         segments_BS = None if self.attend_across_documents else segments_of(tokens_BS)
@@ -61,21 +61,21 @@ class PretrainLoss:
         main = (
             _cross_entropy(predicted.next_BSD, predicted.head, tokens_BS, next_BS) / totals["next"]
         )
-        metrics = {"next_token_loss": float(main.detach())}
+        metrics = {"next_token_loss": main.detach()}
         loss = main
         if predicted.after_next_BSD is not None:
             mtp = _cross_entropy(predicted.after_next_BSD, predicted.head, tokens_BS, after_BS)
             mtp = mtp / totals["after_next"]
             loss = loss + self.mtp_weight * mtp
-            metrics["mtp_loss"] = float(mtp.detach())
+            metrics["mtp_loss"] = mtp.detach()
         if predicted.indexer_loss is not None:
             # A mean over all of this rank's queries, of which every sequence has as many.
             share = tokens_BS.shape[0] / totals["sequences"]
             indexer = predicted.indexer_loss * share
             loss = loss + self.indexer_weight * indexer
-            metrics["indexer_loss"] = float(indexer.detach())
+            metrics["indexer_loss"] = indexer.detach()
         balance = self._balance(model, tokens_BS.shape) / totals["sequences"]
-        metrics["balance_loss"] = float(balance.detach())
+        metrics["balance_loss"] = balance.detach()
         return loss + self.balance_weight * balance, metrics
 
     def next_token_nats(

@@ -29,7 +29,7 @@ def test_a_skewed_router_is_flattened_within_two_hundred_steps() -> None:
         x_TD = torch.randn(512, 32, generator=generator) + 0.5
         experts_TK, _, _ = gate(x_TD)
         load_E = torch.bincount(experts_TK.flatten(), minlength=8).float()
-        history.append(imbalance(load_E))
+        history.append(float(imbalance(load_E)))
         gate.e_score_correction_bias.copy_(updated_bias(gate.e_score_correction_bias, load_E, 0.01))
     assert history[0] > 1.5
     assert max(history[-20:]) < 0.5
@@ -92,7 +92,7 @@ def test_the_sequence_loss_teaches_a_gate_whose_bias_has_evened_out_the_load() -
 
 def test_imbalance_is_the_excess_of_the_largest_load() -> None:
     assert imbalance(torch.tensor([4.0, 4.0])) == 0
-    assert imbalance(torch.tensor([6.0, 2.0, 4.0, 4.0])) == pytest.approx(0.5)
+    assert float(imbalance(torch.tensor([6.0, 2.0, 4.0, 4.0]))) == pytest.approx(0.5)
     assert imbalance(torch.zeros(4)) == -1
 
 
