@@ -91,7 +91,8 @@ class _Gatherer:
 
     def stop(self) -> None:
         self._stop.set()
-        while self._thread.is_alive():
+        # It may be waiting for a head that is lost.
+        while self._thread.is_alive() and not is_lost():
             self._thread.join(_JOIN_SECONDS)
         self.look()
         with suppress(Exception):
@@ -102,7 +103,7 @@ class _Gatherer:
         """Have what was printed until now. Nothing depends on these words, and so no fault of who
         tells them may hide another."""
         with suppress(Exception):
-            for _ in range(_MOST_LOOKS):
+            for _ in range(0 if is_lost() else _MOST_LOOKS):
                 if not self._look():
                     return
 

@@ -4,10 +4,14 @@ Ray tries a wrong address for many minutes, and where the head is lost it ends t
 minute, in the middle of whatever that does. Here both are told in time. Loads no Ray.
 """
 
+import atexit
+import os
 import re
 import socket
+import sys
 import threading
 import time
+from contextlib import suppress
 
 from configs.errors import MachineError
 
@@ -67,4 +71,13 @@ def _watch(address: str, where: tuple[str, int]) -> None:
         except OSError:
             continue
         answered = time.monotonic()
+    # Before Ray's own, which would wait for the head until that ends the process in its way.
+    atexit.register(_leave)
     _lost.append(address)
+
+
+def _leave() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(MachineError.exit_code)

@@ -2,9 +2,12 @@
 
 import queue
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +51,8 @@ def test_a_head_that_is_lost_ends_every_wait_for_the_cluster(
     monkeypatch.setattr(head, "LOOK_SECONDS", 0.05)
     monkeypatch.setattr(head, "LOST_SECONDS", 0.5)
     monkeypatch.setattr(session, "LOOK_SECONDS", 0.05)
+    left: list[object] = []
+    monkeypatch.setattr("atexit.register", left.append)
     address = address_of(listener)
     watch(address)
     time.sleep(1.0)
@@ -58,3 +63,20 @@ def test_a_head_that_is_lost_ends_every_wait_for_the_cluster(
     with pytest.raises(MachineError, match=rf"head of the cluster at {address} does not answer"):
         session.hear(silent)
     assert is_lost()
+    assert left == [head._leave]
+
+
+def test_a_process_that_lost_its_head_leaves_with_what_it_said(tmp_path: Path) -> None:
+    """Before the handlers that were there, which would wait for the head."""
+    script = (
+        "import atexit, time\n"
+        "from cluster import head\n"
+        "atexit.register(time.sleep, 60)\n"
+        "head.LOST_SECONDS = 0.0\n"
+        "head._watch('nowhere:1', ('127.0.0.1', 1))\n"
+        "print('the end')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stdout) == (1, "the end\n")

@@ -180,7 +180,8 @@ def test_a_head_that_is_lost_ends_the_run_in_one_sentence_and_the_next_goes_on(
     two.kill(head)
     said = refused(two, run)
     assert f"the head of the cluster at {two.address} does not answer any more" in said
-    assert "Failed" not in two.printed("driver").splitlines()[-1]
+    # Ray would have ended the process a minute after, and said so.
+    assert "Failed to connect" not in two.printed("driver")
     two.start_ray(FIRST)
     printed = finish(two, begin(two, *longer))
     assert "pretrain: continues the interrupted build" in printed
