@@ -6,6 +6,7 @@ machine lives, and `ingot logs` shows all workers alike.
 """
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from cluster.output import Output, log_files
 from cluster.supply import Supply
 
 LOOK_SECONDS = 2.0
-_ANSWER_SECONDS, _JOIN_SECONDS = 30.0, 0.5
+_ANSWER_SECONDS, _TURN_SECONDS = 30.0, 0.5
 _PART_BYTES = 1 << 20
 _MOST_LOOKS = 16
 _active: dict[Output, "_Gatherer"] = {}
@@ -77,54 +78,78 @@ class _Reader:
 
 
 class _Gatherer:
-    """On the driver: asks the readers now and then."""
+    """On the driver: a thread asks the readers now and then, and whenever it is told to.
+
+    It alone calls Ray, which may not answer for a minute where a machine is lost.
+    """
 
     def __init__(self, output: Output, supply: Supply) -> None:
         self._output, self._supply = output, supply
         self._readers: dict[str, tuple[str, Any]] = {}
         """By node of Ray: the address of its machine, and the reader there."""
         self._known = _known.setdefault(output, {})
-        self._busy = threading.Lock()
-        self._stop = threading.Event()
+        self._wake, self._stopping = threading.Event(), False
+        self._turn = threading.Condition()
+        self._begun = self._done = 0
+        """Looks, all counted."""
         self._thread = threading.Thread(target=self._work, daemon=True, name="gathered")
         self._thread.start()
 
     def stop(self) -> None:
-        self._stop.set()
-        # It may be waiting for a head that is lost.
-        while self._thread.is_alive() and not is_lost():
-            self._thread.join(_JOIN_SECONDS)
+        """Look a last time, and end the readers."""
+        self._stopping = True
         self.look()
-        with suppress(Exception):
-            for _, reader in self._readers.values() if _is_reachable() else ():
-                ray.kill(reader, no_restart=True)
 
     def look(self) -> None:
-        """Have what was printed until now. Nothing depends on these words, and so no fault of who
-        tells them may hide another."""
-        with suppress(Exception):
-            for _ in range(0 if is_lost() else _MOST_LOOKS):
-                if not self._look():
+        """Have what was printed until now, if machines answer in time. Nothing depends on these
+        words, and so no fault of who tells them may hide another."""
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        with self._turn:
+            wanted = self._begun + 1
+        self._wake.set()
+        while self._thread.is_alive() and not is_lost() and time.monotonic() < deadline:
+            with self._turn:
+                if self._turn.wait_for(lambda: self._done >= wanted, _TURN_SECONDS):
                     return
+
+    def _work(self) -> None:
+        while True:
+            self._wake.wait(LOOK_SECONDS)
+            self._wake.clear()
+            is_last = self._stopping
+            with self._turn:
+                self._begun += 1
+            with suppress(Exception):
+                for _ in range(_MOST_LOOKS):
+                    if not self._look():
+                        break
+            if is_last:
+                with suppress(Exception):
+                    for _, reader in self._readers.values() if _is_reachable() else ():
+                        ray.kill(reader, no_restart=True)
+            with self._turn:
+                self._done = self._begun
+                self._turn.notify_all()
+            if is_last:
+                return
 
     def _look(self) -> bool:
         """Whether there may be more of what was asked for."""
         is_cut = False
-        with self._busy:
-            if not _is_reachable():
-                return False  # Closed by an interrupt, and the workers with it, or gone.
-            self._meet()
-            asked = [
-                (address, reader.news.remote(self._known.setdefault(address, {})))
-                for address, reader in self._readers.values()
-            ]
-            for address, ref in asked:
-                try:
-                    news = ray.get(ref, timeout=_ANSWER_SECONDS)
-                except (RayError, TimeoutError):
-                    continue  # Its machine may be gone.
-                self._keep(address, news)
-                is_cut |= any(len(part) == _PART_BYTES for _, part in news.values())
+        if not _is_reachable():
+            return False  # Closed by an interrupt, and the workers with it, or gone.
+        self._meet()
+        asked = [
+            (address, reader.news.remote(self._known.setdefault(address, {})))
+            for address, reader in self._readers.values()
+        ]
+        for address, ref in asked:
+            try:
+                news = ray.get(ref, timeout=_ANSWER_SECONDS)
+            except (RayError, TimeoutError):
+                continue  # Its machine may be gone.
+            self._keep(address, news)
+            is_cut |= any(len(part) == _PART_BYTES for _, part in news.values())
         return is_cut
 
     def _keep(self, address: str, news: Mapping[int, tuple[int, bytes]]) -> None:
@@ -134,10 +159,6 @@ class _Gatherer:
             with path.open("ab") as file:
                 file.write(part)
             self._known[address][rank] = end
-
-    def _work(self) -> None:
-        while not self._stop.wait(LOOK_SECONDS):
-            self.look()
 
     def _meet(self) -> None:
         """Have a reader on every other machine; machines come and go."""

@@ -17,6 +17,7 @@ import torch
 from ray.exceptions import NodeDiedError, TaskUnschedulableError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.head import require_head
 from configs.errors import MachineError
 
 _LOOK_SECONDS = 0.5
@@ -72,6 +73,7 @@ def _await_all(refs: list[Any], timeout_seconds: float) -> tuple[list[Any], list
     done: list[Any] = []
     late, deadline = refs, time.monotonic() + timeout_seconds
     while late and time.monotonic() < deadline:
+        require_head()
         done, late = ray.wait(refs, num_returns=len(refs), timeout=_LOOK_SECONDS)
     return done, late
 

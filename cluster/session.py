@@ -95,6 +95,7 @@ def ray_for(machines: ClusterConfig, home: str, *, workers: int) -> Iterator[Non
     with _sharing.changed:
         # No deadline of its own: those who are waited for have theirs in all that they do.
         while sum(_sharing.cpus.values()) + cpus > _cpus_of_ray() + 1e-6 and _sharing.cpus:
+            require_head()
             _sharing.changed.wait(LOOK_SECONDS)
         _sharing.cpus[me] = cpus
     try:
@@ -144,6 +145,7 @@ def ensure_ray(machines: ClusterConfig, home: str, *, cpus_needed: float) -> Non
     require_head()
     deadline = time.monotonic() + machines.placement_timeout_seconds
     while (available := _cpus_of_ray()) < cpus_needed:
+        require_head()
         if machines.address is not None and time.monotonic() < deadline:
             # A machine may be about to join in the place of one that is lost.
             time.sleep(LOOK_SECONDS)

@@ -106,8 +106,9 @@ def _await_places(group: Any, machines: ClusterConfig, count: int, *, role: str)
     """Return once a group's places are reserved: free CPUs may lie on too many machines."""
     timeout = machines.placement_timeout_seconds
     deadline = time.monotonic() + timeout
-    # In short waits, between which an interrupt is noticed.
-    while not group.wait(LOOK_SECONDS):
+    # In short waits, between which an interrupt is noticed; Ray counts whole seconds.
+    while not group.wait(1):
+        require_head()
         if time.monotonic() > deadline:
             raise MachineError(
                 f"{count} {role}s of {machines.cpus_per_worker:g} CPUs each found no place within "
@@ -145,6 +146,7 @@ def await_cpus(machines: ClusterConfig, count: int, *, role: str) -> None:
     timeout = machines.placement_timeout_seconds
     deadline = time.monotonic() + timeout
     while (free := float(ray.available_resources().get("CPU", 0))) < needed - 1e-6:
+        require_head()
         if time.monotonic() > deadline:
             raise MachineError(
                 f"{count} {role}s ask for {needed:g} CPUs and {free:g} were free after "

@@ -80,22 +80,25 @@ class Carrier:
         it anew, on other machines.
         """
         found = self._found()
-        whole = {_folder(name) for name in self._sent if name.endswith(f"/{COMPLETE}")}
+        whole = {_folder(name) for name in self._sent if _is_mark(name)}
         # What comes into a save that was sent whole was fetched: shards of other machines.
         new = [
             name
             for name, stamp in found.items()
             if self._sent.get(name) != stamp and _folder(name) not in whole
         ]
-        marks = [name for name in new if name.endswith(f"/{COMPLETE}")]
-        for name in [one for one in new if one not in marks]:
-            self._push(name, found)
-        if marks and (self._builder / METRICS).is_file():
-            self._mirror.push(self._builder / METRICS)
-        for name in marks:
-            self._push(name, found)
+        # The newest save first: what takes long to send is old by then, and may be deleted here.
+        for folder in sorted({_folder(name) for name in new}, reverse=True):
+            names = [name for name in new if _folder(name) == folder]
+            for name in sorted(names, key=_is_mark):
+                if _is_mark(name) and (self._builder / METRICS).is_file():
+                    self._mirror.push(self._builder / METRICS)
+                self._push(name, found)
+        newest = max((one for one in self._sent if one in found and _is_mark(one)), default="")
         for name in [one for one in self._sent if one not in found]:
-            if name.endswith(f"/{COMPLETE}"):
+            if _is_mark(name):
+                if newest < name:
+                    continue  # The store has no newer whole one.
                 # With the shards that other machines have sent.
                 place.delete(self._mirror.address(self._builder / _folder(name)))
             del self._sent[name]
@@ -116,6 +119,11 @@ class Carrier:
                 name = path.relative_to(self._builder).as_posix()
                 found[name] = (status.st_size, status.st_mtime_ns)
         return found
+
+
+def _is_mark(name: str) -> bool:
+    """Of a save; their folders sort by step."""
+    return name.endswith(f"/{COMPLETE}")
 
 
 def _folder(name: str) -> str:

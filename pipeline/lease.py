@@ -62,8 +62,11 @@ def this_process() -> dict[str, Any]:
 
 def has_ended(process: Mapping[str, Any]) -> bool:
     """Whether a process of this host is gone; false for other hosts, where one cannot look."""
-    is_here = process.get("host") == _host() and process.get("machine", _machine()) == _machine()
-    return is_here and _process_gone(process)
+    return _is_here(process) and _process_gone(process)
+
+
+def _is_here(process: Mapping[str, Any]) -> bool:
+    return process.get("host") == _host() and process.get("machine", _machine()) == _machine()
 
 
 def _process_gone(holder: Mapping[str, Any]) -> bool:
@@ -173,7 +176,7 @@ def held_among(generations: Iterable[str], dead: dict[str, object]) -> set[str]:
             now = newest(generation)[1]
             if watch.is_dead(now):
                 dead[generation] = _heartbeat(now)
-            elif first.get("host") == _host() or now != first or time.monotonic() > deadline:
+            elif _is_here(first) or now != first or time.monotonic() > deadline:
                 held.add(generation)
             else:
                 continue

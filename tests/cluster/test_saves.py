@@ -147,3 +147,40 @@ def test_on_one_machine_what_is_half_saved_goes_and_the_rest_is_found(tmp_path: 
     (half / COMPLETE).unlink()
     assert saves.choose() == start
     assert not half.exists()
+
+
+def test_the_only_whole_save_in_the_store_stays_while_newer_ones_come_and_go(
+    saves: Saves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever saves faster than the store takes it deletes here what is still being sent."""
+    carrier = Carrier(saves.supply.mirror, saves.supply.builder, print)
+    real, steps = place.send, iter(range(16, 200, 8))
+
+    def make() -> None:
+        step = next(steps)
+        for rank in (0, 1):
+            shard(saves, step, rank)
+        saves.complete(step)
+
+    def slow(path: Path, address: str) -> None:
+        if path.name.startswith("rank-0"):
+            make()
+            make()
+        real(path, address)
+
+    try:
+        for rank in (0, 1):
+            shard(saves, 8, rank)
+        saves.complete(8)
+        carrier.carry()
+        make()
+        monkeypatch.setattr(place, "send", slow)
+        for _ in range(3):
+            carrier.carry()
+        assert any(name.endswith(COMPLETE) for name in stored(saves))
+        monkeypatch.setattr(place, "send", real)
+        carrier.carry()
+        whole = {name.partition("/")[0] for name in stored(saves) if name.endswith(COMPLETE)}
+        assert f"step-{saves.newest()[1]:08d}" in whole  # type: ignore[index]
+    finally:
+        carrier.stop()
