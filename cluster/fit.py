@@ -298,7 +298,9 @@ def _steps(job: FitJob, desk: Desk | FarDesk) -> None:
         seed=job.seed,
         vocabulary=job.vocabulary,
     )
-    if chosen := agreed_save(job, desk):
+    chosen = agreed_save(job, desk)
+    job.supply.forget_after(job.saves.root, chosen[1] if chosen else 0)
+    if chosen:
         _load(trainer, job, *chosen)
     elif job.base is not None:
         trainer.load_whole(read_tensors(Path(job.base)))

@@ -21,6 +21,7 @@ LOST_SECONDS = 15.0
 """So long nobody may answer before the head counts as lost: Ray gives it 60."""
 _HOST_AND_PORT = re.compile(r"(?P<host>[^/:\s]+):(?P<port>\d+)")
 
+_watched: list[str | None] = [None]
 _lost: list[str] = []
 """The address of the head that is lost, once it is."""
 
@@ -39,9 +40,12 @@ def require_listener(address: str) -> None:
         ) from None
 
 
-def watch(address: str) -> None:
-    """Look from now on, as long as this process lives, whether the head answers."""
+def watch(address: str | None) -> None:
+    """Look from now on whether the head answers, until another is watched; none for no cluster."""
     _lost.clear()
+    _watched[:] = [address]
+    if address is None:
+        return
     found = _HOST_AND_PORT.fullmatch(address)
     if found is not None:
         where = found["host"], int(found["port"])
@@ -66,6 +70,8 @@ def _watch(address: str, where: tuple[str, int]) -> None:
     answered = time.monotonic()
     while time.monotonic() - answered < LOST_SECONDS:
         time.sleep(LOOK_SECONDS)
+        if _watched != [address]:
+            return
         try:
             socket.create_connection(where, LOOK_SECONDS).close()
         except OSError:

@@ -217,6 +217,8 @@ class _TrainWorker(Worker):
 
     def load(self, folder: Path, step: int) -> None:
         if self.supply.is_far:
+            number = int(folder.name.partition("-")[2])
+            self.supply.forget_after(folder.parent, number)
             self.supply.fetch(folder)
         self.trainer.load(folder, step=step)
 

@@ -227,6 +227,7 @@ def _start(machines: ClusterConfig) -> None:
             ray.init(address=machines.address, log_to_driver=False, logging_level=logging.ERROR)
         watch(ray.get_runtime_context().gcs_address)
         return
+    watch(None)
     # Ray would run workers at niceness 15, behind everything else on a machine that may be shared.
     os.environ.setdefault("RAY_worker_niceness", "0")
     if needs_own_token(os.environ):

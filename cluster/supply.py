@@ -122,6 +122,14 @@ class Supply:
         if self.is_apart:
             self._patiently(partial(place.delete, self.mirror.address(folder)))
 
+    def forget_after(self, root: Path, step: int) -> None:
+        """Delete shards of later steps that a group now abandoned has left on another machine: one
+        of the same size would be taken for that which the store has by then."""
+        if self.is_far:
+            for path in root.glob("step-*"):
+                if int(path.name.partition("-")[2]) > step:
+                    shutil.rmtree(path, ignore_errors=True)
+
     def _patiently(self, call: Callable[[], object]) -> None:
         """Call until the store answers, and say on which machine it could not be used."""
         deadline = time.monotonic() + SILENT_SECONDS

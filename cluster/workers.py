@@ -252,8 +252,10 @@ def what_happened(error: Exception) -> str:
     """Why a worker is gone, in one line; Ray has many for a machine that is lost."""
     text = " ".join(str(error).split())
     cause = error.cause if isinstance(error, RayTaskError) else error
+    is_of_ray = not isinstance(error, RayTaskError) or _is_of_ray(error.cause)
     if isinstance(cause, ActorUnavailableError | NodeDiedError | ObjectLostError) or any(
-        one in text for one in ("is unavailable", "its node has died", "node has terminated")
+        is_of_ray and one in text
+        for one in ("is unavailable", "its node has died", "node has terminated")
     ):
         return "its machine does not answer any more"
     return _lines(error)[0]

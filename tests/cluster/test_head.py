@@ -66,6 +66,20 @@ def test_a_head_that_is_lost_ends_every_wait_for_the_cluster(
     assert left == [head._leave]
 
 
+def test_a_head_that_is_watched_no_more_is_never_lost(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before a local Ray of the same process."""
+    monkeypatch.setattr(head, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(head, "LOST_SECONDS", 0.2)
+    monkeypatch.setattr("atexit.register", lambda call: pytest.fail("lost"))
+    watch(address_of(listener))
+    watch(None)
+    listener.close()
+    time.sleep(0.6)
+    assert not is_lost()
+
+
 def test_a_process_that_lost_its_head_leaves_with_what_it_said(tmp_path: Path) -> None:
     """Before the handlers that were there, which would wait for the head."""
     script = (
@@ -73,6 +87,7 @@ def test_a_process_that_lost_its_head_leaves_with_what_it_said(tmp_path: Path) -
         "from cluster import head\n"
         "atexit.register(time.sleep, 60)\n"
         "head.LOST_SECONDS = 0.0\n"
+        "head._watched[:] = ['nowhere:1']\n"
         "head._watch('nowhere:1', ('127.0.0.1', 1))\n"
         "print('the end')\n"
     )

@@ -188,3 +188,19 @@ def test_a_folder_that_cannot_be_made_is_named(driver: Supply) -> None:
     driver.mirror.root.write_text("a file")
     with pytest.raises(MachineError, match=r"cannot make .*; set XDG_CACHE_HOME for the driver"):
         driver.arrive()
+
+
+def test_shards_of_an_abandoned_group_go_where_the_driver_does_not_see_them(
+    driver: Supply,
+) -> None:
+    leave(driver)
+    driver.arrive()
+    root = driver.builder / "resume" / "saves"
+    for step in (8, 16):
+        (root / f"step-{step:08d}").mkdir(parents=True)
+    driver.forget_after(root, 8)
+    assert [path.name for path in root.iterdir()] == ["step-00000008"]
+    driver.sign.touch()
+    (root / "step-00000024").mkdir()
+    driver.forget_after(root, 8)
+    assert (root / "step-00000024").exists()
