@@ -23,6 +23,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
+from ray.exceptions import RayError
 from ray.train import ScalingConfig, UserCallback, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -32,6 +33,7 @@ from safetensors import SafetensorError
 from cluster import checkpoint
 from cluster.desk import Desk, FarDesk, StepLog, open_desk
 from cluster.gathered import gathered
+from cluster.head import require_reachable
 from cluster.output import RESTART, Output
 from cluster.saves import Saves
 from cluster.session import close_ray, hear, ray_for, worker_env
@@ -186,6 +188,13 @@ def _run(job: FitJob, machines: ClusterConfig, desk: Desk, notes: str) -> None:
             f"times: {_last_line(error)}; run again to continue from the newest save"
         )
         raise with_tail(failed, job.output, _to_name(error, job.output)) from error
+    except RayError as error:
+        # What drives the ranks is gone, and not one of them.
+        require_reachable()
+        raise MachineError(
+            f"the training was cut off ({what_happened(error)}); run again to continue from the "
+            "newest save"
+        ) from error
     desk.raise_failure()
 
 

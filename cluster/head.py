@@ -66,6 +66,23 @@ def require_head() -> None:
         )
 
 
+def require_reachable() -> None:
+    """Return once the head answers, which is asked now; MachineError if it is lost.
+
+    Asked before Ray is, which would wait for a minute and then end the process.
+    """
+    address = _watched[0]
+    found = None if address is None else _HOST_AND_PORT.fullmatch(address)
+    while found is not None:
+        require_head()
+        try:
+            where = found["host"], int(found["port"])
+            socket.create_connection(where, LOOK_SECONDS).close()
+            return
+        except OSError:
+            time.sleep(min(LOOK_SECONDS, 0.5))
+
+
 def _watch(address: str, where: tuple[str, int]) -> None:
     answered = time.monotonic()
     while time.monotonic() - answered < LOST_SECONDS:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import ray
 from ray._private import worker
 
-from cluster.head import require_head, require_listener, watch
+from cluster.head import require_head, require_listener, require_reachable, watch
 from cluster.nodes import require_equal_nodes
 from cluster.surroundings import (
     folder_fault,
@@ -142,7 +142,7 @@ def ensure_ray(machines: ClusterConfig, home: str, *, cpus_needed: float) -> Non
             _open(machines, Path(home))
         if machines.address is not None:
             _require_equal_nodes(machines.address, machines.startup_timeout_seconds)
-    require_head()
+    require_reachable()
     deadline = time.monotonic() + machines.placement_timeout_seconds
     while (available := _cpus_of_ray()) < cpus_needed:
         require_head()

@@ -95,3 +95,17 @@ def test_a_process_that_lost_its_head_leaves_with_what_it_said(tmp_path: Path) -
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=30
     )
     assert (done.returncode, done.stdout) == (1, "the end\n")
+
+
+def test_a_head_is_asked_before_ray_is(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(head, "LOST_SECONDS", 0.3)
+    monkeypatch.setattr("atexit.register", lambda call: None)
+    head.require_reachable()  # There is none.
+    watch(address_of(listener))
+    head.require_reachable()
+    listener.close()
+    with pytest.raises(MachineError, match="does not answer any more"):
+        head.require_reachable()
