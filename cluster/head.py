@@ -60,10 +60,14 @@ def is_lost() -> bool:
 def require_head() -> None:
     """MachineError if the head is lost. Called in every wait for the cluster."""
     if _lost:
-        raise MachineError(
-            f"the head of the cluster at {_lost[0]} does not answer any more; start it again, and "
-            "the same command goes on from the newest save"
-        )
+        raise MachineError(_gone(_lost[0]))
+
+
+def _gone(address: str) -> str:
+    return (
+        f"the head of the cluster at {address} does not answer any more; start it again, and the "
+        "same command goes on from the newest save"
+    )
 
 
 def require_reachable() -> None:
@@ -73,8 +77,11 @@ def require_reachable() -> None:
     """
     address = _watched[0]
     found = None if address is None else _HOST_AND_PORT.fullmatch(address)
+    deadline = time.monotonic() + 2 * LOST_SECONDS
     while found is not None:
         require_head()
+        if time.monotonic() > deadline:
+            raise MachineError(_gone(found[0]))
         try:
             where = found["host"], int(found["port"])
             socket.create_connection(where, LOOK_SECONDS).close()

@@ -26,7 +26,7 @@ def listener() -> Iterator[socket.socket]:
 def fresh() -> Iterator[None]:
     """Other tests of this process have a head of their own."""
     yield
-    head._lost.clear()
+    watch(None)
 
 
 def address_of(server: socket.socket) -> str:
