@@ -137,6 +137,10 @@ class Numerics:
     config: Fp8Config = _DEFAULTS
     backend: Fp8Backend = "auto"
     recorder: Recorder = field(default_factory=Recorder, compare=False)
+    compute: torch.dtype | None = None
+    """Type of the stream of states, from the embedding on, and of the products that are not FP8.
+    None is the weights' own. Narrower, weights are cast at the product (`model.weight_cache`);
+    gate, losses, softmax and the statistics of norms stay float32."""
 
     def of(self, part: Part, *, saves_e5m6: bool = False) -> Fp8 | None:
         """The scheme of one part; None for high precision."""
