@@ -5,13 +5,60 @@ of this device, D width, E experts.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from model.widening import widened
+
+@dataclass(frozen=True, slots=True)
+class ByRow:
+    """The visits of each row, from which a row's sum is added up in an order that is fixed.
+
+    Added where they lie (`index_add_`), visits of a row come in any order on a GPU, and a training
+    that repeats would not repeat to the last bit.
+    """
+
+    rows_N: Tensor
+    """int64: the row of each visit."""
+    visit_N: Tensor
+    """int64: the visits sorted by row, those of one row in their own order."""
+    begin_R: Tensor
+    """int64: where the visits of each row begin in `visit_N`."""
+
+    @classmethod
+    def of(cls, rows_N: Int[Tensor, " N"], rows: int) -> "ByRow":
+        """The table of visits to `rows` rows, of which some may have none."""
+        visit_N = rows_N.argsort(stable=True)
+        every_R = torch.arange(rows, device=rows_N.device)
+        return cls(rows_N, visit_N, torch.searchsorted(rows_N[visit_N], every_R))
+
+    def sum(self, y_ND: Float[Tensor, "N D"]) -> Float[Tensor, "R D"]:
+        """Each row's sum of its visits, float32 at least inside; 0 for a row without visits."""
+        if not (torch.is_grad_enabled() and y_ND.requires_grad):
+            return _sum(y_ND, self)
+        summed: Tensor = _Sum.apply(y_ND, self)
+        return summed
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, by_row: ByRow) -> Tensor:
+        ctx.save_for_backward(by_row.rows_N)
+        return _sum(y_ND, by_row)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (rows_N,) = ctx.saved_tensors
+        return grads[0].index_select(0, rows_N), None
+
+
+def _sum(y_ND: Tensor, by_row: ByRow) -> Tensor:
+    return F.embedding_bag(by_row.visit_N, y_ND, by_row.begin_R, mode="sum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +77,18 @@ class Dispatched:
     """The weight of each visit in its row's sum; none where every weight is 1."""
     ticket: object
     """Read only by the dispatcher that made it, which knows its type."""
+    home: ByRow | None = None
+    """What `by_row` gives, where the dispatcher has it without sorting again."""
+
+    def by_row(self) -> ByRow:
+        """The visits of each row."""
+        return self.home or ByRow.of(self.rows_N, len(self.x_RD))
 
     def collect(self, y_ND: Float[Tensor, "N D"]) -> Float[Tensor, "R D"]:
         """Each row's sum of its visits' results, by gate; 0 for a row without visits."""
         if self.gates_N is not None:
             y_ND = y_ND * self.gates_N.unsqueeze(1)
-        sums_RD = torch.zeros_like(widened(self.x_RD)).index_add(0, self.rows_N, widened(y_ND))
-        return sums_RD.to(self.x_RD.dtype)
+        return self.by_row().sum(y_ND)
 
 
 @runtime_checkable
@@ -78,7 +130,11 @@ class LocalDispatcher:
         """Visits sorted by expert; equal experts keep the order of tokens."""
         order_N = sort_by_expert(experts_TK)
         gates_N = gates_TK.flatten().index_select(0, order_N).to(x_TD.dtype)
-        return Dispatched(x_TD, order_N // experts_TK.shape[1], counts_E, gates_N, None)
+        choices = experts_TK.shape[1]
+        rows_N = order_N // choices
+        begin_R = torch.arange(0, len(order_N), choices, device=order_N.device)
+        home = ByRow(rows_N, inverse(order_N), begin_R)
+        return Dispatched(x_TD, rows_N, counts_E, gates_N, None, home)
 
     def combine(
         self, y_RD: Float[Tensor, "R D"], gates_TK: Float[Tensor, "T K"], sent: Dispatched
@@ -90,3 +146,9 @@ class LocalDispatcher:
 def sort_by_expert(experts_TK: Int[Tensor, "T K"]) -> Int[Tensor, " N"]:
     """The flat choices t * K + k by expert, those of one expert in their own order."""
     return experts_TK.reshape(-1).argsort(stable=True)
+
+
+def inverse(order_N: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
+    """The place of each number in a permutation."""
+    every_N = torch.arange(len(order_N), device=order_N.device)
+    return torch.empty_like(order_N).scatter_(0, order_N, every_N)
