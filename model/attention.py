@@ -23,6 +23,7 @@ from model.fp8.scheme import Numerics
 from model.layers import RMSNorm
 from model.passes import Cache, Pass, Step
 from model.rope import rotate, rotate_tail, shared_rotary_table, softmax_factor
+from model.weight_cache import cast
 from model.widening import widened
 
 LATENT_NORM_EPSILON = 1e-6
@@ -90,6 +91,7 @@ class LatentAttention(nn.Module):
             heads * config.v_head_dim, width, numerics.of("attention", saves_e5m6=True)
         )
         self.scale = config.qk_head_dim**-0.5 * softmax_factor(config.rope_scaling)
+        self.compute = numerics.compute
 
     def forward(self, x_BSD: Float[Tensor, "B S D"], batch: Pass) -> Float[Tensor, "B S D"]:
         """Attend to each row's own past."""
@@ -155,12 +157,16 @@ class LatentAttention(nn.Module):
         """Room for the latents and shared keys of `tokens` tokens a row."""
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
         weight = self.kv_a_layernorm.weight
-        return {"latent_BLW": weight.new_zeros(rows, tokens, width)}
+        return {"latent_BLW": weight.new_zeros(rows, tokens, width, dtype=self.compute)}
 
     def absorption(self) -> tuple[Tensor, Tensor]:
         """kv_b_proj as W_UK [H, N, C] and W_UV [H, V, C], in the attention operator's precision."""
         config = self.config
-        expand_HEC = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
+        weight = self.kv_b_proj.weight
+        if self.compute is not None:
+            # What keys and values are expanded with in a whole pass.
+            weight = cast(weight, self.compute)
+        expand_HEC = weight.unflatten(0, (config.num_attention_heads, -1))
         key_HNC, value_HVC = expand_HEC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         return key_HNC, value_HVC
 

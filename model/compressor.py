@@ -50,7 +50,7 @@ class Compressor(nn.Module):
         numerics: Numerics = HIGH,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.compute = config, numerics.compute
         self.ratio = ratio
         self.series = series
         scheme = numerics.of("compressor")
@@ -101,11 +101,11 @@ class Compressor(nn.Module):
 
     def new_cache(self, rows: int, tokens: int) -> Cache:
         """Entries, and the projections of tokens that a block still to come needs."""
-        weight, width = self.kv_norm.weight, self.kv_norm.weight.shape[0]
+        zeros, width = self.kv_norm.weight.new_zeros, self.kv_norm.weight.shape[0]
         slots = self.series * self.ratio
         return {
-            "entries_BLW": weight.new_zeros(rows, tokens // self.ratio, width),
-            "raw_BRE": weight.new_zeros(rows, slots, 2 * self.series * width),
+            "entries_BLW": zeros(rows, tokens // self.ratio, width, dtype=self.compute),
+            "raw_BRE": zeros(rows, slots, 2 * self.series * width, dtype=self.compute),
         }
 
     def _pool(self, kv: Tensor, gate: Tensor, table: Tensor, block: Tensor) -> Tensor:

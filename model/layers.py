@@ -13,6 +13,7 @@ from model.fp8.experts import fp8_swiglu
 from model.fp8.linear import Linear
 from model.fp8.scheme import Fp8
 from model.swiglu import swiglu
+from model.weight_cache import cast
 from model.widening import widened
 
 
@@ -29,7 +30,8 @@ class RMSNorm(nn.Module):
         if torch.is_grad_enabled() and widened(x) is x:
             normed: Tensor = _RMSNorm.apply(x, self.weight, self.epsilon)
             return normed
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        # One kernel does it all where the weight has the type of `x`; sums are float32 inside.
+        return F.rms_norm(x, self.weight.shape, cast(self.weight, x.dtype), self.epsilon)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -81,7 +83,8 @@ class SwiGLU(nn.Module):
         gate_ID, up_ID = self.gate_proj.weight, self.up_proj.weight
         down_DI, scheme = self.down_proj.weight, self.gate_proj.scheme
         if scheme is None:
-            return swiglu(x, gate_ID, up_ID, down_DI, self.limit)
+            weights = (cast(weight, x.dtype) for weight in (gate_ID, up_ID, down_DI))
+            return swiglu(x, *weights, self.limit)
         return fp8_swiglu(x, gate_ID, up_ID, down_DI, self.limit, scheme)
 
 
