@@ -80,6 +80,9 @@ class Step:
     positions_B: Int[Tensor, " B"]
     """How many tokens each row had before."""
     caches: Caches
+    longest: int | None = None
+    """At least the tokens of the longest row, this one included, and no more than caches have room
+    for; the device is asked if none is given. Rounded up, steps of growing rows have one shape."""
 
     @property
     def tokens_BS(self) -> Int[Tensor, "B 1"]:
@@ -88,8 +91,8 @@ class Step:
 
     @cached_property
     def reach(self) -> int:
-        """Tokens of the longest row, this one included. Asked of the device once a pass."""
-        return int(self.positions_B.max()) + 1
+        """Tokens of the longest row, this one included, or somewhat more."""
+        return int(self.positions_B.max()) + 1 if self.longest is None else self.longest
 
     @cached_property
     def past_BL(self) -> Bool[Tensor, "B L"]:
