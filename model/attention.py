@@ -162,7 +162,7 @@ class LatentAttention(nn.Module):
     def absorption(self) -> tuple[Tensor, Tensor]:
         """kv_b_proj as W_UK [H, N, C] and W_UV [H, V, C], in the attention operator's precision."""
         config = self.config
-        weight = self.kv_b_proj.weight
+        weight: Tensor = self.kv_b_proj.weight
         if self.compute is not None:
             # What keys and values are expanded with in a whole pass.
             weight = cast(weight, self.compute)

@@ -45,6 +45,6 @@ def sequence_balance_loss(scores_BSE: Float[Tensor, "B S E"], choices: int) -> F
     return (frequency_BE * probability_BE).sum(-1)
 
 
-def imbalance(load_E: Float[Tensor, " E"]) -> Float[Tensor, ""]:
+def imbalance(load_E: Float[Tensor, "*L E"]) -> Float[Tensor, "*L"]:
     """Largest load over the mean load, less one: 0 is perfect balance."""
-    return load_E.max() / load_E.mean().clamp_min(1e-9) - 1
+    return load_E.amax(-1) / load_E.mean(-1).clamp_min(1e-9) - 1

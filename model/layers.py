@@ -80,11 +80,12 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Apply to each last-dim vector."""
-        gate_ID, up_ID = self.gate_proj.weight, self.up_proj.weight
-        down_DI, scheme = self.down_proj.weight, self.gate_proj.scheme
+        weights = [linear.weight for linear in (self.gate_proj, self.up_proj, self.down_proj)]
+        scheme = self.gate_proj.scheme
         if scheme is None:
-            weights = (cast(weight, x.dtype) for weight in (gate_ID, up_ID, down_DI))
-            return swiglu(x, *weights, self.limit)
+            gate_ID, up_ID, down_DI = (cast(weight, x.dtype) for weight in weights)
+            return swiglu(x, gate_ID, up_ID, down_DI, self.limit)
+        gate_ID, up_ID, down_DI = weights
         return fp8_swiglu(x, gate_ID, up_ID, down_DI, self.limit, scheme)
 
 

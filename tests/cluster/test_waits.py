@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from cluster.trainer import build_trainer, read
+from cluster.figures import read
+from cluster.trainer import build_trainer
 from configs.train import BalanceConfig
 from stages.pretrain.objective import PretrainLoss
 from tests.cluster.jobs import OPTIM
