@@ -18,10 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from configs.model import V3Config
 from model.causal import causal_attention
+from model.documents import attend_in_documents
 from model.fp8.linear import Linear, together
 from model.fp8.scheme import Numerics
 from model.layers import RMSNorm
-from model.passes import Cache, Pass, Step
+from model.passes import Cache, Pass, Step, Whole
 from model.rope import rotate, rotate_tail, shared_rotary_table, softmax_factor
 from model.weight_cache import cast
 from model.widening import widened
@@ -101,7 +102,7 @@ class LatentAttention(nn.Module):
         seen = self.project(x_BSD, self.rotary(batch.reach, x_BSD.device), positions_S)
         if batch.caches is not None:
             batch.caches[self]["latent_BLW"][:, : x_BSD.shape[1]] = seen.entries()
-        return self.attend(self.expand(seen), batch.mask_B1SS)
+        return self.attend_in_documents(self.expand(seen), batch)
 
     def rotary(self, reach: int, device: torch.device) -> Float[Tensor, "P R"]:
         """Angles of `reach` positions or more."""
@@ -149,6 +150,14 @@ class LatentAttention(nn.Module):
         """Expanded form: where the mask is true, or causal where there is none."""
         out_BSHV = causal_attention(
             heads.q_BHSQ, heads.k_BHSQ, heads.v_BHSV, mask_B1SS, scale=self.scale
+        )
+        out: Tensor = self.o_proj(out_BSHV.flatten(2))
+        return out
+
+    def attend_in_documents(self, heads: Expanded, batch: Whole) -> Float[Tensor, "B S D"]:
+        """Expanded form, over each token's own document up to itself."""
+        out_BSHV = attend_in_documents(
+            heads.q_BHSQ, heads.k_BHSQ, heads.v_BHSV, batch, scale=self.scale
         )
         out: Tensor = self.o_proj(out_BSHV.flatten(2))
         return out

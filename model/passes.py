@@ -14,6 +14,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 Cache = dict[str, Tensor]
 """What one module remembers of each row: tensors whose first axis is the row."""
@@ -52,6 +53,10 @@ class Whole:
     indexer: IndexerPhase = "off"
     indexer_losses: list[Tensor] = field(default_factory=list)
     """One scalar a sparse attention: the mean over queries of its indexer's KL, in nats."""
+    blocks: BlockMask | None = None
+    """What `model.documents` makes of the segments for CUDA, once a pass."""
+    ends: list[int] | None = None
+    """And for NPUs."""
 
     @property
     def reach(self) -> int:

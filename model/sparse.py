@@ -130,7 +130,7 @@ class SparseLatentAttention(LatentAttention):
         seen = self.project(x_BSD, table_PR, positions_S)
         dense = length <= self.keep or batch.indexer == "dense"
         if batch.caches is None and batch.indexer == "off" and dense:
-            return self.attend(self.expand(seen), batch.mask_B1SS)
+            return self.attend_in_documents(self.expand(seen), batch)
         key_BSI = self.indexer.keys(x_BSD, table_PR, positions_S)
         if batch.caches is not None:
             batch.caches[self]["latent_BLW"][:, :length] = seen.entries()
