@@ -207,7 +207,10 @@ def restore_moments(
     named: Iterable[tuple[str, nn.Parameter]],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put back what `moments` gave; ArtifactError if it gave moments without their updates."""
+    """Put back what `moments` gave, beside each parameter on its device.
+
+    ArtifactError if it gave moments without their updates.
+    """
     for name, parameter in named:
         if f"updates/{name}" not in tensors:
             if f"exp_avg/{name}" in tensors:
@@ -219,8 +222,8 @@ def restore_moments(
             continue
         optimizer.state[parameter] = {
             "step": tensors[f"updates/{name}"][0].to(parameter.device, copy=True),
-            "exp_avg": optimizer.rest(tensors[f"exp_avg/{name}"]),
-            "exp_avg_sq": optimizer.rest(tensors[f"exp_avg_sq/{name}"]),
+            "exp_avg": optimizer.rest(tensors[f"exp_avg/{name}"]).to(parameter.device),
+            "exp_avg_sq": optimizer.rest(tensors[f"exp_avg_sq/{name}"]).to(parameter.device),
         }
 
 
