@@ -148,6 +148,12 @@ def sort_by_expert(experts_TK: Int[Tensor, "T K"]) -> Int[Tensor, " N"]:
     return experts_TK.reshape(-1).argsort(stable=True)
 
 
+def counts_of(experts_TK: Int[Tensor, "T K"], experts: int) -> Int[Tensor, " E"]:
+    """How often each expert was chosen. Unlike `bincount` it does not make the host wait."""
+    chosen_N = experts_TK.flatten()
+    return chosen_N.new_zeros(experts).scatter_add_(0, chosen_N, torch.ones_like(chosen_N))
+
+
 def inverse(order_N: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
     """The place of each number in a permutation."""
     every_N = torch.arange(len(order_N), device=order_N.device)
