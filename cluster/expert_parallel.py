@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from configs.errors import ConfigError
-from model.dispatch import ByRow, Dispatched, inverse, sort_by_expert
+from model.dispatch import Dispatched, sort_by_expert
+from model.rows import ByRow, inverse
 
 
 @dataclass(frozen=True, slots=True)

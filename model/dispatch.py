@@ -5,60 +5,13 @@ of this device, D width, E experts.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-
-@dataclass(frozen=True, slots=True)
-class ByRow:
-    """The visits of each row, from which a row's sum is added up in an order that is fixed.
-
-    Added where they lie (`index_add_`), visits of a row come in any order on a GPU, and a training
-    that repeats would not repeat to the last bit.
-    """
-
-    rows_N: Tensor
-    """int64: the row of each visit."""
-    visit_N: Tensor
-    """int64: the visits sorted by row, those of one row in their own order."""
-    begin_R: Tensor
-    """int64: where the visits of each row begin in `visit_N`."""
-
-    @classmethod
-    def of(cls, rows_N: Int[Tensor, " N"], rows: int) -> "ByRow":
-        """The table of visits to `rows` rows, of which some may have none."""
-        visit_N = rows_N.argsort(stable=True)
-        every_R = torch.arange(rows, device=rows_N.device)
-        return cls(rows_N, visit_N, torch.searchsorted(rows_N[visit_N], every_R))
-
-    def sum(self, y_ND: Float[Tensor, "N D"]) -> Float[Tensor, "R D"]:
-        """Each row's sum of its visits, float32 at least inside; 0 for a row without visits."""
-        if not (torch.is_grad_enabled() and y_ND.requires_grad):
-            return _sum(y_ND, self)
-        summed: Tensor = _Sum.apply(y_ND, self)
-        return summed
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, by_row: ByRow) -> Tensor:
-        ctx.save_for_backward(by_row.rows_N)
-        return _sum(y_ND, by_row)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (rows_N,) = ctx.saved_tensors
-        return grads[0].index_select(0, rows_N), None
-
-
-def _sum(y_ND: Tensor, by_row: ByRow) -> Tensor:
-    return F.embedding_bag(by_row.visit_N, y_ND, by_row.begin_R, mode="sum")
+from model.rows import ByRow, inverse
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +105,3 @@ def counts_of(experts_TK: Int[Tensor, "T K"], experts: int) -> Int[Tensor, " E"]
     """How often each expert was chosen. Unlike `bincount` it does not make the host wait."""
     chosen_N = experts_TK.flatten()
     return chosen_N.new_zeros(experts).scatter_add_(0, chosen_N, torch.ones_like(chosen_N))
-
-
-def inverse(order_N: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
-    """The place of each number in a permutation."""
-    every_N = torch.arange(len(order_N), device=order_N.device)
-    return torch.empty_like(order_N).scatter_(0, order_N, every_N)

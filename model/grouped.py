@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from model.dispatch import ByRow, Dispatched
+from model.dispatch import Dispatched
+from model.rows import ByRow
 from model.swiglu import activation, activation_backward, grouped_swiglu, halves
 
 _STRIDE_BYTES = 16

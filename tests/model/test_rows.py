@@ -1,8 +1,9 @@
-"""The sort that every dispatcher begins with, and the sum that it ends with."""
+"""Rows sorted by expert, and sums of rows in a fixed order."""
 
 import torch
 
-from model.dispatch import ByRow, LocalDispatcher, inverse, sort_by_expert
+from model.dispatch import LocalDispatcher, sort_by_expert
+from model.rows import ByRow, _Take, add_rows, inverse, take_rows
 
 
 def test_copies_of_one_expert_keep_their_order() -> None:
@@ -37,3 +38,24 @@ def test_what_a_dispatcher_knows_of_rows_is_what_sorting_finds() -> None:
 def test_the_inverse_of_a_permutation_undoes_it() -> None:
     order_N = torch.randperm(50)
     assert torch.equal(order_N[inverse(order_N)], torch.arange(50))
+
+
+def taken_on_devices(x_LX: torch.Tensor, index_N: torch.Tensor) -> torch.Tensor:
+    taken: torch.Tensor = _Take.apply(x_LX, index_N)  # type: ignore[no-untyped-call]
+    return taken
+
+
+def test_rows_taken_often_get_the_sum_of_their_slopes() -> None:
+    """What devices do, beside what CPUs do."""
+    x_LX = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    index_N = torch.tensor([4, 0, 0, 2, 4, 4])
+    slope_NX = torch.randn(6, 3, dtype=torch.float64)
+    taken = take_rows(x_LX, index_N)
+    found = taken_on_devices(x_LX, index_N)
+    assert torch.equal(found, taken)
+    (wanted,) = torch.autograd.grad(taken, x_LX, slope_NX)
+    (slope,) = torch.autograd.grad(found, x_LX, slope_NX)
+    torch.testing.assert_close(slope, wanted)
+    sums_LX = torch.ones(5, 3, dtype=torch.float64)
+    add_rows(sums_LX, index_N, slope_NX)
+    torch.testing.assert_close(sums_LX, 1 + wanted)
