@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from configs.errors import ConfigError
 from model.dispatch import Dispatched, sort_by_expert
+from model.rows import ByRow, inverse
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,9 @@ class AllToAllDispatcher:
         expert_N = local.repeat_interleave(arriving_WL.flatten())
         rows_N = expert_N.argsort(stable=True)
         ticket = _Ticket(order_N, sent, received)
-        return Dispatched(incoming_RD, rows_N, arriving_WL.sum(0), None, ticket)
+        every_R = torch.arange(len(rows_N), device=rows_N.device)
+        home = ByRow(rows_N, inverse(rows_N), every_R)
+        return Dispatched(incoming_RD, rows_N, arriving_WL.sum(0), None, ticket, home)
 
     def combine(
         self, y_RD: Float[Tensor, "R D"], gates_TK: Float[Tensor, "T K"], sent: Dispatched
@@ -123,12 +126,6 @@ def weigh(y_ND: Tensor, gates_TK: Tensor, order_N: Tensor) -> Tensor:
     return summed
 
 
-def _inverse(order_N: Tensor) -> Tensor:
-    inverse_N = torch.empty_like(order_N)
-    inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
-    return inverse_N
-
-
 def _sum_of_rows(y_ND: Tensor, rows_TK: Tensor, gates_TK: Tensor | None = None) -> Tensor:
     """Sum over k of y[rows[t, k]] (* gates[t, k]), in the order of k, without gathering them."""
     return F.embedding_bag(rows_TK, y_ND, mode="sum", per_sample_weights=gates_TK)
@@ -147,14 +144,14 @@ class _GatherCopies(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (order_N,) = ctx.saved_tensors
-        return _sum_of_rows(grads[0], _inverse(order_N).view(-1, ctx.choices)), None, None
+        return _sum_of_rows(grads[0], inverse(order_N).view(-1, ctx.choices)), None, None
 
 
 class _Weigh(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_ND: Tensor, gates_TK: Tensor, order_N: Tensor) -> Tensor:
         ctx.save_for_backward(y_ND, gates_TK, order_N)
-        return _sum_of_rows(y_ND, _inverse(order_N).view_as(gates_TK), gates_TK)
+        return _sum_of_rows(y_ND, inverse(order_N).view_as(gates_TK), gates_TK)
 
     @staticmethod
     @once_differentiable

@@ -342,14 +342,13 @@ def _learn(trainer: Trainer, job: FitJob, drift: Drift, step: int) -> dict[str, 
     begin = time.perf_counter()
     batch = job.source.batch(step, rank=dist.get_rank(), world=dist.get_world_size())
     counting = trainer.numerics.counts_at(step)
-    metrics: dict[str, Any] = dict(
-        trainer.forward_backward(batch, job.loss(step), counting=counting)
+    rate = job.learning_rate(step)
+    indexer_rate = job.indexer_learning_rate(step)
+    metrics = trainer.train_step(
+        batch, job.loss(step), rate, indexer_learning_rate=indexer_rate, counting=counting
     )
     if counting:
         metrics |= drift.figures(trainer.fp8_tallies())
-    rate = job.learning_rate(step)
-    indexer_rate = job.indexer_learning_rate(step)
-    metrics |= trainer.optim_step(rate, indexer_learning_rate=indexer_rate)
     metrics["learning_rate"] = rate
     if "indexer_grad_norm" in metrics:
         metrics["indexer_learning_rate"] = indexer_rate

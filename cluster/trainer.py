@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.checkpoint import load_shards, save_shard
 from cluster.expert_parallel import AllToAllDispatcher
+from cluster.figures import Figures, fetch, summed
 from configs.errors import TrainingError
 from configs.model import ModelConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
@@ -27,8 +30,11 @@ from model.fp8.scheme import Numerics, schemes, settle
 from model.moe import RoutedExperts
 from model.optim import adamw, moments, rate_group, restore_moments, set_rates
 from model.transformer import Transformer
+from model.weight_cache import forget, keep
 from model.weights import families
 
+_SQUARE, _LOAD = "square of the norm of ", "load"
+"""Names of what is read at the end of a step beside the loss's own figures."""
 Batch = Mapping[str, Tensor]
 """This rank's part of a batch, by field name."""
 
@@ -113,7 +119,13 @@ class Trainer:
         self.step = 0
         self.sharded = expert_parameter_names(model)
         self.blocks = list(model.moe_layers().values())
-        self.load_LE = torch.zeros(len(self.blocks), model.config.n_routed_experts).long()
+        self.load_LE = torch.zeros(
+            len(self.blocks),
+            model.config.n_routed_experts,
+            dtype=torch.int64,
+            device=model.lm_head.weight.device,
+        )
+        keep(model)
 
     def forward_backward(
         self, batch: Batch, loss: LossSpec, *, counting: bool = False
@@ -122,7 +134,28 @@ class Trainer:
 
         `counting` tallies what FP8 does to every tensor, for `fp8_tallies`.
         """
-        totals = self._sum(loss.counts(batch))
+        found = self._over_ranks(self._backward(batch, loss, counting))
+        return self._finite({name: float(one) for name, one in found.items()})
+
+    def train_step(
+        self,
+        batch: Batch,
+        loss: LossSpec,
+        learning_rate: float,
+        *,
+        indexer_learning_rate: float | None = None,
+        counting: bool = False,
+    ) -> dict[str, Any]:
+        """`forward_backward` and `optim_step` on it; the device is waited for once for both."""
+        metrics = self._backward(batch, loss, counting)
+        found = self._over_ranks(metrics | self._gradients())
+        told = self._finite({name: float(found.pop(name)) for name in sorted(metrics)})
+        rates = learning_rate, indexer_learning_rate
+        return told | self._update(found, *rates)
+
+    def _backward(self, batch: Batch, loss: LossSpec, counting: bool) -> dict[str, float | Tensor]:
+        """The loss and its metrics, of this rank's part, where they were computed."""
+        totals = read_sums(loss.counts(batch), self.parallel)
         recorder = self.numerics.recorder
         recorder.start(counting=counting)
         try:
@@ -135,13 +168,7 @@ class Trainer:
             load_E += block.load_E
             block.load_E.zero_()
             block.routing = None
-        found = self._sum(read({"loss": value, **metrics}))
-        if not all(map(math.isfinite, found.values())):
-            raise TrainingError(
-                f"step {self.step + 1}: not finite: {_named(found)}{self._culprit()}; lower the "
-                "learning rate, or look at the batch"
-            )
-        return found
+        return {"loss": value.detach(), **metrics}
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch], sums: Measure) -> dict[str, float]:
@@ -155,7 +182,8 @@ class Trainer:
             found = [sums(self.model, batch) for batch in batches]
         finally:
             self.model.train()
-        return self._sum({name: math.fsum(part[name] for part in found) for name in found[0]})
+        totals = {name: math.fsum(part[name] for part in found) for name in found[0]}
+        return read_sums(totals, self.parallel)
 
     def fp8_tallies(self) -> dict[str, Tally]:
         """What FP8 did to each role's tensors in the last forward_backward, over all ranks."""
@@ -196,20 +224,41 @@ class Trainer:
         worst of the layers whose routing can be balanced, 0 where none can) and `expert_load`,
         every layer's share of token copies by expert.
         """
-        grads = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        found = self._over_ranks(self._gradients())
+        return self._update(found, learning_rate, indexer_learning_rate)
+
+    def _gradients(self) -> dict[str, float | Tensor]:
+        """What clipping and balancing need, of this rank, where it was computed.
+
+        The norm of each parameter's gradient, and the load of the experts. Dense gradients are
+        summed over the ranks first, and equal on all of them from then on.
+        """
+        grads = self._grads()
         if self.parallel:
             self._all_reduce([grad for name, grad in grads.items() if name not in self.sharded])
-        norms = self._grad_norms(grads)
-        if not all(map(math.isfinite, norms.values())):
-            raise TrainingError(
-                f"step {self.step + 1}: not finite: {_named(norms)}{self._culprit()}; lower the "
-                "learning rate, or look at the batch"
-            )
-        factors = {
-            name: min(1.0, self.optim.max_grad_norm / (n + 1e-6)) for name, n in norms.items()
-        }
-        for name, grad in grads.items():
-            grad.mul_(factors[_norm_of(name)])
+        # Of a dense gradient rank 0 alone speaks, so that it counts once.
+        mine = {n: grad for n, grad in grads.items() if n in self.sharded or self.rank == 0}
+        norms: dict[str, float | Tensor] = dict.fromkeys((_SQUARE + name for name in grads), 0.0)
+        for name, norm in zip(mine, _norms(list(mine.values())), strict=True):
+            norms[_SQUARE + name] = norm
+        return norms | {_LOAD: self.load_LE}
+
+    def _update(
+        self, found: Figures, learning_rate: float, indexer_learning_rate: float | None
+    ) -> dict[str, Any]:
+        """Clip by what was found over all ranks, step AdamW, move the routing bias."""
+        squares = {"grad_norm": 0.0}
+        for name, square in found.items():
+            if name.startswith(_SQUARE):
+                group = _norm_of(name.removeprefix(_SQUARE))
+                squares[group] = squares.get(group, 0.0) + float(square)
+        norms = self._finite({name: square**0.5 for name, square in squares.items()})
+        grads = self._grads()
+        for group, norm in norms.items():
+            factor = min(1.0, self.optim.max_grad_norm / (norm + 1e-6))
+            clipped = [grad for name, grad in grads.items() if _norm_of(name) == group]
+            if factor < 1 and clipped:
+                torch._foreach_mul_(clipped, factor)
         set_rates(
             self.optimizer,
             learning_rate,
@@ -218,9 +267,22 @@ class Trainer:
         )
         self.optimizer.step()
         self.optimizer.zero_grad()
+        forget(self.model)
         self.numerics.recorder.forget()
         self.step += 1
-        return norms | self._rebalance()
+        return norms | self._rebalance(found[_LOAD])
+
+    def _grads(self) -> dict[str, Tensor]:
+        return {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+
+    def _finite(self, found: dict[str, float]) -> dict[str, float]:
+        """`found` as it is; TrainingError if a number of it is none."""
+        if not all(map(math.isfinite, found.values())):
+            raise TrainingError(
+                f"step {self.step + 1}: not finite: {_named(found)}{self._culprit()}; lower the "
+                "learning rate, or look at the batch"
+            )
+        return found
 
     def state(self) -> dict[str, Tensor]:
         """This rank's part of the weights: its experts and, on rank 0, everything else."""
@@ -246,6 +308,7 @@ class Trainer:
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
                 tensor.copy_(tensors[name])
+        forget(self.model)
 
     def load_whole(self, tensors: Mapping[str, Tensor]) -> None:
         """Take this rank's part of a whole model under Hugging Face names."""
@@ -274,45 +337,23 @@ class Trainer:
             place = int(first) if first.isfinite() else None
         return "" if place is None else f", first in {recorder.role(place).replace('_', ' ')}"
 
-    def _rebalance(self) -> dict[str, Any]:
+    def _rebalance(self, load_LE: NDArray[np.float64]) -> dict[str, Any]:
+        """Move the routing bias by the load of all ranks; what to say of it."""
         if not self.blocks:
             return {}
         if self.parallel:
-            dist.all_reduce(self.load_LE)
-        load_LE = self.load_LE.float()
-        worst_L = load_LE.new_zeros(len(load_LE))
-        for layer, (block, load_E) in enumerate(zip(self.blocks, load_LE, strict=True)):
+            self.load_LE.copy_(torch.from_numpy(load_LE), non_blocking=True)
+        for block, load_E in zip(self.blocks, self.load_LE.float(), strict=True):
             if (bias := block.bias_E) is not None:
                 bias.copy_(updated_bias(bias, load_E, self.balance.bias_update_speed))
-                worst_L[layer] = imbalance(load_E)
+        balanced = [layer for layer, block in enumerate(self.blocks) if block.bias_E is not None]
+        by_layer = imbalance(torch.from_numpy(load_LE[balanced])).numpy()
         self.load_LE.zero_()
-        share_LE = load_LE / load_LE.sum(1, keepdim=True).clamp_min(1)
-        # Both in one copy to the host.
-        *rows, worst = torch.cat([share_LE.flatten(), worst_L.max().view(1)]).tolist()
-        experts = share_LE.shape[1]
-        load = [round(share, 5) for share in rows]
+        share_LE = load_LE / load_LE.sum(1, keepdims=True).clip(min=1)
         return {
-            "imbalance": max(0.0, worst),
-            "expert_load": [load[i : i + experts] for i in range(0, len(load), experts)],
+            "imbalance": float(by_layer.max(initial=0.0)),
+            "expert_load": share_LE.round(5).tolist(),
         }
-
-    def _grad_norms(self, grads: Mapping[str, Tensor]) -> dict[str, float]:
-        """The Euclidean norm of each group's gradients over all ranks, in float64.
-
-        Dense gradients are summed already and equal on all ranks, so that each counts once.
-        """
-        squares = dict.fromkeys(map(_norm_of, grads), 0.0)
-        shared = 0.0
-        found = read({name: grad.double().square().sum() for name, grad in grads.items()})
-        for name, square in found.items():
-            if name in self.sharded:
-                shared += square
-            else:
-                squares[_norm_of(name)] += square
-        experts = self._sum({"experts": shared})["experts"]
-        norms = {"grad_norm": 0.0} | squares
-        norms["grad_norm"] += experts
-        return {name: square**0.5 for name, square in norms.items()}
 
     def _all_reduce(self, tensors: list[Tensor]) -> None:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -322,31 +363,30 @@ class Trainer:
             tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
             offset += tensor.numel()
 
-    def _sum(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Sums over ranks, in float64, by key."""
-        keys = sorted(values)
-        total = torch.tensor([values[key] for key in keys], dtype=torch.float64)
-        if self.parallel:
-            dist.all_reduce(total)
-        return dict(zip(keys, total.tolist(), strict=True))
+    def _over_ranks(self, values: Mapping[str, float | Tensor]) -> Figures:
+        """The sums over ranks, read at once; of norms their squares'."""
+        found = fetch(values)
+        squares = {name: one**2 for name, one in found.items() if name.startswith(_SQUARE)}
+        return summed(found | squares, over_ranks=self.parallel)
 
 
-def read(values: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """Numbers and tensors of no dim as numbers, in one copy to the host, which waits for it."""
-    tensors = [one.detach() for one in values.values() if isinstance(one, Tensor)]
-    if not tensors:
-        return {name: float(one) for name, one in values.items()}
-    wide = torch.float64 if any(one.dtype == torch.float64 for one in tensors) else torch.float32
-    numbers = iter(torch.stack([one.to(wide) for one in tensors]).tolist())
-    return {
-        name: next(numbers) if isinstance(one, Tensor) else float(one)
-        for name, one in values.items()
-    }
+def read_sums(values: Mapping[str, float], parallel: bool) -> dict[str, float]:
+    """Sums over ranks, in float64, by key."""
+    sums = summed(fetch(values), over_ranks=parallel)
+    return {name: float(one) for name, one in sums.items()}
 
 
 def _named(values: Mapping[str, float]) -> str:
     """`loss nan, mtp_loss inf`: those that are not finite."""
     return ", ".join(f"{name} {one}" for name, one in values.items() if not math.isfinite(one))
+
+
+def _norms(grads: list[Tensor]) -> Sequence[Tensor]:
+    """The Euclidean norm of each; in float64 on CPUs, where kernels add in the type they are in."""
+    if not grads:
+        return ()
+    wide = torch.float64 if grads[0].device.type == "cpu" else None
+    return torch._foreach_norm(grads, dtype=wide)
 
 
 def _norm_of(parameter: str) -> str:

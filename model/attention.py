@@ -18,11 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from configs.model import V3Config
 from model.causal import causal_attention
+from model.documents import attend_in_documents
 from model.fp8.linear import Linear, together
 from model.fp8.scheme import Numerics
 from model.layers import RMSNorm
-from model.passes import Cache, Pass, Step
+from model.passes import Cache, Pass, Step, Whole
 from model.rope import rotate, rotate_tail, shared_rotary_table, softmax_factor
+from model.weight_cache import cast
 from model.widening import widened
 
 LATENT_NORM_EPSILON = 1e-6
@@ -90,6 +92,7 @@ class LatentAttention(nn.Module):
             heads * config.v_head_dim, width, numerics.of("attention", saves_e5m6=True)
         )
         self.scale = config.qk_head_dim**-0.5 * softmax_factor(config.rope_scaling)
+        self.compute = numerics.compute
 
     def forward(self, x_BSD: Float[Tensor, "B S D"], batch: Pass) -> Float[Tensor, "B S D"]:
         """Attend to each row's own past."""
@@ -99,7 +102,7 @@ class LatentAttention(nn.Module):
         seen = self.project(x_BSD, self.rotary(batch.reach, x_BSD.device), positions_S)
         if batch.caches is not None:
             batch.caches[self]["latent_BLW"][:, : x_BSD.shape[1]] = seen.entries()
-        return self.attend(self.expand(seen), batch.mask_B1SS)
+        return self.attend_in_documents(self.expand(seen), batch)
 
     def rotary(self, reach: int, device: torch.device) -> Float[Tensor, "P R"]:
         """Angles of `reach` positions or more."""
@@ -151,16 +154,28 @@ class LatentAttention(nn.Module):
         out: Tensor = self.o_proj(out_BSHV.flatten(2))
         return out
 
+    def attend_in_documents(self, heads: Expanded, batch: Whole) -> Float[Tensor, "B S D"]:
+        """Expanded form, over each token's own document up to itself."""
+        out_BSHV = attend_in_documents(
+            heads.q_BHSQ, heads.k_BHSQ, heads.v_BHSV, batch, scale=self.scale
+        )
+        out: Tensor = self.o_proj(out_BSHV.flatten(2))
+        return out
+
     def new_cache(self, rows: int, tokens: int) -> Cache:
         """Room for the latents and shared keys of `tokens` tokens a row."""
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
         weight = self.kv_a_layernorm.weight
-        return {"latent_BLW": weight.new_zeros(rows, tokens, width)}
+        return {"latent_BLW": weight.new_zeros(rows, tokens, width, dtype=self.compute)}
 
     def absorption(self) -> tuple[Tensor, Tensor]:
         """kv_b_proj as W_UK [H, N, C] and W_UV [H, V, C], in the attention operator's precision."""
         config = self.config
-        expand_HEC = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
+        weight: Tensor = self.kv_b_proj.weight
+        if self.compute is not None:
+            # What keys and values are expanded with in a whole pass.
+            weight = cast(weight, self.compute)
+        expand_HEC = weight.unflatten(0, (config.num_attention_heads, -1))
         key_HNC, value_HVC = expand_HEC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         return key_HNC, value_HVC
 

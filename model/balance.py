@@ -37,14 +37,14 @@ def sequence_balance_loss(scores_BSE: Float[Tensor, "B S E"], choices: int) -> F
     """
     length, experts = scores_BSE.shape[1:]
     best_BSK = scores_BSE.detach().topk(choices, sorted=False).indices
-    counts_BE = torch.zeros_like(scores_BSE[:, 0])
     chosen = best_BSK.flatten(1)
-    counts_BE.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=counts_BE.dtype))
-    frequency_BE = counts_BE * (experts / (choices * length))
+    counts_BE = torch.zeros_like(scores_BSE[:, 0], dtype=torch.int64)
+    counts_BE.scatter_add_(1, chosen, torch.ones_like(chosen))
+    frequency_BE = counts_BE.to(scores_BSE.dtype) * (experts / (choices * length))
     probability_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
     return (frequency_BE * probability_BE).sum(-1)
 
 
-def imbalance(load_E: Float[Tensor, " E"]) -> Float[Tensor, ""]:
+def imbalance(load_E: Float[Tensor, "*L E"]) -> Float[Tensor, "*L"]:
     """Largest load over the mean load, less one: 0 is perfect balance."""
-    return load_E.max() / load_E.mean().clamp_min(1e-9) - 1
+    return load_E.amax(-1) / load_E.mean(-1).clamp_min(1e-9) - 1

@@ -26,6 +26,7 @@ from model.layers import RMSNorm
 from model.multiquery import Part, Sight, attend, gathered, weigh
 from model.passes import Cache, Pass, Step, Whole
 from model.rope import rotate_tail, shared_rotary_table
+from model.weight_cache import cast
 from model.widening import widened
 
 
@@ -43,10 +44,11 @@ class GroupedLinear(nn.Module):
         rows, length, heads, width = x_BSHW.shape
         inputs = heads // self.groups * width
         x_GNI = x_BSHW.reshape(rows * length, self.groups, inputs).transpose(0, 1)
-        weight_GOI = self.weight.unflatten(0, (self.groups, -1))
         if self.scheme is None:
+            weight_GOI = cast(self.weight, x_BSHW.dtype).unflatten(0, (self.groups, -1))
             y_GNO = x_GNI @ weight_GOI.transpose(1, 2)
         else:
+            weight_GOI = self.weight.unflatten(0, (self.groups, -1))
             counts = [x_GNI.shape[1]] * self.groups
             y_NO = fp8_grouped_linear(x_GNI.flatten(0, 1), weight_GOI, counts, self.scheme)
             y_GNO = y_NO.unflatten(0, (self.groups, -1))
@@ -69,7 +71,7 @@ class CompressedAttention(nn.Module):
 
     def __init__(self, config: V4Config, layer: int, numerics: Numerics) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.compute = config, numerics.compute
         width, heads, head = config.hidden_size, config.num_attention_heads, config.head_dim
         scheme = numerics.of("attention")
         self.q_a_proj = Linear(width, config.q_lora_rank, scheme)
@@ -135,7 +137,8 @@ class CompressedAttention(nn.Module):
     def new_cache(self, rows: int, tokens: int) -> Cache:
         """The shared entries of the window, each in slot position modulo window."""
         slots = min(self.config.sliding_window, tokens)
-        return {"window_BRW": self.kv_norm.weight.new_zeros(rows, slots, self.config.head_dim)}
+        zeros = self.kv_norm.weight.new_zeros
+        return {"window_BRW": zeros(rows, slots, self.config.head_dim, dtype=self.compute)}
 
     def _attend_picked(
         self,

@@ -50,7 +50,7 @@ class Compressor(nn.Module):
         numerics: Numerics = HIGH,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.compute = config, numerics.compute
         self.ratio = ratio
         self.series = series
         scheme = numerics.of("compressor")
@@ -86,14 +86,19 @@ class Compressor(nn.Module):
     def step(self, x_B1D: Float[Tensor, "B 1 D"], batch: Step) -> Float[Tensor, "B L W"]:
         """Take one more token a row; the cache's entries, of which rows have different numbers.
 
-        Only blocks that this token completes are computed.
+        On CPUs only blocks that this token completes are computed. Elsewhere every row's are, and
+        kept of those alone: the host would have to wait to know which.
         """
         cache, positions_B = batch.caches[self], batch.positions_B
         raw_BRE, entries_BLW = cache["raw_BRE"], cache["entries_BLW"]
         rows_B = torch.arange(len(positions_B), device=positions_B.device)
         new_B1E = torch.cat(together(x_B1D, self.kv_proj, self.gate_proj), dim=-1)
         raw_BRE[rows_B, positions_B % raw_BRE.shape[1]] = new_B1E[:, 0]
-        done_N = ((positions_B + 1) % self.ratio == 0).nonzero().squeeze(1)
+        done_B = (positions_B + 1) % self.ratio == 0
+        if done_B.device.type != "cpu":
+            self._finish_all(raw_BRE, entries_BLW, done_B, batch)
+            return entries_BLW
+        done_N = done_B.nonzero().squeeze(1)
         if len(done_N):
             block_N = positions_B[done_N] // self.ratio
             entries_BLW[done_N, block_N] = self._finish(raw_BRE[done_N], block_N, batch.reach)
@@ -101,11 +106,11 @@ class Compressor(nn.Module):
 
     def new_cache(self, rows: int, tokens: int) -> Cache:
         """Entries, and the projections of tokens that a block still to come needs."""
-        weight, width = self.kv_norm.weight, self.kv_norm.weight.shape[0]
+        zeros, width = self.kv_norm.weight.new_zeros, self.kv_norm.weight.shape[0]
         slots = self.series * self.ratio
         return {
-            "entries_BLW": weight.new_zeros(rows, tokens // self.ratio, width),
-            "raw_BRE": weight.new_zeros(rows, slots, 2 * self.series * width),
+            "entries_BLW": zeros(rows, tokens // self.ratio, width, dtype=self.compute),
+            "raw_BRE": zeros(rows, slots, 2 * self.series * width, dtype=self.compute),
         }
 
     def _pool(self, kv: Tensor, gate: Tensor, table: Tensor, block: Tensor) -> Tensor:
@@ -128,8 +133,24 @@ class Compressor(nn.Module):
             own_NMW = y_N2ME[rows_N, block_N % 2].chunk(2, dim=-1)[1]
             halves.append(torch.cat([earlier_NMW, own_NMW], dim=1))
         # The first block has none before it.
-        halves[1][block_N == 0, : self.ratio] = float("-inf")
+        first_N11 = (block_N == 0)[:, None, None]
+        halves[1][:, : self.ratio].masked_fill_(first_N11, float("-inf"))
         return self._pool(halves[0], halves[1], table, block_N)
+
+    def _finish_all(
+        self, raw_BRE: Tensor, entries_BLW: Tensor, done_B: Tensor, batch: Step
+    ) -> None:
+        """Write the entry of each row whose block is `done`."""
+        if not entries_BLW.shape[1]:
+            return
+        block_B = batch.positions_B // self.ratio
+        found_BW = self._finish(raw_BRE, block_B, batch.reach)
+        # A row past its last complete block writes back what is there.
+        slot_B11 = block_B.clamp_max(entries_BLW.shape[1] - 1)[:, None, None]
+        slot_B1W = slot_B11.expand(-1, 1, entries_BLW.shape[2])
+        kept_B1W = entries_BLW.gather(1, slot_B1W)
+        new_B1W = torch.where(done_B[:, None, None], found_BW[:, None], kept_B1W)
+        entries_BLW.scatter_(1, slot_B1W, new_B1W)
 
     def _foreign(self, segments_BS: Tensor) -> Tensor:
         """Which candidates of each block are of another document than its last token."""

@@ -19,10 +19,13 @@ from torch import Tensor
 
 from configs.errors import ConfigError, DataError, TrainingError
 from configs.seed import derive
-from model.drawing import Drawing, draw
+from model.drawing import Drawing, draw, widest
 from model.moe import MoE
 from model.passes import Caches, Step, Whole
 from model.transformer import Transformer
+
+SHORTEST_REACH = 64
+"""Positions that a step on a device looks back over at the least; beyond, powers of two."""
 
 
 @dataclass(slots=True)
@@ -48,9 +51,12 @@ class Session:
         self.rows = rows
         self.count = 0
         """Rows in the batch now; they are numbered from 0."""
+        self._tokens = tokens
         self._device = model.lm_head.weight.device
         self._caches = model.new_caches(rows, tokens)
+        # On the device for the layers, and here for the shapes: neither has to ask the other.
         self._lengths_R = torch.zeros(rows, dtype=torch.int64, device=self._device)
+        self._lengths: list[int] = []
 
     def join(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "B V"]:
         """Read the prompts into new rows at the end of the batch; logits after each."""
@@ -69,6 +75,7 @@ class Session:
         hidden_BSD = self.model.read(batch)
         last_BD = hidden_BSD[torch.arange(len(prompts), device=self._device), lengths_B - 1]
         self._lengths_R[rows] = lengths_B
+        self._lengths += map(len, prompts)
         self.count += len(prompts)
         return self.model.logits(last_BD)
 
@@ -77,9 +84,10 @@ class Session:
         rows = slice(0, self.count)
         tokens_B1 = tokens_B.to(self._device)[:, None]
         # A copy: the pass must not see its own positions move on.
-        batch = Step(tokens_B1, self._lengths_R[rows].clone(), self._view(rows))
+        batch = Step(tokens_B1, self._lengths_R[rows].clone(), self._view(rows), self._reach())
         hidden_B1D = self.model.read(batch)
         self._lengths_R[rows] += 1
+        self._lengths = [length + 1 for length in self._lengths]
         return self.model.logits(hidden_B1D[:, 0])
 
     def leave(self, row: int) -> None:
@@ -90,7 +98,17 @@ class Session:
                 for tensor in cache.values():
                     tensor[row] = tensor[last]
             self._lengths_R[row] = self._lengths_R[last]
+            self._lengths[row] = self._lengths[last]
+        self._lengths.pop()
         self.count = last
+
+    def _reach(self) -> int:
+        """How far back the next step looks. Devices look as far for many steps in turn, which then
+        are the same operations on the same shapes; a CPU reads no more than there is."""
+        longest = max(self._lengths, default=0) + 1
+        if self._device.type == "cpu":
+            return longest
+        return min(max(SHORTEST_REACH, 1 << (longest - 1).bit_length()), self._tokens)
 
     def _view(self, rows: slice) -> Caches:
         return {
@@ -163,17 +181,19 @@ def sample(
             rows=min(max_rows or len(prompts), len(prompts)),
             tokens=max(map(len, prompts), default=0) + max_new_tokens,
         )
+        uniforms = _Uniforms(session.rows, max_new_tokens, model.lm_head.weight.device)
         logits_BV = model.lm_head.weight.new_empty(0, model.config.vocab_size)
         while waiting or running:
             room = min(session.rows - len(running), len(waiting))
             if room:
                 joining = [waiting.pop() for _ in range(room)]
+                uniforms.join([request.uniform_N for request in joining])
                 joined_BV = session.join([request.prompt for request in joining])
                 _note_prompts(joining, blocks)
                 logits_BV = torch.cat([logits_BV, joined_BV])
                 running += joining
-            chosen_B = _draw_tokens(running, logits_BV, drawing, stops)
-            chosen_B = _dismiss(session, running, chosen_B)
+            chosen_B = _draw_tokens(running, logits_BV, drawing, uniforms, stops)
+            chosen_B = _dismiss(session, running, uniforms, chosen_B)
             if running:
                 logits_BV = session.step(chosen_B)
                 _note_step(running, blocks)
@@ -204,15 +224,45 @@ class _Request:
         return self.answer
 
 
+class _Uniforms:
+    """The numbers that rows draw with, on the device from the moment a row joins."""
+
+    def __init__(self, rows: int, tokens: int, device: torch.device) -> None:
+        self._numbers_RN = torch.zeros(rows, tokens, dtype=widest(device), device=device)
+        self._used_R1 = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self._count = 0
+
+    def join(self, uniforms: Sequence[np.ndarray]) -> None:
+        """New rows at the end, with all numbers of their answers."""
+        rows = slice(self._count, self._count + len(uniforms))
+        self._numbers_RN[rows] = torch.from_numpy(np.stack(uniforms)).to(self._numbers_RN)
+        self._used_R1[rows] = 0
+        self._count = rows.stop
+
+    def next(self) -> Float[Tensor, " B"]:
+        """Each row's next number."""
+        used_B1 = self._used_R1[: self._count]
+        uniform_B = self._numbers_RN[: self._count].gather(1, used_B1).squeeze(1)
+        used_B1 += 1
+        return uniform_B
+
+    def leave(self, row: int) -> None:
+        """Drop a row; the last row takes its number."""
+        self._count -= 1
+        for tensor in (self._numbers_RN, self._used_R1):
+            tensor[row] = tensor[self._count]
+
+
 def _draw_tokens(
-    running: Sequence[_Request], logits_BV: Tensor, drawing: Drawing, stops: frozenset[int]
+    running: Sequence[_Request],
+    logits_BV: Tensor,
+    drawing: Drawing,
+    uniforms: _Uniforms,
+    stops: frozenset[int],
 ) -> Tensor:
     """Choose each row's next token and note it."""
-    uniform_B = np.array([r.uniform_N[len(r.answer.token_ids)] for r in running])
-    chosen_B, logprobs_B = draw(logits_BV, drawing, torch.from_numpy(uniform_B))
-    for request, token, logprob in zip(
-        running, chosen_B.tolist(), logprobs_B.tolist(), strict=True
-    ):
+    chosen_B, logprobs_B = draw(logits_BV, drawing, uniforms.next())
+    for request, token, logprob in zip(running, *_read(chosen_B, logprobs_B), strict=True):
         if not math.isfinite(logprob):
             raise TrainingError(
                 f"logits after {len(request.prompt)} tokens of prompt and "
@@ -226,11 +276,23 @@ def _draw_tokens(
     return chosen_B
 
 
-def _dismiss(session: Session, running: list[_Request], chosen_B: Tensor) -> Tensor:
+def _read(chosen_B: Tensor, logprobs_B: Tensor) -> tuple[list[int], list[float]]:
+    """Both as numbers, in one copy to the host, which waits for it."""
+    if logprobs_B.dtype != torch.float32:
+        return chosen_B.tolist(), logprobs_B.tolist()
+    # float32 has no room for every token's number, and not every device has float64.
+    tokens, bits = torch.stack([chosen_B, logprobs_B.view(torch.int32).long()]).tolist()
+    return tokens, np.array(bits, dtype=np.int32).view(np.float32).tolist()
+
+
+def _dismiss(
+    session: Session, running: list[_Request], uniforms: _Uniforms, chosen_B: Tensor
+) -> Tensor:
     """Let finished rows leave; the tokens of those that stay."""
     for row in reversed(range(len(running))):
         if running[row].finished:
             session.leave(row)
+            uniforms.leave(row)
             # As in the session, the last row takes this number.
             running[row], chosen_B[row] = running[-1], chosen_B[len(running) - 1]
             running.pop()

@@ -69,9 +69,10 @@ def draw(
     missing = -weights_BV.shape[1] % _RUN
     padded_BX = F.pad(weights_BV, (0, missing)) if missing else weights_BV
     weights_BCW = padded_BX.unflatten(1, (-1, _RUN))
-    mass_BC = weights_BCW.sum(-1).double()
+    wide = widest(weights_BCW.device)
+    mass_BC = weights_BCW.sum(-1).to(wide)
     run_B1, rest_B1 = _pick(mass_BC, uniform_B.to(mass_BC)[:, None])
-    inside_BW = weights_BCW.take_along_dim(run_B1.unsqueeze(-1), dim=1).squeeze(1).double()
+    inside_BW = weights_BCW.take_along_dim(run_B1.unsqueeze(-1), dim=1).squeeze(1).to(wide)
     chosen_B1 = run_B1 * _RUN + _pick(inside_BW, rest_B1)[0]
     # Only of a row that is not finite can it lie past the end.
     chosen_B1 = chosen_B1.clamp_max(weights_BV.shape[1] - 1)
@@ -83,8 +84,10 @@ def _pick(mass_BC: Tensor, uniform_B1: Tensor) -> tuple[Tensor, Tensor]:
     """Draw by mass: places [B, 1], and how far into its own mass each uniform number reached."""
     cumulative_BC = mass_BC.cumsum(-1)
     total_B1 = cumulative_BC[:, -1:]
-    # Strictly below the total, so that the place found has a mass.
-    target_B1 = (uniform_B1 * total_B1).minimum(total_B1.nextafter(torch.zeros_like(total_B1)))
+    # Strictly below the total, so that the place found has a mass: half of epsilon takes a number
+    # to the next one below, and NPUs have no `nextafter`.
+    below = 1 - torch.finfo(total_B1.dtype).eps / 2
+    target_B1 = (uniform_B1 * total_B1).minimum(total_B1 * below)
     place_B1 = torch.searchsorted(cumulative_BC, target_B1, right=True)
     place_B1 = place_B1.clamp_max(mass_BC.shape[1] - 1)
     own_B1 = mass_BC.gather(1, place_B1)
@@ -99,18 +102,24 @@ def _truncated(scores_BV: Tensor, drawing: Drawing) -> Tensor:
     falling_BK = _falling(scores_BV)[:, : drawing.top_k]
     last_B1 = torch.full_like(falling_BK[:, :1], falling_BK.shape[1] - 1, dtype=torch.int64)
     if drawing.top_p < 1:
-        probabilities_BK = falling_BK.double().softmax(-1)
+        probabilities_BK = falling_BK.to(widest(falling_BK.device)).softmax(-1)
         before_BK = probabilities_BK.cumsum(-1) - probabilities_BK
         last_B1 = ((before_BK < drawing.top_p).sum(-1, keepdim=True) - 1).clamp_min(0)
     lowest_B1 = falling_BK.gather(1, last_B1)
     kept_BV = scores_BV >= lowest_B1
     excess_B1 = kept_BV.sum(-1, keepdim=True) - 1 - last_B1
-    if bool(excess_B1.any()):
+    # Elsewhere the question would make the host wait for the device.
+    if scores_BV.device.type != "cpu" or bool(excess_B1.any()):
         # Of those that tie for the last place, the highest ids go.
         equal_BV = scores_BV == lowest_B1
         from_end_BV = equal_BV.flip(1).cumsum(-1).flip(1)
         kept_BV &= ~(equal_BV & (from_end_BV <= excess_B1))
     return torch.where(kept_BV, scores_BV, float("-inf"))
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on NPUs, which have nothing wider."""
+    return torch.float32 if device.type == "npu" else torch.float64
 
 
 def _falling(scores_BV: Tensor) -> Tensor:

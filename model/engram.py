@@ -43,6 +43,7 @@ from configs.model import ModelConfig
 from model.fp8.linear import Linear
 from model.fp8.scheme import HIGH, Numerics
 from model.passes import Cache, Pass, Step, Whole
+from model.weight_cache import cast
 from model.widening import widened
 
 _LAYER_STRIDE = 10007
@@ -78,12 +79,13 @@ class Engram(nn.Module):
         self.value_proj = Linear(engram.width, width, scheme)
         self.query_norm = StreamNorm(config.streams, width, epsilon)
         self.key_norm = StreamNorm(config.streams, width, epsilon)
-        self.short_conv = ShortConv(engram, config.streams, width, epsilon)
+        self.short_conv = ShortConv(engram, config.streams, width, epsilon, numerics)
 
     def forward(self, h_BSND: Float[Tensor, "B S N D"], batch: Pass) -> Float[Tensor, "B S N D"]:
         """The streams with what the memory adds to each."""
         index_BSH = self.table_index(self._ngrams(batch))
-        value_BSND = self.gated_values(h_BSND, self.table(index_BSH).flatten(2))
+        memory_BSE = self.table(index_BSH).flatten(2).to(h_BSND.dtype)
+        value_BSND = self.gated_values(h_BSND, memory_BSE)
         out_BSND: Tensor = h_BSND + value_BSND + self.short_conv(value_BSND, batch)
         return out_BSND
 
@@ -200,7 +202,7 @@ class StreamNorm(nn.Module):
         """x / rms(x) * weight of its stream."""
         width = x_BSND.shape[-1]
         normed_BSND = F.rms_norm(x_BSND, (width,), None, self.epsilon)
-        return normed_BSND * self.weight.view(-1, width)
+        return normed_BSND * cast(self.weight, x_BSND.dtype).view(-1, width)
 
 
 class ShortConv(nn.Module):
@@ -211,9 +213,16 @@ class ShortConv(nn.Module):
 
     initial_values: ClassVar[dict[str, float]] = {"weight": 0.0}
 
-    def __init__(self, engram: EngramConfig, streams: int, width: int, epsilon: float) -> None:
+    def __init__(
+        self,
+        engram: EngramConfig,
+        streams: int,
+        width: int,
+        epsilon: float,
+        numerics: Numerics = HIGH,
+    ) -> None:
         super().__init__()
-        self.shape = streams, width
+        self.shape, self.compute = (streams, width), numerics.compute
         self.dilation = engram.max_ngram_size
         self.norm = StreamNorm(streams, width, epsilon)
         self.weight = nn.Parameter(torch.empty(streams * width, engram.kernel_size))
@@ -232,7 +241,7 @@ class ShortConv(nn.Module):
             self._remember(normed_BSND, batch)
             zero = normed_BSND.new_zeros(())
             seen = [_earlier(normed_BSND, d, batch.segments_BS, zero) for d in distances]
-        weight_NDK = self.weight.unflatten(0, self.shape)
+        weight_NDK = cast(self.weight, x_BSND.dtype).unflatten(0, self.shape)
         out_BSND = seen[-1] * weight_NDK[..., -1]
         for tap in range(taps - 1):
             out_BSND = out_BSND + seen[tap] * weight_NDK[..., tap]
@@ -241,7 +250,8 @@ class ShortConv(nn.Module):
     def new_cache(self, rows: int, tokens: int) -> Cache:
         """Room for the normed inputs that the next token's taps reach, oldest first."""
         reach = (self.weight.shape[1] - 1) * self.dilation
-        return {"values_BPND": self.weight.new_zeros(rows, reach, *self.shape)}
+        values = self.weight.new_zeros(rows, reach, *self.shape, dtype=self.compute)
+        return {"values_BPND": values}
 
     def _remember(self, normed_BSND: Tensor, batch: Whole) -> None:
         if batch.caches is not None:

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.rows import add_rows
 from model.widening import widened
 
 Core = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor, Sequence[Tensor]], tuple[Tensor, ...]]
@@ -93,7 +94,7 @@ class _OverChosen(torch.autograd.Function):
             )
             d_gathered, d_mine, d_common = _parts(slopes, ctx.counts)
             for whole, d_QKX in zip(d_entries, d_gathered, strict=True):
-                whole.index_add_(0, index_QK.flatten(), d_QKX.flatten(0, 1).to(whole.dtype))
+                add_rows(whole, index_QK.flatten(), d_QKX.flatten(0, 1))
             for whole, d in zip(d_queries, d_mine, strict=True):
                 whole[part] = d
             for whole, d in zip(d_shared, d_common, strict=True):

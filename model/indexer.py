@@ -48,6 +48,8 @@ def choose(
         return torch.empty(*scores_QL.shape[:-1], 0, dtype=torch.int64, device=scores_QL.device)
     values_QK, chosen_QK = masked_QL.topk(kept, dim=-1, sorted=False)
     last_Q1 = values_QK.amin(-1, keepdim=True)
+    if masked_QL.device.type != "cpu":
+        return _lowest_of_equals(masked_QL, last_Q1, kept)
     tied_Q = (masked_QL >= last_Q1).sum(-1) > kept
     tied_Q &= last_Q1.squeeze(-1) > float("-inf")
     if bool(tied_Q.any()):
@@ -58,6 +60,24 @@ def choose(
         taken_RL = above_RL | (equal_RL & (equal_RL.cumsum(-1) <= room_R1))
         chosen_QK[tied_Q] = taken_RL.nonzero()[:, 1].view(-1, kept)
     return chosen_QK.masked_fill(values_QK.eq(float("-inf")), NONE)
+
+
+def _lowest_of_equals(masked_QL: Tensor, last_Q1: Tensor, kept: int) -> Tensor:
+    """What `choose` gives, in the order of entries, whether or not there are ties.
+
+    Which rows have some, the host would have to wait for the device to know.
+    """
+    above_QL = masked_QL > last_Q1
+    equal_QL = (masked_QL == last_Q1) & (last_Q1 > float("-inf"))
+    room_Q1 = kept - above_QL.sum(-1, keepdim=True)
+    taken_QL = above_QL | (equal_QL & (equal_QL.cumsum(-1) <= room_Q1))
+    # One more place takes what is not taken.
+    place_QL = torch.where(taken_QL, taken_QL.cumsum(-1) - 1, kept)
+    every_QL = torch.arange(masked_QL.shape[-1], device=masked_QL.device).expand(masked_QL.shape)
+    chosen_QK = torch.full_like(last_Q1, NONE, dtype=torch.int64).repeat_interleave(
+        kept + 1, dim=-1, output_size=kept + 1
+    )
+    return chosen_QK.scatter_(-1, place_QL, every_QL)[..., :kept]
 
 
 def divergence(

@@ -13,6 +13,7 @@ from model.fp8.experts import fp8_swiglu
 from model.fp8.linear import Linear
 from model.fp8.scheme import Fp8
 from model.swiglu import swiglu
+from model.weight_cache import cast
 from model.widening import widened
 
 
@@ -29,7 +30,8 @@ class RMSNorm(nn.Module):
         if torch.is_grad_enabled() and widened(x) is x:
             normed: Tensor = _RMSNorm.apply(x, self.weight, self.epsilon)
             return normed
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        # One kernel does it all where the weight has the type of `x`; sums are float32 inside.
+        return F.rms_norm(x, self.weight.shape, cast(self.weight, x.dtype), self.epsilon)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -78,10 +80,12 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Apply to each last-dim vector."""
-        gate_ID, up_ID = self.gate_proj.weight, self.up_proj.weight
-        down_DI, scheme = self.down_proj.weight, self.gate_proj.scheme
+        weights = [linear.weight for linear in (self.gate_proj, self.up_proj, self.down_proj)]
+        scheme = self.gate_proj.scheme
         if scheme is None:
+            gate_ID, up_ID, down_DI = (cast(weight, x.dtype) for weight in weights)
             return swiglu(x, gate_ID, up_ID, down_DI, self.limit)
+        gate_ID, up_ID, down_DI = weights
         return fp8_swiglu(x, gate_ID, up_ID, down_DI, self.limit, scheme)
 
 

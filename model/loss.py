@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from model.fp8.linear import Linear
-from model.widening import widened
+from model.weight_cache import cast
+from model.widening import add_wide_mm, wide_mm, widened
 
 CHUNK_ROWS = 512
 """Rows whose logits are there at a time: a few MiB that stay in a core's reach between passes, and
@@ -42,38 +43,45 @@ def linear_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Sum of -log softmax(x head^T)[target] in nats, over the rows whose target is not negative.
 
-    Products and sums are in float32 at least. Memory is one chunk of logits, copies of `x` and
-    `head` if they are narrower than that, and where gradients may follow, theirs.
+    Logits and sums are float32 at least; what is multiplied has the type of `x`, on CPUs float32
+    at least. Memory is one chunk of logits, a copy of `head` if it is wider than `x`, and where
+    gradients may follow, theirs.
     """
     learning = torch.is_grad_enabled()
-    loss: Tensor = _LinearCrossEntropy.apply(x_ND, head_VD, targets_N, learning)
+    copy_VD = cast(head_VD, x_ND.dtype)
+    loss: Tensor = _LinearCrossEntropy.apply(x_ND, head_VD, copy_VD, targets_N, learning)
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """`copy` is the head in the type of `x`, and passes no gradient on."""
+
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, learning: bool
+        ctx: Any, x_ND: Tensor, head_VD: Tensor, copy_VD: Tensor, targets_N: Tensor, learning: bool
     ) -> Tensor:
         ctx.dtypes = x_ND.dtype, head_VD.dtype
-        x_ND, head_VD = widened(x_ND), widened(head_VD)
-        loss = x_ND.new_zeros(())
-        slopes = (torch.empty_like(x_ND), torch.zeros_like(head_VD)) if learning else ()
-        buffer_CV = x_ND.new_empty(min(CHUNK_ROWS, len(x_ND)), len(head_VD))
+        if x_ND.device.type == "cpu":
+            x_ND, copy_VD = widened(x_ND), widened(copy_VD)
+        wide = torch.promote_types(x_ND.dtype, torch.float32)
+        loss = x_ND.new_zeros((), dtype=wide)
+        slopes = (torch.empty_like(x_ND), torch.zeros_like(copy_VD, dtype=wide)) if learning else ()
+        buffer_CV = x_ND.new_empty(min(CHUNK_ROWS, len(x_ND)), len(copy_VD), dtype=wide)
         for begin in range(0, len(x_ND), CHUNK_ROWS):
             part = slice(begin, begin + CHUNK_ROWS)
             x_CD, targets_C1 = x_ND[part], targets_N[part, None]
             scored_C1 = (targets_C1 >= 0).to(x_ND.dtype)
             targets_C1 = targets_C1.clamp_min(0)
-            logits_CV = torch.mm(x_CD, head_VD.T, out=buffer_CV[: len(x_CD)])
+            logits_CV = wide_mm(x_CD, copy_VD.T, out=buffer_CV[: len(x_CD)])
             torch.log_softmax(logits_CV, dim=1, out=logits_CV)
             loss -= (logits_CV.gather(1, targets_C1) * scored_C1).sum()
             if slopes:
                 d_x_ND, d_head_VD = slopes
                 d_logits_CV = logits_CV.exp_()
-                d_logits_CV.scatter_add_(1, targets_C1, x_ND.new_full(targets_C1.shape, -1))
-                torch.mm(d_logits_CV, head_VD, out=d_x_ND[part]).mul_(scored_C1)
-                d_head_VD.addmm_(d_logits_CV.T, x_CD * scored_C1)
+                d_logits_CV.scatter_add_(1, targets_C1, loss.new_full(targets_C1.shape, -1))
+                d_logits_CV = d_logits_CV.to(x_ND.dtype)
+                torch.mm(d_logits_CV, copy_VD, out=d_x_ND[part]).mul_(scored_C1)
+                add_wide_mm(d_head_VD, d_logits_CV.T, x_CD * scored_C1)
         ctx.save_for_backward(*slopes)
         return loss
 
@@ -84,4 +92,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (slope * grads[0]).to(dtype)
             for slope, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return d_x, d_head, None, None
+        return d_x, d_head, None, None, None

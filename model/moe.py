@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from configs.model import ModelConfig
 from configs.seed import derive
-from model.dispatch import Dispatched, TokenDispatcher
+from model.dispatch import Dispatched, TokenDispatcher, counts_of
 from model.fp8.experts import fp8_grouped_swiglu
 from model.fp8.linear import fp8_linears
 from model.fp8.scheme import HIGH, Fp8, Numerics
+from model.grouped import experts_swiglu
 from model.layers import SwiGLU
-from model.swiglu import grouped_swiglu
+from model.weight_cache import cast
 from model.widening import widened
 
 
@@ -116,7 +117,8 @@ class RoutedExperts(nn.Module):
         """Each row's sum of what its visits give: an expert's SwiGLU times the visit's gate."""
         gate_up_EJD, down_EDI = self.gate_up_proj, self.down_proj
         if self.scheme is None:
-            return grouped_swiglu(sent, gate_up_EJD, down_EDI, self.limit)
+            dtype = sent.x_RD.dtype
+            return experts_swiglu(sent, cast(gate_up_EJD, dtype), cast(down_EDI, dtype), self.limit)
         return fp8_grouped_swiglu(sent, gate_up_EJD, down_EDI, self.limit, self.scheme)
 
 
@@ -169,7 +171,7 @@ class MoE(nn.Module):
         experts_TK, gates_TK, scores_TE = self.gate(
             x_TD, None if tokens_BS is None else tokens_BS.flatten()
         )
-        counts_E = torch.bincount(experts_TK.flatten(), minlength=self.config.n_routed_experts)
+        counts_E = counts_of(experts_TK, self.config.n_routed_experts)
         if self.training:
             self.load_E.copy_(counts_E)
         if self.training or self.keep_routing:

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.rows import add_rows, take_rows
 from model.widening import widened
 
 CHUNK_QUERIES = 128
@@ -238,7 +239,7 @@ def _parts(kv: Tensor, blocks: Tensor, sight: Sight, start: int, stop: int) -> l
 def gathered(blocks_BLW: Tensor, chosen_BQK: Tensor) -> Part:
     """The chosen blocks of each query, side by side."""
     flat = _flat_index(chosen_BQK, blocks_BLW.shape[1])
-    entries = blocks_BLW.flatten(0, 1).index_select(0, flat)
+    entries = take_rows(blocks_BLW.flatten(0, 1), flat)
     return Part(entries.view(*chosen_BQK.shape, blocks_BLW.shape[-1]), chosen_BQK >= 0)
 
 
@@ -253,7 +254,7 @@ def _add_blocks(dblocks: Tensor, found: Tensor, sight: Sight, start: int, stop: 
         dblocks[:, : found.shape[1]] += found
         return
     flat = _flat_index(sight.choices(start, stop), dblocks.shape[1])
-    dblocks.flatten(0, 1).index_add_(0, flat, found.flatten(0, 2))
+    add_rows(dblocks.flatten(0, 1), flat, found.flatten(0, 2))
 
 
 def _note_mass(

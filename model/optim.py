@@ -1,7 +1,7 @@
 """AdamW as DeepSeek-V3 sets it, and learning-rate schedules as pure functions of the step."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,8 @@ from configs.errors import ArtifactError, ConfigError
 from configs.train import OptimConfig
 from model.engram import MemoryTable
 
+CAST_VALUES = 2**24
+"""Moments that are in float32 at a time where they rest in less: 128 MiB for both of each."""
 RateGroup = Literal["model", "table", "indexer"]
 """Parameters that share a learning rate."""
 
@@ -18,9 +20,9 @@ RateGroup = Literal["model", "table", "indexer"]
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, whose moments rest in a type of their own between steps.
 
-    DeepSeek-V3 keeps them in bfloat16 (section 3.3.3). A step casts one parameter's moments at a
-    time to float32 and rounds them to nearest when it is done. A parameter without a gradient is
-    left alone: neither its moments nor its weight decay move it.
+    DeepSeek-V3 keeps them in bfloat16 (section 3.3.3). A step casts the moments of a few parameters
+    at a time to float32 and rounds them to nearest when it is done. A parameter without a gradient
+    is left alone: neither its moments nor its weight decay move it.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
@@ -38,30 +40,29 @@ class AdamW(torch.optim.AdamW):
         """One update of every parameter that has a gradient; closures are not called."""
         assert closure is None
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+            learning = [p for p in group["params"] if p.grad is not None]
+            for part in _portions(learning, cast=self.rest_dtype != torch.float32):
+                self._update(part, group)
 
     def rest(self, moment: Tensor) -> Tensor:
         """`moment` in the type that moments rest in, as a tensor of its own."""
         return moment.to(self.rest_dtype, copy=True)
 
-    def _update(self, parameter: Tensor, slope: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            # Made on the device: a copy to it would be waited for.
-            state["step"] = torch.zeros((), device=parameter.device)
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(parameter, dtype=self.rest_dtype)
-        state["step"] += 1
-        first, second = (state[name].float() for name in ("exp_avg", "exp_avg_sq"))
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """One call for all of them: on a device each call costs as much as a small update."""
+        states = [self._state_of(parameter) for parameter in parameters]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        first, second = (
+            [state[name].float() for state in states] for name in ("exp_avg", "exp_avg_sq")
+        )
         torch._fused_adamw_(
-            [parameter],
-            [slope],
-            [first],
-            [second],
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            first,
+            second,
             [],
-            [state["step"]],
+            steps,
             lr=group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -70,9 +71,36 @@ class AdamW(torch.optim.AdamW):
             amsgrad=False,
             maximize=False,
         )
-        if first is not state["exp_avg"]:
-            state["exp_avg"].copy_(first)
-            state["exp_avg_sq"].copy_(second)
+        if self.rest_dtype != torch.float32:
+            torch._foreach_copy_([state["exp_avg"] for state in states], first)
+            torch._foreach_copy_([state["exp_avg_sq"] for state in states], second)
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            # Made on the device: a copy to it would be waited for.
+            state["step"] = torch.zeros((), device=parameter.device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(parameter, dtype=self.rest_dtype)
+        return state
+
+
+def _portions(parameters: Sequence[Tensor], *, cast: bool) -> Iterator[list[Tensor]]:
+    """Those of one device at a time, and where moments are cast only so many values."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for parameter in parameters:
+        by_device.setdefault(parameter.device, []).append(parameter)
+    for together in by_device.values():
+        if not cast:
+            yield together
+            continue
+        part: list[Tensor] = []
+        for parameter in together:
+            if part and sum(p.numel() for p in part) + parameter.numel() > CAST_VALUES:
+                yield part
+                part = []
+            part.append(parameter)
+        yield part
 
 
 def adamw(model: nn.Module, config: OptimConfig) -> AdamW:
@@ -179,7 +207,10 @@ def restore_moments(
     named: Iterable[tuple[str, nn.Parameter]],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put back what `moments` gave; ArtifactError if it gave moments without their updates."""
+    """Put back what `moments` gave, beside each parameter on its device.
+
+    ArtifactError if it gave moments without their updates.
+    """
     for name, parameter in named:
         if f"updates/{name}" not in tensors:
             if f"exp_avg/{name}" in tensors:
@@ -191,8 +222,8 @@ def restore_moments(
             continue
         optimizer.state[parameter] = {
             "step": tensors[f"updates/{name}"][0].to(parameter.device, copy=True),
-            "exp_avg": optimizer.rest(tensors[f"exp_avg/{name}"]),
-            "exp_avg_sq": optimizer.rest(tensors[f"exp_avg_sq/{name}"]),
+            "exp_avg": optimizer.rest(tensors[f"exp_avg/{name}"]).to(parameter.device),
+            "exp_avg_sq": optimizer.rest(tensors[f"exp_avg_sq/{name}"]).to(parameter.device),
         }
 
 

@@ -14,6 +14,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 Cache = dict[str, Tensor]
 """What one module remembers of each row: tensors whose first axis is the row."""
@@ -52,6 +53,10 @@ class Whole:
     indexer: IndexerPhase = "off"
     indexer_losses: list[Tensor] = field(default_factory=list)
     """One scalar a sparse attention: the mean over queries of its indexer's KL, in nats."""
+    blocks: BlockMask | None = None
+    """What `model.documents` makes of the segments for CUDA, once a pass."""
+    ends: list[int] | None = None
+    """And for NPUs."""
 
     @property
     def reach(self) -> int:
@@ -80,6 +85,9 @@ class Step:
     positions_B: Int[Tensor, " B"]
     """How many tokens each row had before."""
     caches: Caches
+    longest: int | None = None
+    """At least the tokens of the longest row, this one included, and no more than caches have room
+    for; the device is asked if none is given. Rounded up, steps of growing rows have one shape."""
 
     @property
     def tokens_BS(self) -> Int[Tensor, "B 1"]:
@@ -88,8 +96,8 @@ class Step:
 
     @cached_property
     def reach(self) -> int:
-        """Tokens of the longest row, this one included. Asked of the device once a pass."""
-        return int(self.positions_B.max()) + 1
+        """Tokens of the longest row, this one included, or somewhat more."""
+        return int(self.positions_B.max()) + 1 if self.longest is None else self.longest
 
     @cached_property
     def past_BL(self) -> Bool[Tensor, "B L"]:

@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configs.model import V32Config
@@ -39,6 +40,7 @@ from model.gathering import over_chosen
 from model.indexer import NONE, choose, divergence, index_scores
 from model.passes import Cache, Pass, Step, Whole
 from model.rope import rotate_halves
+from model.weight_cache import cast
 from model.widening import widened
 
 CHUNK_SCORES = 2**21
@@ -53,6 +55,11 @@ class KeyNorm(nn.LayerNorm):
     """The indexer's norm of its keys: with mean and bias, unlike the model's other norms."""
 
     initial_values: ClassVar[dict[str, float]] = {"bias": 0.0}
+
+    def forward(self, input: Float[Tensor, "*B I"]) -> Float[Tensor, "*B I"]:
+        """Normalise each last-dim vector; sums are float32 at least."""
+        weight, bias = cast(self.weight, input.dtype), cast(self.bias, input.dtype)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 class LightningIndexer(nn.Module):
@@ -123,7 +130,7 @@ class SparseLatentAttention(LatentAttention):
         seen = self.project(x_BSD, table_PR, positions_S)
         dense = length <= self.keep or batch.indexer == "dense"
         if batch.caches is None and batch.indexer == "off" and dense:
-            return self.attend(self.expand(seen), batch.mask_B1SS)
+            return self.attend_in_documents(self.expand(seen), batch)
         key_BSI = self.indexer.keys(x_BSD, table_PR, positions_S)
         if batch.caches is not None:
             batch.caches[self]["latent_BLW"][:, :length] = seen.entries()

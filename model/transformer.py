@@ -33,7 +33,7 @@ from model.hyper import HyperHead, HyperLayer, HyperMtpLayer
 from model.layers import RMSNorm, seeded_normal
 from model.moe import HashGate, MoE, RoutedExperts
 from model.passes import Caches, IndexerPhase, Pass, Remembering, Whole
-from model.widening import widened
+from model.widening import wide_linear, widened
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Decoder(nn.Module):
         self, config: ModelConfig, numerics: Numerics, dispatcher: TokenDispatcher
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.compute = config, numerics.compute
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layer, mtp_layer = _LAYERS[config.family]
         layers = [layer(config, i, numerics, dispatcher) for i in range(config.depth)]
@@ -87,9 +87,14 @@ class Decoder(nn.Module):
         self.hc_head = HyperHead(config) if isinstance(config, V4Config) else None
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def embed(self, tokens_BS: Int[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
+        """The tokens' embeddings, in the type that the stream of states has."""
+        rows_BSD: Tensor = self.embed_tokens(tokens_BS)
+        return rows_BSD if self.compute is None else rows_BSD.to(self.compute)
+
     def forward(self, batch: Pass) -> Tensor:
         """The state after the last layer of the main model: [B, S, D], or [B, S, streams, D]."""
-        hidden: Tensor = self.embed_tokens(batch.tokens_BS)
+        hidden = self.embed(batch.tokens_BS)
         if self.hc_head is not None:
             hidden = hidden.unsqueeze(2).repeat(1, 1, self.config.streams, 1)
         for layer in self.layers[: self.config.depth]:
@@ -174,7 +179,7 @@ class Transformer(nn.Module):
             assert isinstance(mtp, MtpLayer | HyperMtpLayer)
             # The last position joins with its own token for want of a next one; it is not scored.
             following_BS = torch.cat([tokens_BS[:, 1:], tokens_BS[:, -1:]], dim=1)
-            following_BSD = self.model.embed_tokens(following_BS)
+            following_BSD = self.model.embed(following_BS)
             ahead_BSD = mtp.predict(
                 normed_BSD if isinstance(mtp, MtpLayer) else hidden, following_BSD, batch
             )
@@ -220,4 +225,6 @@ def _check_tokens(tokens_BS: Tensor, vocabulary: int) -> None:
 
 
 def _logits(normed_BSD: Tensor, head: Linear) -> Tensor:
-    return widened(head(normed_BSD))
+    if head.scheme is not None:
+        return widened(head(normed_BSD))
+    return wide_linear(normed_BSD, head.weight)

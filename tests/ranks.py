@@ -1,10 +1,11 @@
-"""Runs a function on several gloo ranks: real processes on loopback, with a deadline."""
+"""Runs a function in real processes with a deadline: on several gloo ranks, or in one apart."""
 
 import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,18 @@ def on_ranks(
     return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(world)]
 
 
+def apart(folder: Path, function: Callable[..., Any], *arguments: Any, seconds: float = 120) -> Any:
+    """`function(*arguments)` in a process of its own, without a process group; its result.
+
+    What holds for `on_ranks` holds here.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    process = _CONTEXT.Process(target=_alone, args=(folder, function, arguments))
+    process.start()
+    _await([process], folder, seconds)
+    return torch.load(folder / "result-0.pt", weights_only=True)
+
+
 def _await(ranks: list[Any], folder: Path, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     try:
@@ -76,11 +89,23 @@ def _rank(
     arguments: tuple[Any, ...],
 ) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    try:
+    with _telling(folder / f"error-{rank}.txt"):
         join_group(f"file://{folder.absolute()}/rendezvous", rank, world, collective_seconds)
         torch.save(function(*arguments), folder / f"result-{rank}.pt")
         dist.destroy_process_group()
+
+
+def _alone(folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    with _telling(folder / "error-0.txt"):
+        torch.save(function(*arguments), folder / "result-0.pt")
+
+
+@contextmanager
+def _telling(error: Path) -> Iterator[None]:
+    """Compute on one thread, and leave word of what fails."""
+    torch.set_num_threads(1)
+    try:
+        yield
     except BaseException:
-        (folder / f"error-{rank}.txt").write_text(traceback.format_exc())
+        error.write_text(traceback.format_exc())
         raise

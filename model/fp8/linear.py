@@ -1,4 +1,4 @@
-"""A Linear in FP8, or in the tensors' own type where its part of the model is not FP8.
+"""A Linear in FP8, or in the type of its inputs where its part of the model is not FP8.
 
 Forward, x and W are quantised and multiplied. x is saved as it was quantised, a byte a value, or in
 12 bits after attention; the float32 activations themselves are not. Backward, dy is quantised once
@@ -22,10 +22,11 @@ from torch.nn import functional as F
 from model.fp8.products import dgrad, fprop, wgrad
 from model.fp8.quantized import from_tensors, to_tensors
 from model.fp8.scheme import Fp8
+from model.weight_cache import cast
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias, in FP8 where there is a scheme, else in the tensors' own type."""
+    """y = x W^T without bias, in FP8 where there is a scheme, else in the type of `x`."""
 
     def __init__(self, inputs: int, outputs: int, scheme: Fp8 | None = None) -> None:
         """A weight [outputs, inputs] that is not yet initialised."""
@@ -43,7 +44,7 @@ def together(x: Float[Tensor, "*B I"], *linears: Linear) -> tuple[Tensor, ...]:
     scheme = linears[0].scheme
     assert all(linear.scheme == scheme for linear in linears), "one quantisation serves one scheme"
     if scheme is None:
-        return tuple(F.linear(x, linear.weight) for linear in linears)
+        return tuple(F.linear(x, cast(linear.weight, x.dtype)) for linear in linears)
     outputs = fp8_linears(x, scheme, *(linear.weight for linear in linears))
     return tuple(outputs)
 

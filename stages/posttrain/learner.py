@@ -13,7 +13,7 @@ from cluster.trainer import LossSpec
 from configs.rl import GrpoConfig, PosttrainConfig
 from model.transformer import Transformer
 from stages.framing import EOS_ID
-from stages.posttrain.objective import advantages, grpo_loss, token_logprobs
+from stages.posttrain.objective import advantages, grpo_loss, require_finite, token_logprobs
 from stages.posttrain.rollout import ScoredRollout, collate
 
 
@@ -37,12 +37,16 @@ class GrpoLoss:
     temperature: float
 
     def counts(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
-        """Sequences on this rank."""
+        """Sequences on this rank. TrainingError if what samplers or the reference said of them is
+        not finite."""
+        for name in ("behaviour_logprobs", "reference_logprobs"):
+            if name in batch:
+                require_finite(name, batch[name], batch["mask"])
         return {"sequences": float(batch["tokens"].shape[0])}
 
     def __call__(
         self, model: Transformer, batch: Mapping[str, Tensor], totals: Mapping[str, float]
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's part of the loss and of its metrics."""
         logprobs_NT = NextTokenLogprobs(self.temperature)(model, batch)
         behaviour_NT = batch["behaviour_logprobs"]

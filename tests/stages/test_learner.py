@@ -116,7 +116,9 @@ def test_ranks_parts_add_up_to_the_whole() -> None:
     assert float(sum(values)) == pytest.approx(float(whole.detach()), rel=1e-4, abs=1e-6)
     assert metrics["kl"] > 0
     for name in metrics:
-        assert sum(r[name] for r in reports) == pytest.approx(metrics[name], rel=1e-4, abs=1e-6)
+        assert sum(r[name] for r in reports) == pytest.approx(
+            float(metrics[name]), rel=1e-4, abs=1e-6
+        )
 
 
 def test_a_group_of_equal_rewards_contributes_no_gradient() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from configs.errors import TrainingError
 from configs.rl import GrpoConfig
+from stages.posttrain.learner import GrpoLoss
 from stages.posttrain.objective import advantages, grpo_loss, token_logprobs
 
 CONFIG = GrpoConfig(clip_epsilon=0.2, kl_weight=0.05, off_policy_delta=0.5)
@@ -216,20 +217,33 @@ def test_padding_and_filler_rows_are_never_read() -> None:
     assert bool((leaf.grad[~longer] == 0).all())
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_number_that_is_not_finite_is_an_error_that_names_its_place(which: int) -> None:
-    case = list(random_case(0))
-    case[which][3, 2] = math.nan
-    name = ("logprobs", "behaviour_logprobs", "reference_logprobs")[which]
+@pytest.mark.parametrize("name", ["behaviour_logprobs", "reference_logprobs"])
+def test_a_number_that_is_not_finite_is_an_error_that_names_its_place(name: str) -> None:
+    policy, behaviour, reference, gains, mask = random_case(0)
+    batch = {"tokens": policy, "mask": mask, "advantages": gains}
+    batch |= {"behaviour_logprobs": behaviour, "reference_logprobs": reference}
+    assert GrpoLoss(CONFIG, 1.0).counts(batch) == {"sequences": 6.0}
+    batch[name][3, 2] = math.nan
     with pytest.raises(TrainingError, match=rf"^{name} is nan at sequence 3, position 2"):
-        grpo_loss(*case, config=CONFIG, num_sequences=6)
+        GrpoLoss(CONFIG, 1.0).counts(batch)
 
 
-def test_a_ratio_beyond_the_number_format_is_an_error() -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("config", [CONFIG, PURE], ids=["kl", "pure"])
+def test_a_policy_that_is_not_finite_shows_in_the_loss(value: float, config: GrpoConfig) -> None:
+    case = random_case(0)
+    case[0][3, 2] = value
+    loss, _ = grpo_loss(*case, config=config, num_sequences=6)
+    assert not loss.isfinite()
+
+
+def test_a_ratio_beyond_the_number_format_shows_in_the_metrics() -> None:
     policy, behaviour = torch.tensor([[0.0]]), torch.tensor([[-200.0]])
     mask = torch.tensor([[True]])
-    with pytest.raises(TrainingError, match="largest ratio of policy to sampler inf"):
-        grpo_loss(policy, behaviour, policy, torch.ones(1), mask, config=PURE, num_sequences=1)
+    _, metrics = grpo_loss(
+        policy, behaviour, policy, torch.ones(1), mask, config=PURE, num_sequences=1
+    )
+    assert metrics["ratio_mean"] == metrics["ratio_max"] == math.inf
 
 
 def test_token_logprobs_are_of_the_next_token_at_the_samplers_temperature() -> None:

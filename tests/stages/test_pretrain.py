@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from cluster import checkpoint
-from cluster.trainer import read
+from cluster.figures import read
 from configs.data import TokenizerConfig
 from configs.errors import ConfigError, MachineError
 from configs.model import ModelConfig

@@ -161,7 +161,7 @@ def test_a_training_that_ended_before_its_commit_is_not_done_again(tmp_path: Pat
         run = world.run(graph=graph(world))
     assert isinstance(run.outcomes["pretrain"], Failed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "optim_step", lambda *_: pytest.fail("trained again"))
+        patch.setattr(Trainer, "train_step", lambda *_: pytest.fail("trained again"))
         made = finished(world, Notes())
     assert [line["step"] for line in steps_of(made)] == list(range(STEPS + 1))
 
