@@ -20,24 +20,19 @@ import resource
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor
 
+from cluster.autoload import AUTOLOAD, LIBRARY
 from cluster.rates import Rates, measure
 from configs.errors import MachineError
-from configs.parallel import Device
+from configs.parallel import ClusterConfig, Device
 from configs.train import Precision
-from model.fp8.scheme import Numerics
-
-AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-"""0 keeps torch from loading the libraries of other devices when it is imported."""
-BROKEN_LIBRARY = (
-    "torch_npu is installed, but cannot be loaded, and torch with it ({why}): CANN is not on this "
-    f"machine, or not set up; source its set_env.sh, or set {AUTOLOAD}=0 to go without NPUs"
-)
+from model.fp8.scheme import Numerics, settle
 
 
 class Memory(NamedTuple):
@@ -92,6 +87,10 @@ class Backend:
     sockets: tuple[str, ...] = ("GLOO_SOCKET_IFNAME",)
     """Name the network of collectives."""
     timeouts: Timeouts | None = None
+    lost: tuple[str, ...] = ()
+    """What errors say once the device, or this process's way to it, cannot be used any more."""
+    signs: tuple[str, ...] = ()
+    """Files that are there where such a device is, whether or not it can be used."""
     has_graphs: bool = False
     """Whether a sequence of launches can be recorded and replayed."""
     has_float64: bool = True
@@ -106,9 +105,19 @@ class Backend:
         return self.resource == "CPU"
 
     @property
-    def told(self) -> torch.dtype:
-        """What is computed in, as a type."""
+    def has_signs(self) -> bool:
+        """Whether such a device is on this machine, for all that its driver shows."""
+        return any(Path(sign).exists() for sign in self.signs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
         return self.compute or self.master
+
+    @property
+    def dtype_name(self) -> str:
+        """The same for records, as `bfloat16`."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def module(self) -> Any:
@@ -124,16 +133,24 @@ class Backend:
         """A batch on the device: copied from pinned memory, so that the host waits for nothing."""
         if self.is_host:
             return dict(batch)
-        return {n: pinned(t).to(self.device, non_blocking=True) for n, t in batch.items()}
+        return {
+            name: self.pinned(tensor).to(self.device, non_blocking=True)
+            for name, tensor in batch.items()
+        }
+
+    def pinned(self, tensor: Tensor) -> Tensor:
+        """The tensor in memory that the device reads by itself."""
+        its_own = self.is_host or tensor.device.type != "cpu" or tensor.is_pinned()
+        return tensor if its_own else tensor.pin_memory()
 
     def begin(self, seed: int) -> None:
         """Set up this process's use of its device; MachineError if it cannot be used."""
+        # On all devices, as they come to be used.
         torch.manual_seed(seed)
         if self.is_host:
             return
         require(self)
         self.module.set_device(torch.device(self.device).index)
-        self.module.manual_seed_all(seed)
         if self.deterministic:
             torch.use_deterministic_algorithms(True, warn_only=True)
             # It would write into all memory that is asked for without values.
@@ -148,7 +165,7 @@ class Backend:
 
     def rates(self) -> Rates:
         """How quickly this process multiplies and moves bytes; measured once, in a moment."""
-        return _measured(self.device, self.told)
+        return _measured(self.device, self.dtype)
 
     def card(self) -> str:
         """What this process's device calls itself; `cpu` for CPUs."""
@@ -156,7 +173,7 @@ class Backend:
 
     def facts(self) -> dict[str, str]:
         """What records say of it."""
-        return {"device": self.card(), "compute": dtype_name(self.told)}
+        return {"device": self.card(), "compute": self.dtype_name}
 
     def asked(self, share: float) -> dict[str, Any]:
         """Options of an actor that reserves so much of a device."""
@@ -171,17 +188,6 @@ class Backend:
     def bundle(self, share: float) -> dict[str, float]:
         """The same beside CPUs, in a bundle of resources."""
         return {} if self.is_host else {self.resource: share}
-
-
-def pinned(tensor: Tensor) -> Tensor:
-    """The tensor in memory that a device reads by itself; on machines without one, as it is."""
-    there = torch.accelerator.is_available() and tensor.device.type == "cpu"
-    return tensor.pin_memory() if there and not tensor.is_pinned() else tensor
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16`."""
-    return str(dtype).removeprefix("torch.")
 
 
 @lru_cache
@@ -239,20 +245,20 @@ def no_cuda(why: str, version: str, listed: str | None) -> str:
 
 
 def _look_at_npu() -> Found:
-    if importlib.util.find_spec("torch_npu") is None:
+    if importlib.util.find_spec(LIBRARY) is None:
         return Found(
-            fault="torch_npu is not installed; install the one of this torch's version, and CANN"
+            fault=f"{LIBRARY} is not installed; install the one of this torch's version, and CANN"
         )
     module = getattr(torch, "npu", None)
     if module is None:
         return Found(
-            fault=f"torch_npu is installed and not loaded, for {AUTOLOAD} = "
+            fault=f"{LIBRARY} is installed and not loaded, for {AUTOLOAD} = "
             f"{os.environ.get(AUTOLOAD)!r}; unset it where CANN is set up"
         )
     count = int(module.device_count())
     if count == 0:
         return Found(
-            fault="torch_npu sees no NPU; see that npu-smi info lists it, and that "
+            fault=f"{LIBRARY} sees no NPU; see that npu-smi info lists it, and that "
             "ASCEND_RT_VISIBLE_DEVICES does not hide it"
         )
     name = str(module.get_device_name(0))
@@ -295,6 +301,8 @@ CUDA = Backend(
         "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
     },
     sockets=("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
+    lost=("device-side assert", "has fallen off the bus", "uncorrectable ECC"),
+    signs=("/dev/nvidia0", "/dev/nvidiactl", "/proc/driver/nvidia"),
     has_graphs=True,
 )
 NPU = Backend(
@@ -312,6 +320,8 @@ NPU = Backend(
         "CPU_AFFINITY_CONF": "1",
     },
     sockets=("GLOO_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME"),
+    lost=("NPU function error",),
+    signs=("/dev/davinci0", "/dev/davinci_manager"),
     timeouts=Timeouts("HCCL_EXEC_TIMEOUT", "HCCL_CONNECT_TIMEOUT", 68, 120, 7200),
     has_graphs=True,
     has_float64=False,
@@ -332,6 +342,12 @@ def seen() -> dict[str, float]:
     """The devices beside CPUs that this process sees, by Ray's names."""
     counts = {one.resource: float(one.look().count) for one in ACCELERATORS}
     return {name: count for name, count in counts.items() if count}
+
+
+def hidden(backend: Backend) -> dict[str, str]:
+    """Variables that hide from a worker all devices but those of its backend."""
+    others = [one.visible_env for one in ACCELERATORS if one.name != backend.name]
+    return {variable: "" for variable in others if variable is not None}
 
 
 def decide(wanted: Device, there: Mapping[str, float]) -> Backend:
@@ -355,6 +371,19 @@ def decide(wanted: Device, there: Mapping[str, float]) -> Backend:
             "name a cluster in cluster.address that has one"
         )
     return backend
+
+
+def foresee(wanted: Numerics, machines: ClusterConfig) -> None:
+    """Refuse what workers could not compute before any is started.
+
+    MachineError as of `decide`, `require` and `settle`. The devices of a named cluster are seen by
+    its workers alone, which say the same of them.
+    """
+    if machines.address is not None and machines.device != "cpu":
+        return
+    backend = decide(machines.device, seen())
+    require(backend)
+    settle(backend.numerics(wanted), torch.device(backend.device))
 
 
 def own(wanted: Device) -> Backend:
