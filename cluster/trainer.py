@@ -6,7 +6,6 @@ see every rank's tokens through the dispatcher, so their gradients are whole alr
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,22 +15,22 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.backend import CPU, Backend
 from cluster.checkpoint import load_shards, save_shard
-from cluster.expert_parallel import AllToAllDispatcher
+from cluster.expert_parallel import in_group
 from cluster.figures import Figures, fetch, summed
+from cluster.models import Computing, build_model, expert_ranges, take_part
 from configs.errors import TrainingError
 from configs.model import ModelConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
 from model.balance import imbalance, updated_bias
-from model.dispatch import LocalDispatcher
 from model.engram import set_vocabulary
-from model.fp8.recorder import Recorder, Tally
-from model.fp8.scheme import Numerics, schemes, settle
+from model.fp8.recorder import Tally
+from model.fp8.scheme import Numerics
 from model.moe import RoutedExperts
 from model.optim import adamw, moments, rate_group, restore_moments, set_rates
 from model.transformer import Transformer
 from model.weight_cache import forget, keep
-from model.weights import families
 
 _SQUARE, _LOAD = "square of the norm of ", "load"
 """Names of what is read at the end of a step beside the loss's own figures."""
@@ -59,16 +58,6 @@ Measure = Callable[[Transformer, Batch], Mapping[str, float]]
 """Figures of one rank's part of a batch that add up over batches and ranks, the same each time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Computing:
-    """How a model's products are computed, and what was asked for."""
-
-    numerics: Numerics
-    products: str
-    """In words, for records."""
-    asked: Precision
-
-
 def build_trainer(
     config: ModelConfig,
     *,
@@ -77,25 +66,20 @@ def build_trainer(
     precision: Precision | Numerics,
     seed: int,
     vocabulary: Sequence[int] | None = None,
+    backend: Backend = CPU,
 ) -> "Trainer":
     """A trainer of a new model, drawn by `seed`, with this rank's share of its experts.
 
     The experts are divided over the current process group; without one they are all here.
     `vocabulary` is what a new model's memories are told of its tokens (`model.engram`).
     """
-    wanted = precision if isinstance(precision, Numerics) else Numerics(precision)
-    # Two models of one job, as a policy and its reference, are watched apart.
-    numerics, products = settle(replace(wanted, recorder=Recorder()), torch.device("cpu"))
-    dispatcher = AllToAllDispatcher() if _in_group() else LocalDispatcher()
-    model = Transformer(config, precision=numerics, dispatcher=dispatcher)
-    if numerics.precision == "fp8" and not schemes(model):
-        numerics = replace(numerics, precision="high")
-        products = "high precision: the table of parts leaves none of this model's to FP8"
+    model, computing = build_model(config, precision=precision, backend=backend)
+    # Values are drawn on the CPU, so that a model begins alike on every device.
     model.initialize(seed).train()
     if vocabulary is not None:
         set_vocabulary(model, vocabulary)
-    computing = Computing(numerics, products, wanted.precision)
-    return Trainer(model, computing, optim=optim, balance=balance)
+    model.to(backend.device)
+    return Trainer(model, computing, optim=optim, balance=balance, backend=backend)
 
 
 class Trainer:
@@ -108,10 +92,12 @@ class Trainer:
         *,
         optim: OptimConfig,
         balance: BalanceConfig,
+        backend: Backend = CPU,
     ) -> None:
+        """`model` lies on the backend's device already."""
         self.model, self.computing, self.numerics = model, computing, computing.numerics
-        self.optim, self.balance = optim, balance
-        self.parallel = _in_group()
+        self.optim, self.balance, self.backend = optim, balance, backend
+        self.parallel = in_group()
         self.rank, self.world = (
             (dist.get_rank(), dist.get_world_size()) if self.parallel else (0, 1)
         )
@@ -155,11 +141,13 @@ class Trainer:
 
     def _backward(self, batch: Batch, loss: LossSpec, counting: bool) -> dict[str, float | Tensor]:
         """The loss and its metrics, of this rank's part, where they were computed."""
+        # Of the host's batch: counts of the device's would be waited for.
         totals = read_sums(loss.counts(batch), self.parallel)
+        placed = self.backend.place(batch)
         recorder = self.numerics.recorder
         recorder.start(counting=counting)
         try:
-            value, metrics = loss(self.model, batch, totals)
+            value, metrics = loss(self.model, placed, totals)
             value.backward()
         finally:
             recorder.stop()
@@ -179,7 +167,7 @@ class Trainer:
         """
         self.model.eval()
         try:
-            found = [sums(self.model, batch) for batch in batches]
+            found = [sums(self.model, self.backend.place(batch)) for batch in batches]
         finally:
             self.model.train()
         totals = {name: math.fsum(part[name] for part in found) for name in found[0]}
@@ -206,7 +194,8 @@ class Trainer:
     def news(self) -> dict[str, Any]:
         """What a first record says of how this process computes; a note if not as was asked."""
         products = self.computing.products
-        told: dict[str, Any] = {"tags": {"fp8.products": products}}
+        tags = {"fp8.products": products, **self.backend.facts()}
+        told: dict[str, Any] = {"tags": tags}
         if self.computing.asked != self.numerics.precision:
             told["notes"] = [f"warning: {products}"]
         return told
@@ -312,19 +301,11 @@ class Trainer:
 
     def load_whole(self, tensors: Mapping[str, Tensor]) -> None:
         """Take this rank's part of a whole model under Hugging Face names."""
-        state = families.from_hf(self.model.config, tensors)
-        for prefix, local in self.expert_ranges().items():
-            for name in [name for name in state if name.startswith(f"{prefix}.")]:
-                state[name] = state[name][local.start : local.stop]
-        self.load_weights(state)
+        take_part(self.model, tensors)
 
     def expert_ranges(self) -> dict[str, range]:
         """Module names of stacked experts -> the global experts this rank holds."""
-        return {
-            name: module.local
-            for name, module in self.model.named_modules()
-            if isinstance(module, RoutedExperts)
-        }
+        return expert_ranges(self.model)
 
     def _culprit(self) -> str:
         """Which tensors were the first that FP8 found not finite on any rank, if any."""
@@ -392,10 +373,6 @@ def _norms(grads: list[Tensor]) -> Sequence[Tensor]:
 def _norm_of(parameter: str) -> str:
     """The name of the norm that the parameter's gradient is clipped by."""
     return "indexer_grad_norm" if rate_group(parameter) == "indexer" else "grad_norm"
-
-
-def _in_group() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def expert_parameter_names(model: Transformer) -> set[str]:

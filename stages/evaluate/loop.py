@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from cluster.backend import own
 from cluster.generation import GenerationPool, Sampling, open_generation
 from cluster.workers import with_restarts
 from configs.delivery import EvaluateSpec
@@ -188,9 +189,11 @@ def _baseline(
 def _read_text(
     work: Workspace, exam: Exam, checkpoint: Checkpoint, name: str
 ) -> dict[str, TextScore]:
-    model = load_pretrained(checkpoint.path())
+    device = own(work.machines.device).device
+    model = load_pretrained(checkpoint.path(), device=device)
     text = {
-        source: score_text(model, rows_NS, exam.lengths_V) for source, rows_NS in exam.text.items()
+        source: score_text(model, rows_NS, exam.lengths_V, device=device)
+        for source, rows_NS in exam.text.items()
     }
     bits_per_byte = total(text.values()).bits_per_byte
     work.tracker.note(f"{name}: {bits_per_byte:.4f} bits per byte of held-out text")

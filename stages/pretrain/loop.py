@@ -7,8 +7,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from cluster.backend import foresee
 from cluster.checkpoint import consolidate, latest
 from cluster.fit import FitJob, fit
 from cluster.output import Output
@@ -17,7 +16,7 @@ from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.train import PretrainConfig, PretrainSpec
 from model.engram import canonical_ids
-from model.fp8.scheme import Numerics, settle
+from model.fp8.scheme import Numerics
 from model.optim import warmup_cosine
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace, fills
@@ -49,8 +48,7 @@ def pretrain(
             "with, which was made otherwise; use its model, or another checkpoint"
         )
     job = _job(config, work, corpus, base)
-    # What cannot be computed is told before any worker is started. Workers compute on CPUs.
-    settle(_numerics(config, work), torch.device("cpu"))
+    foresee(_numerics(config, work), work.machines)
     work.tracker.start(steps=config.pretrain.steps, unit="step")
     # Steps after the last save will be made again, and are not to be shown until then.
     begin_metrics(work, job.saves.newest())

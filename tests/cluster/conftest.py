@@ -10,17 +10,21 @@ import ray
 from configs.parallel import ClusterConfig
 
 CPUS = 2
+DEVICES = 2
 
 
 @pytest.fixture(scope="session")
 def machines() -> Iterator[ClusterConfig]:
-    """A running Ray with two CPUs, and a config for small pools on it."""
+    """A running Ray with two CPUs and two devices of each kind, and a config for small pools."""
     if not ray.is_initialized():
         # As `cluster/session.py` does: Ray would run workers behind everything else.
         os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             address="local",  # never one that runs here already
             num_cpus=CPUS,
+            # Declared and not there: Ray places by what it is told.
+            num_gpus=DEVICES,
+            resources={"NPU": DEVICES},
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

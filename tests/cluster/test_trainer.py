@@ -473,7 +473,8 @@ def test_tallies_of_fp8_are_those_of_all_ranks_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp8", "high"])
 def test_a_run_says_who_multiplies(precision: Precision) -> None:
     told = trainer(precision).news()
-    assert told["tags"] == {"fp8.products": trainer(precision).computing.products}
+    products = trainer(precision).computing.products
+    assert told["tags"] == {"fp8.products": products, "device": "cpu", "compute": "float32"}
     assert ("cpu: " in told["tags"]["fp8.products"]) == (precision == "fp8")
     assert "notes" not in told
 

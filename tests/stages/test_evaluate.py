@@ -236,7 +236,8 @@ class Lab:
             final_loss=1.0,
         )
 
-    def load_pretrained(self, path: Path) -> Any:
+    def load_pretrained(self, path: Path, *, device: str) -> Any:
+        assert device == "cpu"
         self.loaded.append(path.name)
         vocab_size = self.corpus.vocab_size
 

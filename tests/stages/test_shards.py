@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from configs.errors import DataError
 from stages.framing import BOS_ID
-from stages.shards import Rows, consumed_rows, row_order, segments_of, write_rows
+from stages.segments import segments_of
+from stages.shards import Rows, consumed_rows, row_order, write_rows
 
 
 @pytest.mark.parametrize("largest", [1023, 65535, 65536])
