@@ -113,8 +113,7 @@ def ray_for(
         yield _sharing.rooms[me].places
         return
     samplers = workers - trainers
-    backend = backend_of(machines)
-    places = share_out(backend, _devices_of_ray(backend), trainers=trainers, samplers=samplers)
+    places = _await_devices(machines, trainers=trainers, samplers=samplers)
     room = _Room(cpus, trainers * places.trainer + samplers * places.sampler, places)
     with _sharing.changed:
         # No deadline of its own: those who are waited for have theirs in all that they do.
@@ -129,6 +128,22 @@ def ray_for(
             del _sharing.rooms[me]
             _sharing.changed.notify_all()
         _close_if_unused()
+
+
+def _await_devices(machines: ClusterConfig, *, trainers: int, samplers: int) -> Places:
+    """Places for the workers of a stage. MachineError as of `backend_of` and `share_out`, on a named
+    cluster once no machine has joined it with what is short."""
+    deadline = time.monotonic() + machines.placement_timeout_seconds
+    while True:
+        try:
+            backend = backend_of(machines)
+            devices = _devices_of_ray(backend)
+            return share_out(backend, devices, trainers=trainers, samplers=samplers)
+        except MachineError:
+            require_head()
+            if machines.address is None or time.monotonic() > deadline:
+                raise
+            time.sleep(LOOK_SECONDS)
 
 
 def _fits(room: _Room) -> bool:

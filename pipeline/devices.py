@@ -72,7 +72,8 @@ def _probe(environ: Mapping[str, str]) -> tuple[dict[str, Any] | None, str]:
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "pipeline.probe"],
+            # Not from the folder that one stands in, where there may be files of other people's.
+            [sys.executable, "-P", "-m", "pipeline.probe"],
             env={**os.environ, "PYTHONPATH": path, **environ},
             capture_output=True,
             text=True,
@@ -83,5 +84,6 @@ def _probe(environ: Mapping[str, str]) -> tuple[dict[str, Any] | None, str]:
         return None, f"torch did not load within {_SECONDS:g} s"
     if done.returncode != 0:
         return None, done.stderr
-    report: dict[str, Any] = json.loads(done.stdout)
+    # Libraries may have something to say while they load.
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return report, done.stderr

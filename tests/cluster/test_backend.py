@@ -5,15 +5,28 @@ import pickle
 from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 
 from cluster import backend
-from cluster.backend import BACKENDS, CPU, CUDA, NPU, Found, decide, no_cuda, own, require, seen
+from cluster.backend import (
+    BACKENDS,
+    CPU,
+    CUDA,
+    NPU,
+    Found,
+    decide,
+    foresee,
+    no_cuda,
+    own,
+    require,
+    seen,
+)
 from cluster.rates import measure
 from configs.errors import MachineError
-from configs.parallel import ClusterConfig
+from configs.parallel import ClusterConfig, Device
 from model.fp8.scheme import Numerics
 
 
@@ -41,6 +54,10 @@ def test_a_row_asks_ray_in_its_own_words() -> None:
     assert (CPU.asked(1), CPU.bundle(1)) == ({}, {})
     assert (CUDA.asked(0.4), CUDA.bundle(0.4)) == ({"num_gpus": 0.4}, {"GPU": 0.4})
     assert (NPU.asked(1), NPU.bundle(1)) == ({"resources": {"NPU": 1}}, {"NPU": 1})
+
+
+def test_the_setting_knows_all_rows_and_no_other() -> None:
+    assert set(get_args(Device)) == {"auto", *BACKENDS}
 
 
 def test_a_row_travels_to_workers() -> None:
@@ -179,3 +196,17 @@ def test_narrower_arithmetic_is_measured_in_its_own_type() -> None:
     single = measure(device, torch.float32).flops_per_second
     # Twice as many fit a register; a busy machine blurs how much quicker that is.
     assert single > double
+
+
+def test_what_workers_cannot_compute_is_told_before_any_is_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    see(monkeypatch)
+    foresee(Numerics("fp8"), ClusterConfig())
+    with pytest.raises(MachineError, match=r"fp8_backend = 'triton' cannot compute on cpu"):
+        foresee(Numerics("fp8", backend="triton"), ClusterConfig())
+    with pytest.raises(MachineError, match="no GPU is there"):
+        foresee(Numerics(), ClusterConfig(device="cuda"))
+    # Those of a named cluster are none of this process's.
+    elsewhere = ClusterConfig(address="ray.example:6379", device="cuda")
+    foresee(Numerics("fp8", backend="triton"), elsewhere)

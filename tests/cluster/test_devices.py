@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -225,6 +225,34 @@ def test_ranks_of_the_long_loop_see_a_device_each_too(
     fit(job(tmp_path, loss, steps=2), machines, str(tmp_path), str(tmp_path / "ray"))
     sights = [(tmp_path / "sight" / f"rank-{rank}").read_text() for rank in (0, 1)]
     assert sorted(sights) == ["0", "1"]
+
+
+@dataclass(frozen=True)
+class OutOfMemory(NextToken):
+    """The fourth step of rank 1 finds no memory."""
+
+    calls: list[int] = field(default_factory=list)
+
+    def counts(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        """As ever, until then."""
+        self.calls.append(1)
+        if torch.distributed.get_rank() == 1 and len(self.calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return super().counts(batch)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+def test_memory_that_runs_out_ends_the_long_loop_in_one_sentence_and_loses_nothing(
+    machines: ClusterConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "backend_of", lambda machines: stand_in())
+    todo = job(tmp_path, OutOfMemory())
+    with pytest.raises(MachineError, match=r"^trainer 1: out of memory \(CUDA out") as caught:
+        fit(todo, machines, str(tmp_path), str(tmp_path / "ray"))
+    assert "\n" not in str(caught.value)
+    newest = todo.saves.newest()
+    assert newest is not None and newest[1] == 2
 
 
 def compare_cards(names: list[str]) -> str:
