@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +147,14 @@ def build(capability: int = HOPPER) -> dict[str, Any]:
     dy = torch.empty(ROWS, NARROW, dtype=torch.bfloat16, device="meta")
     w = torch.empty(NARROW, WIDE, device="meta")
     x8, dy8 = (
-        named(name, lambda t=t: backend.quantize(t, ACTIVATION))
+        named(name, partial(backend.quantize, t, ACTIVATION))
         for name, t in (("cast_activations", x), ("cast_gradients", dy))
     )
     w8 = named("cast_weights", lambda: backend.quantize(w, BLOCK, by_column=True))
     named("forward", lambda: backend.matmul(x8, w8.T))
     named("input_gradient", lambda: backend.matmul(dy8, w8))
     x_tokens, dy_tokens = (
-        named(name, lambda t=t: backend.quantize(t, ALONG_TOKENS))
+        named(name, partial(backend.quantize, t, ALONG_TOKENS))
         for name, t in (("cast_again_along_tokens", x8), ("cast_along_tokens", dy))
     )
     named("weight_gradient", lambda: backend.matmul(dy_tokens.T, x_tokens))
@@ -164,7 +165,7 @@ def build(capability: int = HOPPER) -> dict[str, Any]:
     named("experts_forward", lambda: backend.grouped_matmul(x8, experts8.T, groups))
     named("experts_input_gradient", lambda: backend.grouped_matmul(dy8, experts8, groups))
     x_tokens, dy_tokens = (
-        named(name, lambda t=t: backend.quantize(t, ALONG_TOKENS, groups=groups))
+        named(name, partial(backend.quantize, t, ALONG_TOKENS, groups=groups))
         for name, t in (("cast_experts_again", x8), ("cast_experts_along_tokens", dy))
     )
     named("experts_weight_gradient", lambda: backend.grouped_outer(dy_tokens, x_tokens, groups))

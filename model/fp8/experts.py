@@ -29,12 +29,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.dispatch import ByRow, Dispatched
+from model.dispatch import Dispatched
 from model.fp8.format import TILE
 from model.fp8.groups import Groups
 from model.fp8.products import dgrad, fprop, wgrad
 from model.fp8.quantized import Quantized, from_tensors, to_tensors
 from model.fp8.scheme import Fp8
+from model.rows import ByRow
 from model.swiglu import activation, activation_backward, halves
 
 

@@ -71,7 +71,7 @@ class Quantized:
         )
 
     def contracted(self, dim: int) -> Tensor:
-        """The values for a product that contracts `dim`, those along it side by side if they can be.
+        """The values for a product that contracts `dim`: side by side along it, if they can be.
 
         Tensor cores read FP8 operands along the contraction alone. Laid out otherwise, they are
         transposed byte by byte within the product.

@@ -94,9 +94,9 @@ class Recorder:
         """By role, of all that was noted since the start; the host waits for the device once."""
         counts, self._counts = self._counts, []
         if counts:
-            rows = torch.stack([count for _, count in counts]).tolist()
+            rows = _read(torch.stack([count for _, count in counts]))
             for (role, _), row in zip(counts, rows, strict=True):
-                self._tallies[role] = self._tallies.get(role, Tally()) + Tally(*row)
+                self._tallies[role] = self._tallies.get(role, Tally()) + row
         return self._tallies
 
     def first_not_finite(self) -> int | None:
@@ -113,11 +113,12 @@ class Recorder:
 
 def tally(x: Tensor | Quantized, q: Quantized) -> Tally:
     """Counts of what became of the values of `x`, which was quantised to `q`."""
-    return Tally(*_counts(x, q).tolist())
+    (found,) = _read(_counts(x, q).unsqueeze(0))
+    return found
 
 
 def _counts(x: Tensor | Quantized, q: Quantized) -> Tensor:
-    """float64 [6], where the values lie: the numbers of a `Tally`, in its order."""
+    """int64 [6], where the values lie: what `_read` makes a `Tally` of."""
     if isinstance(x, Quantized):
         x = _float32(x)
     gone = (x != 0) & (_float32(q) == 0)
@@ -131,15 +132,30 @@ def _counts(x: Tensor | Quantized, q: Quantized) -> Tensor:
     counted = (largest > 0) & ~(faint & (q.scales == 1))
     sizes = q.scales.log2()
     low, high = float("inf"), float("-inf")
-    parts = (
+    counts = (
         x.count_nonzero(),
         clipped,
         gone_by_tile.sum(),
         torch.where(faint, gone_by_tile, 0).sum(),
+    )
+    ends = (
         _extreme(torch.where(counted, sizes, low), torch.amin, low),
         _extreme(torch.where(counted, sizes, high), torch.amax, high),
     )
-    return torch.stack([part.double() for part in parts])
+    return torch.cat([torch.stack(counts), torch.stack(ends).view(torch.int32).long()])
+
+
+def _read(counts: Tensor) -> list[Tally]:
+    """What `_counts` found of several tensors [N, 6]; the host waits once for all of them.
+
+    The ends are floats whose bits came as whole numbers, which every device has in 64 bits.
+    """
+    read = counts.cpu()
+    ends = read[:, 4:].int().view(torch.float32)
+    return [
+        Tally(*map(float, row), *end)
+        for row, end in zip(read[:, :4].tolist(), ends.tolist(), strict=True)
+    ]
 
 
 def _extreme(values: Tensor, pick: Callable[[Tensor], Tensor], otherwise: float) -> Tensor:
