@@ -25,6 +25,7 @@ from configs.train import BalanceConfig, OptimConfig, Precision
 from model.balance import imbalance, updated_bias
 from model.dispatch import LocalDispatcher
 from model.engram import set_vocabulary
+from model.finite import in_backward_order, is_finite, watched
 from model.fp8.recorder import Recorder, Tally
 from model.fp8.scheme import Numerics, schemes, settle
 from model.moe import RoutedExperts
@@ -125,6 +126,8 @@ class Trainer:
             dtype=torch.int64,
             device=model.lm_head.weight.device,
         )
+        self.given: tuple[Batch, LossSpec] | None = None
+        """What the gradients were last made of, while there are any."""
         keep(model)
 
     def forward_backward(
@@ -155,6 +158,7 @@ class Trainer:
 
     def _backward(self, batch: Batch, loss: LossSpec, counting: bool) -> dict[str, float | Tensor]:
         """The loss and its metrics, of this rank's part, where they were computed."""
+        self.given = batch, loss
         totals = read_sums(loss.counts(batch), self.parallel)
         recorder = self.numerics.recorder
         recorder.start(counting=counting)
@@ -252,7 +256,8 @@ class Trainer:
             if name.startswith(_SQUARE):
                 group = _norm_of(name.removeprefix(_SQUARE))
                 squares[group] = squares.get(group, 0.0) + float(square)
-        norms = self._finite({name: square**0.5 for name, square in squares.items()})
+        norms = {name: square**0.5 for name, square in squares.items()}
+        norms = self._finite(norms, [n.removeprefix(_SQUARE) for n in found if _is_bad(n, found)])
         grads = self._grads()
         for group, norm in norms.items():
             factor = min(1.0, self.optim.max_grad_norm / (norm + 1e-6))
@@ -267,6 +272,7 @@ class Trainer:
         )
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.given = None
         forget(self.model)
         self.numerics.recorder.forget()
         self.step += 1
@@ -275,14 +281,43 @@ class Trainer:
     def _grads(self) -> dict[str, Tensor]:
         return {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
 
-    def _finite(self, found: dict[str, float]) -> dict[str, float]:
-        """`found` as it is; TrainingError if a number of it is none."""
+    def _finite(self, found: dict[str, float], gradients: Sequence[str] = ()) -> dict[str, float]:
+        """`found` as it is; TrainingError if a number of it is none.
+
+        `gradients` are those that are not finite on any rank, by their parameters' names.
+        """
         if not all(map(math.isfinite, found.values())):
+            where = self._where(gradients) + self._culprit()
             raise TrainingError(
-                f"step {self.step + 1}: not finite: {_named(found)}{self._culprit()}; lower the "
-                "learning rate, or look at the batch"
+                f"step {self.step + 1}: not finite: {_named(found)}{where}; lower the learning "
+                "rate, or look at the batch"
             )
         return found
+
+    @torch.no_grad()
+    def _where(self, gradients: Sequence[str]) -> str:
+        """Which module's output was the first that is not finite on any rank, or else which of
+        `gradients`; by the batch, run forward again on all ranks together."""
+        if self.given is None:
+            return ""
+        batch, loss = self.given
+        totals = read_sums(loss.counts(batch), self.parallel)
+        with watched(self.model) as seen:
+            loss(self.model, batch, totals)
+        for block in self.blocks:
+            block.load_E.zero_()
+            block.routing = None
+        weights = {n: float(not is_finite(one)) for n, one in self.model.named_parameters()}
+        broken = [name for name, count in read_sums(weights, self.parallel).items() if count]
+        if (place := self._first_of_ranks(seen.first)) is not None:
+            module = seen.ended[place]
+            own = any(name.startswith(f"{module}.") for name in broken)
+            return f", first out of {module}" + (", whose weights are not finite" if own else "")
+        if broken:
+            return f", first in the weights {in_backward_order(broken, seen.begun)[-1]}"
+        if gradients:
+            return f", first in the gradient of {in_backward_order(gradients, seen.begun)[0]}"
+        return ", first in the loss itself: what modules return is finite"
 
     def state(self) -> dict[str, Tensor]:
         """This rank's part of the weights: its experts and, on rank 0, everything else."""
@@ -329,13 +364,21 @@ class Trainer:
     def _culprit(self) -> str:
         """Which tensors were the first that FP8 found not finite on any rank, if any."""
         recorder = self.numerics.recorder
-        place = recorder.first_not_finite()
-        if self.parallel:
-            # All ranks compute the same products in the same order, and say the same of them.
-            first = torch.tensor(math.inf if place is None else place, dtype=torch.float64)
-            dist.all_reduce(first, op=dist.ReduceOp.MIN)
-            place = int(first) if first.isfinite() else None
-        return "" if place is None else f", first in {recorder.role(place).replace('_', ' ')}"
+        place = self._first_of_ranks(recorder.first_not_finite())
+        return (
+            "" if place is None else f", in FP8 first in {recorder.role(place).replace('_', ' ')}"
+        )
+
+    def _first_of_ranks(self, place: int | None) -> int | None:
+        """The lowest place that any rank has, if any has one.
+
+        All ranks call the same modules and products in the same order, and mean the same by it.
+        """
+        if not self.parallel:
+            return place
+        first = torch.tensor(math.inf if place is None else place, dtype=torch.float64)
+        dist.all_reduce(first, op=dist.ReduceOp.MIN)
+        return int(first) if first.isfinite() else None
 
     def _rebalance(self, load_LE: NDArray[np.float64]) -> dict[str, Any]:
         """Move the routing bias by the load of all ranks; what to say of it."""
@@ -379,6 +422,11 @@ def read_sums(values: Mapping[str, float], parallel: bool) -> dict[str, float]:
 def _named(values: Mapping[str, float]) -> str:
     """`loss nan, mtp_loss inf`: those that are not finite."""
     return ", ".join(f"{name} {one}" for name, one in values.items() if not math.isfinite(one))
+
+
+def _is_bad(name: str, found: Figures) -> bool:
+    """Whether it is the square of a norm, and not finite."""
+    return name.startswith(_SQUARE) and not math.isfinite(found[name])
 
 
 def _norms(grads: list[Tensor]) -> Sequence[Tensor]:
