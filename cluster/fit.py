@@ -39,6 +39,7 @@ from cluster.saves import Saves
 from cluster.session import close_ray, hear, ray_for, worker_env
 from cluster.supply import Supply
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
+from cluster.utilisation import MFU, Utilisation, hold_against_peak
 from cluster.workers import await_cpus, choose_network, what_happened, with_tail
 from configs.errors import (
     ArtifactError,
@@ -116,6 +117,8 @@ class FitJob:
     held_out: HeldOut | None = None
     base: str | None = None
     """A model's folder, with whose weights training begins; none begins with values drawn anew."""
+    flops_per_token: float | None = None
+    """The model's, of a training step, for MFU; none leaves it unmeasured."""
     vocabulary: tuple[int, ...] | None = None
     """What each token counts as to a memory of n-grams; none where the model has no memory."""
 
@@ -318,26 +321,33 @@ def _steps(job: FitJob, desk: Desk | FarDesk) -> None:
     reason = log.open_log(begun) if log else None
     if begun == 0 and (held_out := _evaluate(trainer, job)):
         _record(log, job, held_out, step=0)
+    used = None if job.flops_per_token is None else hold_against_peak(trainer, job.flops_per_token)
     for step in range(begun + 1, job.steps + 1):
-        learned = _learn(trainer, job, drift, step)
+        learned = _learn(trainer, job, drift, used, step)
         held_out = _evaluate(trainer, job)
-        news = _news(trainer, begun, reason) if step == begun + 1 else {}
+        news = _news(trainer, begun, reason, used) if step == begun + 1 else {}
         # Before the save: a run that continues from it must find this line.
         _record(log, job, news, learned, held_out, step=step)
         if step % job.checkpoint_every_steps == 0 or step == job.steps:
             _save(trainer, job, desk)
 
 
-def _news(trainer: Trainer, begun: int, reason: str | None) -> dict[str, Any]:
+def _news(
+    trainer: Trainer, begun: int, reason: str | None, used: Utilisation | None
+) -> dict[str, Any]:
     """What the first record of this group of ranks says beside its figures."""
     news = trainer.news()
+    if used is not None:
+        news["tags"][f"{MFU}.peak"] = used.told
     if reason is not None:
         source = f"the save of step {begun}" if begun else "the beginning"
         news[RESTART] = f"{reason}; goes on from {source}"
     return news
 
 
-def _learn(trainer: Trainer, job: FitJob, drift: Drift, step: int) -> dict[str, Any]:
+def _learn(
+    trainer: Trainer, job: FitJob, drift: Drift, used: Utilisation | None, step: int
+) -> dict[str, Any]:
     """One optimiser step on one batch; what there is to say of it."""
     begin = time.perf_counter()
     batch = job.source.batch(step, rank=dist.get_rank(), world=dist.get_world_size())
@@ -353,6 +363,8 @@ def _learn(trainer: Trainer, job: FitJob, drift: Drift, step: int) -> dict[str, 
     if "indexer_grad_norm" in metrics:
         metrics["indexer_learning_rate"] = indexer_rate
     metrics["tokens_per_second"] = job.tokens_per_step / (time.perf_counter() - begin)
+    if used is not None:
+        metrics[MFU] = used.of(metrics["tokens_per_second"])
     return metrics
 
 

@@ -118,6 +118,7 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus, base: Checkpoint
         threads=work.machines.threads_per_worker,
         output=Output(str(work.logs), "trainer"),
         reads=(corpus.path("train"), corpus.path("held_out"), *([base.path()] if base else [])),
+        flops_per_token=config.model.training_flops_per_token(corpus.sequence_tokens),
         held_out=held_out_text(config, corpus, partial(loss_at, train)),
         vocabulary=vocabulary(corpus.path("tokenizer.json")) if config.model.engram else None,
     )
