@@ -34,6 +34,7 @@ from cluster import checkpoint
 from cluster.desk import Desk, FarDesk, StepLog, open_desk
 from cluster.gathered import gathered
 from cluster.head import require_reachable
+from cluster.memory import LESS_MEMORY, Room
 from cluster.output import RESTART, Output
 from cluster.saves import Saves
 from cluster.session import close_ray, hear, ray_for, worker_env
@@ -117,6 +118,8 @@ class FitJob:
     held_out: HeldOut | None = None
     base: str | None = None
     """A model's folder, with whose weights training begins; none begins with values drawn anew."""
+    less_memory: str = LESS_MEMORY
+    """Which settings of the recipe lower what a rank holds, as an imperative."""
     flops_per_token: float | None = None
     """The model's, of a training step, for MFU; none leaves it unmeasured."""
     vocabulary: tuple[int, ...] | None = None
@@ -310,6 +313,7 @@ def _steps(job: FitJob, desk: Desk | FarDesk) -> None:
         seed=job.seed,
         vocabulary=job.vocabulary,
     )
+    trainer.room = Room(job.output, job.less_memory)
     chosen = agreed_save(job, desk)
     job.supply.forget_after(job.saves.root, chosen[1] if chosen else 0)
     if chosen:

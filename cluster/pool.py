@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cluster import checkpoint
 from cluster.expert_parallel import join_group
+from cluster.memory import LESS_MEMORY, Room
 from cluster.output import Output
 from cluster.saves import Saves
 from cluster.session import ray_for
@@ -42,6 +43,8 @@ class TrainerSpec:
     seed: int
     reference: bool
     """Keep a frozen copy of the starting weights, for `TrainerPool.reference`."""
+    less_memory: str = LESS_MEMORY
+    """Which settings of the recipe lower what a rank holds, as an imperative."""
 
 
 class TrainerPool:
@@ -171,7 +174,7 @@ class _TrainWorker(Worker):
         super().__init__(output, supply, rank)
         torch.set_num_threads(machines.threads_per_worker)
         supply.bring(start)
-        self.start, self.spec, self.machines = start, spec, machines
+        self.start, self.spec, self.machines, self.output = start, spec, machines, output
 
     def address(self) -> str:
         """Where the ranks can meet: on this one's machine, on loopback in a local cluster."""
@@ -186,6 +189,7 @@ class _TrainWorker(Worker):
                 choose_network()
             join_group(rendezvous, self.rank, world, self.machines.step_timeout_seconds)
         self.trainer = _trainer(self.spec, self.start)
+        self.trainer.room = Room(self.output, self.spec.less_memory)
         self.starting = None
         if self.spec.reference:
             self.starting = _trainer(self.spec, self.start).model.eval()

@@ -19,6 +19,7 @@ from torch import Tensor
 from cluster.checkpoint import load_shards, save_shard
 from cluster.expert_parallel import AllToAllDispatcher
 from cluster.figures import Figures, fetch, summed
+from cluster.memory import Room, telling_of_model, telling_when_full
 from configs.errors import TrainingError
 from configs.model import ModelConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
@@ -70,6 +71,7 @@ class Computing:
     asked: Precision
 
 
+@telling_of_model
 def build_trainer(
     config: ModelConfig,
     *,
@@ -126,10 +128,12 @@ class Trainer:
             dtype=torch.int64,
             device=model.lm_head.weight.device,
         )
+        self.room = Room()
         self.given: tuple[Batch, LossSpec] | None = None
         """What the gradients were last made of, while there are any."""
         keep(model)
 
+    @telling_when_full
     def forward_backward(
         self, batch: Batch, loss: LossSpec, *, counting: bool = False
     ) -> dict[str, float]:
@@ -140,6 +144,7 @@ class Trainer:
         found = self._over_ranks(self._backward(batch, loss, counting))
         return self._finite({name: float(one) for name, one in found.items()})
 
+    @telling_when_full
     def train_step(
         self,
         batch: Batch,
@@ -174,6 +179,7 @@ class Trainer:
             block.routing = None
         return {"loss": value.detach(), **metrics}
 
+    @telling_when_full
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch], sums: Measure) -> dict[str, float]:
         """Totals over batches and ranks of what `sums` finds, with the model in evaluation mode.
@@ -215,6 +221,7 @@ class Trainer:
             told["notes"] = [f"warning: {products}"]
         return told
 
+    @telling_when_full
     def optim_step(
         self, learning_rate: float, *, indexer_learning_rate: float | None = None
     ) -> dict[str, Any]:
