@@ -39,12 +39,14 @@ from cluster.expert_parallel import require_equal_cards
 from cluster.feeding import batches
 from cluster.gathered import gathered
 from cluster.head import require_reachable
+from cluster.memory import LESS_MEMORY, Room
 from cluster.output import RESTART, Output
 from cluster.places import Places, deadlines
 from cluster.saves import Saves
 from cluster.session import close_ray, hear, ray_for, worker_env
 from cluster.supply import Supply
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
+from cluster.utilisation import MFU, Utilisation, hold_against_peak
 from cluster.workers import await_room, choose_network, needs_of, what_happened, with_tail
 from configs.errors import (
     ArtifactError,
@@ -122,6 +124,10 @@ class FitJob:
     held_out: HeldOut | None = None
     base: str | None = None
     """A model's folder, with whose weights training begins; none begins with values drawn anew."""
+    less_memory: str = LESS_MEMORY
+    """Which settings of the recipe lower what a rank holds, as an imperative."""
+    flops_per_token: float | None = None
+    """The model's, of a training step, for MFU; none leaves it unmeasured."""
     vocabulary: tuple[int, ...] | None = None
     """What each token counts as to a memory of n-grams; none where the model has no memory."""
 
@@ -339,6 +345,7 @@ def _steps(job: FitJob, desk: Desk | FarDesk, backend: Backend = CPU) -> None:
         vocabulary=job.vocabulary,
         backend=backend,
     )
+    trainer.room = Room(job.output, job.less_memory)
     chosen = agreed_save(job, desk)
     job.supply.forget_after(job.saves.root, chosen[1] if chosen else 0)
     if chosen:
@@ -350,22 +357,27 @@ def _steps(job: FitJob, desk: Desk | FarDesk, backend: Backend = CPU) -> None:
     reason = log.open_log(begun) if log else None
     if begun == 0 and (held_out := _evaluate(trainer, job)):
         _record(log, job, held_out, step=0)
+    used = None if job.flops_per_token is None else hold_against_peak(trainer, job.flops_per_token)
     steps = range(begun + 1, job.steps + 1)
     make = partial(job.source.batch, rank=dist.get_rank(), world=dist.get_world_size())
     coming = batches(make, steps, backend)
     for step in steps:
-        learned = _learn(trainer, job, drift, coming, step)
+        learned = _learn(trainer, job, drift, used, coming, step)
         held_out = _evaluate(trainer, job)
-        news = _news(trainer, begun, reason) if step == begun + 1 else {}
+        news = _news(trainer, begun, reason, used) if step == begun + 1 else {}
         # Before the save: a run that continues from it must find this line.
         _record(log, job, news, learned, held_out, step=step)
         if step % job.checkpoint_every_steps == 0 or step == job.steps:
             _save(trainer, job, desk)
 
 
-def _news(trainer: Trainer, begun: int, reason: str | None) -> dict[str, Any]:
+def _news(
+    trainer: Trainer, begun: int, reason: str | None, used: Utilisation | None
+) -> dict[str, Any]:
     """What the first record of this group of ranks says beside its figures."""
     news = trainer.news()
+    if used is not None:
+        news["tags"][f"{MFU}.peak"] = used.told
     if reason is not None:
         source = f"the save of step {begun}" if begun else "the beginning"
         news[RESTART] = f"{reason}; goes on from {source}"
@@ -373,7 +385,12 @@ def _news(trainer: Trainer, begun: int, reason: str | None) -> dict[str, Any]:
 
 
 def _learn(
-    trainer: Trainer, job: FitJob, drift: Drift, coming: Iterator[Batch], step: int
+    trainer: Trainer,
+    job: FitJob,
+    drift: Drift,
+    used: Utilisation | None,
+    coming: Iterator[Batch],
+    step: int,
 ) -> dict[str, Any]:
     """One optimiser step on the batch that comes next; what there is to say of it."""
     begin = time.perf_counter()
@@ -390,6 +407,8 @@ def _learn(
     if "indexer_grad_norm" in metrics:
         metrics["indexer_learning_rate"] = indexer_rate
     metrics["tokens_per_second"] = job.tokens_per_step / (time.perf_counter() - begin)
+    if used is not None:
+        metrics[MFU] = used.of(metrics["tokens_per_second"])
     return metrics
 
 

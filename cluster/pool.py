@@ -14,6 +14,7 @@ from torch import Tensor
 from cluster import checkpoint
 from cluster.backend import CPU, Backend
 from cluster.expert_parallel import join_group, require_equal_cards
+from cluster.memory import LESS_MEMORY, Room
 from cluster.models import frozen
 from cluster.output import Output
 from cluster.places import deadlines
@@ -45,6 +46,8 @@ class TrainerSpec:
     seed: int
     reference: bool
     """Keep a frozen copy of the starting weights, for `TrainerPool.reference`."""
+    less_memory: str = LESS_MEMORY
+    """Which settings of the recipe lower what a rank holds, as an imperative."""
 
 
 class TrainerPool:
@@ -189,6 +192,7 @@ class _TrainWorker(Worker):
         backend.begin(spec.seed)
         supply.bring(start)
         self.start, self.spec, self.machines, self.backend = start, spec, machines, backend
+        self.output = output
 
     def address(self) -> str:
         """Where the ranks can meet: on this one's machine, on loopback in a local cluster."""
@@ -214,6 +218,7 @@ class _TrainWorker(Worker):
             backend=self.backend,
         )
         self.trainer.load_whole(tensors)
+        self.trainer.room = Room(self.output, self.spec.less_memory)
         self.starting = None
         if self.spec.reference:
             self.starting = frozen(

@@ -10,6 +10,7 @@ from typing import Any
 from cluster.backend import foresee
 from cluster.checkpoint import consolidate, latest
 from cluster.fit import FitJob, fit
+from cluster.memory import LESS_MEMORY
 from cluster.output import Output
 from cluster.saves import Saves
 from configs.errors import ConfigError
@@ -116,8 +117,19 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus, base: Checkpoint
         threads=work.machines.threads_per_worker,
         output=Output(str(work.logs), "trainer"),
         reads=(corpus.path("train"), corpus.path("held_out"), *([base.path()] if base else [])),
+        less_memory=_less_memory(train, corpus),
+        flops_per_token=config.model.training_flops_per_token(corpus.sequence_tokens),
         held_out=held_out_text(config, corpus, partial(loss_at, train)),
         vocabulary=vocabulary(corpus.path("tokenizer.json")) if config.model.engram else None,
+    )
+
+
+def _less_memory(train: PretrainConfig, corpus: Corpus) -> str:
+    """Which settings lower what a rank holds; all but the number of ranks begin anew."""
+    moments = " or pretrain.optim.moments" if train.optim.moments == "float32" else ""
+    return (
+        f"{LESS_MEMORY}, or lower pretrain.batch_sequences = {train.batch_sequences} or "
+        f"data.sequence_tokens = {corpus.sequence_tokens}{moments}"
     )
 
 
