@@ -3,14 +3,30 @@
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
 
+from cluster.mirror import Mirror
 from configs.parallel import ClusterConfig
+from tests.objects import Objects, serving
 
 CPUS = 2
 DEVICES = 2
+
+
+@pytest.fixture(scope="module")
+def objects() -> Iterator[Objects]:
+    """An S3 server on this machine, for the tests of one file."""
+    with serving() as objects:
+        yield objects
+
+
+@pytest.fixture
+def apart(objects: Objects, tmp_path: Path) -> Mirror:
+    """A store of objects of this test's own, with its copies in a folder of the test's."""
+    return Mirror(f"{objects.url}/{tmp_path.name}", tmp_path / "root")
 
 
 @pytest.fixture(scope="session")
