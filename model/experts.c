@@ -254,8 +254,11 @@ static void panels_to_columns(float *to, const float *from, int64_t count, int64
 /* The transpose of [depth][n] by tiles of TALL columns: [n / TALL][depth][TALL]. */
 static void to_tiles(float *to, const float *from, int64_t depth, int64_t n) {
     for (int64_t m = 0; m < n; m += TALL)
-        for (int64_t k = 0; k < depth; k++, to += TALL)
-            for (int64_t r = 0; r < least(TALL, n - m); r++) to[r] = from[k * n + m + r];
+        for (int64_t k = 0; k < depth; k++, to += TALL) {
+            const float *in = from + k * n + m;
+            if (n - m >= TALL) memcpy(to, in, TALL * sizeof(float));
+            else memcpy(to, in, (n - m) * sizeof(float));
+        }
 }
 
 /* Lane by lane: `yes` where the comparison holds. */
