@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from model import experts
 from model.dispatch import Dispatched
 from model.widening import widened
 
@@ -53,8 +52,6 @@ def grouped_swiglu(
     limit: float | None,
 ) -> Float[Tensor, "R D"]:
     """Each row's sum of its visits' `swiglu`, by gate."""
-    if experts.serves(sent, gate_up_EJD, down_EDI):
-        return experts.swiglu(sent, gate_up_EJD, down_EDI, limit)
     # The host cuts rows by expert, and waits for the device to have counted them.
     counts, learning = sent.counts_E.tolist(), torch.is_grad_enabled()
     if not learning and _are_few(counts):

@@ -37,25 +37,25 @@ typedef int32_t FourInts __attribute__((vector_size(16)));
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
-/* What Python hands over; experts.py has the same fields in the same order. */
+/* What Python hands over; `_Call` in experts_cpu.py has the same fields in the same order. */
 typedef struct {
     int64_t experts, width, inner; /* E, D, I */
     int64_t limited, threads;
     double limit;
-    const float *x;         /* [R][D] */
-    const float *gates;     /* [N], or 0: all are 1 */
-    const float *gate_up;   /* [E][2I][D] */
-    const float *down;      /* [E][D][I] */
-    const int64_t *rows;    /* [N]: the row of each visit, by expert */
-    const int64_t *counts;  /* [E] */
-    const int64_t *order;   /* [E]: experts with most visits first, so that threads end together */
-    float *saved;           /* panels of gate and up; 0 where no gradient follows */
-    float *y;               /* [N][D] */
-    const float *dy;        /* [R][D]; what follows is for gradients */
-    float *d_x;             /* [N][D] */
-    float *d_gates;         /* [N], or 0 */
+    const float *x;        /* [R][D] */
+    const float *gates;    /* [N], or 0: all are 1 */
+    const float *gate_up;  /* [E][2I][D] */
+    const float *down;     /* [E][D][I] */
+    const int64_t *rows;   /* [N]: the row of each visit; visits are sorted by expert */
+    const int64_t *counts; /* [E] */
+    float *saved;          /* panels of gate and up; 0 where no gradient follows */
+    float *y;              /* [N][D] */
+    const float *dy;       /* [R][D]; this and what follows is the backward pass's, else 0 */
+    float *d_x;            /* [N][D] */
+    float *d_gates;        /* [N], or 0 */
     float *d_gate_up, *d_down;
-    float *scratch;         /* `ingot_experts_scratch` floats for each thread */
+    const int64_t *order;  /* [E]: in which experts are taken */
+    float *scratch;        /* ingot_experts_scratch floats for each thread */
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel, or 0 */
 } Call;
 
