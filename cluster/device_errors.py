@@ -20,9 +20,9 @@ def out_of_memory(error: BaseException) -> str | None:
     if not is_out_of_memory(error):
         return None
     return (
-        f"out of memory ({first_line(error)}); lower pretrain.batch_sequences, or raise posttrain.minibatches, "
-        "or raise cluster.trainers, which divides batches and experts; run again to continue from "
-        "the newest save"
+        f"out of memory ({first_line(error)}); lower pretrain.batch_sequences, or raise "
+        "posttrain.minibatches, or raise cluster.trainers, which divides batches and experts; run "
+        "again to continue from the newest save"
     )
 
 

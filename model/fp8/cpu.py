@@ -6,18 +6,12 @@ backward pass. `quantize` makes only those that its caller says it needs. The re
 FP8 training with float32 sums; the speed is not.
 
 CPUs also cast to float8 slowly. `cpu.c` rounds by float arithmetic instead, in about twice the time
-of a copy. It is compiled in a fraction of a second, once a process, by whatever C compiler there
-is, and used if it gives the reference's bits. Without one, eager torch gives them, several times as
-slowly.
+of a copy, and is used if it gives the reference's bits. Without a C compiler, eager torch gives
+them, several times as slowly.
 """
 
 import ctypes
 import math
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
@@ -26,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.compiled import compiled
 from model.fp8.format import TILE, round_to_grid
 from model.fp8.groups import Groups
 from model.fp8.quantized import (
@@ -40,7 +35,6 @@ from model.fp8.quantized import (
 from model.fp8.reference import Reference, spread_scales, tile_amax, tile_scales
 
 _SOURCE = Path(__file__).with_name("cpu.c")
-_COMPILE_SECONDS = 60
 _ELEMENTS_A_THREAD = 2**17
 """With fewer, starting a thread costs more than it saves."""
 _TILES = {ACTIVATION, (TILE, 1), BLOCK}
@@ -211,42 +205,13 @@ class Cpu:
 @lru_cache(1)
 def cpu_backend() -> tuple[Cpu, str]:
     """(the CPU backend of this process, "compiled by cc" or "eager: " and why)."""
-    kernels, why = _compile()
-    if kernels is None:
+    library, why = compiled(_SOURCE, "-ffp-contract=off")
+    if library is None:
         return Cpu(None), f"eager: {why}"
-    made = Cpu(kernels)
+    made = Cpu(_declared(library))
     if not _agrees(made):
         return Cpu(None), f"eager: what {why} made does not give the reference's bits"
     return made, f"compiled by {why}"
-
-
-def _compile() -> tuple[ctypes.CDLL | None, str]:
-    """The kernels and the compiler's name, or why there are none."""
-    try:
-        said = shlex.split(os.environ.get("CC", ""))
-    except ValueError as error:
-        return None, f"CC = {os.environ['CC']!r} is no command: {error}"
-    wanted = [said] if said else [["cc"], ["gcc"], ["clang"]]
-    command = next((words for words in wanted if shutil.which(words[0])), None)
-    if command is None:
-        names = ", ".join(words[0] for words in wanted)
-        return None, f"no C compiler ({names}); install one, as gcc"
-    # The folder is this process's own and is gone at once: what is loaded needs no file.
-    flags = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
-    try:
-        with tempfile.TemporaryDirectory(prefix="ingot-fp8-") as folder:
-            library = Path(folder) / "fp8.so"
-            subprocess.run(
-                [*command, *flags, str(_SOURCE), "-o", str(library)],
-                check=True,
-                capture_output=True,
-                timeout=_COMPILE_SECONDS,
-            )
-            return _declared(ctypes.CDLL(str(library))), Path(command[0]).name
-    except (OSError, subprocess.SubprocessError) as error:
-        heard = getattr(error, "stderr", None) or str(error).encode()
-        why = heard.decode(errors="replace").strip()[-200:]
-        return None, f"{shlex.join(command)} failed: {why}"
 
 
 def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model import compiled
 from model.fp8 import cpu as module
 from model.fp8.cpu import Cpu, cpu_backend
 from model.fp8.groups import Groups
@@ -75,8 +76,8 @@ def test_without_a_compiler_it_is_eager_and_says_why(monkeypatch: pytest.MonkeyP
     ("text", "reason"),
     [
         ("echo no room on disk >&2; exit 3", "no room on disk"),
-        ("exit 0", "fp8.so"),  # It said that all went well, but made nothing.
-        ('for last; do :; done; echo nonsense > "$last"', "fp8.so"),
+        ("exit 0", "cpu.so"),  # It said that all went well, but made nothing.
+        ('for last; do :; done; echo nonsense > "$last"', "cpu.so"),
     ],
     ids=["fails", "makes-nothing", "makes-nonsense"],
 )
@@ -95,7 +96,7 @@ def test_a_compiler_that_never_ends_is_given_up(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CC", program(tmp_path / "slow-cc", "exec sleep 60"))
-    monkeypatch.setattr(module, "_COMPILE_SECONDS", 0.1)
+    monkeypatch.setattr(compiled, "_COMPILE_SECONDS", 0.1)
     backend, form = made_anew()
     assert is_eager(backend)
     assert "timed out" in form
