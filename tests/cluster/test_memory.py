@@ -14,8 +14,9 @@ from torch import Tensor
 
 from cluster import memory
 from cluster.checkpoint import latest
+from cluster.device_errors import is_out_of_memory
 from cluster.fit import fit
-from cluster.memory import Held, Room, held_by, is_of_memory
+from cluster.memory import Held, Room, held_by
 from cluster.output import Output
 from cluster.pool import TrainerSpec, open_trainers
 from cluster.trainer import Trainer, build_trainer
@@ -114,7 +115,7 @@ def test_a_peak_below_its_parts_leaves_nothing_to_the_rest() -> None:
     ],
 )
 def test_allocators_are_told_from_others(error: Exception, is_one: bool) -> None:
-    assert is_of_memory(error) == is_one
+    assert is_out_of_memory(error) == is_one
 
 
 def test_another_error_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
