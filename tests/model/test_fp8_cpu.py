@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.fp8 import cpu as module
 from model.fp8.cpu import Cpu, cpu_backend
+from model.fp8.groups import Groups
 from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Quantized
 from model.fp8.reference import Reference
 
@@ -139,9 +140,9 @@ def results(backend: Cpu, x: Tensor) -> list[Tensor]:
     x8 = backend.quantize(x, ACTIVATION)
     for source in (x, replace(x8, float32=None)):
         for tile in (ACTIVATION, ALONG_TOKENS, BLOCK):
-            q = backend.quantize(source, tile, counts=[100, 0, len(x) - 100])
+            q = backend.quantize(source, tile, groups=Groups.of([100, 0, len(x) - 100]))
             assert q.float32 is not None
-            stored = Quantized(q.values, q.scales, q.tile, q.counts)
+            stored = Quantized(q.values, q.scales, q.tile, q.groups)
             made += [q.values.view(torch.uint8), q.scales, q.float32, backend.dequantize(stored)]
     e5m6 = backend.quantize_e5m6(x)
     return [*made, e5m6.words, e5m6.scales, backend.dequantize_e5m6(e5m6)]
