@@ -133,8 +133,8 @@ def ray_for(
 def _await_devices(machines: ClusterConfig, *, trainers: int, samplers: int) -> Places:
     """Places for the workers of a stage.
 
-    MachineError as of `backend_of` and `share_out`, on a named cluster once no machine has joined
-    it with what is short.
+    MachineError as of `backend_of` and `share_out`; a named cluster is given time to be joined by a
+    machine that has what is short.
     """
     deadline = time.monotonic() + machines.placement_timeout_seconds
     while True:
