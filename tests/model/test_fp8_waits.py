@@ -122,7 +122,7 @@ def test_the_first_tensor_that_is_not_finite_is_found_in_one_wait(found: dict[st
 
 
 def tallies_by_side() -> list[tuple[list[float], list[float]]]:
-    """Of a tensor with tiles that are too small and one that is not finite, the tally of the device and of the host."""
+    """(a device's tally, the host's) of tensors with tiles too small and one not finite."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 200, generator=generator)
     x = torch.ldexp(x, (8 * torch.randn(300, 200, generator=generator)).round().int())
