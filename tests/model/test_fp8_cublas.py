@@ -174,6 +174,27 @@ def test_grouped_products_are_the_references(
     assert [one.dtype for one in found] == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
+def test_experts_whose_rows_the_host_does_not_know_go_to_other_kernels(
+    simulation: list[tuple[Operand, Operand]],
+) -> None:
+    """Without such kernels the host asks, and the products are the same."""
+    known = Groups.of((3, 140, 0, 57))
+    unknown = Groups(known.counts_G, known.rows)
+    x8 = REFERENCE.quantize(random(200, 128), ACTIVATION)
+    w8 = REFERENCE.quantize(random(4, 128, 128, seed=1), BLOCK)
+    along = REFERENCE.quantize(random(200, 128), ALONG_TOKENS, groups=unknown)
+    both = Cublas(REFERENCE, grouped=REFERENCE)
+    exact = REFERENCE.grouped_matmul(x8, w8.T, unknown)
+    assert torch.equal(both.grouped_matmul(x8, w8.T, unknown), exact)
+    outer = REFERENCE.grouped_outer(along, along, unknown)
+    assert torch.equal(both.grouped_outer(along, along, unknown), outer)
+    assert simulation == []
+    near(both.grouped_matmul(x8, w8.T, known), exact)
+    assert len(simulation) == 3
+    near(Cublas(REFERENCE).grouped_outer(along, along, unknown), outer)
+    assert len(simulation) == 6
+
+
 def test_an_output_dtype_is_kept_but_for_weight_gradients(
     simulation: list[tuple[Operand, Operand]],
 ) -> None:

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.models import Computing
-from cluster.trainer import Trainer
+from cluster.trainer import Computing, Trainer
 from configs.reading import load_recipe
 from model.fp8 import scheme
 from model.fp8.groups import Groups
@@ -123,8 +122,7 @@ def test_the_first_tensor_that_is_not_finite_is_found_in_one_wait(found: dict[st
 
 
 def tallies_by_side() -> list[tuple[list[float], list[float]]]:
-    """The tallies of the device and of the host, of a tensor with tiles that are too small and of
-    one that is not finite."""
+    """(a device's tally, the host's) of tensors with tiles too small and one not finite."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 200, generator=generator)
     x = torch.ldexp(x, (8 * torch.randn(300, 200, generator=generator)).round().int())
