@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from cluster.trainer import Batch, Computing, Trainer
+from cluster.models import Computing
+from cluster.trainer import Batch, Trainer
 from configs.reading import load_recipe
 from model.decode import Sample, sample
 from model.drawing import Drawing

@@ -100,6 +100,7 @@ class _Module:
     manual_seed = staticmethod(lambda seed: None)
     memory_allocated = max_memory_allocated = staticmethod(lambda device=None: 0)
     reset_peak_memory_stats = empty_cache = staticmethod(lambda device=None: None)
+    get_device_name = staticmethod(lambda device=None: "stand-in")
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
     get_rng_state = staticmethod(lambda device=None: torch.get_rng_state())
     set_rng_state = staticmethod(lambda state, device=None: torch.set_rng_state(state))
@@ -142,6 +143,11 @@ def device() -> Iterator[Ledger]:
         _ledgers.append(ledger)
         stack.callback(_ledgers.remove, ledger)
         yield ledger
+
+
+def mode() -> TorchDispatchMode:
+    """What lets another thread of a process with the device make tensors of it."""
+    return _Device()
 
 
 def to_device(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from model.loss import UNSCORED, cross_entropy
 from model.passes import IndexerPhase, Whole
 from model.transformer import Transformer
 from stages.framing import BOS_ID
-from stages.shards import segments_of
+from stages.segments import segments_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The arithmetic and the table of the FP8 benchmark, with made-up timings and without a GPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from configs.train import Precision
 from model.fp8 import cublas, scheme
 from model.fp8.backends import Backend
 from model.fp8.cublas import Cublas, Operand
+from model.fp8.groups import Groups
 from model.fp8.quantized import Quantized
 from model.fp8.reference import Reference
 from model.transformer import Transformer
@@ -161,11 +162,11 @@ def test_all_variants_of_a_product_run_and_a_wrong_one_is_told(
         def matmul(self, a: Quantized, b: Quantized) -> Tensor:
             return 1.1 * super().matmul(a, b)
 
-        def grouped_matmul(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
-            return 1.1 * super().grouped_matmul(a, b, counts)
+        def grouped_matmul(self, a: Quantized, b: Quantized, groups: Groups) -> Tensor:
+            return 1.1 * super().grouped_matmul(a, b, groups)
 
-        def grouped_outer(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
-            return 1.1 * super().grouped_outer(a, b, counts)
+        def grouped_outer(self, a: Quantized, b: Quantized, groups: Groups) -> Tensor:
+            return 1.1 * super().grouped_outer(a, b, groups)
 
     backends: dict[str, Backend] = {"cublas": Cublas(Reference()), "triton": Wrong()}
     monkeypatch.setattr(bench, "backend_for", lambda _, name: backends[name])

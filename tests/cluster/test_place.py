@@ -3,7 +3,6 @@
 import json
 import os
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -14,15 +13,9 @@ from botocore.exceptions import ClientError
 
 from cluster import place
 from configs.errors import StoreError
-from tests.objects import Objects, patched, serving
+from tests.objects import Objects, patched
 
 RACERS, ROUNDS = 8, 40
-
-
-@pytest.fixture(scope="module")
-def objects() -> Iterator[Objects]:
-    with serving() as objects:
-        yield objects
 
 
 @pytest.fixture(params=["a local folder", "objects"])

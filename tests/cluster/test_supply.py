@@ -4,7 +4,6 @@ import fcntl
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,33 +13,24 @@ from cluster import place, supply
 from cluster.mirror import Mirror, sha256
 from cluster.supply import Supply
 from configs.errors import MachineError, NoAnswer, StoreError
-from tests.objects import Objects, serving
 from tests.supplies import local
 
 ROWS = {"train/0.arrow": b"rows", "held_out/0.arrow": b"held out", "tokenizer.json": b"{}"}
 
 
-@pytest.fixture(scope="module")
-def objects() -> Iterator[Objects]:
-    with serving() as objects:
-        yield objects
-
-
 @pytest.fixture
-def driver(objects: Objects, tmp_path: Path, request: pytest.FixtureRequest) -> Supply:
+def driver(apart: Mirror) -> Supply:
     """That of a driver with one input, all of which lies in the store and on its disk."""
-    root = tmp_path / "root"
-    mirror = Mirror(f"{objects.url}/{request.node.name}", root)
-    files = root / "artifacts" / "data" / "f1" / "g1" / "000001-aa" / "files"
+    files = apart.root / "artifacts" / "data" / "f1" / "g1" / "000001-aa" / "files"
     for name, content in ROWS.items():
         (files / name).parent.mkdir(parents=True, exist_ok=True)
         (files / name).write_bytes(content)
-        mirror.push(files / name)
-    sign = root / "artifacts" / "pretrain" / "f2" / "g1" / "000001-bb" / "manifest.draft"
+        apart.push(files / name)
+    sign = apart.root / "artifacts" / "pretrain" / "f2" / "g1" / "000001-bb" / "manifest.draft"
     sign.parent.mkdir(parents=True)
     sign.touch()
     hashes = {name: sha256(files / name) for name in ROWS}
-    return Supply(mirror, sign, is_spread=True, inputs={files: hashes}, cache_bytes=10**9)
+    return Supply(apart, sign, is_spread=True, inputs={files: hashes}, cache_bytes=10**9)
 
 
 def leave(driver: Supply) -> Path:

@@ -34,10 +34,7 @@ TRAINING_WAITS: Limits = {
     "stages/pretrain/objective.py PretrainLoss.counts": (2, 2, 2, 2),
 }
 DECODING_WAITS: Limits = {"model/decode.py _read": (1, 1, 1, 1)}
-TRAINING_ATOMICS: Limits = {
-    # Of reading by an index that repeats, on the way back.
-    "autograd": (0, 0, 2, 1),
-}
+TRAINING_ATOMICS: Limits = {}
 FLOAT64: set[str] = set()
 """Places that make tensors of a type that NPUs lack."""
 

@@ -26,7 +26,7 @@ from model.sparse import SparseLatentAttention
 from model.transformer import Transformer
 from stages.framing import BOS_ID
 from stages.pretrain.objective import PretrainLoss
-from stages.shards import segments_of
+from stages.segments import segments_of
 from tests.references import (
     attend_by_query,
     latent_attention,
