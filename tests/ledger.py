@@ -83,6 +83,8 @@ class Ledger:
     """Findings, in the order in which they came."""
 
     notes: list[Note] = field(default_factory=list)
+    operations: set[str] = field(default_factory=set)
+    """Of the device, such as `aten::add.Tensor`."""
     _pinned: dict[int, Any] = field(default_factory=dict)
     """Storages that count as pinned, by address; kept, so that no address is given out again."""
 
@@ -107,6 +109,7 @@ class Ledger:
     ) -> None:
         """Note what is to be said of a call with these tensors; MixedDevices if it is refused."""
         op = func.overloadpacket
+        self.operations.add(func.name())
         if op is aten.copy_:
             self._copied(func, args[0].device, args[1], args[2:] == (True,))
             return
