@@ -703,6 +703,11 @@ def test_dead_builders_are_watched_at_a_time_and_once(
     moved = {**elsewhere, "heartbeat": 2.0}
     place.replace(f"{addresses[0]}/lease-000001.json", json.dumps(moved).encode())
     assert held_among(addresses[:1], dead) == set()  # Watched once more: it may live again.
+    # `ingot clean`, which looks twice, keeps them between.
+    monkeypatch.setattr(clean_module, "_dead", {})
+    paths = [world.store.root / f"artifacts/data/f/g{n}" for n in range(4)]
+    assert clean_module._held(world.store, paths) == set()
+    assert set(clean_module._dead) == set(addresses)
     assert dead[addresses[0]] == ("x", 2.0)
 
 
