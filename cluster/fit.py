@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -252,7 +253,8 @@ class _Interruptions(UserCallback):
 
         Nothing where the builder has lost its folder to another.
         """
-        if any(isinstance(_cause_of(error), LeaseLost) for error in worker_exceptions.values()):
+        raised = chain.from_iterable(map(_causes_of, worker_exceptions.values()))
+        if any(isinstance(error, LeaseLost) for error in raised):
             return
         self._count += 1
         died = {
@@ -266,11 +268,13 @@ class _Interruptions(UserCallback):
         self._desk.interrupt(f"restart {self._count}: {why}")
 
 
-def _cause_of(error: BaseException) -> BaseException:
-    """What a rank raised, without what Ray wraps it in."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = inner
-    return error
+def _causes_of(error: BaseException) -> Iterator[BaseException]:
+    """An error, and all that it was raised from: what a rank raised lies in what Ray makes of it,
+    and may have a cause of its own."""
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = getattr(one, "cause", None) or one.__cause__
 
 
 def _fit_interruptibly(trainer: TorchTrainer) -> None:
