@@ -39,6 +39,7 @@ from cluster.output import RESTART, Output
 from cluster.saves import Saves
 from cluster.session import close_ray, hear, ray_for, worker_env
 from cluster.supply import Supply
+from cluster.tracing import Tracer, trace_told
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
 from cluster.utilisation import MFU, Utilisation, hold_against_peak
 from cluster.workers import await_cpus, choose_network, what_happened, with_tail
@@ -52,6 +53,7 @@ from configs.errors import (
 )
 from configs.model import ModelConfig
 from configs.parallel import ClusterConfig
+from configs.profile import Profile
 from configs.train import BalanceConfig, OptimConfig, Precision
 from model.fp8.drift import Drift
 from model.fp8.scheme import Numerics
@@ -120,6 +122,8 @@ class FitJob:
     """A model's folder, with whose weights training begins; none begins with values drawn anew."""
     less_memory: str = LESS_MEMORY
     """Which settings of the recipe lower what a rank holds, as an imperative."""
+    profile: Profile | None = None
+    """Which steps are traced, and on which rank."""
     flops_per_token: float | None = None
     """The model's, of a training step, for MFU; none leaves it unmeasured."""
     vocabulary: tuple[int, ...] | None = None
@@ -325,13 +329,16 @@ def _steps(job: FitJob, desk: Desk | FarDesk) -> None:
     reason = log.open_log(begun) if log else None
     if begun == 0 and (held_out := _evaluate(trainer, job)):
         _record(log, job, held_out, step=0)
+    tracer = Tracer(job.profile, job.output, rank=trainer.rank, steps=job.steps)
     used = None if job.flops_per_token is None else hold_against_peak(trainer, job.flops_per_token)
     for step in range(begun + 1, job.steps + 1):
-        learned = _learn(trainer, job, drift, used, step)
+        with tracer.step(step):
+            learned = _learn(trainer, job, drift, used, step)
         held_out = _evaluate(trainer, job)
         news = _news(trainer, begun, reason, used) if step == begun + 1 else {}
         # Before the save: a run that continues from it must find this line.
-        _record(log, job, news, learned, held_out, step=step)
+        told = {"notes": trace_told(job.output, job.profile, step, job.steps)}
+        _record(log, job, news, learned, held_out, told, step=step)
         if step % job.checkpoint_every_steps == 0 or step == job.steps:
             _save(trainer, job, desk)
 
