@@ -46,6 +46,7 @@ from cluster.places import Places, deadlines
 from cluster.saves import Saves
 from cluster.session import close_ray, hear, ray_for, worker_env
 from cluster.supply import Supply
+from cluster.tracing import Tracer, trace_told
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
 from cluster.utilisation import MFU, Utilisation, hold_against_peak
 from cluster.workers import await_room, choose_network, needs_of, what_happened, with_tail
@@ -59,6 +60,7 @@ from configs.errors import (
 )
 from configs.model import ModelConfig
 from configs.parallel import ClusterConfig
+from configs.profile import Profile
 from configs.train import BalanceConfig, OptimConfig, Precision
 from model.fp8.drift import Drift
 from model.fp8.scheme import Numerics
@@ -127,6 +129,8 @@ class FitJob:
     """A model's folder, with whose weights training begins; none begins with values drawn anew."""
     less_memory: str = LESS_MEMORY
     """Which settings of the recipe lower what a rank holds, as an imperative."""
+    profile: Profile | None = None
+    """Which steps are traced, and on which rank."""
     flops_per_token: float | None = None
     """The model's, of a training step, for MFU; none leaves it unmeasured."""
     vocabulary: tuple[int, ...] | None = None
@@ -361,16 +365,19 @@ def _steps(job: FitJob, desk: Desk | FarDesk, backend: Backend = CPU) -> None:
     reason = log.open_log(begun) if log else None
     if begun == 0 and (held_out := _evaluate(trainer, job)):
         _record(log, job, held_out, step=0)
+    tracer = Tracer(job.profile, job.output, rank=trainer.rank, steps=job.steps)
     used = None if job.flops_per_token is None else hold_against_peak(trainer, job.flops_per_token)
     steps = range(begun + 1, job.steps + 1)
     make = partial(job.source.batch, rank=dist.get_rank(), world=dist.get_world_size())
     coming = batches(make, steps, backend)
     for step in steps:
-        learned = _learn(trainer, job, drift, used, coming, step)
+        with tracer.step(step):
+            learned = _learn(trainer, job, drift, used, coming, step)
         held_out = _evaluate(trainer, job)
         news = _news(trainer, begun, reason, used) if step == begun + 1 else {}
         # Before the save: a run that continues from it must find this line.
-        _record(log, job, news, learned, held_out, step=step)
+        told = {"notes": trace_told(job.output, job.profile, step, job.steps)}
+        _record(log, job, news, learned, held_out, told, step=step)
         if step % job.checkpoint_every_steps == 0 or step == job.steps:
             _save(trainer, job, desk)
 

@@ -16,6 +16,8 @@ from pathlib import Path
 TAIL_LINES = 20
 RESTART = "restart"
 """In the record of a step: why the workers began anew before it, and from where."""
+TRACE = ".trace.json.gz"
+"""Ends the names of traces of training steps, which lie beside these files."""
 _TAIL_BYTES = 64 * 1024
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _FILE = re.compile(r"(?P<role>.+)-(?P<rank>\d+)\.log")

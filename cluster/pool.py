@@ -21,10 +21,12 @@ from cluster.places import deadlines
 from cluster.saves import Saves
 from cluster.session import ray_for
 from cluster.supply import Supply
+from cluster.tracing import Tracer
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
 from cluster.workers import Actor, Worker, choose_network, free_address, gather, open_workers
 from configs.errors import ConfigError
 from configs.parallel import ClusterConfig
+from configs.profile import Profile
 from configs.train import BalanceConfig, OptimConfig, Precision
 from model.fp8.recorder import Tally
 from model.fp8.scheme import Numerics
@@ -32,6 +34,8 @@ from model.transformer import Transformer
 from model.weights.config import read_config
 from model.weights.files import read_tensors
 
+TRAINER = "trainer"
+"""What the workers of a pool are called."""
 Score = Callable[[Transformer, Batch], Tensor]
 """Row-wise values of a model on one rank's part of a batch; travels to the workers."""
 
@@ -112,6 +116,19 @@ class TrainerPool:
         checkpoint.require_compute(folder, self.backend.dtype_name, self.backend.name)
         self._all("load", folder, step)
 
+    @contextmanager
+    def tracing(self, asked: Profile | None, step: int, *, of: int) -> Iterator[None]:
+        """Trace what the rank that is asked for does within, if it is a step to be traced.
+
+        A training has `of` steps, each of any number of calls.
+        """
+        if asked is None:
+            yield
+            return
+        self._all("trace", asked, of, step, True)
+        yield
+        self._all("trace", asked, of, step, False)
+
     def _split(self, batch: Batch) -> list[dict[str, Tensor]]:
         parts = len(self.actors)
         rows = min(len(tensor) for tensor in batch.values())
@@ -144,7 +161,7 @@ def open_trainers(
 
     What its workers print goes to files in the folder `logs`.
     """
-    output = Output(str(logs), "trainer")
+    output = Output(str(logs), TRAINER)
     with (
         ray_for(
             machines, str(start), workers=machines.trainers, trainers=machines.trainers
@@ -193,6 +210,7 @@ class _TrainWorker(Worker):
         supply.bring(start)
         self.start, self.spec, self.machines, self.backend = start, spec, machines, backend
         self.output = output
+        self.tracer: Tracer | None = None
 
     def address(self) -> str:
         """Where the ranks can meet: on this one's machine, on loopback in a local cluster."""
@@ -227,6 +245,11 @@ class _TrainWorker(Worker):
 
     def forward_backward(self, batch: Batch, loss: LossSpec, counting: bool) -> dict[str, float]:
         return self.trainer.forward_backward(batch, loss, counting=counting)
+
+    def trace(self, asked: Profile, steps: int, step: int, begins: bool) -> None:
+        if self.tracer is None:
+            self.tracer = Tracer(asked, self.output, rank=self.rank, steps=steps)
+        (self.tracer.begin if begins else self.tracer.end)(step)
 
     def fp8_tallies(self) -> dict[str, Tally]:
         return self.trainer.fp8_tallies()

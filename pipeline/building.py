@@ -8,6 +8,7 @@ from pathlib import Path
 from cluster.supply import Supply
 from configs.errors import DataError, LeaseLost, StoreError
 from configs.parallel import ClusterConfig
+from configs.profile import Profile
 from pipeline.fingerprint import differences, identify
 from pipeline.graph import Node
 from pipeline.listeners import Audience
@@ -34,6 +35,7 @@ class Site:
     recipe: str
     sources: Mapping[str, str]
     """By node: the digest of its stage's source, as it was when the run began."""
+    profile: Profile | None = None
 
 
 def build(
@@ -100,6 +102,7 @@ def _fill(slot: Slot, node: Node, inputs: Mapping[str, Committed], site: Site) -
             inputs={one.files: one.hashes for one in inputs.values()},
             cache_bytes=site.store.config.cache_bytes,
         ),
+        profile=site.profile,
         earlier=slot.earlier,
     )
     for one in inputs.values():

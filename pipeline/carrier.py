@@ -73,7 +73,7 @@ class Carrier:
     def _send_logs(self) -> None:
         """What workers printed, for whoever looks from another machine."""
         with suppress(StoreError, OSError):
-            for path in sorted((self._builder / LOGS).glob("*")):
+            for path in sorted((self._builder / LOGS).glob("*.log")):
                 self._mirror.push(path)
 
     def carry(self) -> None:

@@ -189,6 +189,11 @@ def _parser() -> argparse.ArgumentParser:
 
     run = _with_recipe(verbs.add_parser("run", help="build what is stale"))
     run.add_argument("--dry-run", action="store_true", help="the same as `ingot plan`")
+    run.add_argument(
+        "--profile",
+        metavar="STEPS:RANK",
+        help="trace these steps of training on this trainer, as 10-12:0",
+    )
     plan = _with_recipe(verbs.add_parser("plan", help="say what a run would do, and why"))
     for command in (run, plan):
         told = "what became of each node" if command is run else "the plan"

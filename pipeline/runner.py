@@ -21,6 +21,7 @@ from cluster.files import says_disk_is_full
 from configs.errors import IngotError
 from configs.masking import masked
 from configs.parallel import ClusterConfig, nodes_at_once
+from configs.profile import Profile
 from pipeline.building import Site, build, reuse
 from pipeline.crew import Crew, hire
 from pipeline.decide import (
@@ -57,6 +58,8 @@ class Setting:
     examiner: Examiner
     machines: ClusterConfig
     listeners: Sequence[Listener]
+    profile: Profile | None = None
+    """Which steps of training are to be traced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,15 @@ def realise(graph: Graph, selection: Selection, setting: Setting, run: Run) -> R
     # Hours later the files may say what this process, which has loaded them, does not do.
     sources = {node.name: source_digest(node.planned.stage) for node in graph}
     audience = Audience(setting.listeners)
-    site = Site(setting.store, setting.machines, audience, run.id, run.recipe, sources)
+    site = Site(
+        setting.store,
+        setting.machines,
+        audience,
+        run.id,
+        run.recipe,
+        sources,
+        setting.profile,
+    )
     tour = _Tour(graph, assign_roles(graph, selection), setting.examiner, site, run)
     hands = nodes_at_once(setting.machines.parallel_nodes, os.cpu_count() or 1)
     crew: Crew[Visited] = hire(hands)

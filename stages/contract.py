@@ -27,6 +27,7 @@ from cluster.supply import Supply
 from configs.base import Frozen
 from configs.errors import PlanError
 from configs.parallel import ClusterConfig
+from configs.profile import Profile
 from stages.artifacts import Artifact
 from stages.hashing import Hashes
 from stages.manifest import LOGS, Lease
@@ -68,6 +69,8 @@ class Workspace:
     """Sizes and hashes of files outside the line, as they were when the stage was planned."""
     supply: Supply
     """How the stage's workers come by files where they do not see the driver's."""
+    profile: Profile | None = None
+    """Which steps of training are to be traced."""
     earlier: tuple[str, ...] = ()
     """Folders that interrupted builds of the same identity left, the newest first. What they hold
     beside their files may be read, to resume from it; it belongs to them. A stage changes nothing

@@ -10,6 +10,7 @@ from typing import Any
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_RUN_NOTE
 
+from cluster.output import TRACE
 from pipeline import described
 from pipeline.plain import (
     figure_metrics,
@@ -20,7 +21,11 @@ from pipeline.plain import (
 from pipeline.steplog import StepLog, fp8_table, log_to_send, read_log
 from pipeline.store import Committed
 from pipeline.tracking.runs import log_figures
+from stages.manifest import LOGS
 from stages.steps import METRICS
+
+_TRACE_BYTES = 50_000_000
+"""A trace from here on stays where it was written: sending it would hold up what follows."""
 
 # Each bears being done again: it stops at its first failure.
 
@@ -32,6 +37,9 @@ def show(client: MlflowClient, run_id: str, made: Committed) -> None:
     """
     for path in small_files(made):
         client.log_artifact(run_id, str(path))
+    for trace in sorted(made.artifact.beside(LOGS).glob(f"*{TRACE}")):
+        if trace.stat().st_size < _TRACE_BYTES:
+            client.log_artifact(run_id, str(trace), "profile")
     log = read_log(made.artifact.beside(METRICS))
     _show_figures(client, run_id, made, log)
     _show_log(client, run_id, made, log)

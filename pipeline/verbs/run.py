@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -16,8 +16,10 @@ from pathlib import Path
 
 from configs.errors import IngotError, StoreError
 from configs.parallel import StoreConfig
+from configs.profile import PROFILED, parse_profile
 from pipeline.channels import open_channels
 from pipeline.decide import Build, Recheck, decide, in_use
+from pipeline.graph import Graph
 from pipeline.lease import this_process
 from pipeline.loading import load_body
 from pipeline.machine import require_machine
@@ -42,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Build what is stale. Exit 1 if a node failed or fell short, 130 if stopped by the user."""
     asked = load_asked(args)
     recipe, chosen = asked.recipe, selection(args)
+    profile = parse_profile(args.profile, trainers=recipe.cluster.trainers)
     channels = open_channels(recipe.notify, Path.cwd(), os.environ)
     display = Display(make_console(stderr=args.json))
     store = asked.store(display.note)
@@ -83,9 +86,12 @@ def run(args: argparse.Namespace) -> int:
     )
     tracking = Tracking(told, store_root=store.root, records=store.records, say=display.note)
     notifier = Notifier(recipe.notify, channels, record, command=told.command, say=display.note)
-    setting = Setting(store, examiner, recipe.cluster, [tracking, display, notifier])
+    setting = Setting(store, examiner, recipe.cluster, [tracking, display, notifier], profile)
     with notifier:
         record = realise(graph, chosen, setting, record)
+        if profile is not None:
+            for why in _unprofiled(graph, record):
+                display.note(why)
         record = replace(record, across_seeds=across_seeds(graph, record, store.root))
         # All is built: what is left to do elsewhere must not lose that.
         store.records.update(replace(record, finished=True))
@@ -95,6 +101,16 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(as_json(record), indent=1))
         return _conclude(record, asked, tracking, display, page)
+
+
+def _unprofiled(graph: Graph, record: Run) -> Iterator[str]:
+    """Which trainings `--profile` did not see, since they had been done before."""
+    trained = [node.name for node in graph if node.planned.stage.name in PROFILED]
+    for name in trained:
+        if isinstance(record.outcomes.get(name), Reused):
+            yield f"{name} is reused: nothing was profiled; --force {name} trains it again"
+    if not any(name in record.outcomes for name in trained):
+        yield "--profile: this run trains nothing, and nothing was profiled"
 
 
 def _finish(

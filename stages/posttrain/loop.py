@@ -13,8 +13,10 @@ from pathlib import Path
 from cluster import checkpoint
 from cluster.backend import foresee
 from cluster.generation import GenerationPool, open_generation
-from cluster.pool import TrainerPool, open_trainers
+from cluster.output import Output
+from cluster.pool import TRAINER, TrainerPool, open_trainers
 from cluster.session import ray_for
+from cluster.tracing import trace_told, untraced
 from cluster.workers import with_restarts
 from configs.rl import PosttrainSpec
 from model.fp8.drift import Drift
@@ -41,6 +43,8 @@ def posttrain(
     begin_metrics(work, run.saves.newest())
     with following(work.beside(), work.tracker):
         final = with_restarts(partial(_train, run), work.machines, work.tracker.note)
+    if told := untraced(_output(work), work.profile, run.rl.steps):
+        work.tracker.note(told)
     work.lease.check()
     checkpoint.consolidate(final, base.model, work.path())
     carry(base.path(), work.path())
@@ -75,7 +79,8 @@ def _train(run: Run) -> Path:
             watch = Stopwatch()
             rollouts = sample(run, samplers, step)
             watch.lap("sampling_seconds")
-            learned = learn(run, trainers, rollouts, step, drift)
+            with trainers.tracing(run.work.profile, step, of=rl.steps):
+                learned = learn(run, trainers, rollouts, step, drift)
             samplers.update_weights(step, trainers.weights())
             watch.lap("learning_seconds")
             figures = {**learned.figures, **describe(rollouts)}
@@ -83,13 +88,23 @@ def _train(run: Run) -> Path:
                 figures |= measure(samplers, run.exam, step).figures(journal.records())
                 watch.lap("measuring_seconds")
             figures |= watch.seconds | shown(run, rollouts, step)
-            journal.write(figures, step=step, notes=learned.notes)
+            notes = [*learned.notes, *_trace_told(run, step)]
+            journal.write(figures, step=step, notes=notes)
             if rl.saves_at(step):
                 run.work.lease.check()
                 trainers.save(run.saves, step=step)
     final = run.saves.newest()
     assert final is not None
     return final[0]
+
+
+def _trace_told(run: Run, step: int) -> list[str]:
+    return trace_told(_output(run.work), run.work.profile, step, run.rl.steps)
+
+
+def _output(work: Workspace) -> Output:
+    """Where the trainers' words go, and their traces."""
+    return Output(str(work.logs), TRAINER)
 
 
 def _measure_before(run: Run, samplers: GenerationPool, journal: Journal) -> None:

@@ -13,6 +13,7 @@ from cluster.fit import FitJob, fit
 from cluster.memory import LESS_MEMORY
 from cluster.output import Output
 from cluster.saves import Saves
+from cluster.tracing import untraced
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.train import PretrainConfig, PretrainSpec
@@ -55,6 +56,8 @@ def pretrain(
     begin_metrics(work, job.saves.newest())
     with following(work.beside(), work.tracker):
         final = fit(job, work.machines, work.out, str(work.beside("ray")))
+    if told := untraced(job.output, job.profile, job.steps):
+        work.tracker.note(told)
     consolidate(final, config.model, work.path())
     shutil.copy(corpus.path("tokenizer.json"), work.path("tokenizer.json"))
     records = write_history(work)
@@ -117,6 +120,7 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus, base: Checkpoint
         threads=work.machines.threads_per_worker,
         output=Output(str(work.logs), "trainer"),
         reads=(corpus.path("train"), corpus.path("held_out"), *([base.path()] if base else [])),
+        profile=work.profile,
         less_memory=_less_memory(train, corpus),
         flops_per_token=config.model.training_flops_per_token(corpus.sequence_tokens),
         held_out=held_out_text(config, corpus, partial(loss_at, train)),
