@@ -10,7 +10,9 @@ from ray.train.torch import TorchConfig
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from cluster import fit
+from cluster.backend import CPU, Backend
 from cluster.desk import Desk
+from cluster.places import Places
 from cluster.workers import choose_network
 from configs.errors import LeaseLost, MachineError
 from configs.parallel import ClusterConfig
@@ -67,17 +69,17 @@ def test_ray_train_is_told_where_ranks_go_and_to_choose_their_network(
     todo = job(tmp_path, NextToken())
     for placement in ("pack", "spread"):
         machines = ClusterConfig.model_validate({"placement": placement, "trainers": 3})
-        fit._run(todo, machines, fit.desk_of(todo), str(tmp_path))
+        fit._run(todo, machines, Places(), fit.desk_of(todo), str(tmp_path))
         scaling = told["scaling_config"]
         assert (scaling.placement_strategy, scaling.num_workers) == (placement.upper(), 3)
     calls: list[object] = []
 
     class Group:
-        def execute(self, function: object) -> None:
-            calls.append(function)
+        def execute(self, function: object, backend: Backend) -> None:
+            calls.append((function, backend))
 
     real = TorchConfig(backend="gloo").backend_cls
     monkeypatch.setattr(real, "on_start", lambda *_: calls.append("meet"))
     config = told["torch_config"]
     config.backend_cls().on_start(cast(Any, Group()), config)
-    assert calls == [choose_network, "meet"]
+    assert calls == [(choose_network, CPU), "meet"]

@@ -15,7 +15,8 @@ def node(name: str, stage: str) -> Any:
 
 
 def outcome(kind: type[Built] | type[Reused]) -> Built | Reused:
-    return kind(address="there", fingerprint="f", content="c", seconds=1.0, figures={})
+    own: dict[str, Any] = {} if kind is Built else {"built_by": None}
+    return kind(address="there", fingerprint="f", content="c", seconds=1.0, figures={}, **own)
 
 
 def told(nodes: list[Any], **outcomes: Built | Reused) -> list[str]:
