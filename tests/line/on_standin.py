@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import ray
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster import backend
@@ -36,7 +37,10 @@ def found() -> backend.Found:
 def enter() -> None:
     """Let this process have the device until it ends; Ray calls it in each worker."""
     _open.enter_context(standin.device())
-    run, to = threading.Thread.run, nn.Module.to
+    run, to, join = threading.Thread.run, nn.Module.to, dist.init_process_group
+
+    def join_without_device(*args: Any, device_id: object = None, **settings: Any) -> None:
+        join(*args, **settings)
 
     def run_with_device(self: threading.Thread) -> None:
         with standin.mode():
@@ -51,6 +55,8 @@ def enter() -> None:
     for target, name, made in (
         (threading.Thread, "run", run_with_device),
         (nn.Module, "to", to_device),
+        # gloo knows no device of that name.
+        (dist, "init_process_group", join_without_device),
         # What the stand-in reads lies on the host anyway.
         (backend.Backend, "pinned", lambda self, tensor: tensor),
         (Tensor, "is_pinned", lambda self, *_: False),
