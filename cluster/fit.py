@@ -42,6 +42,7 @@ from cluster.supply import Supply
 from cluster.tracing import Tracer, trace_told
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
 from cluster.utilisation import MFU, Utilisation, hold_against_peak
+from cluster.warmup import end_warm_up, first_step_seconds, keep_compiled
 from cluster.workers import await_cpus, choose_network, what_happened, with_tail
 from configs.errors import (
     ArtifactError,
@@ -160,7 +161,7 @@ def fit(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
 
 
 def _run(job: FitJob, machines: ClusterConfig, desk: Desk, notes: str) -> None:
-    timeout = math.ceil(machines.step_timeout_seconds)
+    timeout = math.ceil(first_step_seconds(machines))
     # Of the whole process; those who train beside this one set the same.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(machines.startup_timeout_seconds)
     # Ray annotates its first generation of settings and takes its second.
@@ -178,7 +179,11 @@ def _run(job: FitJob, machines: ClusterConfig, desk: Desk, notes: str) -> None:
         far = FarDesk(open_desk(job.saves, job.open_log), machines.step_timeout_seconds)
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"job": job, "desk": far},
+        train_loop_config={
+            "job": job,
+            "desk": far,
+            "step_seconds": machines.step_timeout_seconds,
+        },
         torch_config=_Gloo(backend="gloo", timeout_s=timeout),
         scaling_config=ScalingConfig(
             num_workers=machines.trainers,
@@ -289,12 +294,13 @@ def _train_worker(config: dict[str, Any]) -> None:
     desk: Desk | FarDesk = config["desk"] or desk_of(job)
     if desk.has_failed():
         return
+    keep_compiled()
     try:
         job.supply.arrive()
         job.output.capture(dist.get_rank())
         job.may_write()
         job.supply.bring(*job.reads)
-        _steps(job, desk)
+        _steps(job, desk, config["step_seconds"])
     except LeaseLost:
         raise  # The slot is another builder's: nothing may be left in it.
     except IngotError as error:
@@ -307,7 +313,8 @@ def desk_of(job: FitJob) -> Desk:
     return Desk(job.saves, job.open_log)
 
 
-def _steps(job: FitJob, desk: Desk | FarDesk) -> None:
+def _steps(job: FitJob, desk: Desk | FarDesk, step_seconds: float | None = None) -> None:
+    """All steps; from the second on collectives wait for `step_seconds` at most, if it is given."""
     torch.set_num_threads(job.threads)
     trainer = build_trainer(
         job.model,
@@ -334,6 +341,8 @@ def _steps(job: FitJob, desk: Desk | FarDesk) -> None:
     for step in range(begun + 1, job.steps + 1):
         with tracer.step(step):
             learned = _learn(trainer, job, drift, used, step)
+        if step == begun + 1 and step_seconds is not None:
+            end_warm_up(step_seconds)
         held_out = _evaluate(trainer, job)
         news = _news(trainer, begun, reason, used) if step == begun + 1 else {}
         # Before the save: a run that continues from it must find this line.
