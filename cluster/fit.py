@@ -49,6 +49,7 @@ from cluster.supply import Supply
 from cluster.tracing import Tracer, trace_told
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
 from cluster.utilisation import MFU, Utilisation, hold_against_peak
+from cluster.warmup import end_warm_up, keep_compiled
 from cluster.workers import await_room, choose_network, needs_of, what_happened, with_tail
 from configs.errors import (
     ArtifactError,
@@ -190,10 +191,15 @@ def _run(job: FitJob, machines: ClusterConfig, places: Places, desk: Desk, notes
         far = FarDesk(open_desk(job.saves, job.open_log), machines.step_timeout_seconds)
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"job": job, "desk": far, "backend": backend},
+        train_loop_config={
+            "job": job,
+            "desk": far,
+            "backend": backend,
+            "step_seconds": deadlines(backend, machines).group,
+        },
         torch_config=_Group(
             backend=backend.group,
-            timeout_s=math.ceil(deadlines(backend, machines).group),
+            timeout_s=math.ceil(deadlines(backend, machines, first=True).group),
             device=backend,
         ),
         scaling_config=ScalingConfig(
@@ -316,6 +322,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     desk: Desk | FarDesk = config["desk"] or desk_of(job)
     if desk.has_failed():
         return
+    keep_compiled()
     try:
         job.supply.arrive()
         job.output.capture(dist.get_rank())
@@ -323,7 +330,7 @@ def _train_worker(config: dict[str, Any]) -> None:
         job.supply.bring(*job.reads)
         backend.begin(job.seed)
         require_equal_cards(backend.card())
-        _steps(job, desk, backend)
+        _steps(job, desk, backend, config["step_seconds"])
     except LeaseLost:
         raise  # The slot is another builder's: nothing may be left in it.
     except IngotError as error:
@@ -342,7 +349,13 @@ def desk_of(job: FitJob) -> Desk:
     return Desk(job.saves, job.open_log)
 
 
-def _steps(job: FitJob, desk: Desk | FarDesk, backend: Backend = CPU) -> None:
+def _steps(
+    job: FitJob,
+    desk: Desk | FarDesk,
+    backend: Backend = CPU,
+    step_seconds: float | None = None,
+) -> None:
+    """All steps; from the second on collectives wait for `step_seconds` at most, if it is given."""
     torch.set_num_threads(job.threads)
     trainer = build_trainer(
         job.model,
@@ -373,6 +386,8 @@ def _steps(job: FitJob, desk: Desk | FarDesk, backend: Backend = CPU) -> None:
     for step in steps:
         with tracer.step(step):
             learned = _learn(trainer, job, drift, used, coming, step)
+        if step == begun + 1 and step_seconds is not None:
+            end_warm_up(step_seconds)
         held_out = _evaluate(trainer, job)
         news = _news(trainer, begun, reason, used) if step == begun + 1 else {}
         # Before the save: a run that continues from it must find this line.

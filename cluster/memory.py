@@ -5,7 +5,6 @@ is what a step needs while it runs: activations, copies of weights in other form
 own, and on a CPU the process itself.
 """
 
-import resource
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -99,7 +98,7 @@ def telling_of_model(build: Callable[P, T]) -> Callable[P, T]:
     return tell
 
 
-def held_by(model: nn.Module, optimizer: torch.optim.Optimizer) -> Held:
+def held_by(model: nn.Module, optimizer: torch.optim.Optimizer, peak: int) -> Held:
     """What this process holds of a training."""
     parameters = list(model.parameters())
     return Held(
@@ -111,7 +110,7 @@ def held_by(model: nn.Module, optimizer: torch.optim.Optimizer) -> Held:
             for one in state.values()
             if isinstance(one, Tensor)
         ),
-        peak=_peak(parameters[0].device),
+        peak=peak,
     )
 
 
@@ -119,17 +118,19 @@ def _full(trainer: Any, error: BaseException) -> MachineError:
     room = trainer.room
     device = next(iter(trainer.model.parameters())).device
     snapshot = _write_snapshot(device, room.output, trainer.rank)
+    held = held_by(trainer.model, trainer.optimizer, trainer.backend.memory().peak)
     beside = f"; a snapshot of its memory is in {snapshot}" if snapshot else ""
     return MachineError(
         f"trainer {trainer.rank}: memory of {device} ran out in step {trainer.step + 1}, with "
-        f"{held_by(trainer.model, trainer.optimizer).told()}; {room.settings} "
+        f"{held.told()}; {room.settings} "
         f"({first_line(error)}){beside}"
     )
 
 
 def _write_snapshot(device: torch.device, output: Output | None, rank: int) -> Path | None:
     """The blocks of the device's allocator as they are, for PyTorch's viewer; none without one."""
-    dump = getattr(getattr(_module_of(device), "memory", None), "_dump_snapshot", None)
+    module = torch.get_device_module(device)
+    dump = getattr(getattr(module, "memory", None), "_dump_snapshot", None)
     if dump is None or output is None or device.type == "cpu":
         return None
     path = output.path(rank).with_suffix(".memory.pickle")
@@ -138,17 +139,6 @@ def _write_snapshot(device: torch.device, output: Output | None, rank: int) -> P
         dump(str(path))
         return path
     return None
-
-
-def _peak(device: torch.device) -> int:
-    """The most bytes until now: of the device's tensors, or of the process where it is the CPU."""
-    if device.type == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return int(_module_of(device).max_memory_allocated())
-
-
-def _module_of(device: torch.device) -> Any:
-    return torch.get_device_module(device)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

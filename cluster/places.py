@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cluster.backend import CPU, Backend
+from cluster.warmup import first_step_seconds
 from configs.errors import MachineError
 from configs.parallel import ClusterConfig
 
@@ -64,9 +65,9 @@ class Deadlines(NamedTuple):
     """Of a worker's answer."""
 
 
-def deadlines(backend: Backend, machines: ClusterConfig) -> Deadlines:
-    """What bounds collectives below `cluster.step_timeout_seconds`."""
-    step = machines.step_timeout_seconds
+def deadlines(backend: Backend, machines: ClusterConfig, *, first: bool = False) -> Deadlines:
+    """What bounds collectives below `cluster.step_timeout_seconds`, or in the `first` step."""
+    step = first_step_seconds(machines) if first else machines.step_timeout_seconds
     group = _ROOM * step
     execute = _ROOM * group
     if backend.timeouts is not None and execute >= backend.timeouts.step:

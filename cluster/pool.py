@@ -23,6 +23,7 @@ from cluster.session import ray_for
 from cluster.supply import Supply
 from cluster.tracing import Tracer
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
+from cluster.warmup import end_warm_up, first_step_seconds
 from cluster.workers import Actor, Worker, choose_network, free_address, gather, open_workers
 from configs.errors import ConfigError
 from configs.parallel import ClusterConfig
@@ -66,6 +67,7 @@ class TrainerPool:
     ) -> None:
         self.actors, self.machines, self.output = actors, machines, output
         self.backend = backend
+        self._step_seconds = first_step_seconds(machines)
 
     def forward_backward(
         self, batch: Batch, loss: LossSpec, *, counting: bool = False
@@ -91,6 +93,7 @@ class TrainerPool:
     def optim_step(self, learning_rate: float) -> dict[str, Any]:
         """One optimiser step on every rank."""
         reports: list[dict[str, Any]] = self._all("optim_step", learning_rate)
+        self._step_seconds = self.machines.step_timeout_seconds
         return reports[0]
 
     def reference(self, batch: Batch, score: Score) -> Tensor:
@@ -150,7 +153,7 @@ class TrainerPool:
         return self._gather([getattr(actor, verb).remote(*arguments) for actor in self.actors])
 
     def _gather(self, refs: list[Any]) -> list[Any]:
-        return gather(refs, self.output, timeout_seconds=self.machines.step_timeout_seconds)
+        return gather(refs, self.output, timeout_seconds=self._step_seconds)
 
 
 @contextmanager
@@ -223,7 +226,7 @@ class _TrainWorker(Worker):
         if world > 1:
             if self.machines.address is not None:
                 choose_network(self.backend)
-            seconds = deadlines(self.backend, self.machines).group
+            seconds = deadlines(self.backend, self.machines, first=True).group
             join_group(rendezvous, self.rank, world, seconds, self.backend)
             require_equal_cards(self.backend.card())
         config, tensors = read_config(self.start), read_tensors(self.start)
@@ -258,7 +261,9 @@ class _TrainWorker(Worker):
         return self.trainer.news()
 
     def optim_step(self, learning_rate: float) -> dict[str, Any]:
-        return self.trainer.optim_step(learning_rate)
+        report = self.trainer.optim_step(learning_rate)
+        end_warm_up(deadlines(self.backend, self.machines).group)
+        return report
 
     def reference(self, batch: Batch, score: Score) -> Tensor:
         assert self.starting is not None

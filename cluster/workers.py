@@ -27,6 +27,7 @@ from cluster.head import is_lost, require_head
 from cluster.output import Output
 from cluster.session import LOOK_SECONDS, worker_env
 from cluster.supply import Supply
+from cluster.warmup import keep_compiled
 from configs.errors import DeadlineError, IngotError, MachineError
 from configs.parallel import ClusterConfig
 
@@ -51,6 +52,7 @@ class Worker:
     def __init__(self, output: Output, supply: Supply, rank: int) -> None:
         supply.arrive()
         output.capture(rank)
+        keep_compiled()
         self.supply, self.rank = supply, rank
 
     def ready(self) -> int:

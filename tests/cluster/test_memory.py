@@ -100,7 +100,7 @@ def test_categories_are_what_model_and_optimiser_hold(device: bool) -> None:
 def test_a_peak_below_its_parts_leaves_nothing_to_the_rest() -> None:
     assert Held(4, 4, 4, peak=10).rest == 0
     one = trainer()
-    assert held_by(one.model, one.optimizer).gradients == 0
+    assert held_by(one.model, one.optimizer, 10).gradients == 0
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_device_that_can_has_its_blocks_written(
         Path(path).write_bytes(b"blocks")
 
     there = SimpleNamespace(memory=SimpleNamespace(_dump_snapshot=dump))
-    monkeypatch.setattr(memory, "_module_of", lambda _: there)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: there)
     path = tmp_path / "trainer-1.memory.pickle"
     assert memory._write_snapshot(device, output, 1) == path
     assert path.read_bytes() == b"blocks"
@@ -165,7 +165,7 @@ def test_a_device_that_can_has_its_blocks_written(
 def test_one_that_cannot_has_none(
     there: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "_module_of", lambda _: there)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: there)
     output = Output(str(tmp_path), "trainer")
     assert memory._write_snapshot(torch.device("cuda"), output, 1) is None
 

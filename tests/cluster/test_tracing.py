@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.profiler import profile
 
 from cluster import fit, tracing
 from cluster.output import Output
@@ -105,7 +106,7 @@ def test_a_disk_that_takes_no_more_costs_the_trace_alone(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", full)
+    monkeypatch.setattr(profile, "export_chrome_trace", full)
     output, asked = Output(str(tmp_path), "trainer"), Profile(1, 1, 0)
     with Tracer(asked, output, rank=0, steps=1).step(1):
         pass

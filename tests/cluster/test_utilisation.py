@@ -1,38 +1,18 @@
 """MFU: the model's operations a second over a peak that was measured."""
 
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from cluster import fit, utilisation
-from cluster.utilisation import Utilisation, measure
+from cluster import fit
+from cluster.backend import Backend
+from cluster.rates import Rates
+from cluster.utilisation import Utilisation
 from stages.steps import read_metrics
 from tests.cluster.jobs import LENGTH, SEQUENCES, NextToken, job
 from tests.ranks import on_ranks
 from tests.references import TINY
-
-
-def test_the_peak_is_what_a_product_takes() -> None:
-    measure(torch.device("cpu"), torch.float32)
-    found = measure(torch.device("cpu"), torch.float32)
-    a = torch.randn(1024, 1024)
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        torch.mm(a, a)
-        seconds.append(time.perf_counter() - begin)
-    # Beside other load: far enough from each other to see a wrong unit or factor.
-    assert 1 / 4 < found / (2 * 1024**3 / min(seconds)) < 4
-
-
-def test_measuring_costs_a_moment() -> None:
-    measure(torch.device("cpu"), torch.float32)
-    begin = time.process_time()
-    measure(torch.device("cpu"), torch.float32)
-    assert time.process_time() - begin < 0.3
 
 
 def test_a_training_that_does_nothing_but_products_of_its_model_has_one() -> None:
@@ -43,7 +23,7 @@ def test_a_training_that_does_nothing_but_products_of_its_model_has_one() -> Non
 def train(builder: str, flops: float | None) -> list[Any]:
     todo = job(Path(builder), NextToken(), steps=2, precision="high", flops_per_token=flops)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utilisation, "measure", lambda *_: 1e12)
+        patch.setattr(Backend, "rates", lambda _: Rates(1e12, 1e10))
         fit._steps(todo, fit.desk_of(todo))
     return []
 
