@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.trainer import Computing, Trainer
+from cluster.models import Computing
+from cluster.trainer import Trainer
 from configs.reading import load_recipe
 from model.fp8 import scheme
 from model.fp8.groups import Groups
