@@ -15,6 +15,7 @@ from cluster.output import Output
 from cluster.workers import WorkerDied
 from configs.errors import DataError, IngotError, MachineError
 from configs.parallel import ClusterConfig
+from configs.train import Precision
 from model import decode
 from model.drawing import Drawing
 from model.fp8.scheme import Numerics, settle
@@ -173,17 +174,29 @@ def test_samplers_compute_in_the_precision_that_trainers_learn_in(
         one, checkpoint, logs=tmp_path, supply=local(tmp_path), precision="fp8"
     ) as rough:
         found = rough.sample(PROMPTS, SAMPLING, SEEDS)
-    exact, expected = (
+        # What was made of the weights before is not used for those that came after.
+        updated = random_model(seed=4)
+        rough.update_weights(1, [ray.put(shard) for shard in shards(updated)])
+        later = rough.sample(PROMPTS, SAMPLING, SEEDS)
+    save_pretrained(updated, tmp_path / "updated")
+    fp8 = settle(Numerics("fp8"), torch.device("cpu"))[0]
+    models: list[tuple[Path, Precision | Numerics]] = [
+        (checkpoint, "high"),
+        (checkpoint, fp8),
+        (tmp_path / "updated", fp8),
+    ]
+    exact, expected, expected_later = (
         decode.sample(
-            load_pretrained(checkpoint, precision=precision),
+            load_pretrained(folder, precision=precision),
             PROMPTS,
             max_new_tokens=SAMPLING.max_new_tokens,
             drawing=Drawing(SAMPLING.temperature),
             stop_tokens=SAMPLING.stop_tokens,
             seeds=SEEDS,
         )
-        for precision in ("high", settle(Numerics("fp8"), torch.device("cpu"))[0])
+        for folder, precision in models
     )
+    assert [one.token_ids for one in later] == [one.token_ids for one in expected_later]
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
