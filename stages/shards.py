@@ -12,12 +12,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from jaxtyping import Int
-from torch import Tensor
 
 from configs.errors import DataError
 from configs.seed import derive
-from stages.framing import BOS_ID
 
 _COLUMN = "tokens"
 
@@ -96,14 +93,6 @@ def row_order(total_rows: int, start: int, count: int, *, seed: int) -> Int64:
 def consumed_rows(total_rows: int, sequences_seen: int, *, seed: int) -> Int64:
     """Row indices of every sequence seen so far, in order, repeats included."""
     return row_order(total_rows, 0, sequences_seen, seed=seed)
-
-
-def segments_of(tokens_NS: Int[Tensor, "N S"]) -> Int[Tensor, "N S"]:
-    """The document of each token of packed rows [N, S], counted from 0 or 1 within each row.
-
-    A row that begins inside a document calls that document 0; every BOS opens the next one.
-    """
-    return (tokens_NS == BOS_ID).cumsum(1)
 
 
 def _epoch_order(total_rows: int, epoch: int, *, seed: int) -> Int64:

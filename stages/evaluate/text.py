@@ -18,8 +18,7 @@ from torch import Tensor
 
 from configs.errors import DataError
 from stages.byte_level import alphabet
-from stages.framing import BOS_ID
-from stages.shards import segments_of
+from stages.framing import BOS_ID, segments_of
 
 _TOKENS_PER_BATCH = 4096
 

@@ -25,13 +25,13 @@ from model.transformer import Transformer
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace
 from stages.data.tokenizer import train_tokenizer
-from stages.framing import BOS_ID, EOS_ID
+from stages.framing import BOS_ID, EOS_ID, segments_of
 from stages.posttrain.loop import posttrain
 from stages.pretrain import loop
 from stages.pretrain.batches import PackedBatches
 from stages.pretrain.loop import learning_rate, loss_at, pretrain, vocabulary
 from stages.pretrain.objective import PretrainLoss, scored_targets
-from stages.shards import consumed_rows, segments_of, write_rows
+from stages.shards import consumed_rows, write_rows
 from stages.telemetry import MetricsFile
 from tests.conftest import Recorder
 from tests.references import TINY, random_model, random_tokens, tiny_v4, tiny_v32

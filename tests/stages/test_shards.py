@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import DataError
-from stages.framing import BOS_ID
-from stages.shards import Rows, consumed_rows, row_order, segments_of, write_rows
+from stages.framing import BOS_ID, segments_of
+from stages.shards import Rows, consumed_rows, row_order, write_rows
 
 
 @pytest.mark.parametrize("largest", [1023, 65535, 65536])
