@@ -25,20 +25,21 @@ to 4, at other places, where a score that rounds the other way may choose anothe
 LOSS_GAPS = {"float32": CLOSE, "bf16": 0.01, "fp8": 0.02}
 DOCUMENTS = {"whole texts": 1, "documents": 4}
 STEPS = 3
-FEW, MANY = 4, 12
+FEW, MANY = 2, 10
 """Tokens of two answers, between which the waits of a step are told."""
 
 
 def rows(setting: Setting) -> Iterator[Row]:
     """First what is cheap to compile, then the rest."""
     precisions: list[Precision] = ["float32", "bf16", "fp8"]
+    kinds = setting.pick(list(DOCUMENTS), ["documents"])
     for precision in precisions:
-        for kind in DOCUMENTS:
+        for kind in kinds:
             what = f"tiny, {kind}"
             yield from attempted(setting, what, precision, _beside_the_cpu, precision, kind)
     yield from expert_rows(setting)
     for precision in precisions[1:]:
-        for kind in DOCUMENTS:
+        for kind in kinds:
             what = f"waits of a step, {kind}"
             yield from attempted(setting, what, precision, _waits_of_a_step, what, precision, kind)
     yield from attempted(setting, "waits of a generated token", "bf16", _waits_of_a_token)
