@@ -17,10 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cluster.files import COMPLETE, sync_to_disk
-from configs.errors import ArtifactError
+from configs.errors import ArtifactError, MachineError
 from configs.model import ModelConfig
 from model.weights import families
 from model.weights.files import write_checkpoint
+
+FLOAT32 = "float32"
+"""What a save was computed in whose mark does not say."""
 
 
 def save_shard(
@@ -41,11 +44,11 @@ def save_shard(
         stale.unlink(missing_ok=True)
     split: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        local = _range_of(name, experts)
+        local, host = _range_of(name, experts), tensor.detach().cpu()
         if local is None:
-            split[name] = tensor.detach().contiguous()
+            split[name] = host.contiguous()
         else:
-            rows = zip(local, tensor.detach(), strict=True)
+            rows = zip(local, host, strict=True)
             split |= {f"{name}#{expert}": row.clone() for expert, row in rows}
     path = folder / f"rank-{rank}-of-{world}.safetensors"
     draft = path.with_suffix(".draft")
@@ -164,6 +167,18 @@ def complete_step(folder: Path) -> int | None:
     except (ArtifactError, SafetensorError, OSError, json.JSONDecodeError):
         return None
     return step
+
+
+def require_compute(folder: Path, compute: str, device: str) -> None:
+    """MachineError unless the training that saved `folder` computes in `compute`, as workers on
+    `device` do: its losses would not be those of the training that was interrupted."""
+    saved = json.loads((folder / COMPLETE).read_text()).get("compute", FLOAT32)
+    if saved != compute:
+        raise MachineError(
+            f"cluster.device: the save {folder} was computed in {saved}, and {device} computes in "
+            f"{compute}; go on with a device that computes in {saved}, or delete the folder "
+            f"{folder.parent} to begin anew"
+        )
 
 
 def _files(folder: Path) -> list[Path]:

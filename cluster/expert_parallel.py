@@ -18,9 +18,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from configs.errors import ConfigError
+from cluster.backend import CPU, Backend
+from configs.errors import ConfigError, MachineError
 from model.dispatch import Dispatched, sort_by_expert
 from model.rows import ByRow, inverse
+
+_NAME_BYTES = 64
+"""Of a device's name, as ranks tell each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,15 +167,52 @@ class _Weigh(torch.autograd.Function):
         return d_y_ND.mul_(gates_TK.view(-1)[order_N].unsqueeze(1)), d_gates_TK, None
 
 
-def join_group(rendezvous: str, rank: int, world: int, timeout_seconds: float) -> None:
+def in_group() -> bool:
+    """Whether this process works with others."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def join_group(
+    rendezvous: str, rank: int, world: int, timeout_seconds: float, backend: Backend = CPU
+) -> None:
     """Make this process rank `rank` of `world`; `rendezvous` is `tcp://host:port`.
 
-    Every later collective fails after `timeout_seconds` instead of hanging.
+    Every later collective fails after `timeout_seconds` instead of hanging: in the rank that waits,
+    or on devices by the end of its process.
     """
     dist.init_process_group(
-        "gloo",
+        backend.group,
         init_method=rendezvous,
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=timeout_seconds),
+        # A device that cannot be used is told of now, and not at the first collective.
+        device_id=None if backend.is_host else torch.device(backend.device),
     )
+
+
+def require_equal_cards(card: str) -> None:
+    """MachineError, on every rank alike, unless all ranks' devices are called `card`.
+
+    The slowest would hold up the others, and the same weights would not give the same numbers.
+    """
+    own = torch.zeros(_NAME_BYTES, dtype=torch.uint8)
+    name = card.encode()[:_NAME_BYTES]
+    own[: len(name)] = torch.tensor(list(name), dtype=torch.uint8)
+    all_of_them = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_of_them, own)
+    found: dict[str, list[int]] = {}
+    for rank, one in enumerate(all_of_them):
+        found.setdefault(bytes(one.tolist()).rstrip(b"\0").decode(errors="replace"), []).append(
+            rank
+        )
+    if len(found) > 1:
+        kinds = " and ".join(f"{name} (rank {_listed(ranks)})" for name, ranks in found.items())
+        raise MachineError(
+            f"the trainers of one group compute on {kinds}; name a cluster of one kind in "
+            "cluster.address, or lower cluster.trainers until they find room on one"
+        )
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))

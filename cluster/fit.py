@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,15 +32,23 @@ from ray.train.v2.api.config import FailureConfig, RunConfig
 from safetensors import SafetensorError
 
 from cluster import checkpoint
+from cluster.backend import CPU, Backend
+from cluster.checkpoint import require_compute
 from cluster.desk import Desk, FarDesk, StepLog, open_desk
+from cluster.device_errors import out_of_memory
+from cluster.expert_parallel import require_equal_cards
+from cluster.feeding import batches
 from cluster.gathered import gathered
 from cluster.head import require_reachable
+from cluster.memory import LESS_MEMORY, Room
 from cluster.output import RESTART, Output
+from cluster.places import Places, deadlines
 from cluster.saves import Saves
 from cluster.session import close_ray, hear, ray_for, worker_env
 from cluster.supply import Supply
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
-from cluster.workers import await_cpus, choose_network, what_happened, with_tail
+from cluster.utilisation import MFU, Utilisation, hold_against_peak
+from cluster.workers import await_room, choose_network, needs_of, what_happened, with_tail
 from configs.errors import (
     ArtifactError,
     IngotError,
@@ -116,6 +125,10 @@ class FitJob:
     held_out: HeldOut | None = None
     base: str | None = None
     """A model's folder, with whose weights training begins; none begins with values drawn anew."""
+    less_memory: str = LESS_MEMORY
+    """Which settings of the recipe lower what a rank holds, as an imperative."""
+    flops_per_token: float | None = None
+    """The model's, of a training step, for MFU; none leaves it unmeasured."""
     vocabulary: tuple[int, ...] | None = None
     """What each token counts as to a memory of n-grams; none where the model has no memory."""
 
@@ -138,10 +151,15 @@ def fit(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
     desk.begin()
     done = job.saves.newest()
     if done is None or done[1] != job.steps:
-        with ray_for(machines, home, workers=machines.trainers):
-            await_cpus(machines, machines.trainers, role=job.output.role)
+        count = machines.trainers
+        with ray_for(machines, home, workers=count, trainers=count) as places:
+            backend = places.backend
+            if done is not None:
+                require_compute(done[0], backend.dtype_name, backend.name)
+            each = needs_of(machines, backend, places.trainer)
+            await_room(each, machines, count, role=job.output.role)
             job.may_write()
-            _run(job, machines, desk, notes)
+            _run(job, machines, places, desk, notes)
         done = job.saves.newest()
     if done is None or done[1] != job.steps:
         seen = 0 if done is None else done[1]
@@ -149,8 +167,8 @@ def fit(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
     return done[0]
 
 
-def _run(job: FitJob, machines: ClusterConfig, desk: Desk, notes: str) -> None:
-    timeout = math.ceil(machines.step_timeout_seconds)
+def _run(job: FitJob, machines: ClusterConfig, places: Places, desk: Desk, notes: str) -> None:
+    backend = places.backend
     # Of the whole process; those who train beside this one set the same.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(machines.startup_timeout_seconds)
     # Ray annotates its first generation of settings and takes its second.
@@ -160,7 +178,7 @@ def _run(job: FitJob, machines: ClusterConfig, desk: Desk, notes: str) -> None:
         failure_config=FailureConfig(
             max_failures=machines.max_restarts, controller_failure_limit=machines.max_restarts
         ),
-        worker_runtime_env={"env_vars": worker_env(machines)},
+        worker_runtime_env={"env_vars": worker_env(machines, backend)},
         callbacks=[_Interruptions(desk)],
     )
     far = None
@@ -168,11 +186,17 @@ def _run(job: FitJob, machines: ClusterConfig, desk: Desk, notes: str) -> None:
         far = FarDesk(open_desk(job.saves, job.open_log), machines.step_timeout_seconds)
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"job": job, "desk": far},
-        torch_config=_Gloo(backend="gloo", timeout_s=timeout),
+        train_loop_config={"job": job, "desk": far, "backend": backend},
+        torch_config=_Group(
+            backend=backend.group,
+            timeout_s=math.ceil(deadlines(backend, machines).group),
+            device=backend,
+        ),
         scaling_config=ScalingConfig(
             num_workers=machines.trainers,
-            resources_per_worker={"CPU": machines.cpus_per_worker},
+            # Ray Train will not have one of its own resources asked for without this word.
+            use_gpu="num_gpus" in backend.asked(places.trainer),
+            resources_per_worker=needs_of(machines, backend, places.trainer),
             placement_strategy=machines.placement.upper(),
         ),
         run_config=settings,
@@ -199,17 +223,22 @@ def _run(job: FitJob, machines: ClusterConfig, desk: Desk, notes: str) -> None:
 
 
 @dataclass
-class _Gloo(TorchConfig):
-    """Ray's own, but for the network that ranks on several machines meet on."""
+class _Group(TorchConfig):
+    """Ray's own, but for the network that ranks meet on, and for what each of them sees."""
+
+    device: Backend = CPU
 
     @property
     def backend_cls(self) -> type[Any]:
-        return _GlooBackend
+        return _GroupBackend
 
 
-class _GlooBackend(TorchConfig(backend="gloo").backend_cls):  # type: ignore[misc]
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(choose_network)
+class _GroupBackend(TorchConfig().backend_cls):  # type: ignore[misc]
+    share_cuda_visible_devices = False
+    """Each rank sees its own device, as it does in groups of actors."""
+
+    def on_start(self, worker_group: Any, backend_config: _Group) -> None:
+        worker_group.execute(choose_network, backend_config.device)
         super().on_start(worker_group, backend_config)
 
 
@@ -224,7 +253,8 @@ class _Interruptions(UserCallback):
 
         Nothing where the builder has lost its folder to another.
         """
-        if any(isinstance(_cause_of(error), LeaseLost) for error in worker_exceptions.values()):
+        raised = chain.from_iterable(map(_causes_of, worker_exceptions.values()))
+        if any(isinstance(error, LeaseLost) for error in raised):
             return
         self._count += 1
         died = {
@@ -238,11 +268,13 @@ class _Interruptions(UserCallback):
         self._desk.interrupt(f"restart {self._count}: {why}")
 
 
-def _cause_of(error: BaseException) -> BaseException:
-    """What a rank raised, without what Ray wraps it in."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = inner
-    return error
+def _causes_of(error: BaseException) -> Iterator[BaseException]:
+    """An error, and all that it was raised from: what a rank raised lies in what Ray makes of it,
+    and may have a cause of its own."""
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = getattr(one, "cause", None) or one.__cause__
 
 
 def _fit_interruptibly(trainer: TorchTrainer) -> None:
@@ -274,6 +306,7 @@ def _fit_interruptibly(trainer: TorchTrainer) -> None:
 def _train_worker(config: dict[str, Any]) -> None:
     """What runs on each rank."""
     job: FitJob = config["job"]
+    backend: Backend = config["backend"]
     # On a cluster all report to one machine, also those who share its disk: it sees at once what it
     # has written itself.
     desk: Desk | FarDesk = config["desk"] or desk_of(job)
@@ -284,11 +317,19 @@ def _train_worker(config: dict[str, Any]) -> None:
         job.output.capture(dist.get_rank())
         job.may_write()
         job.supply.bring(*job.reads)
-        _steps(job, desk)
+        backend.begin(job.seed)
+        require_equal_cards(backend.card())
+        _steps(job, desk, backend)
     except LeaseLost:
         raise  # The slot is another builder's: nothing may be left in it.
     except IngotError as error:
         desk.fail(type(error).__name__, str(error))
+        raise
+    except (RuntimeError, MemoryError) as error:
+        # A lost device is left to Ray Train, which starts the ranks anew.
+        if (told := out_of_memory(error)) is None:
+            raise
+        desk.fail(MachineError.__name__, f"trainer {dist.get_rank()}: {told}")
         raise
 
 
@@ -297,7 +338,7 @@ def desk_of(job: FitJob) -> Desk:
     return Desk(job.saves, job.open_log)
 
 
-def _steps(job: FitJob, desk: Desk | FarDesk) -> None:
+def _steps(job: FitJob, desk: Desk | FarDesk, backend: Backend = CPU) -> None:
     torch.set_num_threads(job.threads)
     trainer = build_trainer(
         job.model,
@@ -306,7 +347,9 @@ def _steps(job: FitJob, desk: Desk | FarDesk) -> None:
         precision=job.precision,
         seed=job.seed,
         vocabulary=job.vocabulary,
+        backend=backend,
     )
+    trainer.room = Room(job.output, job.less_memory)
     chosen = agreed_save(job, desk)
     job.supply.forget_after(job.saves.root, chosen[1] if chosen else 0)
     if chosen:
@@ -318,29 +361,44 @@ def _steps(job: FitJob, desk: Desk | FarDesk) -> None:
     reason = log.open_log(begun) if log else None
     if begun == 0 and (held_out := _evaluate(trainer, job)):
         _record(log, job, held_out, step=0)
-    for step in range(begun + 1, job.steps + 1):
-        learned = _learn(trainer, job, drift, step)
+    used = None if job.flops_per_token is None else hold_against_peak(trainer, job.flops_per_token)
+    steps = range(begun + 1, job.steps + 1)
+    make = partial(job.source.batch, rank=dist.get_rank(), world=dist.get_world_size())
+    coming = batches(make, steps, backend)
+    for step in steps:
+        learned = _learn(trainer, job, drift, used, coming, step)
         held_out = _evaluate(trainer, job)
-        news = _news(trainer, begun, reason) if step == begun + 1 else {}
+        news = _news(trainer, begun, reason, used) if step == begun + 1 else {}
         # Before the save: a run that continues from it must find this line.
         _record(log, job, news, learned, held_out, step=step)
         if step % job.checkpoint_every_steps == 0 or step == job.steps:
             _save(trainer, job, desk)
 
 
-def _news(trainer: Trainer, begun: int, reason: str | None) -> dict[str, Any]:
+def _news(
+    trainer: Trainer, begun: int, reason: str | None, used: Utilisation | None
+) -> dict[str, Any]:
     """What the first record of this group of ranks says beside its figures."""
     news = trainer.news()
+    if used is not None:
+        news["tags"][f"{MFU}.peak"] = used.told
     if reason is not None:
         source = f"the save of step {begun}" if begun else "the beginning"
         news[RESTART] = f"{reason}; goes on from {source}"
     return news
 
 
-def _learn(trainer: Trainer, job: FitJob, drift: Drift, step: int) -> dict[str, Any]:
-    """One optimiser step on one batch; what there is to say of it."""
+def _learn(
+    trainer: Trainer,
+    job: FitJob,
+    drift: Drift,
+    used: Utilisation | None,
+    coming: Iterator[Batch],
+    step: int,
+) -> dict[str, Any]:
+    """One optimiser step on the batch that comes next; what there is to say of it."""
     begin = time.perf_counter()
-    batch = job.source.batch(step, rank=dist.get_rank(), world=dist.get_world_size())
+    batch = next(coming)
     counting = trainer.numerics.counts_at(step)
     rate = job.learning_rate(step)
     indexer_rate = job.indexer_learning_rate(step)
@@ -353,6 +411,8 @@ def _learn(trainer: Trainer, job: FitJob, drift: Drift, step: int) -> dict[str, 
     if "indexer_grad_norm" in metrics:
         metrics["indexer_learning_rate"] = indexer_rate
     metrics["tokens_per_second"] = job.tokens_per_step / (time.perf_counter() - begin)
+    if used is not None:
+        metrics[MFU] = used.of(metrics["tokens_per_second"])
     return metrics
 
 
@@ -430,7 +490,7 @@ def _save(trainer: Trainer, job: FitJob, desk: Desk | FarDesk) -> None:
     dist.barrier()
     if trainer.rank == 0:
         job.may_write()
-        desk.complete(trainer.step)
+        desk.complete(trainer.step, trainer.backend.dtype_name)
     if job.supply.is_far:
         checkpoint.prune_shards(job.saves.root, keep=2)
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.backend import Backend
 from cluster.output import Output
 from cluster.session import ray_for
 from cluster.supply import Supply
@@ -20,6 +21,7 @@ from configs.train import Precision
 from model import decode
 from model.drawing import Drawing
 from model.fp8.scheme import Numerics, settle
+from model.weight_cache import forget, keep
 from model.weights.files import load_pretrained
 
 
@@ -116,16 +118,17 @@ def open_generation(
     What its workers print goes to files in the folder `logs`.
     """
     output = Output(str(logs), "sampler")
-    arguments = (checkpoint, precision, machines.threads_per_worker)
     with (
-        ray_for(machines, str(checkpoint), workers=machines.samplers),
+        ray_for(machines, str(checkpoint), workers=machines.samplers) as places,
         open_workers(
             _Sampler,
             machines,
             machines.samplers,
             output=output,
             supply=supply,
-            arguments=arguments,
+            arguments=(checkpoint, precision, machines.threads_per_worker, places.backend),
+            backend=places.backend,
+            share=places.sampler,
         ) as actors,
     ):
         yield GenerationPool(actors, machines, output)
@@ -139,21 +142,25 @@ class _Sampler(Worker):
         checkpoint: Path,
         precision: Precision | Numerics,
         threads: int,
+        backend: Backend,
         output: Output,
         supply: Supply,
         rank: int,
     ) -> None:
         super().__init__(output, supply, rank)
         torch.set_num_threads(threads)
-        wanted = precision if isinstance(precision, Numerics) else Numerics(precision)
+        # Answers are drawn by their own seeds.
+        backend.begin(seed=0)
+        self.device = torch.device(backend.device)
         # As a trainer does: one that learns in high precision must not be sampled in FP8.
-        self.numerics, _ = settle(wanted, torch.device("cpu"))
+        self.numerics, _ = settle(backend.numerics(precision), self.device)
         self.load(checkpoint)
 
     def load(self, checkpoint: Path) -> None:
         vars(self).pop("model", None)  # There may be room for one only.
         self.supply.bring(checkpoint)
-        self.model = load_pretrained(checkpoint, precision=self.numerics)
+        self.model = load_pretrained(checkpoint, device=self.device, precision=self.numerics)
+        keep(self.model)
         self.version = 0
 
     def sample(
@@ -178,6 +185,7 @@ class _Sampler(Worker):
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
                 tensor.copy_(merged[name])
+        forget(self.model)
         self.version = version
         return self.version
 

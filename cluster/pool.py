@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from cluster import checkpoint
-from cluster.expert_parallel import join_group
+from cluster.backend import CPU, Backend
+from cluster.expert_parallel import join_group, require_equal_cards
+from cluster.memory import LESS_MEMORY, Room
+from cluster.models import frozen
 from cluster.output import Output
+from cluster.places import deadlines
 from cluster.saves import Saves
 from cluster.session import ray_for
 from cluster.supply import Supply
@@ -42,13 +46,22 @@ class TrainerSpec:
     seed: int
     reference: bool
     """Keep a frozen copy of the starting weights, for `TrainerPool.reference`."""
+    less_memory: str = LESS_MEMORY
+    """Which settings of the recipe lower what a rank holds, as an imperative."""
 
 
 class TrainerPool:
     """Trainers whose experts are sharded; a batch is divided over them row by row."""
 
-    def __init__(self, actors: list[Actor], machines: ClusterConfig, output: Output) -> None:
+    def __init__(
+        self,
+        actors: list[Actor],
+        machines: ClusterConfig,
+        output: Output,
+        backend: Backend = CPU,
+    ) -> None:
         self.actors, self.machines, self.output = actors, machines, output
+        self.backend = backend
 
     def forward_backward(
         self, batch: Batch, loss: LossSpec, *, counting: bool = False
@@ -92,10 +105,11 @@ class TrainerPool:
         Those of earlier builds, which it makes superfluous, are deleted.
         """
         self._all("save", checkpoint.step_folder(saves.root, step))
-        saves.complete(step)
+        saves.complete(step, self.backend.dtype_name)
 
     def load(self, folder: Path, *, step: int) -> None:
-        """Continue from a sharded save."""
+        """Continue from a sharded save; MachineError if it was computed in another type."""
+        checkpoint.require_compute(folder, self.backend.dtype_name, self.backend.name)
         self._all("load", folder, step)
 
     def _split(self, batch: Batch) -> list[dict[str, Tensor]]:
@@ -130,16 +144,20 @@ def open_trainers(
 
     What its workers print goes to files in the folder `logs`.
     """
-    arguments, output = (start, spec, machines), Output(str(logs), "trainer")
+    output = Output(str(logs), "trainer")
     with (
-        ray_for(machines, str(start), workers=machines.trainers),
+        ray_for(
+            machines, str(start), workers=machines.trainers, trainers=machines.trainers
+        ) as places,
         open_workers(
             _TrainWorker,
             machines,
             machines.trainers,
             output=output,
             supply=supply,
-            arguments=arguments,
+            arguments=(start, spec, machines, places.backend),
+            backend=places.backend,
+            share=places.trainer,
         ) as actors,
     ):
         begun = partial(
@@ -150,7 +168,7 @@ def open_trainers(
         )
         (rendezvous,) = begun([actors[0].address.remote()])
         begun([actor.join.remote(rendezvous) for actor in actors])
-        yield TrainerPool(actors, machines, output)
+        yield TrainerPool(actors, machines, output, places.backend)
 
 
 class _TrainWorker(Worker):
@@ -164,14 +182,17 @@ class _TrainWorker(Worker):
         start: Path,
         spec: TrainerSpec,
         machines: ClusterConfig,
+        backend: Backend,
         output: Output,
         supply: Supply,
         rank: int,
     ) -> None:
         super().__init__(output, supply, rank)
         torch.set_num_threads(machines.threads_per_worker)
+        backend.begin(spec.seed)
         supply.bring(start)
-        self.start, self.spec, self.machines = start, spec, machines
+        self.start, self.spec, self.machines, self.backend = start, spec, machines, backend
+        self.output = output
 
     def address(self) -> str:
         """Where the ranks can meet: on this one's machine, on loopback in a local cluster."""
@@ -183,12 +204,26 @@ class _TrainWorker(Worker):
         world = self.machines.trainers
         if world > 1:
             if self.machines.address is not None:
-                choose_network()
-            join_group(rendezvous, self.rank, world, self.machines.step_timeout_seconds)
-        self.trainer = _trainer(self.spec, self.start)
+                choose_network(self.backend)
+            seconds = deadlines(self.backend, self.machines).group
+            join_group(rendezvous, self.rank, world, seconds, self.backend)
+            require_equal_cards(self.backend.card())
+        config, tensors = read_config(self.start), read_tensors(self.start)
+        self.trainer = build_trainer(
+            config,
+            optim=self.spec.optim,
+            balance=self.spec.balance,
+            precision=self.spec.precision,
+            seed=self.spec.seed,
+            backend=self.backend,
+        )
+        self.trainer.load_whole(tensors)
+        self.trainer.room = Room(self.output, self.spec.less_memory)
         self.starting = None
         if self.spec.reference:
-            self.starting = _trainer(self.spec, self.start).model.eval()
+            self.starting = frozen(
+                config, tensors, precision=self.spec.precision, backend=self.backend
+            )
 
     def forward_backward(self, batch: Batch, loss: LossSpec, counting: bool) -> dict[str, float]:
         return self.trainer.forward_backward(batch, loss, counting=counting)
@@ -205,10 +240,11 @@ class _TrainWorker(Worker):
     def reference(self, batch: Batch, score: Score) -> Tensor:
         assert self.starting is not None
         with torch.inference_mode():
-            return score(self.starting, batch)
+            return score(self.starting, self.backend.place(batch)).cpu()
 
     def weights(self) -> Mapping[str, Tensor]:
-        return self.trainer.state()
+        """On the host: samplers may have other devices, or none of this process's."""
+        return {name: tensor.cpu() for name, tensor in self.trainer.state().items()}
 
     def save(self, folder: Path) -> None:
         self.supply.send(self.trainer.save(folder))
@@ -221,15 +257,3 @@ class _TrainWorker(Worker):
             self.supply.forget_after(folder.parent, number)
             self.supply.fetch(folder)
         self.trainer.load(folder, step=step)
-
-
-def _trainer(spec: TrainerSpec, start: Path) -> Trainer:
-    trainer = build_trainer(
-        read_config(start),
-        optim=spec.optim,
-        balance=spec.balance,
-        precision=spec.precision,
-        seed=spec.seed,
-    )
-    trainer.load_whole(read_tensors(start))
-    return trainer

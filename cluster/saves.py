@@ -46,10 +46,13 @@ class Saves:
             self.supply.publish(found[0], last=COMPLETE)
         return found
 
-    def complete(self, step: int) -> None:
-        """Mark the save of a step, all shards of which are written; older ones are deleted."""
+    def complete(self, step: int, compute: str = checkpoint.FLOAT32) -> None:
+        """Mark the save of a step, all shards of which are written; older ones are deleted.
+
+        `compute` is the type that its training computes in.
+        """
         folder = checkpoint.step_folder(self.root, step)
         # All its ranks may be elsewhere.
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.mark_complete(folder, {"step": step})
+        checkpoint.mark_complete(folder, {"step": step, "compute": compute})
         checkpoint.prune(self.root, keep=2, earlier=self.earlier)

@@ -8,20 +8,25 @@ import logging
 import os
 import queue
 import secrets
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import ray
 from ray._private import worker
 
+from cluster.backend import ACCELERATORS, CPU, Backend, decide, hidden, seen
 from cluster.head import require_head, require_listener, require_reachable, watch
 from cluster.nodes import require_equal_nodes
+from cluster.places import Places, share_out, timeout_env
 from cluster.surroundings import (
     folder_fault,
     needs_own_token,
@@ -37,32 +42,44 @@ T = TypeVar("T")
 LOOK_SECONDS = 0.5
 """A thread that waits looks up so often: another can interrupt it between two lines of Python, and
 not within one."""
-_OBJECT_STORE_BYTES = 512 * 1024**2
+_SHARE_OF_MEMORY = 0.3
+"""Of a machine's, for what its workers hand each other; Ray takes as much by default."""
+_LEAST_STORE_BYTES = 512 * 1024**2
+_SHARED_MEMORY = Path("/dev/shm")
 _LOCAL = "127.0.0.1"
 
 
-def worker_env(machines: ClusterConfig) -> dict[str, str]:
+def worker_env(machines: ClusterConfig, backend: Backend = CPU) -> dict[str, str]:
     """Environment of every worker process.
 
-    One arena that is never given back spares the allocator a page fault for each temporary:
-    measured 2 to 3 times on the quantiser. A local cluster keeps its collectives on loopback.
+    A worker sees the devices that Ray leaves it, and none of another kind: Ray hides nothing from
+    those who ask for none. A local cluster keeps its collectives on loopback.
     """
     threads = str(machines.threads_per_worker)
     env = {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(16 * 1024**3),
-        "MALLOC_TOP_PAD_": str(64 * 1024**2),
         "TOKENIZERS_PARALLELISM": "false",
+        **backend.env,
+        **timeout_env(backend, machines),
+        **hidden(backend),
     }
     if machines.address is None:
-        env |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": _LOCAL}
+        env |= {"MASTER_ADDR": _LOCAL, **dict.fromkeys(backend.sockets, "lo")}
     return env
 
 
 _equal: set[str] = set()
 """Machines of the named cluster that are known to run what the driver runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What the workers of a stage reserve in all."""
+
+    cpus: float
+    devices: float
+    places: Places
 
 
 class _Sharing:
@@ -71,7 +88,7 @@ class _Sharing:
     def __init__(self) -> None:
         self.opening = threading.Lock()
         self.changed = threading.Condition()
-        self.cpus: dict[int, float] = {}
+        self.rooms: dict[int, _Room] = {}
         """By thread: what its workers reserve."""
         self.closing = False
 
@@ -80,31 +97,78 @@ _sharing = _Sharing()
 
 
 @contextmanager
-def ray_for(machines: ClusterConfig, home: str, *, workers: int) -> Iterator[None]:
-    """Ray, open, with room for so many workers of the calling thread's stage.
+def ray_for(
+    machines: ClusterConfig, home: str, *, workers: int, trainers: int = 0
+) -> Iterator[Places]:
+    """Ray, open, with room for so many workers of the calling thread's stage; their places.
 
-    Waits while other stages of this process leave too little. A stage that has several groups of
-    workers at a time asks once for all of them, and for each again within: two stages that had each
-    half of theirs would wait for each other. MachineError if Ray is too small, or not there.
+    `trainers` of them work as one group. Waits while other stages of this process leave too little.
+    A stage that has several groups of workers at a time asks once for all of them, and for each
+    again within: two stages that had each half of theirs would wait for each other. MachineError if
+    Ray is too small, not there, or without the devices that were asked for.
     """
     me, cpus = threading.get_ident(), workers * machines.cpus_per_worker
     ensure_ray(machines, home, cpus_needed=cpus)
-    if me in _sharing.cpus:
-        yield
+    if me in _sharing.rooms:
+        yield _sharing.rooms[me].places
         return
+    samplers = workers - trainers
+    places = _await_devices(machines, trainers=trainers, samplers=samplers)
+    room = _Room(cpus, trainers * places.trainer + samplers * places.sampler, places)
     with _sharing.changed:
         # No deadline of its own: those who are waited for have theirs in all that they do.
-        while sum(_sharing.cpus.values()) + cpus > _cpus_of_ray() + 1e-6 and _sharing.cpus:
+        while _sharing.rooms and not _fits(room):
             require_head()
             _sharing.changed.wait(LOOK_SECONDS)
-        _sharing.cpus[me] = cpus
+        _sharing.rooms[me] = room
     try:
-        yield
+        yield places
     finally:
         with _sharing.changed:
-            del _sharing.cpus[me]
+            del _sharing.rooms[me]
             _sharing.changed.notify_all()
         _close_if_unused()
+
+
+def _await_devices(machines: ClusterConfig, *, trainers: int, samplers: int) -> Places:
+    """Places for the workers of a stage.
+
+    MachineError as of `backend_of` and `share_out`; a named cluster is given time to be joined by a
+    machine that has what is short.
+    """
+    deadline = time.monotonic() + machines.placement_timeout_seconds
+    while True:
+        try:
+            backend = backend_of(machines)
+            devices = _devices_of_ray(backend)
+            return share_out(backend, devices, trainers=trainers, samplers=samplers)
+        except MachineError:
+            require_head()
+            if machines.address is None or time.monotonic() > deadline:
+                raise
+            time.sleep(LOOK_SECONDS)
+
+
+def _fits(room: _Room) -> bool:
+    """Whether there is room beside what others reserve."""
+    taken = _sharing.rooms.values()
+    cpus = sum(one.cpus for one in taken) + room.cpus
+    backend = room.places.backend
+    devices = sum(one.devices for one in taken if one.places.backend == backend) + room.devices
+    return cpus <= _cpus_of_ray() + 1e-6 and devices <= _devices_of_ray(backend) + 1e-6
+
+
+def backend_of(machines: ClusterConfig) -> Backend:
+    """What workers compute on, of what a named cluster's Ray counts, or this process sees.
+
+    MachineError as of `decide`.
+    """
+    there = seen() if machines.address is None else ray.cluster_resources()
+    return decide(machines.device, there)
+
+
+def _devices_of_ray(backend: Backend) -> float:
+    return 0.0 if backend.is_host else float(ray.cluster_resources().get(backend.resource, 0))
 
 
 def hear(said: "queue.SimpleQueue[T]") -> T:
@@ -124,7 +188,7 @@ def close_ray() -> None:
 
 def _close_if_unused() -> None:
     with _sharing.changed:
-        if _sharing.closing and not _sharing.cpus.keys() - {threading.get_ident()}:
+        if _sharing.closing and not _sharing.rooms.keys() - {threading.get_ident()}:
             _sharing.closing = False
             ray.shutdown()
 
@@ -241,8 +305,30 @@ def _start(machines: ClusterConfig) -> None:
             _node_ip_address=_LOCAL,  # without it Ray listens on the machine's own address
             log_to_driver=False,
             logging_level=logging.ERROR,
-            object_store_memory=_OBJECT_STORE_BYTES,
+            object_store_memory=_store_bytes(),
+            **_declared(),
         )
+
+
+def _store_bytes() -> int:
+    """Room for what is on its way between workers, of which a policy's weights are the most.
+
+    It is taken as it fills. Beyond what the system lets processes share, Ray would keep it on disk.
+    """
+    share = _SHARE_OF_MEMORY * psutil.virtual_memory().total
+    with suppress(OSError):
+        share = min(share, 0.9 * shutil.disk_usage(_SHARED_MEMORY).free)
+    return max(_LEAST_STORE_BYTES, int(share))
+
+
+def _declared() -> dict[str, Any]:
+    """The devices that this process sees, for Ray to count: it looks in other places than torch."""
+    there = seen()
+    declared: dict[str, Any] = {}
+    for one in ACCELERATORS:
+        if count := int(there.get(one.resource, 0)):
+            declared |= one.asked(count)
+    return declared
 
 
 @contextmanager

@@ -6,7 +6,6 @@ see every rank's tokens through the dispatcher, so their gradients are whole alr
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,22 +15,24 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.backend import CPU, Backend
 from cluster.checkpoint import load_shards, save_shard
-from cluster.expert_parallel import AllToAllDispatcher
+from cluster.expert_parallel import in_group
 from cluster.figures import Figures, fetch, summed
+from cluster.memory import Room, telling_of_model, telling_when_full
+from cluster.models import Computing, build_model, expert_ranges, take_part
 from configs.errors import TrainingError
 from configs.model import ModelConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
 from model.balance import imbalance, updated_bias
-from model.dispatch import LocalDispatcher
 from model.engram import set_vocabulary
-from model.fp8.recorder import Recorder, Tally
-from model.fp8.scheme import Numerics, schemes, settle
+from model.finite import in_backward_order, is_finite, watched
+from model.fp8.recorder import Tally
+from model.fp8.scheme import Numerics
 from model.moe import RoutedExperts
 from model.optim import adamw, moments, rate_group, restore_moments, set_rates
 from model.transformer import Transformer
 from model.weight_cache import forget, keep
-from model.weights import families
 
 _SQUARE, _LOAD = "square of the norm of ", "load"
 """Names of what is read at the end of a step beside the loss's own figures."""
@@ -59,16 +60,7 @@ Measure = Callable[[Transformer, Batch], Mapping[str, float]]
 """Figures of one rank's part of a batch that add up over batches and ranks, the same each time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Computing:
-    """How a model's products are computed, and what was asked for."""
-
-    numerics: Numerics
-    products: str
-    """In words, for records."""
-    asked: Precision
-
-
+@telling_of_model
 def build_trainer(
     config: ModelConfig,
     *,
@@ -77,25 +69,20 @@ def build_trainer(
     precision: Precision | Numerics,
     seed: int,
     vocabulary: Sequence[int] | None = None,
+    backend: Backend = CPU,
 ) -> "Trainer":
     """A trainer of a new model, drawn by `seed`, with this rank's share of its experts.
 
     The experts are divided over the current process group; without one they are all here.
     `vocabulary` is what a new model's memories are told of its tokens (`model.engram`).
     """
-    wanted = precision if isinstance(precision, Numerics) else Numerics(precision)
-    # Two models of one job, as a policy and its reference, are watched apart.
-    numerics, products = settle(replace(wanted, recorder=Recorder()), torch.device("cpu"))
-    dispatcher = AllToAllDispatcher() if _in_group() else LocalDispatcher()
-    model = Transformer(config, precision=numerics, dispatcher=dispatcher)
-    if numerics.precision == "fp8" and not schemes(model):
-        numerics = replace(numerics, precision="high")
-        products = "high precision: the table of parts leaves none of this model's to FP8"
+    model, computing = build_model(config, precision=precision, backend=backend)
+    # Values are drawn on the CPU, so that a model begins alike on every device.
     model.initialize(seed).train()
     if vocabulary is not None:
         set_vocabulary(model, vocabulary)
-    computing = Computing(numerics, products, wanted.precision)
-    return Trainer(model, computing, optim=optim, balance=balance)
+    model.to(backend.device)
+    return Trainer(model, computing, optim=optim, balance=balance, backend=backend)
 
 
 class Trainer:
@@ -108,10 +95,12 @@ class Trainer:
         *,
         optim: OptimConfig,
         balance: BalanceConfig,
+        backend: Backend = CPU,
     ) -> None:
+        """`model` lies on the backend's device already."""
         self.model, self.computing, self.numerics = model, computing, computing.numerics
-        self.optim, self.balance = optim, balance
-        self.parallel = _in_group()
+        self.optim, self.balance, self.backend = optim, balance, backend
+        self.parallel = in_group()
         self.rank, self.world = (
             (dist.get_rank(), dist.get_world_size()) if self.parallel else (0, 1)
         )
@@ -125,8 +114,12 @@ class Trainer:
             dtype=torch.int64,
             device=model.lm_head.weight.device,
         )
+        self.room = Room()
+        self.given: tuple[Batch, LossSpec] | None = None
+        """What the gradients were last made of, while there are any."""
         keep(model)
 
+    @telling_when_full
     def forward_backward(
         self, batch: Batch, loss: LossSpec, *, counting: bool = False
     ) -> dict[str, float]:
@@ -137,6 +130,7 @@ class Trainer:
         found = self._over_ranks(self._backward(batch, loss, counting))
         return self._finite({name: float(one) for name, one in found.items()})
 
+    @telling_when_full
     def train_step(
         self,
         batch: Batch,
@@ -155,11 +149,14 @@ class Trainer:
 
     def _backward(self, batch: Batch, loss: LossSpec, counting: bool) -> dict[str, float | Tensor]:
         """The loss and its metrics, of this rank's part, where they were computed."""
+        self.given = batch, loss
+        # Of the host's batch: counts of the device's would be waited for.
         totals = read_sums(loss.counts(batch), self.parallel)
+        placed = self.backend.place(batch)
         recorder = self.numerics.recorder
         recorder.start(counting=counting)
         try:
-            value, metrics = loss(self.model, batch, totals)
+            value, metrics = loss(self.model, placed, totals)
             value.backward()
         finally:
             recorder.stop()
@@ -170,6 +167,7 @@ class Trainer:
             block.routing = None
         return {"loss": value.detach(), **metrics}
 
+    @telling_when_full
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch], sums: Measure) -> dict[str, float]:
         """Totals over batches and ranks of what `sums` finds, with the model in evaluation mode.
@@ -179,7 +177,7 @@ class Trainer:
         """
         self.model.eval()
         try:
-            found = [sums(self.model, batch) for batch in batches]
+            found = [sums(self.model, self.backend.place(batch)) for batch in batches]
         finally:
             self.model.train()
         totals = {name: math.fsum(part[name] for part in found) for name in found[0]}
@@ -206,11 +204,13 @@ class Trainer:
     def news(self) -> dict[str, Any]:
         """What a first record says of how this process computes; a note if not as was asked."""
         products = self.computing.products
-        told: dict[str, Any] = {"tags": {"fp8.products": products}}
+        tags = {"fp8.products": products, **self.backend.facts()}
+        told: dict[str, Any] = {"tags": tags}
         if self.computing.asked != self.numerics.precision:
             told["notes"] = [f"warning: {products}"]
         return told
 
+    @telling_when_full
     def optim_step(
         self, learning_rate: float, *, indexer_learning_rate: float | None = None
     ) -> dict[str, Any]:
@@ -252,7 +252,8 @@ class Trainer:
             if name.startswith(_SQUARE):
                 group = _norm_of(name.removeprefix(_SQUARE))
                 squares[group] = squares.get(group, 0.0) + float(square)
-        norms = self._finite({name: square**0.5 for name, square in squares.items()})
+        norms = {name: square**0.5 for name, square in squares.items()}
+        norms = self._finite(norms, [n.removeprefix(_SQUARE) for n in found if _is_bad(n, found)])
         grads = self._grads()
         for group, norm in norms.items():
             factor = min(1.0, self.optim.max_grad_norm / (norm + 1e-6))
@@ -267,6 +268,7 @@ class Trainer:
         )
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.given = None
         forget(self.model)
         self.numerics.recorder.forget()
         self.step += 1
@@ -275,14 +277,43 @@ class Trainer:
     def _grads(self) -> dict[str, Tensor]:
         return {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
 
-    def _finite(self, found: dict[str, float]) -> dict[str, float]:
-        """`found` as it is; TrainingError if a number of it is none."""
+    def _finite(self, found: dict[str, float], gradients: Sequence[str] = ()) -> dict[str, float]:
+        """`found` as it is; TrainingError if a number of it is none.
+
+        `gradients` are those that are not finite on any rank, by their parameters' names.
+        """
         if not all(map(math.isfinite, found.values())):
+            where = self._where(gradients) + self._culprit()
             raise TrainingError(
-                f"step {self.step + 1}: not finite: {_named(found)}{self._culprit()}; lower the "
-                "learning rate, or look at the batch"
+                f"step {self.step + 1}: not finite: {_named(found)}{where}; lower the learning "
+                "rate, or look at the batch"
             )
         return found
+
+    @torch.no_grad()
+    def _where(self, gradients: Sequence[str]) -> str:
+        """Which module's output was the first that is not finite on any rank, or else which of
+        `gradients`; by the batch, run forward again on all ranks together."""
+        if self.given is None:
+            return ""
+        batch, loss = self.given
+        totals = read_sums(loss.counts(batch), self.parallel)
+        with watched(self.model) as seen:
+            loss(self.model, self.backend.place(batch), totals)
+        for block in self.blocks:
+            block.load_E.zero_()
+            block.routing = None
+        weights = {n: float(not is_finite(one)) for n, one in self.model.named_parameters()}
+        broken = [name for name, count in read_sums(weights, self.parallel).items() if count]
+        if (place := self._first_of_ranks(seen.first)) is not None:
+            module = seen.ended[place]
+            own = any(name.startswith(f"{module}.") for name in broken)
+            return f", first out of {module}" + (", whose weights are not finite" if own else "")
+        if broken:
+            return f", first in the weights {in_backward_order(broken, seen.begun)[-1]}"
+        if gradients:
+            return f", first in the gradient of {in_backward_order(gradients, seen.begun)[0]}"
+        return ", first in the loss itself: what modules return is finite"
 
     def state(self) -> dict[str, Tensor]:
         """This rank's part of the weights: its experts and, on rank 0, everything else."""
@@ -312,30 +343,30 @@ class Trainer:
 
     def load_whole(self, tensors: Mapping[str, Tensor]) -> None:
         """Take this rank's part of a whole model under Hugging Face names."""
-        state = families.from_hf(self.model.config, tensors)
-        for prefix, local in self.expert_ranges().items():
-            for name in [name for name in state if name.startswith(f"{prefix}.")]:
-                state[name] = state[name][local.start : local.stop]
-        self.load_weights(state)
+        take_part(self.model, tensors)
 
     def expert_ranges(self) -> dict[str, range]:
         """Module names of stacked experts -> the global experts this rank holds."""
-        return {
-            name: module.local
-            for name, module in self.model.named_modules()
-            if isinstance(module, RoutedExperts)
-        }
+        return expert_ranges(self.model)
 
     def _culprit(self) -> str:
         """Which tensors were the first that FP8 found not finite on any rank, if any."""
         recorder = self.numerics.recorder
-        place = recorder.first_not_finite()
-        if self.parallel:
-            # All ranks compute the same products in the same order, and say the same of them.
-            first = torch.tensor(math.inf if place is None else place, dtype=torch.float64)
-            dist.all_reduce(first, op=dist.ReduceOp.MIN)
-            place = int(first) if first.isfinite() else None
-        return "" if place is None else f", first in {recorder.role(place).replace('_', ' ')}"
+        place = self._first_of_ranks(recorder.first_not_finite())
+        return (
+            "" if place is None else f", in FP8 first in {recorder.role(place).replace('_', ' ')}"
+        )
+
+    def _first_of_ranks(self, place: int | None) -> int | None:
+        """The lowest place that any rank has, if any has one.
+
+        All ranks call the same modules and products in the same order, and mean the same by it.
+        """
+        if not self.parallel:
+            return place
+        first = torch.tensor(math.inf if place is None else place, dtype=torch.float64)
+        dist.all_reduce(first, op=dist.ReduceOp.MIN)
+        return int(first) if first.isfinite() else None
 
     def _rebalance(self, load_LE: NDArray[np.float64]) -> dict[str, Any]:
         """Move the routing bias by the load of all ranks; what to say of it."""
@@ -381,6 +412,11 @@ def _named(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {one}" for name, one in values.items() if not math.isfinite(one))
 
 
+def _is_bad(name: str, found: Figures) -> bool:
+    """Whether it is the square of a norm, and not finite."""
+    return name.startswith(_SQUARE) and not math.isfinite(found[name])
+
+
 def _norms(grads: list[Tensor]) -> Sequence[Tensor]:
     """The Euclidean norm of each; in float64 on CPUs, where kernels add in the type they are in."""
     if not grads:
@@ -392,10 +428,6 @@ def _norms(grads: list[Tensor]) -> Sequence[Tensor]:
 def _norm_of(parameter: str) -> str:
     """The name of the norm that the parameter's gradient is clipped by."""
     return "indexer_grad_norm" if rate_group(parameter) == "indexer" else "grad_norm"
-
-
-def _in_group() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def expert_parameter_names(model: Transformer) -> set[str]:

@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -20,6 +20,8 @@ from ray.exceptions import (
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.backend import CPU, Backend
+from cluster.device_errors import device_lost, out_of_memory
 from cluster.gathered import bring_up_to_date, gathered
 from cluster.head import is_lost, require_head
 from cluster.output import Output
@@ -64,25 +66,29 @@ def open_workers(
     output: Output,
     supply: Supply,
     arguments: tuple[Any, ...],
+    backend: Backend = CPU,
+    share: float = 0.0,
 ) -> Iterator[list[Actor]]:
     """`count` actors of `actor_class(*arguments, output, supply, rank)`, ended afterwards.
 
-    Placed as `cluster.placement` says. MachineError if they cannot be placed or a constructor
-    raises; DeadlineError if one takes longer than `cluster.startup_timeout_seconds` to construct.
+    Placed as `cluster.placement` says, each with a `share` of one of the backend's devices, of
+    which it sees no other. MachineError if they cannot be placed or a constructor raises;
+    DeadlineError if one takes longer than `cluster.startup_timeout_seconds` to construct.
     """
-    await_cpus(machines, count, role=output.role)
-    bundles = [{"CPU": machines.cpus_per_worker}] * count
-    group: Any = placement_group(bundles, strategy=machines.placement.upper())
+    each = needs_of(machines, backend, share)
+    await_room(each, machines, count, role=output.role)
+    group: Any = placement_group([each] * count, strategy=machines.placement.upper())
     actors: list[Actor] = []
     try:
-        _await_places(group, machines, count, role=output.role)
+        _await_places(group, machines, each, count, role=output.role)
         with gathered(output, supply):
             for rank in range(count):
                 remote: Any = ray.remote(actor_class).options(
                     num_cpus=machines.cpus_per_worker,
-                    runtime_env={"env_vars": worker_env(machines)},
+                    runtime_env={"env_vars": worker_env(machines, backend)},
                     max_restarts=0,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank),
+                    **backend.asked(share),
                 )
                 actors.append(remote.remote(*arguments, output, supply, rank))
             pending = [actor.ready.remote() for actor in actors]
@@ -102,8 +108,10 @@ def open_workers(
                 remove_placement_group(group)
 
 
-def _await_places(group: Any, machines: ClusterConfig, count: int, *, role: str) -> None:
-    """Return once a group's places are reserved: free CPUs may lie on too many machines."""
+def _await_places(
+    group: Any, machines: ClusterConfig, each: Mapping[str, float], count: int, *, role: str
+) -> None:
+    """Return once a group's places are reserved: what is free may lie on too many machines."""
     timeout = machines.placement_timeout_seconds
     deadline = time.monotonic() + timeout
     # In short waits, between which an interrupt is noticed; Ray counts whole seconds.
@@ -111,9 +119,9 @@ def _await_places(group: Any, machines: ClusterConfig, count: int, *, role: str)
         require_head()
         if time.monotonic() > deadline:
             raise MachineError(
-                f"{count} {role}s of {machines.cpus_per_worker:g} CPUs each found no place within "
-                f"{timeout:g} s, though that many are free in all; lower cluster.cpus_per_worker, "
-                "or stop what else runs on the cluster"
+                f"{count} {role}s of {_told(each)} each found no place within {timeout:g} s, "
+                "though that many are free in all; lower cluster.cpus_per_worker, or stop what "
+                "else runs on the cluster"
             )
 
 
@@ -137,23 +145,45 @@ def with_restarts(
     raise AssertionError("the last death is raised")
 
 
-def await_cpus(machines: ClusterConfig, count: int, *, role: str) -> None:
-    """Return once `count` workers' CPUs are free.
+def needs_of(machines: ClusterConfig, backend: Backend, share: float) -> dict[str, float]:
+    """What one worker reserves, by Ray's names."""
+    return {"CPU": machines.cpus_per_worker, **backend.bundle(share)}
+
+
+def await_room(
+    each: Mapping[str, float], machines: ClusterConfig, count: int, *, role: str
+) -> None:
+    """Return once there is room for `count` workers that reserve so much each.
 
     MachineError naming the shortage after `cluster.placement_timeout_seconds`.
     """
-    needed = count * machines.cpus_per_worker
     timeout = machines.placement_timeout_seconds
     deadline = time.monotonic() + timeout
-    while (free := float(ray.available_resources().get("CPU", 0))) < needed - 1e-6:
+    while (short := _shortage(each, count)) is not None:
         require_head()
         if time.monotonic() > deadline:
+            needed, free, name = short
+            lower = "cluster.cpus_per_worker" if name == "CPU" else f"cluster.{role}s"
             raise MachineError(
-                f"{count} {role}s ask for {needed:g} CPUs and {free:g} were free after "
-                f"{timeout:g} s; lower cluster.cpus_per_worker, or stop what else runs on the "
-                "cluster"
+                f"{count} {role}s ask for {needed:g} {name}s and {free:g} were free after "
+                f"{timeout:g} s; lower {lower}, or stop what else runs on the cluster"
             )
         time.sleep(_POLL_SECONDS)
+
+
+def _shortage(each: Mapping[str, float], count: int) -> tuple[float, float, str] | None:
+    """(needed, free, name) of the first that is short; none if nothing is."""
+    available = ray.available_resources()
+    for name, share in each.items():
+        needed, free = count * share, float(available.get(name, 0))
+        if free < needed - 1e-6:
+            return needed, free, name
+    return None
+
+
+def _told(each: Mapping[str, float]) -> str:
+    """`0.5 CPUs and 1 GPUs`."""
+    return " and ".join(f"{share:g} {name}s" for name, share in each.items())
 
 
 def gather(
@@ -198,15 +228,16 @@ def gather(
     return [results[rank] for rank in range(len(refs))]
 
 
-def choose_network() -> None:
+def choose_network(backend: Backend = CPU) -> None:
     """Have this process's collectives use the network that Ray knows its machine by.
 
-    Gloo would take the address that the machine's own name stands for, which on many is loopback.
+    They would take the address that the machine's own name stands for, which on many is loopback.
     """
     own = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(one.address == own for one in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            for variable in backend.sockets:
+                os.environ.setdefault(variable, name)
 
 
 def free_address(host: str) -> str:
@@ -232,6 +263,10 @@ def _failure(error: RayError, output: Output, rank: int) -> Exception:
         cause = error.cause
         if isinstance(cause, IngotError):
             return cause
+        if (told := out_of_memory(cause)) is not None:
+            return MachineError(f"{who}: {told}")
+        if (told := device_lost(cause)) is not None:
+            return with_tail(WorkerDied(f"{who} died: {told}"), output, rank)
         raised = MachineError(f"{who}: {type(cause).__name__}: {cause}")
         return with_tail(raised, output, rank)
     if isinstance(error, RayActorError) and error.actor_init_failed:

@@ -7,6 +7,8 @@ from pydantic import Field, PositiveInt, field_validator
 from configs.base import Frozen
 from configs.train import Fp8Backend
 
+Device = Literal["auto", "cpu", "cuda", "npu"]
+
 
 class ClusterConfig(Frozen):
     """The Ray cluster and the worker groups on it."""
@@ -17,6 +19,10 @@ class ClusterConfig(Frozen):
     """Expert-parallel training workers; experts and batches are divided over them."""
     samplers: PositiveInt = 2
     """Generation workers of post-training."""
+    device: Device = "auto"
+    """What workers compute on. `auto` takes the accelerators that are there: on a named cluster
+    those that Ray counts, otherwise those that torch sees; without any, CPUs. Every trainer takes
+    one of its own; samplers share with them what is left."""
     placement: Literal["pack", "spread"] = "pack"
     """Whether the workers of a group stay on one machine where it has room, or go to as many as
     there are."""

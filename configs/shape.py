@@ -1,5 +1,6 @@
 """What every family of models has in common: its outer dimensions, YaRN, and the counting."""
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
@@ -182,6 +183,30 @@ class ModelConfig(Frozen):
         """Weights of one decoder layer, the engram in front of it included."""
         raise NotImplementedError
 
+    def training_flops_per_token(self, context_tokens: int) -> float:
+        """Floating-point operations of one training step, per token: the model's, whatever else
+        an implementation computes.
+
+        2 a product forward and 4 backward. Each active weight multiplies once (the input embedding
+        is a look-up), and attention multiplies in rows of `context_tokens` tokens, one document
+        each.
+        """
+        weights = self.parameters(active=True) - self.hidden_size * self.vocab_size
+        layers = self.depth
+        if self.num_nextn_predict_layers:
+            weights += self.layer_parameters(layers, active=True)
+            # The head once more, and the joint of the states with the next token's embedding.
+            joint = (self.streams + 1) * self.hidden_size**2
+            weights += self.hidden_size * self.vocab_size + joint
+            layers += 1
+        attention = sum(self.attention_products(layer, context_tokens) for layer in range(layers))
+        return 6.0 * (weights + attention)
+
+    def attention_products(self, layer: int, context_tokens: int) -> float:
+        """Multiplications that attention of one layer does for a token beside those by weights,
+        in the mean over a row of `context_tokens` tokens."""
+        raise NotImplementedError
+
     def _outer_parameters(self) -> int:
         """Embedding, final norm and head."""
         return self.hidden_size * (2 * self.vocab_size + 1)
@@ -197,3 +222,9 @@ class ModelConfig(Frozen):
         routed = self.num_experts_per_tok if active else self.n_routed_experts
         expert = 3 * width * self.moe_intermediate_size
         return self.n_routed_experts * width + expert * (routed + self.n_shared_experts)
+
+
+def mean_keys(keys: float, most: float = math.inf) -> float:
+    """How many of so many keys a causal query sees in the mean, if it looks at the `most` at most
+    of those that stand before it."""
+    return keys / 2 if keys <= most else most - most * most / (2 * keys)

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from configs.shape import ModelConfig
+from configs.shape import ModelConfig, mean_keys
 
 
 class V3Config(ModelConfig):
@@ -109,21 +109,14 @@ class V3Config(ModelConfig):
             return total + 3 * self.hidden_size * self.intermediate_size
         return total + self._expert_parameters(active=active) + self.n_routed_experts
 
-    def training_flops_per_token(self, context_tokens: int) -> float:
-        """Floating-point operations of one training step, per token.
-
-        6 per active weight that multiplies (2 forward, 4 backward; the input embedding is a
-        look-up), plus attention: 2 products of `context_tokens` / 2 keys on average, each 2
-        operations a value forward and 4 backward.
-        """
-        weights = self.parameters(active=True) - self.hidden_size * self.vocab_size
-        if self.num_nextn_predict_layers:
-            mtp = self.layer_parameters(self.num_hidden_layers, active=True)
-            weights += mtp + self.hidden_size * (2 * self.hidden_size + self.vocab_size)
-        layers = self.num_hidden_layers + self.num_nextn_predict_layers
+    def attention_products(self, layer: int, context_tokens: int) -> float:
+        """Queries with keys and weights with values, of all that stands before."""
         head = self.qk_head_dim + self.v_head_dim
-        attention = 6 * layers * self.num_attention_heads * head * context_tokens / 2
-        return 6.0 * weights + attention
+        return self.num_attention_heads * head * self._attended(context_tokens)
+
+    def _attended(self, context_tokens: int) -> float:
+        """Keys that a query looks at, in the mean."""
+        return mean_keys(context_tokens)
 
 
 class V32Config(V3Config):
@@ -159,3 +152,11 @@ class V32Config(V3Config):
         keys = self.hidden_size * self.index_head_dim + 2 * self.index_head_dim
         indexer = queries + keys + self.hidden_size * self.index_n_heads
         return super().attention_parameters() + indexer
+
+    def attention_products(self, layer: int, context_tokens: int) -> float:
+        """Of the keys that are picked, and the indexer's scores of all."""
+        scores = self.index_n_heads * self.index_head_dim * mean_keys(context_tokens)
+        return super().attention_products(layer, context_tokens) + scores
+
+    def _attended(self, context_tokens: int) -> float:
+        return mean_keys(context_tokens, self.index_topk)

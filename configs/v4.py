@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from configs.shape import ModelConfig, ScoreFunction, YarnConfig
+from configs.shape import ModelConfig, ScoreFunction, YarnConfig, mean_keys
 
 AttentionKind = Literal["window", "csa", "hca"]
 
@@ -161,6 +161,19 @@ class V4Config(ModelConfig):
     def _compressor_parameters(self, head: int, ratio: int, *, series: int) -> int:
         """Keys, gates, position biases and norm; overlapping blocks have two series of each."""
         return series * head * (2 * self.hidden_size + ratio) + head
+
+    def attention_products(self, layer: int, context_tokens: int) -> float:
+        """Of the window and of compressed entries; of `csa` the picked ones, which are scored."""
+        keys = mean_keys(context_tokens, self.sliding_window)
+        scores = 0.0
+        match self.attention_kind(layer):
+            case "csa":
+                entries = context_tokens / self.csa_ratio
+                keys += mean_keys(entries, self.index_topk)
+                scores = self.index_n_heads * self.index_head_dim * mean_keys(entries)
+            case "hca":
+                keys += mean_keys(context_tokens / self.hca_ratio)
+        return self.num_attention_heads * 2 * self.head_dim * keys + scores
 
     def layer_parameters(self, layer: int, *, active: bool = False) -> int:
         """Attention, experts, norms, hyper-connections, and the engram in front, if any."""

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from configs.model import V4Config
 from model.compressor import BlockIndexer, Compressor, compressed_rotary, fill_ring
 from model.fp8.grouped import fp8_grouped_linear
+from model.fp8.groups import Groups
 from model.fp8.linear import Linear, together
 from model.fp8.scheme import Fp8, Numerics
 from model.indexer import choose, index_scores
@@ -48,9 +49,8 @@ class GroupedLinear(nn.Module):
             weight_GOI = cast(self.weight, x_BSHW.dtype).unflatten(0, (self.groups, -1))
             y_GNO = x_GNI @ weight_GOI.transpose(1, 2)
         else:
-            weight_GOI = self.weight.unflatten(0, (self.groups, -1))
-            counts = [x_GNI.shape[1]] * self.groups
-            y_NO = fp8_grouped_linear(x_GNI.flatten(0, 1), weight_GOI, counts, self.scheme)
+            groups = Groups.even(self.groups, x_GNI.shape[1], x_GNI.device)
+            y_NO = fp8_grouped_linear(x_GNI.flatten(0, 1), self.weight, groups, self.scheme)
             y_GNO = y_NO.unflatten(0, (self.groups, -1))
         y_BSY: Tensor = y_GNO.transpose(0, 1).reshape(rows, length, len(self.weight))
         return y_BSY

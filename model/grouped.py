@@ -1,8 +1,8 @@
 """Routed experts on devices: one product for all of a layer's experts, whatever their number.
 
 Rows are cut into experts by offsets that stay on the device, so that the host neither waits for the
-counts nor launches a product for each expert. `model.swiglu` has the same computed expert by
-expert, which is what CPUs do, and the twin of this.
+counts nor launches a product for each expert. CPUs have `model.experts_cpu`. `model.swiglu` has the
+same computed expert by expert, the twin of both.
 
 | device | product |
 |---|---|
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from model.dispatch import Dispatched
+from model.experts_cpu import serves, swiglu_on_cpu
 from model.rows import ByRow
 from model.swiglu import activation, activation_backward, grouped_swiglu, halves
 
@@ -36,6 +37,8 @@ def experts_swiglu(
     limit: float | None,
 ) -> Float[Tensor, "R D"]:
     """Each row's sum of its visits' SwiGLU, by gate, in the way that suits the device."""
+    if serves(sent, gate_up_EJD, down_EDI):
+        return swiglu_on_cpu(sent, gate_up_EJD, down_EDI, limit)
     if sent.x_RD.device.type == "cpu" or not _fits(gate_up_EJD, down_EDI):
         return grouped_swiglu(sent, gate_up_EJD, down_EDI, limit)
     return swiglu_by_offsets(sent, gate_up_EJD, down_EDI, limit)

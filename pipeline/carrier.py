@@ -18,6 +18,8 @@ from stages.steps import METRICS
 
 SEND_SECONDS = 5.0
 RESUME = "resume"
+_STEP = "/step-"
+"""How names of saves begin, in any folder; other state of a build has no order."""
 
 _Stamp = tuple[int, int]
 
@@ -29,6 +31,7 @@ class Carrier:
         """Begin; `say` is told once if the store does not take what is sent."""
         self._mirror, self._builder, self._say = mirror, builder, say
         self._sent: dict[str, _Stamp] = {}
+        self._oldest = ""
         self._told = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True, name="carrier")
@@ -74,10 +77,10 @@ class Carrier:
                 self._mirror.push(path)
 
     def carry(self) -> None:
-        """One look: send what is new, the marks of whole saves last; delete saves that are gone.
+        """One look: send what is new, the marks of whole saves last; delete saves that are too old.
 
-        Of a save that never was whole nothing is deleted: another group of workers may be writing
-        it anew, on other machines.
+        Those are older than all whole ones here, and one of these has been sent. Of a newer save
+        nothing is deleted: a group of workers may be writing it, on other machines.
         """
         found = self._found()
         whole = {_folder(name) for name in self._sent if _is_mark(name)}
@@ -94,14 +97,21 @@ class Carrier:
                 if _is_mark(name) and (self._builder / METRICS).is_file():
                     self._mirror.push(self._builder / METRICS)
                 self._push(name, found)
-        newest = max((one for one in self._sent if one in found and _is_mark(one)), default="")
-        for name in [one for one in self._sent if one not in found]:
-            if _is_mark(name):
-                if newest < name:
-                    continue  # The store has no newer whole one.
-                # With the shards that other machines have sent.
-                place.delete(self._mirror.address(self._builder / _folder(name)))
-            del self._sent[name]
+        marks = [name for name in found if _is_mark(name) and _STEP in name]
+        if any(mark in self._sent for mark in marks):
+            self._delete_before(_folder(min(marks)))
+
+    def _delete_before(self, oldest: str) -> None:
+        """Delete the saves before `oldest` in the store, whoever sent their shards."""
+        if oldest == self._oldest:
+            return
+        root, _, kept = oldest.rpartition("/")
+        address = self._mirror.address(self._builder / root)
+        for name in place.names(address):
+            if _STEP in f"/{name}" and name < kept:
+                place.delete(place.join(address, name))
+        self._sent = {name: one for name, one in self._sent.items() if name >= oldest}
+        self._oldest = oldest
 
     def _push(self, name: str, found: dict[str, _Stamp]) -> None:
         try:

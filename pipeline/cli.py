@@ -89,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        broken = importlib.import_module("cluster.autoload").why_torch_fails(error)
+        if broken is not None:
+            _report(f"error: {broken}")
+            return 1
         # A fault of ours: say so in one line, and how to see more.
         why = masked(f"{type(error).__name__}: {error}")
         _report(f"internal error: {why} (INGOT_DEBUG=1 shows where)")

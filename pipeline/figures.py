@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 _SHARES = frozenset({"relative_gap", "relative_gap_spread", "largest_gap"})
 """So small and so alike that people compare them in percent."""
+_MFU = "mfu"
+"""Model FLOPs utilisation, which people write in capitals and in percent."""
 
 
 def show_figures(figures: Mapping[str, float]) -> str:
@@ -13,11 +15,13 @@ def show_figures(figures: Mapping[str, float]) -> str:
 
 def spoken(name: str) -> str:
     """A figure's name as people read it."""
-    return name.replace("_", " ")
+    return name.upper() if name == _MFU else name.replace("_", " ")
 
 
 def show_figure(name: str, value: float) -> str:
     """A value in the unit in which people compare the figure of this name."""
+    if name == _MFU:
+        return f"{100 * value:.1f} %"
     return f"{100 * value:.3f} %" if name in _SHARES else show_number(value)
 
 

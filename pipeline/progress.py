@@ -19,7 +19,7 @@ from stages.steps import scalars
 LOG_SECONDS = 10.0
 _LOG_COLUMNS = 120
 _LIVE_SECONDS = 0.25
-_FIGURES = ("tokens_per_second", "reward", "loss")
+_FIGURES = ("tokens_per_second", "mfu", "reward", "loss")
 _COLOURS = {
     "built": "green",
     "reused": "cyan",

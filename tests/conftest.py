@@ -15,7 +15,10 @@ from configs.parallel import ClusterConfig, StoreConfig
 from stages.contract import Tracker, Workspace
 from stages.hashing import Hashes
 from stages.manifest import FILES, Lease
-from tests import checks
+from tests import (
+    checks,
+    interpreted,  # noqa: F401 - what it does, it does when it is imported
+)
 from tests.supplies import local
 
 # Two files run at a time, and threads that wait for each other's cores are slower than none. torch
@@ -24,9 +27,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Tests do not depend on the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Triton's kernels run in its interpreter where there is no GPU to compile them for.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 # A shell's background jobs ignore Ctrl-C and hand that on; the tests of it would wait in vain.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -83,6 +83,8 @@ class Ledger:
     """Findings, in the order in which they came."""
 
     notes: list[Note] = field(default_factory=list)
+    operations: set[str] = field(default_factory=set)
+    """Of the device, such as `aten::add.Tensor`."""
     _pinned: dict[int, Any] = field(default_factory=dict)
     """Storages that count as pinned, by address; kept, so that no address is given out again."""
 
@@ -107,6 +109,7 @@ class Ledger:
     ) -> None:
         """Note what is to be said of a call with these tensors; MixedDevices if it is refused."""
         op = func.overloadpacket
+        self.operations.add(func.name())
         if op is aten.copy_:
             self._copied(func, args[0].device, args[1], args[2:] == (True,))
             return
@@ -114,9 +117,12 @@ class Ledger:
             target = torch.device(kwargs.get("device") or args[0].device)
             self._copied(func, target, args[0], bool(kwargs.get("non_blocking")))
             return
+        if (generator := kwargs.get("generator")) is not None and generator.device.type == "cpu":
+            self.note("mixed devices", func)
+            raise MixedDevices(f"{func}: a generator of the host draws for the device")
         if not any(map(on_device, tensors)):
             return
-        self._placed(func, tensors, kwargs.get("generator"))
+        self._placed(func, tensors)
         sized = op is aten.repeat_interleave and kwargs.get("output_size") is None
         if op in READS or sized or (op in INDEXING and _counts_a_mask(op, args)):
             self.note("sync", func)
@@ -150,9 +156,7 @@ class Ledger:
             if not number and not (non_blocking and self.is_pinned(source)):
                 self.note("upload", func)
 
-    def _placed(
-        self, func: Any, tensors: Sequence[Tensor], generator: torch.Generator | None
-    ) -> None:
+    def _placed(self, func: Any, tensors: Sequence[Tensor]) -> None:
         """Refuse tensors of both sides in one operation, but for numbers and indices."""
         op = func.overloadpacket
         of_host = [x for x in tensors if not on_device(x)]
@@ -166,9 +170,6 @@ class Ledger:
             self.note("mixed devices", func)
             shapes = ", ".join(str(list(x.shape)) for x in of_host)
             raise MixedDevices(f"{func}: tensors of the host ({shapes}) beside one of the device")
-        if generator is not None and generator.device.type == "cpu":
-            self.note("mixed devices", func)
-            raise MixedDevices(f"{func}: a generator of the host draws for the device")
 
 
 def on_device(tensor: object) -> bool:

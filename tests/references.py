@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from configs.model import ModelConfig, V3Config, V4Config, V32Config
 from configs.train import Precision
 from model.attention import LATENT_NORM_EPSILON, LatentAttention
+from model.fp8.groups import Groups
 from model.fp8.quantized import Quantized
 from model.fp8.scheme import Numerics
 from model.moe import Gate, MoE
@@ -125,7 +126,8 @@ def quantize_by_tiles(
     if counts is not None:
         parts = [quantize_by_tiles(part, tile, power_of_two) for part in x.split(list(counts))]
         joined_values = torch.cat([q.values for q in parts])
-        return Quantized(joined_values, torch.cat([q.scales for q in parts]), tile, tuple(counts))
+        joined_scales = torch.cat([q.scales for q in parts])
+        return Quantized(joined_values, joined_scales, tile, Groups.of(counts))
     x = x.float()
     rows, columns = x.shape
     values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
@@ -152,9 +154,9 @@ def quantize_by_tiles(
 
 def exact_by_tiles(q: Quantized) -> Tensor:
     """The matrix that `q` stands for, tile after tile: float64 holds each product exactly."""
-    out = q.values.double()
+    out = q.unpadded().values.double()
     first = row = 0
-    for count in (len(out),) if q.counts is None else q.counts:
+    for count in (len(out),) if q.groups is None else q.groups.on_host:
         for begin in range(first, first + count, q.tile[0]):
             rows = slice(begin, min(begin + q.tile[0], first + count))
             for j in range(q.scales.shape[1]):

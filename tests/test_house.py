@@ -1,6 +1,7 @@
 """Promises about the shape of the code, read from its syntax trees."""
 
 import ast
+import re
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -25,6 +26,24 @@ BY_NAME = {
 }
 """May import what a string names: a verb when it is called, a plugin when it is planned, a stage's
 body when a node is built, the plots when there is something to draw."""
+DEVICES = re.compile(
+    r"cuda|npu|torch_npu|nccl|hccl|gloo|hip|cublas"
+    r"|(?:CUDA|ASCEND|HIP|NCCL|HCCL|GLOO|CUBLAS|TORCH_NCCL|PYTORCH|MALLOC)_\w+",
+    re.IGNORECASE,
+)
+"""Devices, libraries of their collectives, and variables of either, as words of code."""
+DEVICE_FILES = {"cluster/backend.py", "cluster/autoload.py"}
+"""May name them: the table, and what keeps torch from loading."""
+NOT_DEVICES = {
+    # What a bundle is made for.
+    "stages/artifacts.py": {"cuda"},
+    "stages/export/bundle.py": {"cuda"},
+    "stages/export/card.py": {"cuda"},
+    "pipeline/feasible.py": {"cuda"},
+    # Recorded of this process, whatever it computes on.
+    "pipeline/provenance.py": {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"},
+}
+"""Words that mean something else there."""
 NEVER = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 
 
@@ -116,6 +135,80 @@ def imports_by_name(tree: ast.Module) -> Iterator[int]:
         match node:
             case ast.Name(id="import_module" | "__import__") | ast.Attribute(attr="import_module"):
                 yield node.lineno
+
+
+def named_devices(path: Path) -> Iterator[str]:
+    """Where a file names a device, its library or a variable of either.
+
+    In names of code and in texts, but for docstrings; `stages.export.cuda` is a file of ours.
+    """
+    tree, name = tree_of(path), name_of(path)
+    meant = NOT_DEVICES.get(name, set())
+    prose = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        match node:
+            case ast.Constant(value=str(text)) if id(node) not in prose:
+                words = re.findall(r"\w+", text)
+            case ast.Name(id=word) | ast.Attribute(attr=word) | ast.arg(arg=word):
+                words = [word]
+            case ast.keyword(arg=str(word)):
+                words = [word]
+            case ast.FunctionDef(name=word) | ast.ClassDef(name=word):
+                words = [word, *word.strip("_").split("_")]
+            case ast.Import() | ast.ImportFrom():
+                words = [w for target, _ in imported(node) for w in _of_others(target)]
+            case _:
+                continue
+        line = getattr(node, "lineno", 0)
+        yield from (f"{name}:{line} {w}" for w in words if DEVICES.fullmatch(w) and w not in meant)
+
+
+def _of_others(target: str) -> list[str]:
+    """The words of an imported name, unless it is one of ours."""
+    return [] if target.split(".")[0] in FLOORS else target.split(".")
+
+
+def test_devices_are_named_in_one_table() -> None:
+    asked = [
+        path for path in MODULES if name_of(path).startswith(("cluster", "stages", "pipeline"))
+    ]
+    found = [f for path in asked if name_of(path) not in DEVICE_FILES for f in named_devices(path)]
+    assert found == []
+    for name in DEVICE_FILES:
+        assert any(named_devices(ROOT / name)), f"{name} names no device; it needs no exception"
+    for name, meant in NOT_DEVICES.items():
+        words = set(re.findall(r"\w+", (ROOT / name).read_text()))
+        assert meant <= words, f"{name} needs no exception for {meant - words}"
+
+
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [
+        ('device = "cuda:0"', "cuda"),
+        ("torch.npu.synchronize()", "npu"),
+        ('group = "cpu:gloo,cuda:nccl"', "gloo"),
+        ('os.environ["NCCL_SOCKET_IFNAME"] = "lo"', "NCCL_SOCKET_IFNAME"),
+        ("import torch_npu", "torch_npu"),
+        ('env = {"MALLOC_TOP_PAD_": "1"}', "MALLOC_TOP_PAD_"),
+        ("def on_cuda(): ...", "cuda"),
+        ('said = f"{n} CUDA devices"', "CUDA"),
+        ('"""Prose may say cuda."""', None),
+        ("from stages.export.cuda import Fp8Blocks", None),
+    ],
+)
+def test_a_device_that_is_named_elsewhere_is_seen(
+    code: str, word: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cluster" / "x.py"
+    path.parent.mkdir()
+    path.write_text(code)
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    found = {one.split()[-1] for one in named_devices(path)}
+    assert (word in found) if word else (found == set())
 
 
 def test_every_file_keeps_to_the_staircase_and_the_doors() -> None:

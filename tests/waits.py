@@ -21,6 +21,7 @@ class Waits(TorchDispatchMode):
     """A mode that notes the innermost line of the project at each such read."""
 
     def __init__(self) -> None:
+        # torch leaves this initialiser untyped.
         super().__init__()  # type: ignore[no-untyped-call]
         self.places: Counter[str] = Counter()
 

@@ -4,7 +4,7 @@
 |---|---|---|---|
 | `reference` | any device | torch's float8 casts | float64 products; it defines the numbers |
 | `cpu` | CPUs | loops in C, or eager torch | float32 products of E4M3 values |
-| `cublas` | CUDA, sm_90 | Triton kernels | torch's block-scaled `scaled_mm` |
+| `cublas` | CUDA, sm_90 | Triton kernels | torch's block-scaled `scaled_mm`; experts by Triton |
 | `triton` | CUDA, sm_90 on | Triton kernels | Triton kernels |
 
 A device without FP8 has none of them, and a model there stays in high precision. The functions at
@@ -14,7 +14,7 @@ Axes: R rows, C columns, P stacked matrices, M K N rows, contraction and columns
 E experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Protocol, runtime_checkable
@@ -28,6 +28,7 @@ from configs.train import Fp8Backend
 from model.fp8.cpu import cpu_backend
 from model.fp8.cublas import Cublas
 from model.fp8.cublas import lacking as cublas_lacks
+from model.fp8.groups import Groups
 from model.fp8.quantized import ACTIVATION, Quantized, Quantizer, Tile
 from model.fp8.reference import Reference
 
@@ -49,18 +50,17 @@ class Backend(Quantizer, Protocol):
     def matmul(self, a: Quantized, b: Quantized) -> Tensor:
         """a @ b: [M, K] @ [K, N] to [M, N]."""
 
-    def grouped_matmul(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
+    def grouped_matmul(self, a: Quantized, b: Quantized, groups: Groups) -> Tensor:
         """Each expert's rows of `a` [R, K] times its matrix of `b` [E, K, N]: [R, N].
 
-        Rows are sorted by expert, `counts[e]` of them expert e's. DataError unless there are E
-        counts.
+        Rows are sorted by expert. DataError unless there are E groups.
         """
 
-    def grouped_outer(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
+    def grouped_outer(self, a: Quantized, b: Quantized, groups: Groups) -> Tensor:
         """Each expert's rows of `a` [R, M], transposed, times its rows of `b` [R, N].
 
         float32 [E, M, N]; zeros for an expert without rows. Both operands have tiles along rows
-        that start anew with each expert: they were quantised with the same `counts`.
+        that start anew with each expert: they were quantised with the same groups.
         """
 
 
@@ -116,11 +116,11 @@ def _on_cuda(device: torch.device, wanted: Fp8Backend) -> Choice:
         case "triton" if no_triton is None:
             return Choice(_quantizer(), "asked for")
         case "cublas" if no_cublas is None:
-            return Choice(Cublas(_quantizer()), f"asked for{_slowly()}")
+            return Choice(_cublas(), f"asked for{_slowly()}")
         case "auto" if no_fp8 is not None:
             return Choice(None, no_fp8)
         case "auto" if no_cublas is None:
-            return Choice(Cublas(_quantizer()), f"torch has its products here{_slowly()}")
+            return Choice(_cublas(), f"torch has its products here{_slowly()}")
         case "auto" if no_triton is None:
             return Choice(_quantizer(), f"own kernels; cuBLAS cannot: {no_cublas}")
         case "auto":
@@ -145,6 +145,11 @@ def _no_fp8(device: torch.device) -> str | None:
 def _quantizer() -> Backend:
     """The casts of CUDA devices: Triton's kernels, or plain torch where Triton is absent."""
     return Reference() if _make_triton is None else _make_triton()
+
+
+def _cublas() -> Backend:
+    """cuBLAS for matrices; Triton's kernels for experts, which find their rows on the device."""
+    return Cublas(_quantizer(), grouped=None if _make_triton is None else _make_triton())
 
 
 def _slowly() -> str:
@@ -188,11 +193,11 @@ def matmul(a: Quantized, b: Quantized) -> Float[Tensor, "M N"]:
     return backend_for(a.values.device).matmul(a, b)
 
 
-def grouped_matmul(a: Quantized, b: Quantized, counts: Sequence[int]) -> Float[Tensor, "R N"]:
+def grouped_matmul(a: Quantized, b: Quantized, groups: Groups) -> Float[Tensor, "R N"]:
     """Rows of `a`, sorted by expert, times each expert's own matrix of `b` [E, K, N]."""
-    return backend_for(a.values.device).grouped_matmul(a, b, counts)
+    return backend_for(a.values.device).grouped_matmul(a, b, groups)
 
 
-def grouped_outer(a: Quantized, b: Quantized, counts: Sequence[int]) -> Float[Tensor, "E M N"]:
+def grouped_outer(a: Quantized, b: Quantized, groups: Groups) -> Float[Tensor, "E M N"]:
     """a^T b over each expert's rows alone, float32: the experts' weight gradients."""
-    return backend_for(a.values.device).grouped_outer(a, b, counts)
+    return backend_for(a.values.device).grouped_outer(a, b, groups)

@@ -6,18 +6,12 @@ backward pass. `quantize` makes only those that its caller says it needs. The re
 FP8 training with float32 sums; the speed is not.
 
 CPUs also cast to float8 slowly. `cpu.c` rounds by float arithmetic instead, in about twice the time
-of a copy. It is compiled in a fraction of a second, once a process, by whatever C compiler there
-is, and used if it gives the reference's bits. Without one, eager torch gives them, several times as
-slowly.
+of a copy, and is used if it gives the reference's bits. Without a C compiler, eager torch gives
+them, several times as slowly.
 """
 
 import ctypes
 import math
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
@@ -26,20 +20,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.compiled import compiled
 from model.fp8.format import TILE, round_to_grid
+from model.fp8.groups import Groups
 from model.fp8.quantized import (
     ACTIVATION,
     BLOCK,
     Quantized,
     QuantizedE5M6,
     Tile,
-    bands,
+    expect_rows,
     expect_stacked,
 )
 from model.fp8.reference import Reference, spread_scales, tile_amax, tile_scales
 
 _SOURCE = Path(__file__).with_name("cpu.c")
-_COMPILE_SECONDS = 60
 _ELEMENTS_A_THREAD = 2**17
 """With fewer, starting a thread costs more than it saves."""
 _TILES = {ACTIVATION, (TILE, 1), BLOCK}
@@ -49,6 +44,7 @@ class Cpu:
     """Casts that equal the reference's bit for bit; products in float32 by torch."""
 
     name = "cpu"
+    reads_columns = False
 
     def __init__(self, kernels: ctypes.CDLL | None) -> None:
         """With the functions of `cpu.c`, or with eager torch in place of them."""
@@ -61,9 +57,10 @@ class Cpu:
         tile: Tile,
         *,
         power_of_two: bool = False,
-        counts: Sequence[int] | None = None,
+        groups: Groups | None = None,
         saved: bool = True,
         multiplied: bool = True,
+        by_column: bool = False,
     ) -> Quantized:
         """`x` [..., R, C] as E4M3: `values` if `saved`, and `float32` if `multiplied`.
 
@@ -71,8 +68,9 @@ class Cpu:
         which makes `float32` always.
         """
         whole = x.values.shape if isinstance(x, Quantized) else x.shape
+        expect_rows(whole, groups)
         if self._kernels is None or tile not in _TILES or 0 in whole[:-2]:
-            return self._eagerly(x, tile, power_of_two, counts, saved)
+            return self._eagerly(x, tile, power_of_two, groups, saved)
         codes = code_scales = None
         if isinstance(x, Quantized) and x.float32 is None and x.tile == ACTIVATION:
             # The kernel dequantises these itself, panel by panel.
@@ -82,9 +80,9 @@ class Cpu:
             source = self.dequantize(x) if isinstance(x, Quantized) else x.float()
             source = source.contiguous()
             shape = source.shape
-        starts = _starts(shape, tile, counts)
+        starts = _starts(shape, tile, groups)
         num_bands = _matrices(shape) * shape[-2] if starts is None else len(starts) - 1
-        leading = shape[:-2] if counts is None else shape[:0]
+        leading = shape[:-2] if groups is None else shape[:0]
         num_panels = shape[-1] if tile[1] == 1 else -(-shape[-1] // TILE)
         values = _empty_values(shape, saved)
         float32 = torch.empty(shape) if multiplied else None
@@ -103,7 +101,7 @@ class Cpu:
             _pointer(scales),
             _threads(shape),
         )
-        return Quantized(values, scales, tile, None if counts is None else tuple(counts), float32)
+        return Quantized(values, scales, tile, groups, float32)
 
     def dequantize(self, q: Quantized) -> Tensor:
         """values * scales: float32 [..., R, C], or `q.float32` where there is one."""
@@ -111,7 +109,7 @@ class Cpu:
             return q.float32
         if self._kernels is None or q.tile not in _TILES or not q.values.is_contiguous():
             return self._reference.dequantize(q)
-        starts = _starts(q.values.shape, q.tile, q.counts)
+        starts = _starts(q.values.shape, q.tile, q.groups)
         rows = _matrices(q.values.shape) * q.values.shape[-2]
         float32, scales = torch.empty(q.values.shape), q.scales.contiguous()
         self._kernels.ingot_dequantize(
@@ -130,20 +128,21 @@ class Cpu:
         """a @ b: float32 [M, N]."""
         return self._float32(a) @ self._float32(b)
 
-    def grouped_matmul(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
+    def grouped_matmul(self, a: Quantized, b: Quantized, groups: Groups) -> Tensor:
         """Rows of `a` [R, K] times their expert's matrix of `b` [E, K, N]: float32 [R, N]."""
-        expect_stacked(b, counts)
+        expect_stacked(b, groups)
         left, right = self._float32(a), self._float32(b)
         out = left.new_empty(left.shape[0], right.shape[-1])
+        counts = groups.on_host
         parts = zip(left.split(list(counts)), right, out.split(list(counts)), strict=True)
         for rows, matrix, part in parts:
             torch.mm(rows, matrix, out=part)
         return out
 
-    def grouped_outer(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
+    def grouped_outer(self, a: Quantized, b: Quantized, groups: Groups) -> Tensor:
         """a^T b over each expert's rows: float32 [E, M, N]."""
         left, right = self._float32(a), self._float32(b)
-        out = left.new_empty(len(counts), left.shape[-1], right.shape[-1])
+        out, counts = left.new_empty(len(groups), left.shape[-1], right.shape[-1]), groups.on_host
         parts = zip(left.split(list(counts)), right.split(list(counts)), out, strict=True)
         for one, other, part in parts:
             torch.mm(one.T, other, out=part)
@@ -189,59 +188,30 @@ class Cpu:
         x: Tensor | Quantized,
         tile: Tile,
         power_of_two: bool,
-        counts: Sequence[int] | None,
+        groups: Groups | None,
         saved: bool,
     ) -> Quantized:
         x = self.dequantize(x) if isinstance(x, Quantized) else x.float()
-        scales = tile_scales(tile_amax(x, tile, counts), power_of_two)
-        spread = spread_scales(scales, tile, x.shape, counts)
+        scales = tile_scales(tile_amax(x, tile, groups), power_of_two)
+        spread = spread_scales(scales, tile, x.shape, groups)
         scaled = x / spread
         values = _empty_values(x.shape, saved=False)
         if saved:
             values = torch.where(spread.isnan(), torch.nan, scaled).to(torch.float8_e4m3fn)
         float32 = round_to_grid(scaled).mul_(spread)
-        return Quantized(values, scales, tile, None if counts is None else tuple(counts), float32)
+        return Quantized(values, scales, tile, groups, float32)
 
 
 @lru_cache(1)
 def cpu_backend() -> tuple[Cpu, str]:
     """(the CPU backend of this process, "compiled by cc" or "eager: " and why)."""
-    kernels, why = _compile()
-    if kernels is None:
+    library, why = compiled(_SOURCE, "-ffp-contract=off")
+    if library is None:
         return Cpu(None), f"eager: {why}"
-    made = Cpu(kernels)
+    made = Cpu(_declared(library))
     if not _agrees(made):
         return Cpu(None), f"eager: what {why} made does not give the reference's bits"
     return made, f"compiled by {why}"
-
-
-def _compile() -> tuple[ctypes.CDLL | None, str]:
-    """The kernels and the compiler's name, or why there are none."""
-    try:
-        said = shlex.split(os.environ.get("CC", ""))
-    except ValueError as error:
-        return None, f"CC = {os.environ['CC']!r} is no command: {error}"
-    wanted = [said] if said else [["cc"], ["gcc"], ["clang"]]
-    command = next((words for words in wanted if shutil.which(words[0])), None)
-    if command is None:
-        names = ", ".join(words[0] for words in wanted)
-        return None, f"no C compiler ({names}); install one, as gcc"
-    # The folder is this process's own and is gone at once: what is loaded needs no file.
-    flags = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
-    try:
-        with tempfile.TemporaryDirectory(prefix="ingot-fp8-") as folder:
-            library = Path(folder) / "fp8.so"
-            subprocess.run(
-                [*command, *flags, str(_SOURCE), "-o", str(library)],
-                check=True,
-                capture_output=True,
-                timeout=_COMPILE_SECONDS,
-            )
-            return _declared(ctypes.CDLL(str(library))), Path(command[0]).name
-    except (OSError, subprocess.SubprocessError) as error:
-        heard = getattr(error, "stderr", None) or str(error).encode()
-        why = heard.decode(errors="replace").strip()[-200:]
-        return None, f"{shlex.join(command)} failed: {why}"
 
 
 def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
@@ -285,13 +255,16 @@ def _same(one: Tensor | None, other: Tensor) -> bool:
     return one is not None and torch.equal(one.nan_to_num(-7), other.nan_to_num(-7))
 
 
-def _starts(shape: torch.Size, tile: Tile, counts: Sequence[int] | None) -> Tensor | None:
+def _starts(shape: torch.Size, tile: Tile, groups: Groups | None) -> Tensor | None:
     """First rows of all bands, then the end: int64; None where each row is a band."""
     if tile[0] == 1:
         return None
-    per_matrix = list(counts) if counts is not None else [shape[-2]] * _matrices(shape)
-    rows = sum(per_matrix)
-    return torch.tensor([*(first for first, _ in bands(rows, tile[0], per_matrix)), rows])
+    per_matrix = [shape[-2]] * _matrices(shape) if groups is None else groups.on_host
+    starts, first = list[int](), 0
+    for rows in per_matrix:
+        starts.extend(range(first, first + rows, tile[0]))
+        first += rows
+    return torch.tensor([*starts, first])
 
 
 def _empty_values(shape: Sequence[int], saved: bool) -> Tensor:

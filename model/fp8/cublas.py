@@ -19,6 +19,10 @@ of ragged sizes disagree: its kernel rounds up and its shape function down. Rows
 are padded to a multiple of 16, since cuBLAS wants each column of scales to begin at 16 bytes and
 torch's strides allow no gap between columns.
 
+Products of groups are one launch each, and so the host must know their counts. Those of experts are
+known on the device alone, and waiting for them would take longer than a product: they go to a
+backend whose kernels find the groups themselves.
+
 Here both operands are [rows, K], [M, K] and [N, K], so that one function lays out either side; the
 column-major b that torch wants is the transposed view of such rows.
 
@@ -27,7 +31,7 @@ Axes: R rows, K contracted columns, M N rows of either side, E experts, L blocks
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -36,6 +40,7 @@ from torch.nn import functional as F
 
 from configs.errors import DataError, MachineError
 from model.fp8.format import TILE
+from model.fp8.groups import Groups
 from model.fp8.quantized import (
     ALONG_TOKENS,
     BLOCK,
@@ -43,9 +48,10 @@ from model.fp8.quantized import (
     QuantizedE5M6,
     Quantizer,
     Tile,
-    bands,
+    expect_same_groups,
     expect_stacked,
 )
+from model.fp8.reference import bands_of_rows
 
 ROWS = 16
 """Rows of 1 x 128 tiles come in multiples of this."""
@@ -70,6 +76,17 @@ class Operand:
         return replace(self, values=self.values[..., first:last], scales=self.scales[..., tiles])
 
 
+@runtime_checkable
+class Grouped(Protocol):
+    """Products of rows in groups."""
+
+    def grouped_matmul(self, a: Quantized, b: Quantized, groups: Groups) -> Tensor:
+        """Rows of `a` times their group's matrix of `b`."""
+
+    def grouped_outer(self, a: Quantized, b: Quantized, groups: Groups) -> Tensor:
+        """a^T b over each group's rows."""
+
+
 class Cublas:
     """Products by `scaled_mm`, summed in float32; casts by the quantizer that it is given.
 
@@ -79,11 +96,21 @@ class Cublas:
     """
 
     name = "cublas"
+    reads_columns = True
 
-    def __init__(self, quantizer: Quantizer, output_dtype: torch.dtype = torch.bfloat16) -> None:
-        """`quantizer` casts on the same device, to the reference's bits."""
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        output_dtype: torch.dtype = torch.bfloat16,
+        grouped: Grouped | None = None,
+    ) -> None:
+        """`quantizer` casts on the same device, to the reference's bits.
+
+        `grouped` multiplies groups whose counts the host does not know; without, it waits for them.
+        """
         self._quantizer = quantizer
         self._output_dtype = output_dtype
+        self._grouped = grouped
 
     def quantize(
         self,
@@ -91,13 +118,19 @@ class Cublas:
         tile: Tile,
         *,
         power_of_two: bool = False,
-        counts: Sequence[int] | None = None,
+        groups: Groups | None = None,
         saved: bool = True,
         multiplied: bool = True,
+        by_column: bool = False,
     ) -> Quantized:
         """`x` [..., R, C] as E4M3, always with values: they are what is multiplied."""
         return self._quantizer.quantize(
-            x, tile, power_of_two=power_of_two, counts=counts, saved=True, multiplied=False
+            x,
+            tile,
+            power_of_two=power_of_two,
+            groups=groups,
+            multiplied=False,
+            by_column=by_column,
         )
 
     def dequantize(self, q: Quantized) -> Tensor:
@@ -118,22 +151,22 @@ class Cublas:
         left = operand(a, blocks=not right.blocks)
         return multiply(left, right, dtype)[:rows, :columns]
 
-    def grouped_matmul(
-        self, a: Quantized, b: Quantized, counts: Sequence[int]
-    ) -> Float[Tensor, "R N"]:
+    def grouped_matmul(self, a: Quantized, b: Quantized, groups: Groups) -> Float[Tensor, "R N"]:
         """Rows of `a` [R, K] times their expert's matrix of `b` [E, K, N], in the output dtype.
 
         One product for each expert that has rows: torch 2.13's `scaled_grouped_mm` takes scales for
         rows and for MX formats, none for these tiles. Layouts are made for all experts at once.
         """
-        expect_stacked(b, counts)
+        expect_stacked(b, groups)
         _expect_same_contraction(a.values.shape[-1], b.values.shape[-2])
-        _expect_whole(a.values.shape[0], counts)
+        _expect_whole(a.values.shape[0], groups)
+        if self._grouped is not None and groups.known is None:
+            return self._grouped.grouped_matmul(a, b, groups)
         columns = b.values.shape[-1]
         right = operand(b.T)
         padded_columns = right.values.shape[-2]
-        lefts, places = expert_rows(a, counts)
-        total = sum(padded_counts(counts, ROWS))
+        lefts, places = expert_rows(a, groups)
+        total = sum(padded_counts(groups.on_host, ROWS))
         out = a.values.new_empty(total, padded_columns, dtype=self._output_dtype)
         first = 0
         for expert, left in enumerate(lefts):
@@ -145,18 +178,18 @@ class Cublas:
         cut = out if places is None else out.index_select(0, places)
         return cut[:, :columns]
 
-    def grouped_outer(
-        self, a: Quantized, b: Quantized, counts: Sequence[int]
-    ) -> Float[Tensor, "E M N"]:
+    def grouped_outer(self, a: Quantized, b: Quantized, groups: Groups) -> Float[Tensor, "E M N"]:
         """a^T b over each expert's rows, float32; one product for each expert that has rows."""
-        _expect_same_contraction(a.values.shape[0], b.values.shape[0])
+        if self._grouped is not None and groups.known is None:
+            return self._grouped.grouped_outer(a, b, groups)
+        _expect_same_contraction(_rows(a), _rows(b))
         rows, columns = a.values.shape[-1], b.values.shape[-1]
-        right = operand(whole_tiles(b, counts).T, blocks=False)
-        left = operand(whole_tiles(a, counts).T, blocks=False)
-        sizes = (len(counts), left.values.shape[0], right.values.shape[0])
+        right = operand(whole_tiles(b, groups).T, blocks=False)
+        left = operand(whole_tiles(a, groups).T, blocks=False)
+        sizes = (len(groups), left.values.shape[0], right.values.shape[0])
         out = torch.empty(sizes, dtype=torch.float32, device=a.values.device)
         first = 0
-        for part, count in zip(out, padded_counts(counts, TILE), strict=True):
+        for part, count in zip(out, padded_counts(groups.on_host, TILE), strict=True):
             last = first + count
             if count:
                 multiply(left.part(first, last), right.part(first, last), out.dtype, out=part)
@@ -250,8 +283,8 @@ def operand(q: Quantized, *, blocks: bool = True) -> Operand:
     if q.values.numel() == 0 and q.scales.numel() > 0:
         raise DataError(f"{tuple(q.scales.shape)} scales and no values; quantise with saved = True")
     rows, columns = q.values.shape[-2:]
-    as_blocks = blocks and q.tile == BLOCK and q.counts is None
-    values = aligned(q.values, _up(rows, TILE if as_blocks else ROWS), _up(columns, TILE))
+    as_blocks = blocks and q.tile == BLOCK and q.groups is None
+    values = aligned(q.contracted(-1), _up(rows, TILE if as_blocks else ROWS), _up(columns, TILE))
     scales = block_scales(q.scales) if as_blocks else row_scales(scales_by_row(q), values.shape[-2])
     return Operand(values, scales, as_blocks)
 
@@ -302,10 +335,7 @@ def scales_by_row(q: Quantized) -> Tensor:
         )
     scales = q.scales
     if height > 1:
-        heights = [last - first for first, last in bands(rows, height, q.counts)]
-        repeats = torch.tensor(heights, dtype=torch.int64, device=scales.device)
-        # Given its size, the device need not be asked for it.
-        scales = scales.repeat_interleave(repeats, -2, output_size=rows)
+        scales = scales.index_select(-2, bands_of_rows(rows, height, q.groups, scales.device))
     across = -(-columns // TILE)
     if width != TILE:
         scales = scales.repeat_interleave(min(-(-width // TILE), across), -1)[..., :across]
@@ -317,26 +347,22 @@ def padded_counts(counts: Sequence[int], multiple: int) -> list[int]:
     return [_up(count, multiple) for count in counts]
 
 
-def expert_rows(q: Quantized, counts: Sequence[int]) -> tuple[list[Operand], Tensor | None]:
+def expert_rows(q: Quantized, groups: Groups) -> tuple[list[Operand], Tensor | None]:
     """(each expert's rows of `q` [R, K], padded; the new place of each row, or None if all stay).
 
     cuBLAS reads each expert's scales as a matrix of its own, with its own stride. All of them are
     written into one flat tensor at once.
     """
     rows, columns = q.values.shape
-    padded = padded_counts(counts, ROWS)
+    padded = padded_counts(groups.on_host, ROWS)
     total, blocks = sum(padded), -(-columns // TILE)
-    places = None if padded == list(counts) else _places(counts, padded, q.values.device)
+    places = None if padded == list(groups.on_host) else groups.places(ROWS)
     values = aligned(_spread(q.values, places, total), total, _up(columns, TILE))
     # Scale k of row r of an expert that begins at row f and has n rows lies at f * blocks + k * n
     # + r - f.
-    repeats = torch.tensor(list(counts), dtype=torch.int64)
-    firsts = torch.tensor([0, *accumulate(padded)][:-1], dtype=torch.int64)
-    heights = torch.tensor(padded, dtype=torch.int64)
+    begins_G = groups.table(ROWS)[1].long() * ROWS
     first_R, height_R = (
-        torch.stack([firsts, heights])
-        .repeat_interleave(repeats, 1, output_size=rows)
-        .to(q.values.device)
+        of_G.index_select(0, groups.of_rows) for of_G in (begins_G[:-1], begins_G.diff())
     )
     at_R = torch.arange(rows, device=q.values.device) if places is None else places
     start_R = first_R * (blocks - 1) + at_R
@@ -352,29 +378,32 @@ def expert_rows(q: Quantized, counts: Sequence[int]) -> tuple[list[Operand], Ten
     return found, places
 
 
-def whole_tiles(q: Quantized, counts: Sequence[int]) -> Quantized:
+def whole_tiles(q: Quantized, groups: Groups) -> Quantized:
     """`q` [R, C], tiles along its rows, with each expert's rows padded to whole tiles of 128."""
-    rows, height = q.values.shape[0], q.tile[0]
-    _expect_whole(rows, counts)
+    rows, height = _rows(q), q.tile[0]
+    _expect_whole(rows, groups)
     if height % TILE:
         raise DataError(
             f"tiles of {height} x {q.tile[1]} change scale within {TILE} of {rows} contracted "
             f"rows; quantise by tiles of {ALONG_TOKENS}"
         )
-    tall = list(bands(rows, height, q.counts))
-    if tall != list(bands(rows, height, counts)):
-        raise DataError(
-            f"tiles begin anew after {q.counts or (rows,)} rows and experts after {tuple(counts)}; "
-            "quantise with counts"
-        )
-    padded = padded_counts(counts, TILE)
-    places = None if padded == list(counts) else _places(counts, padded, q.values.device)
+    expect_same_groups(q, groups)
+    if q.padded:
+        return Quantized(q.values, q.scales, q.tile)
+    padded = padded_counts(groups.on_host, TILE)
+    places = None if padded == list(groups.on_host) else groups.places(TILE)
     values, scales = _spread(q.values, places, sum(padded)), q.scales
     if height > TILE:
-        heights = [-(-(last - first) // TILE) for first, last in tall]
-        repeats = torch.tensor(heights, dtype=torch.int64, device=scales.device)
-        scales = scales.repeat_interleave(repeats, -2, output_size=sum(padded) // TILE)
+        band_R = bands_of_rows(rows, height, q.groups, scales.device)
+        tile_R = groups.places(TILE) // TILE
+        band_of_tile = band_R.new_zeros(sum(padded) // TILE).index_copy_(0, tile_R, band_R)
+        scales = scales.index_select(0, band_of_tile)
     return Quantized(values, scales, (TILE, q.tile[1]))
+
+
+def _rows(q: Quantized) -> int:
+    """Of `q` without padding."""
+    return q.groups.rows if q.groups is not None and q.padded else q.values.shape[0]
 
 
 def _spread(values: Tensor, places: Tensor | None, total: int) -> Tensor:
@@ -384,14 +413,6 @@ def _spread(values: Tensor, places: Tensor | None, total: int) -> Tensor:
     out = torch.zeros(total, values.shape[1], dtype=torch.uint8, device=values.device)
     out[places] = values.view(torch.uint8)
     return out.view(values.dtype)
-
-
-def _places(counts: Sequence[int], padded: Sequence[int], device: torch.device) -> Tensor:
-    """The row that each row moves to where expert e's rows fill `padded[e]`."""
-    moved = accumulate(p - c for p, c in zip(padded, counts, strict=True))
-    shifts = torch.tensor([0, *moved][:-1], dtype=torch.int64)
-    shift_R = shifts.repeat_interleave(torch.tensor(list(counts), dtype=torch.int64))
-    return (torch.arange(len(shift_R)) + shift_R).to(device)
 
 
 def _recipe(side: Operand) -> F.ScalingType:
@@ -404,10 +425,10 @@ def _expect_same_contraction(a: int, b: int) -> None:
         raise DataError(f"{a} columns of a meet {b} rows of b; they must be as many")
 
 
-def _expect_whole(rows: int, counts: Sequence[int]) -> None:
-    if sum(counts) != rows:
+def _expect_whole(rows: int, groups: Groups) -> None:
+    if groups.rows != rows:
         raise DataError(
-            f"counts add up to {sum(counts)} of {rows} rows; give each row to one expert"
+            f"counts add up to {groups.rows} of {rows} rows; give each row to one expert"
         )
 
 

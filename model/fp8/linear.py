@@ -65,7 +65,7 @@ class _Fp8Linears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         backend = scheme.backend(x_TI.device)
         x8_TI = scheme.activations(x_TI)
-        weights8 = [scheme.weights(w_OI) for w_OI in weights]
+        weights8 = [scheme.weights(w_OI, learning=learning) for w_OI in weights]
         ctx.scheme = scheme
         if learning:
             saved = [scheme.input_to_save(x_TI, x8_TI), *weights8]

@@ -9,7 +9,7 @@ A tile is a rectangle of values that share a scale. Three shapes of it are enoug
 
 At ragged edges a tile covers what there is. Where rows belong to experts, sorted by expert, tiles
 that are several rows high start anew at each expert's first row, since an expert contracts its own
-rows alone. The rows of one tile are called a band.
+rows alone (`groups.py`). The rows of one tile are called a band.
 
 What training multiplies is E4M3, `Quantized`. The input of the Linear after attention is saved for
 the backward pass with more bits, in E5M6: `QuantizedE5M6`.
@@ -17,7 +17,7 @@ the backward pass with more bits, in E5M6: `QuantizedE5M6`.
 Axes: R rows, C columns, P stacked matrices.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from configs.errors import DataError
 from model.fp8.format import TILE
+from model.fp8.groups import Groups
 
 Tile = tuple[int, int]
 """Rows and columns that share a scale."""
@@ -41,50 +42,83 @@ class Quantized:
     """`values * scales`, each scale covering one tile."""
 
     values: Tensor
-    """float8_e4m3fn [..., R, C]."""
+    """float8_e4m3fn [..., R, C]; where `padded`, [bands * tile[0], C]."""
     scales: Tensor
-    """float32 [..., ceil(R / tile[0]), ceil(C / tile[1])]; with `counts`, a row for each band."""
+    """float32 [..., ceil(R / tile[0]), ceil(C / tile[1])]; with `groups`, a row for each band that
+    there can be, and 1 for those that there are not."""
     tile: Tile
-    counts: tuple[int, ...] | None = None
-    """Rows of each expert, where tiles start anew at an expert's first row."""
+    groups: Groups | None = None
+    """The rows' experts, where tiles start anew at an expert's first row."""
     float32: Tensor | None = None
     """The same tensor in float32 [..., R, C], if the backend multiplies that; it is not saved."""
+    padded: bool = False
+    """Whether each group's last band is filled up with rows of zeros. A product that contracts rows
+    then takes whole tiles, and every group begins where many values are read at a time."""
+    by_column: Tensor | None = None
+    """The values of the same shape once more, those of a column side by side, for products that
+    contract rows: a weight for its input gradient."""
 
     @property
     def T(self) -> "Quantized":
         """Every matrix transposed, as a view."""
-        assert self.counts is None, "tiles that start anew along columns have no use"
+        assert self.groups is None, "tiles that start anew along columns have no use"
         return Quantized(
             self.values.mT,
             self.scales.mT,
             (self.tile[1], self.tile[0]),
             float32=None if self.float32 is None else self.float32.mT,
+            by_column=None if self.by_column is None else self.by_column.mT,
         )
+
+    def contracted(self, dim: int) -> Tensor:
+        """The values for a product that contracts `dim`: side by side along it, if they can be.
+
+        Tensor cores read FP8 operands along the contraction alone. Laid out otherwise, they are
+        transposed byte by byte within the product.
+        """
+        other = self.by_column
+        return other if other is not None and other.stride(dim) == 1 else self.values
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """(values, scales)."""
-        return self.values, self.scales
+        """(values, scales); a backward pass reads values by column, if there are such."""
+        return self.values if self.by_column is None else self.by_column, self.scales
 
     @property
     def layout(self) -> Callable[[Tensor, Tensor], "Quantized"]:
         """What makes this from its `tensors`, without the float32 form."""
-        return partial(Quantized, tile=self.tile, counts=self.counts)
+        return partial(Quantized, tile=self.tile, groups=self.groups, padded=self.padded)
+
+    def stacked(self) -> "Quantized":
+        """A matrix [R, C] as a stack of one, a view."""
+        return replace(
+            self,
+            values=self.values[None],
+            scales=self.scales[None],
+            float32=None if self.float32 is None else self.float32[None],
+            by_column=None if self.by_column is None else self.by_column[None],
+        )
+
+    def unpadded(self) -> "Quantized":
+        """The same without rows of padding."""
+        if not self.padded:
+            return self
+        assert self.groups is not None
+        return replace(self, values=picked(self.values, self.groups.places(TILE)), padded=False)
 
     def rows(self, index: Tensor) -> "Quantized":
         """Row `index[i]` as row i, with tiles one row high; the float32 form alone if there is one.
 
-        Without `counts` only: then row r has the scales of band r // tile[0].
+        Without `groups` only: then row r has the scales of band r // tile[0].
         """
-        assert self.counts is None
+        assert self.groups is None
+        assert self.by_column is None, "no product picks rows of a weight"
         tile = 1, self.tile[1]
         scales = self.scales.index_select(0, index // self.tile[0])
         if self.float32 is not None:
             float32 = self.float32.index_select(0, index)
             return replace(self, values=self.values[:0], scales=scales, tile=tile, float32=float32)
-        # Bytes are what every device can gather.
-        values = self.values.view(torch.uint8).index_select(0, index).view(self.values.dtype)
-        return replace(self, values=values, scales=scales, tile=tile)
+        return replace(self, values=picked(self.values, index), scales=scales, tile=tile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +152,7 @@ def to_tensors(quantized: Sequence[Saved]) -> tuple[list[Tensor], list[Layout]]:
     """(tensors, layouts) of quantised tensors, to be saved for a backward pass.
 
     `ctx.save_for_backward` takes tensors alone: here values and scales of each, in turn. The
-    layouts, one for each, have no tensor in them and go onto `ctx` itself.
+    layouts, one for each, have none but counts of rows in them and go onto `ctx` itself.
     """
     return [tensor for q in quantized for tensor in q.tensors], [q.layout for q in quantized]
 
@@ -129,21 +163,42 @@ def from_tensors(tensors: Sequence[Tensor], layouts: Sequence[Layout]) -> list[A
     return [make(values, scales) for make, values, scales in parts]
 
 
-def bands(rows: int, height: int, counts: Sequence[int] | None) -> Iterator[tuple[int, int]]:
-    """First and last row (exclusive) of each band of tiles; bands start anew with each expert."""
-    first = 0
-    for count in (rows,) if counts is None else counts:
-        last = first + count
-        for start in range(first, last, height):
-            yield start, min(start + height, last)
-        first = last
+def picked(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of float8 `values` [R, C]: bytes are what every device can gather."""
+    return values.view(torch.uint8).index_select(0, index).view(values.dtype)
 
 
-def expect_stacked(b: Quantized, counts: Sequence[int]) -> None:
+def expect_stacked(b: Quantized, groups: Groups) -> None:
     """DataError unless `b` has a matrix for each expert."""
-    if b.values.shape[0] != len(counts):
+    if b.values.shape[0] != len(groups):
         raise DataError(
-            f"{len(counts)} counts of rows for {b.values.shape[0]} experts' matrices; give one each"
+            f"{len(groups)} counts of rows for {b.values.shape[0]} experts' matrices; give one each"
+        )
+
+
+def expect_rows(shape: torch.Size, groups: Groups | None) -> None:
+    """DataError unless groups divide the rows of a matrix of such a shape."""
+    if groups is not None and (len(shape) != 2 or groups.rows != shape[0]):
+        raise DataError(
+            f"groups of {groups.rows} rows in all, for a tensor of shape {tuple(shape)}; give the "
+            "rows of each expert of one matrix"
+        )
+
+
+def expect_same_groups(q: Quantized, groups: Groups | None) -> None:
+    """DataError unless the tiles of `q` start where a product over `groups` expects them.
+
+    Counts that only the device knows are taken to be the same.
+    """
+    if q.tile[0] == 1 or q.groups is groups:
+        return
+    # Without groups, all rows are one.
+    both = [g or Groups.even(1, q.values.shape[-2], q.values.device) for g in (q.groups, groups)]
+    mine, wanted = (g.known for g in both)
+    if len(both[0]) != len(both[1]) or (None not in (mine, wanted) and mine != wanted):
+        raise DataError(
+            f"tiles of {list(q.values.shape)} by {q.tile} start anew after {mine} rows, and the "
+            f"product's groups after {wanted}; quantise with the groups of the product"
         )
 
 
@@ -151,24 +206,28 @@ def expect_stacked(b: Quantized, counts: Sequence[int]) -> None:
 class Quantizer(Protocol):
     """The casts of a backend."""
 
+    reads_columns: bool
+    """Whether products need the contracted dim's values side by side, and so weights twice."""
+
     def quantize(
         self,
         x: Tensor | Quantized,
         tile: Tile,
         *,
         power_of_two: bool = False,
-        counts: Sequence[int] | None = None,
+        groups: Groups | None = None,
         saved: bool = True,
         multiplied: bool = True,
+        by_column: bool = False,
     ) -> Quantized:
         """`x` [..., R, C], of any float type, as E4M3: scale = amax / 448 of each tile, in float32.
 
         What is quantised already is dequantised first. `power_of_two` rounds scales up to powers of
-        two. With `counts`, the rows of each expert of a matrix [R, C], tiles start anew at an
-        expert's first row.
+        two. With `groups`, of the rows of a matrix [R, C], tiles start anew at a group's first row.
 
-        `saved` and `multiplied` say what the result is for. A backend that multiplies float32 may
-        leave `values` empty [..., 0, C] if not `saved`, and `float32` None if not `multiplied`.
+        `saved`, `multiplied` and `by_column` say what the result is for. A backend that multiplies
+        float32 may leave `values` empty [..., 0, C] if not `saved`, and `float32` None if not
+        `multiplied`. One that `reads_columns` gives `by_column` if asked to, for blocks alone.
         """
 
     def dequantize(self, q: Quantized) -> Tensor:

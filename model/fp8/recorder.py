@@ -7,15 +7,19 @@ the counts.
 
 A recorder also remembers the scales of every operand of a step. Where a loss is not finite, the
 first scale that is not tells which tensor was the first to be so.
+
+Nothing is asked of a device while it computes: counts stay there, and are read all at once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from model.fp8.format import E4M3_MAX, SMALLEST_SCALE
 from model.fp8.quantized import Quantized
-from model.fp8.reference import Reference, spread_scales, tile_amax
+from model.fp8.reference import Reference, spread_scales, tile_amax, tile_reduce
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +64,15 @@ class Recorder:
     """Whether to be shown any: a recorder that nobody empties would grow without end."""
     counting: bool = False
     """Whether to tally, which costs as much as quantising does several times over."""
-    tallies: dict[str, Tally] = field(default_factory=dict)
+    _tallies: dict[str, Tally] = field(default_factory=dict)
+    _counts: list[tuple[str, Tensor]] = field(default_factory=list)
+    """What is not in `_tallies` yet, by role, where it was counted."""
     _scales: list[tuple[str, Tensor]] = field(default_factory=list)
 
     def start(self, *, counting: bool) -> None:
         """Forget what was seen, and watch; with `counting`, tally too."""
         self.watching, self.counting = True, counting
-        self.tallies, self._scales = {}, []
+        self._tallies, self._counts, self._scales = {}, [], []
 
     def stop(self) -> None:
         """Watch no longer; what was seen stays until the next start."""
@@ -81,14 +87,24 @@ class Recorder:
         # Asking now whether they are finite would make a GPU wait at every product.
         self._scales.append((role, q.scales))
         if self.counting:
-            self.tallies[role] = self.tallies.get(role, Tally()) + tally(x, q)
+            self._counts.append((role, _counts(x, q)))
+
+    @property
+    def tallies(self) -> dict[str, Tally]:
+        """By role, of all that was noted since the start; the host waits for the device once."""
+        counts, self._counts = self._counts, []
+        if counts:
+            rows = _read(torch.stack([count for _, count in counts]))
+            for (role, _), row in zip(counts, rows, strict=True):
+                self._tallies[role] = self._tallies.get(role, Tally()) + row
+        return self._tallies
 
     def first_not_finite(self) -> int | None:
         """Which operand since the start was the first with a value that is not finite, if any."""
-        for place, (_, scales) in enumerate(self._scales):
-            if not bool(scales.isfinite().all()):
-                return place
-        return None
+        if not self._scales:
+            return None
+        finite = torch.stack([scales.isfinite().all() for _, scales in self._scales]).tolist()
+        return finite.index(False) if False in finite else None
 
     def role(self, place: int) -> str:
         """The role of the operand that was seen as number `place` since the start, from 0."""
@@ -96,39 +112,55 @@ class Recorder:
 
 
 def tally(x: Tensor | Quantized, q: Quantized) -> Tally:
-    """Counts of what became of the values of `x`, which was quantised to `q`.
+    """Counts of what became of the values of `x`, which was quantised to `q`."""
+    (found,) = _read(_counts(x, q).unsqueeze(0))
+    return found
 
-    By the maxima of tiles where these decide, which is cheap; value by value only where something
-    is wrong.
-    """
+
+def _counts(x: Tensor | Quantized, q: Quantized) -> Tensor:
+    """int64 [6], where the values lie: what `_read` makes a `Tally` of."""
     if isinstance(x, Quantized):
         x = _float32(x)
     gone = (x != 0) & (_float32(q) == 0)
-    flushed = float(gone.sum())
-    largest = tile_amax(x, q.tile, q.counts)
+    gone_by_tile = tile_reduce(gone.int(), q.tile, q.groups, torch.sum)
+    largest = tile_amax(x, q.tile, q.groups)
     faint = (largest > 0) & (largest / E4M3_MAX < SMALLEST_SCALE)
     # Half a step of 32 beyond the largest still rounds to it.
-    narrow = largest / q.scales > E4M3_MAX + 16
-    clipped = lost = 0.0
-    if bool(narrow.any()):
-        clipped = float(((x.abs() / _spread(q.scales, q, x)) > E4M3_MAX + 16).sum())
-    if bool(faint.any()):
-        lost = float((gone & (_spread(faint.float(), q, x) > 0)).sum())
+    spread = spread_scales(q.scales, q.tile, x.shape, q.groups)
+    clipped = (x.abs() / spread > E4M3_MAX + 16).sum()
     # FP4's floor is lower than E4M3's: its faint tiles need not be lost.
-    scales = q.scales[(largest > 0) & ~(faint & (q.scales == 1))].log2()
-    empty = scales.numel() == 0
-    return Tally(
-        float(x.count_nonzero()),
+    counted = (largest > 0) & ~(faint & (q.scales == 1))
+    sizes = q.scales.log2()
+    low, high = float("inf"), float("-inf")
+    counts = (
+        x.count_nonzero(),
         clipped,
-        flushed,
-        lost,
-        float("inf") if empty else float(scales.min()),
-        float("-inf") if empty else float(scales.max()),
+        gone_by_tile.sum(),
+        torch.where(faint, gone_by_tile, 0).sum(),
     )
+    ends = (
+        _extreme(torch.where(counted, sizes, low), torch.amin, low),
+        _extreme(torch.where(counted, sizes, high), torch.amax, high),
+    )
+    return torch.cat([torch.stack(counts), torch.stack(ends).view(torch.int32).long()])
 
 
-def _spread(of_tiles: Tensor, q: Quantized, x: Tensor) -> Tensor:
-    return spread_scales(of_tiles, q.tile, x.shape, q.counts)
+def _read(counts: Tensor) -> list[Tally]:
+    """What `_counts` found of several tensors [N, 6]; the host waits once for all of them.
+
+    The ends are floats whose bits came as whole numbers, which every device has in 64 bits.
+    """
+    read = counts.cpu()
+    ends = read[:, 4:].int().view(torch.float32)
+    return [
+        Tally(*map(float, row), *end)
+        for row, end in zip(read[:, :4].tolist(), ends.tolist(), strict=True)
+    ]
+
+
+def _extreme(values: Tensor, pick: Callable[[Tensor], Tensor], otherwise: float) -> Tensor:
+    """The smallest or largest of the values, if there are any."""
+    return pick(values) if values.numel() else values.new_tensor(otherwise)
 
 
 def _float32(q: Quantized) -> Tensor:

@@ -17,9 +17,9 @@ Each operand is also shown to a recorder, which counts what FP8 does to it while
 Axes: T tokens (or rows sorted by expert), I inputs, O outputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from configs.errors import MachineError
 from configs.train import Fp8Backend, Fp8Config, Precision
 from model.fp8.backends import Backend, backend_for, choose
 from model.fp8.fp4 import through_fp4
+from model.fp8.groups import Groups
 from model.fp8.quantized import (
     ACTIVATION,
     ALONG_TOKENS,
@@ -38,6 +39,7 @@ from model.fp8.quantized import (
     Tile,
 )
 from model.fp8.recorder import Recorder
+from model.weight_cache import cached
 
 Part = Literal[
     "attention",
@@ -75,29 +77,62 @@ class Fp8:
         """x [T, I] for the forward product, by tiles of 1 x 128."""
         return self._quantize("activations", x, ACTIVATION)
 
-    def weights(self, w: Tensor) -> Quantized:
-        """W [..., O, I] by blocks of 128 x 128, for the forward product and the input gradient."""
-        if self.config.fp4_experts and self.part == "routed_experts":
-            return self._noted("weights", w, through_fp4(w))
-        return self._quantize("weights", w, BLOCK)
+    def weights(
+        self,
+        *weights: Tensor,
+        matrices: int | None = None,
+        half: int | None = None,
+        learning: bool = True,
+    ) -> Quantized:
+        """W [..., O, I] by blocks of 128 x 128, for the forward product and the input gradient.
 
-    def gradients(self, dy: Tensor, counts: Sequence[int] | None = None) -> Quantized:
+        W is one weight, or the rows of several one above the other: [O, I] as so many `matrices`
+        [G, O / G, I], or the first or second `half` of the rows of each matrix. It is quantised
+        once between two changes of its weights (`model.weight_cache`). Only with `learning` is
+        there an input gradient.
+        """
+        device = weights[0].device
+        by_column = learning and self.backend(device).reads_columns
+
+        def whole() -> Tensor:
+            w = weights[0].detach() if len(weights) == 1 else torch.cat(weights).detach()
+            if matrices is not None:
+                w = w.unflatten(0, (matrices, -1))
+            return w if half is None else w.chunk(2, -2)[half].contiguous()
+
+        form = self, matrices, half, by_column
+        q = _cached_together(weights, form, lambda: self._quantized_weight(whole(), by_column))
+        if self.recorder.watching:
+            counted = whole() if self.recorder.counting else weights[0]
+            self.recorder.note(f"{self.part}_weights", counted, q)
+        return q
+
+    def _quantized_weight(self, w: Tensor, by_column: bool) -> Quantized:
+        if self.config.fp4_experts and self.part == "routed_experts":
+            q = through_fp4(w)
+            # Bytes are what every device can transpose.
+            codes = q.values.view(torch.uint8).mT.contiguous().mT.view(q.values.dtype)
+            return replace(q, by_column=codes) if by_column else q
+        tile = _WHOLE if self.config.scaling == "tensor" else BLOCK
+        return self.backend(w.device).quantize(w, tile, by_column=by_column)
+
+    def gradients(self, dy: Tensor, groups: Groups | None = None) -> Quantized:
         """dy [T, O] for the input gradient, by tiles of 1 x 128."""
         if self.config.gradient_scaling == "block":
-            return self._quantize("gradients", dy, BLOCK, counts, saved=False)
+            return self._quantize("gradients", dy, BLOCK, groups, saved=False)
         return self._quantize("gradients", dy, ACTIVATION, saved=False)
 
-    def gradients_along_tokens(self, dy: Tensor, counts: Sequence[int] | None = None) -> Quantized:
+    def gradients_along_tokens(self, dy: Tensor, groups: Groups | None = None) -> Quantized:
         """dy [T, O] for the weight gradient, by tiles of 128 x 1 of each expert's rows."""
         tile = BLOCK if self.config.gradient_scaling == "block" else ALONG_TOKENS
-        return self._quantize("gradients_along_tokens", dy, tile, counts, saved=False)
+        return self._quantize("gradients_along_tokens", dy, tile, groups, saved=False)
 
     def input_to_save(self, x: Tensor, x8: Quantized) -> Saved:
         """What is saved of x [T, I] for the weight gradient: `x8`, which is x in E4M3, or E5M6."""
         return self.backend(x.device).quantize_e5m6(x) if self.saves_e5m6 else x8
 
     def activations_along_tokens(
-        self, x: Tensor | Saved, counts: Sequence[int] | None = None
+        self, x: Tensor | Saved, groups: Groups | None = None
     ) -> Quantized:
         """x [T, I], as it was saved, for the weight gradient, by tiles of 128 x 1.
 
@@ -105,14 +140,14 @@ class Fp8:
         """
         if isinstance(x, QuantizedE5M6):
             x = self.backend(x.words.device).dequantize_e5m6(x)
-        return self._quantize("activations_along_tokens", x, ALONG_TOKENS, counts, saved=False)
+        return self._quantize("activations_along_tokens", x, ALONG_TOKENS, groups, saved=False)
 
     def _quantize(
         self,
         kind: str,
         x: Tensor | Quantized,
         tile: Tile,
-        counts: Sequence[int] | None = None,
+        groups: Groups | None = None,
         *,
         saved: bool = True,
     ) -> Quantized:
@@ -120,13 +155,24 @@ class Fp8:
             # An expert's rows have a scale of their own even so, where their sums are apart.
             tile = _WHOLE
         device = x.values.device if isinstance(x, Quantized) else x.device
-        q = self.backend(device).quantize(x, tile, counts=counts, saved=saved)
-        return self._noted(kind, x, q)
-
-    def _noted(self, kind: str, x: Tensor | Quantized, q: Quantized) -> Quantized:
+        q = self.backend(device).quantize(x, tile, groups=groups, saved=saved)
         if self.recorder.watching:
             self.recorder.note(f"{self.part}_{kind}", x, q)
         return q
+
+
+def _cached_together(
+    weights: Sequence[Tensor], form: Hashable, make: Callable[[], Quantized]
+) -> Quantized:
+    """What `make` makes of all of the weights, until any of them changes."""
+    first, *others = weights
+    # Whoever forgets a weight forgets its mark too, and gets another.
+    marks = [cached(other, "mark", object) for other in others]
+    found = cached(first, form, dict[str, Any])
+    if "made" not in found or any(a is not b for a, b in zip(found["of"], marks, strict=True)):
+        found["made"], found["of"] = make(), marks
+    made: Quantized = found["made"]
+    return made
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,19 +9,22 @@ Where a device has no products of float8, operands are cast to bfloat16, which h
 value. Triton's interpreter (TRITON_INTERPRET=1, set before Triton is imported) runs the same
 kernels without a GPU, slowly, and multiplies in float32.
 
-Layouts are chosen for the products. Scales of 1 x 128 tiles have neighbouring rows side by side,
-since one program reads a column of them. Values of 128 x 1 tiles have neighbouring tokens side by
-side, the contracted dim of the weight gradient, if every expert starts at a multiple of 16 rows:
-then 16 are read at a time. Otherwise they could not be, and the values lie as usual. Both are views
-of the shapes that `Quantized` promises.
+Layouts are chosen for the products, whose operands Hopper's tensor cores read along the contraction
+alone. Weights are contracted along both dims and have codes of both layouts. Scales of 1 x 128
+tiles have neighbouring rows side by side, since one program reads a column of them. Values of
+128 x 1 tiles have neighbouring tokens side by side, the contracted dim of the weight gradient. With
+groups, each is padded to whole tiles of tokens, so that wherever it begins 16 values are read at a
+time and none need to be held back. Without, that takes a multiple of 16 rows; else values lie as
+usual. All but the padding are views of the shapes that `Quantized` promises.
+
+How many rows a group has is read by kernels, never by the host: it launches programs for as many
+blocks as there can be, and those beyond the last return at once.
 
 Axes: R rows, C columns, P stacked matrices, M K N rows, contraction and columns of a product,
 E experts.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,25 +35,26 @@ from configs.errors import DataError, MachineError
 from model.fp8 import triton_casts as cast_kernels
 from model.fp8 import triton_products as product_kernels
 from model.fp8.format import TILE
+from model.fp8.groups import Groups
 from model.fp8.quantized import (
     ACTIVATION,
     ALONG_TOKENS,
+    BLOCK,
     Quantized,
     QuantizedE5M6,
     Tile,
+    expect_rows,
+    expect_same_groups,
     expect_stacked,
 )
 from model.fp8.triton_layout import (
+    Bands,
     Matrix,
-    aligned,
     described,
     empty,
-    expect_bands,
     expect_product,
     expect_tile,
     flat,
-    group_heights,
-    group_table,
 )
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -62,8 +66,6 @@ _ROWS = 32
 """Rows of one program where tiles are one row high: 32 x 128 floats fill 4 warps."""
 _COLUMNS = 64
 """Columns of one program where each has a scale of its own: two such programs fit one SM."""
-_BLOCK_N = 128
-"""Columns of a product's block."""
 _TOGETHER = 8
 """Rows of blocks that programs running together share, for the L2 cache."""
 _PACKED = 8
@@ -79,6 +81,7 @@ class Triton:
     """
 
     name = "triton"
+    reads_columns = True
 
     def __init__(self, products: torch.dtype = torch.float32) -> None:
         """`products` is the dtype of outputs and input gradients."""
@@ -92,80 +95,94 @@ class Triton:
         tile: Tile,
         *,
         power_of_two: bool = False,
-        counts: Sequence[int] | None = None,
+        groups: Groups | None = None,
         saved: bool = True,
         multiplied: bool = True,
+        by_column: bool = False,
     ) -> Quantized:
         """`x` [..., R, C] as E4M3, always with values: they are what is multiplied.
 
-        By tiles of 1 x 128, 128 x 1 or 128 x 128; DataError for others, and for counts that do not
-        sum to the rows of a matrix [R, C].
+        By tiles of 1 x 128, 128 x 1 or 128 x 128; DataError for others, and for groups that are not
+        of the rows of a matrix [R, C].
         """
         expect_tile(tile)
         if isinstance(x, Quantized) and x.tile != ACTIVATION:
             x = self.dequantize(x)
         source = x.values.view(torch.uint8) if isinstance(x, Quantized) else _loadable(x)
-        shape, columns = source.shape, source.shape[-1]
-        heights = group_heights(shape, counts)
+        shape, columns, one_row = source.shape, source.shape[-1], tile[0] == 1
+        expect_rows(shape, groups)
         source = flat(source)
-        number = len(source) if tile[0] == 1 else sum(-(-height // TILE) for height in heights)
+        bands = Bands.of(shape, groups, TILE, source.device)
+        padded, both = groups is not None and tile == ALONG_TOKENS, by_column and tile == BLOCK
+        number = len(source) if one_row else bands.number
         across = columns if tile[1] == 1 else -(-columns // TILE)
-        out = empty(source, tile, heights, number, across)
+        out = empty(source, tile, number, across, padded=padded)
+        turned = source.new_empty(*shape[:-2], columns, shape[-2], dtype=torch.uint8)
+        turned = turned if both else out.codes
         width = _COLUMNS if tile[1] == 1 else TILE
-        programs = (-(-number // _ROWS) if tile[0] == 1 else number) * -(-columns // width)
+        programs = (-(-number // _ROWS) if one_row else number) * -(-columns // width)
         if programs:
             read = Matrix(source, flat(x.scales) if isinstance(x, Quantized) else source)
             with _launching(source):
                 cast_kernels.quantize[(programs,)](
                     **read.arguments("source", "rc"),
                     **out.arguments("out", "rc"),
-                    table=group_table(heights, TILE, source.device),
+                    by_column=turned,
+                    table=bands.table,
                     rows=len(source),
                     columns=columns,
-                    groups=len(heights),
+                    groups=bands.groups,
+                    height=shape[-2],
                     SOURCE=_source(x),
-                    ONE_ROW=tile[0] == 1,
+                    ONE_ROW=one_row,
                     ONE_COLUMN=tile[1] == 1,
                     POWER_OF_TWO=power_of_two,
-                    ALIGNED=aligned(heights),
-                    ROWS=_ROWS if tile[0] == 1 else TILE,
+                    ALIGNED=groups is None and shape[-2] % 16 == 0,
+                    PADDED=padded,
+                    BY_COLUMN=both,
+                    ROWS=_ROWS if one_row else TILE,
                     COLUMNS=width,
-                    GROUPS=triton.next_power_of_2(len(heights)),
-                    num_warps=4 if tile[0] == 1 else 8,
+                    GROUPS=triton.next_power_of_2(bands.groups),
+                    num_warps=4 if one_row else 8,
                     enable_fp_fusion=False,
                 )
+        codes = out.codes.view(torch.float8_e4m3fn)
         return Quantized(
-            out.codes.view(torch.float8_e4m3fn).reshape(shape),
+            codes if padded else codes.reshape(shape),
             out.scales if len(shape) == 2 else out.scales.reshape(*shape[:-2], -1, across),
             tile,
-            None if counts is None else tuple(counts),
+            groups,
+            padded=padded,
+            by_column=turned.view(torch.float8_e4m3fn).mT if both else None,
         )
 
     def dequantize(self, q: Quantized) -> Tensor:
         """values * scales: float32 [..., R, C], contiguous."""
         expect_tile(q.tile)
-        shape, columns = q.values.shape, q.values.shape[-1]
+        shape, columns, one_row = q.values.shape, q.values.shape[-1], q.tile[0] == 1
+        if q.padded and q.groups is not None:
+            shape = torch.Size([q.groups.rows, columns])
         out = torch.empty(shape, device=q.values.device)
         if not out.numel():
             return out
-        heights = group_heights(shape, q.counts)
+        bands = Bands.of(shape, q.groups, TILE, out.device)
+        rows = out.numel() // columns
+        programs = (-(-rows // _ROWS) if one_row else bands.number) * -(-columns // TILE)
         source = Matrix(flat(q.values.view(torch.uint8)), flat(q.scales))
-        rows = len(source.codes)
-        number = rows if q.tile[0] == 1 else len(source.scales)
-        programs = (-(-number // _ROWS) if q.tile[0] == 1 else number) * -(-columns // TILE)
         with _launching(out):
             cast_kernels.dequantize[(programs,)](
                 **source.arguments("source", "rc"),
                 out=out,
-                table=group_table(heights, TILE, out.device),
+                table=bands.table,
                 rows=rows,
                 columns=columns,
-                groups=len(heights),
-                ONE_ROW=q.tile[0] == 1,
+                groups=bands.groups,
+                ONE_ROW=one_row,
                 ONE_COLUMN=q.tile[1] == 1,
-                ROWS=_ROWS if q.tile[0] == 1 else TILE,
-                GROUPS=triton.next_power_of_2(len(heights)),
-                num_warps=4 if q.tile[0] == 1 else 8,
+                PADDED=q.padded,
+                ROWS=_ROWS if one_row else TILE,
+                GROUPS=triton.next_power_of_2(bands.groups),
+                num_warps=4 if one_row else 8,
                 enable_fp_fusion=False,
             )
         return out
@@ -180,13 +197,13 @@ class Triton:
                 raise DataError(
                     f"matmul of {described(a)} and {described(b)}; use grouped_matmul for stacks"
                 )
-            expect_bands(q, None)
+            expect_same_groups(q, None)
+        a, b = a.unpadded(), b.unpadded()
         expect_product(a, b)
         dtype = torch.float32 if b.tile == ALONG_TOKENS else None
-        stacked = replace(b, values=b.values[None], scales=b.scales[None], counts=None)
-        return self._multiply(a, stacked, (len(a.values),), dtype)
+        return self._multiply(a, b.stacked(), None, dtype)
 
-    def grouped_matmul(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
+    def grouped_matmul(self, a: Quantized, b: Quantized, groups: Groups) -> Tensor:
         """Rows of `a` [R, K] times their expert's matrix of `b` [E, K, N], in the output dtype.
 
         DataError as `matmul`, and if `a` has tiles that rows of two experts could share.
@@ -195,51 +212,49 @@ class Triton:
             raise DataError(
                 f"grouped_matmul of {described(a)} and {described(b)}; want 2 and 3 dims"
             )
-        expect_stacked(b, counts)
+        expect_stacked(b, groups)
         if a.tile[0] != 1:
             raise DataError(
                 f"the rows of {described(a)} share scales with other experts'; "
                 f"quantise by tiles {ACTIVATION}"
             )
         expect_product(a, b)
-        return self._multiply(a, b, tuple(counts), None)
+        expect_rows(a.values.shape, groups)
+        return self._multiply(a, b, groups, None)
 
-    def grouped_outer(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
+    def grouped_outer(self, a: Quantized, b: Quantized, groups: Groups) -> Tensor:
         """a^T b over each expert's rows: float32 [E, M, N].
 
-        DataError unless both have tiles of 128 x 1 that start anew at these counts.
+        DataError unless both have tiles of 128 x 1 that start anew with these groups, padded as
+        `quantize` makes them.
         """
         for q in (a, b):
-            if q.tile != ALONG_TOKENS or q.values.ndim != 2 or len(q.values) != len(a.values):
+            if q.tile != ALONG_TOKENS or not q.padded:
                 raise DataError(
                     f"grouped_outer of {described(a)} and {described(b)}; "
-                    f"both need as many rows and tiles {ALONG_TOKENS}"
+                    f"both need tiles {ALONG_TOKENS} of the same groups"
                 )
-            expect_bands(q, counts)
-        heights = group_heights(a.values.shape, counts)
+            expect_same_groups(q, groups)
         height, columns = a.values.shape[1], b.values.shape[1]
-        out = torch.empty(len(heights), height, columns, device=a.values.device)
+        out = torch.empty(len(groups), height, columns, device=a.values.device)
         if not out.numel():
             return out
-        if not len(a.values):
-            return out.zero_()
         blocking = _blocking(height, a.values.device)
-        blocks = -(-height // blocking.rows) * -(-columns // _BLOCK_N)
+        blocks = -(-height // blocking.rows) * -(-columns // blocking.columns)
         operands = _operands(out.device)
         with _launching(out):
-            product_kernels.outer[(len(heights) * blocks,)](
-                **matrix(a, operands).arguments("a", "km"),
-                **matrix(b, operands).arguments("b", "kn"),
+            product_kernels.outer[(len(groups) * blocks,)](
+                **matrix(a, operands, -2).arguments("a", "km"),
+                **matrix(b, operands, -2).arguments("b", "kn"),
                 out=out,
-                table=group_table(heights, TILE, out.device),
+                table=groups.table(TILE),
                 height=height,
                 columns=columns,
-                groups=len(heights),
+                groups=len(groups),
                 OPERANDS=operands,
                 BLOCK_M=blocking.rows,
-                BLOCK_N=_BLOCK_N,
+                BLOCK_N=blocking.columns,
                 TOGETHER=_TOGETHER,
-                ALIGNED=aligned(heights),
                 num_warps=blocking.warps,
                 num_stages=blocking.stages,
                 enable_fp_fusion=True,
@@ -289,12 +304,11 @@ class Triton:
         return out
 
     def _multiply(
-        self, a: Quantized, b: Quantized, counts: tuple[int, ...], dtype: torch.dtype | None
+        self, a: Quantized, b: Quantized, groups: Groups | None, dtype: torch.dtype | None
     ) -> Tensor:
-        """Each group's rows of `a` [R, K] times its matrix of `b` [E, K, N]."""
+        """Each group's rows of `a` [R, K], or all, times its matrix of `b` [E, K, N]."""
         rows, contraction = a.values.shape
         columns = b.values.shape[-1]
-        heights = group_heights(a.values.shape, counts)
         dtype = dtype or self._products
         # The interpreter does not round to bfloat16 as the hardware does; torch does.
         out_dtype = torch.float32 if INTERPRETED else dtype
@@ -303,27 +317,27 @@ class Triton:
             return out.to(dtype)
         if not contraction:
             return out.zero_().to(dtype)
-        blocking = _blocking(rows // len(heights), a.values.device)
-        tiles = sum(-(-height // blocking.rows) for height in heights)
+        blocking = _blocking(rows // len(b.values), a.values.device)
+        tiles = Bands.of(a.values.shape, groups, blocking.rows, out.device)
         operands = _operands(out.device)
         with _launching(out):
-            product_kernels.multiply[(tiles * -(-columns // _BLOCK_N),)](
-                **matrix(a, operands).arguments("a", "mk"),
-                **matrix(b, operands).arguments("b", "ekn"),
+            product_kernels.multiply[(tiles.number * -(-columns // blocking.columns),)](
+                **matrix(a, operands, -1).arguments("a", "mk"),
+                **matrix(b, operands, -2).arguments("b", "ekn"),
                 out=out,
                 out_m=columns,
-                table=group_table(heights, blocking.rows, out.device),
-                tiles=tiles,
+                table=tiles.table,
                 contraction=contraction,
                 columns=columns,
-                groups=len(heights),
+                groups=tiles.groups,
                 A_ROWS=a.tile[0],
                 B_COLUMNS=b.tile[1],
                 OPERANDS=operands,
                 BLOCK_M=blocking.rows,
-                BLOCK_N=_BLOCK_N,
+                BLOCK_N=blocking.columns,
                 TOGETHER=_TOGETHER,
-                GROUPS=triton.next_power_of_2(len(heights)),
+                GROUPS=triton.next_power_of_2(tiles.groups),
+                EVEN=contraction % TILE == 0,
                 num_warps=blocking.warps,
                 num_stages=blocking.stages,
                 enable_fp_fusion=True,
@@ -336,6 +350,7 @@ class _Blocking(NamedTuple):
 
     rows: int
     """Of a block of the output."""
+    columns: int
     warps: int
     """Groups of 32 threads that work on a block."""
     stages: int
@@ -345,13 +360,16 @@ class _Blocking(NamedTuple):
 def _blocking(rows: int, device: torch.device) -> _Blocking:
     """Blocks for groups of about so many rows.
 
-    Two warp groups share 128 rows: the accumulator and one block's product then take 128 registers
-    a thread. A stage is 32 KiB (24 with 64 rows) of Hopper's 227; others may have fewer than 100.
+    On Hopper two warp groups share 128 rows: the accumulator and one block's product then take 128
+    registers a thread. A stage is 32 KiB (24 with 64 rows) of its 227. Older tensor cores take
+    operands from registers, where those of a block so large have no room beside the sums: compiled
+    for sm_80, 128 rows spill 7 KiB a thread. And shared memory may have fewer than 100 KiB.
     """
-    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    if not INTERPRETED and torch.cuda.get_device_capability(device) < (9, 0):
+        return _Blocking(64, 128, 8, 2)
     if rows <= 64:
-        return _Blocking(64, 4, 5 if hopper else 2)
-    return _Blocking(128, 8, 4 if hopper else 2)
+        return _Blocking(64, 128, 4, 5)
+    return _Blocking(128, 128, 8, 4)
 
 
 def _loadable(x: Tensor) -> Tensor:
@@ -375,10 +393,12 @@ def _operands(device: torch.device) -> Any:
     return product_kernels.FLOAT8 if able else product_kernels.BFLOAT16
 
 
-def matrix(q: Quantized, operands: Any) -> Matrix:
-    """The codes and scales of `q` as a product reads them."""
-    as_they_are = operands is product_kernels.FLOAT8
-    return Matrix(q.values if as_they_are else q.values.view(torch.uint8), q.scales)
+def matrix(q: Quantized, operands: Any, contracted: int) -> Matrix:
+    """The codes and scales of `q` as a product reads them that contracts this dim."""
+    codes = q.contracted(contracted)
+    return Matrix(
+        codes if operands is product_kernels.FLOAT8 else codes.view(torch.uint8), q.scales
+    )
 
 
 def _launching(x: Tensor) -> AbstractContextManager[Any]:

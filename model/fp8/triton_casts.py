@@ -15,9 +15,11 @@ columns.
 A matrix `x` comes as `x` and `x_scales`, pointers, and `x_r`, `x_c`, `x_scales_r`, `x_scales_c`,
 strides along rows and columns: it may be a transposed view. Stacked matrices are one long matrix.
 A group is one of them, or an expert's rows. `table`, int32 [2, groups + 1], has the first row and
-the first band of each group, then the totals. ALIGNED says that all groups begin at multiples of 16
-rows, which the compiler cannot see in a number that it loads: it lets values that lie along the
-rows be read and written 16 at a time.
+the first band of each group, then the totals. The host, which does not wait for it, launches
+programs for as many bands as there can be: those beyond the last return. PADDED says that results
+are written, or were, with each group's last band filled up to 128 rows, so that band b begins at
+row 128 b. ALIGNED says that all groups begin at multiples of 16 rows, which the compiler cannot see
+in a number that it loads: it lets values that lie along the rows be read 16 at a time.
 
 Axes: R rows, C columns.
 """
@@ -48,9 +50,11 @@ def quantize(
     table,
     out,
     out_scales,
+    by_column,
     rows,
     columns,
     groups,
+    height,
     source_r,
     source_c,
     source_scales_r,
@@ -64,18 +68,32 @@ def quantize(
     ONE_COLUMN: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PADDED: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """E4M3 codes, uint8, and scales, float32, of a panel: ROWS rows or one band, COLUMNS columns.
 
-    Tiles are ONE_ROW high, ONE_COLUMN wide, or else blocks of 128 x 128.
+    Tiles are ONE_ROW high, ONE_COLUMN wide, or else blocks of 128 x 128. With BY_COLUMN the codes
+    of blocks are written a second time, into `by_column`, for each of the stacked matrices of
+    `height` rows transposed: [groups, columns, height], contiguous.
     """
     panels = tl.cdiv(columns, COLUMNS)
     band, panel = tl.program_id(0) // panels, tl.program_id(0) % panels
-    row, last = _rows(table, band, rows, groups, ONE_ROW, ALIGNED, ROWS, GROUPS)
     column = panel * COLUMNS + tl.arange(0, COLUMNS)
+    group, within, row, last = _rows(table, band, rows, groups, ONE_ROW, ALIGNED, ROWS, GROUPS)
+    to = out_scales + band.to(tl.int64) * out_scales_r
+    if not ONE_ROW:  # noqa: SIM102 - decided when the kernel is compiled
+        if band >= tl.load(table + 2 * groups + 1):
+            # No such band: its scale is that of zeros.
+            one = tl.full([COLUMNS], 1.0, dtype=tl.float32)
+            if ONE_COLUMN:
+                tl.store(to + column * out_scales_c, one, mask=column < columns)
+            else:
+                tl.store(to + panel * out_scales_c, 1.0)
+            return
     inside = (row < last)[:, None] & (column < columns)[None, :]
     at = row[:, None] * source_r + column[None, :].to(tl.int64) * source_c
     if SOURCE == CODES:
@@ -90,7 +108,6 @@ def quantize(
         v = tl.load(source + at, mask=inside, other=0.0)
     # Magnitudes order as their bits do, and what is not finite comes last.
     magnitude = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    to = out_scales + band.to(tl.int64) * out_scales_r
     if ONE_ROW:
         scale = _scale(tl.max(magnitude, axis=1), 448.0, POWER_OF_TWO)
         scale_at = out_scales + row * out_scales_r + panel * out_scales_c
@@ -104,8 +121,18 @@ def quantize(
         scale = _scale(tl.max(tl.max(magnitude, axis=1), axis=0), 448.0, POWER_OF_TWO)
         tl.store(to + panel * out_scales_c, scale)
         code = _encode(v, scale)
-    at = row[:, None] * out_r + column[None, :].to(tl.int64) * out_c
-    tl.store(out + at, code, mask=inside)
+    if PADDED:
+        # In a tile that is not finite, rows of padding stay zeros.
+        filled = tl.where((row < last)[:, None], code, 0)
+        row = band.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        at = row[:, None] * out_r + column[None, :].to(tl.int64) * out_c
+        tl.store(out + at, filled, mask=(column < columns)[None, :])
+    else:
+        at = row[:, None] * out_r + column[None, :].to(tl.int64) * out_c
+        tl.store(out + at, code, mask=inside)
+    if BY_COLUMN:
+        at = (group.to(tl.int64) * columns + column[None, :]) * height + within[:, None]
+        tl.store(by_column + at, code, mask=inside)
 
 
 @no_type_check
@@ -124,16 +151,23 @@ def dequantize(
     source_scales_c,
     ONE_ROW: tl.constexpr,
     ONE_COLUMN: tl.constexpr,
+    PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """codes * scales of a panel, into float32 `out` [R, C], contiguous."""
     panels = tl.cdiv(columns, WIDTH)
     band, panel = tl.program_id(0) // panels, tl.program_id(0) % panels
-    row, last = _rows(table, band, rows, groups, ONE_ROW, False, ROWS, GROUPS)
+    _, _, row, last = _rows(table, band, rows, groups, ONE_ROW, False, ROWS, GROUPS)
+    if not ONE_ROW:  # noqa: SIM102 - decided when the kernel is compiled
+        if band >= tl.load(table + 2 * groups + 1):
+            return
     column = panel * WIDTH + tl.arange(0, WIDTH)
     inside = (row < last)[:, None] & (column < columns)[None, :]
-    at = row[:, None] * source_r + column[None, :].to(tl.int64) * source_c
+    source_row = row
+    if PADDED:
+        source_row = band.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = source_row[:, None] * source_r + column[None, :].to(tl.int64) * source_c
     value = decode(tl.load(source + at, mask=inside, other=0))
     of = source_scales + band.to(tl.int64) * source_scales_r
     if ONE_ROW:
@@ -225,12 +259,16 @@ def dequantize_e5m6(words, scales, out, rows, columns, ROWS: tl.constexpr):
 @no_type_check
 @triton.jit
 def band_of(table, band, groups, HEIGHT: tl.constexpr, GROUPS: tl.constexpr):
-    """Group, first and last row (exclusive) of a band of at most HEIGHT rows."""
+    """Group, first row within it, first row and last row (exclusive) of a band of HEIGHT rows.
+
+    Beyond the last band, a band of a group that is not there: read nothing of it.
+    """
     group = tl.arange(0, GROUPS)
     ends = tl.load(table + groups + 2 + group, mask=group < groups, other=2147483647)
     found = tl.sum((ends <= band).to(tl.int32), axis=0)
-    first = tl.load(table + found) + (band - tl.load(table + groups + 1 + found)) * HEIGHT
-    return found, first, tl.minimum(first + HEIGHT, tl.load(table + found + 1))
+    within = (band - tl.load(table + groups + 1 + found)) * HEIGHT
+    first = tl.load(table + found) + within
+    return found, within, first, tl.minimum(first + HEIGHT, tl.load(table + found + 1))
 
 
 @no_type_check
@@ -259,14 +297,15 @@ def _rows(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Row indices of one program, int64, and where they end (exclusive)."""
+    """Group, rows within it, rows, int64, of one program, and where they end (exclusive)."""
+    step = tl.arange(0, ROWS).to(tl.int64)
     if ONE_ROW:
-        first, last = band * ROWS, rows
+        group, within, first, last = 0, band * ROWS, band * ROWS, rows
     else:
-        _, first, last = band_of(table, band, groups, ROWS, GROUPS)
+        group, within, first, last = band_of(table, band, groups, ROWS, GROUPS)
         if ALIGNED:
             first, last = tl.multiple_of(first, 16), tl.multiple_of(last, 16)
-    return first + tl.arange(0, ROWS).to(tl.int64), last
+    return group, within + step, first + step, last
 
 
 @no_type_check

@@ -1,15 +1,12 @@
 """Layouts of operands for Triton's kernels, their arguments, and what they refuse to multiply.
 
 Rows of all stacked matrices, or of all experts, are one long matrix to the casts. A group is one of
-them, its height its number of rows; `group_table` says where each begins.
+them; a table on the device says where each begins (`model.fp8.groups`).
 
 Axes: R rows, C columns.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -18,7 +15,8 @@ from torch import Tensor
 
 from configs.errors import DataError
 from model.fp8.format import TILE
-from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Quantized, Tile, bands
+from model.fp8.groups import Groups, even_table
+from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Quantized, Tile
 
 _TILES = (ACTIVATION, ALONG_TOKENS, BLOCK)
 
@@ -46,46 +44,42 @@ class Matrix:
         return found
 
 
-@lru_cache(256)
-def group_table(heights: tuple[int, ...], height: int, device: torch.device) -> Tensor:
-    """int32 [2, groups + 1]: first rows and first bands of groups, then the totals.
+@dataclass(frozen=True, slots=True)
+class Bands:
+    """Where bands of so many rows begin, of experts or of the matrices of a stack."""
 
-    The same counts come back for every product of a layer, so one copy to the device serves all.
-    """
-    rows = accumulate(heights, initial=0)
-    tiles = accumulate((-(-rows // height) for rows in heights), initial=0)
-    return torch.tensor([list(rows), list(tiles)], dtype=torch.int32, device=device)
+    table: Tensor
+    """`Groups.table`."""
+    groups: int
+    """How many experts or matrices."""
+    number: int
+    """The most bands that there can be."""
 
-
-def group_heights(shape: torch.Size, counts: Sequence[int] | None) -> tuple[int, ...]:
-    """Rows of each group: an expert, or a matrix of a stack."""
-    if counts is None:
-        return (shape[-2],) * prod(shape[:-2])
-    if len(shape) != 2 or sum(counts) != shape[0] or min(counts, default=0) < 0:
-        raise DataError(
-            f"counts {list(counts)} sum to {sum(counts)}, for a tensor of shape {tuple(shape)}; "
-            f"give the rows of each expert of one matrix"
-        )
-    return tuple(counts)
-
-
-def aligned(heights: tuple[int, ...]) -> bool:
-    """Whether every group begins at a multiple of 16 rows."""
-    return all(height % 16 == 0 for height in heights)
+    @classmethod
+    def of(
+        cls, shape: torch.Size, groups: Groups | None, height: int, device: torch.device
+    ) -> "Bands":
+        """Of a tensor [..., R, C] whose rows have groups, or of a stack."""
+        if groups is not None:
+            return cls(groups.table(height), len(groups), groups.num_bands(height))
+        matrices = prod(shape[:-2])
+        table = even_table(matrices, shape[-2], height, device)
+        return cls(table, matrices, matrices * -(-shape[-2] // height))
 
 
-def empty(source: Tensor, tile: Tile, heights: tuple[int, ...], bands: int, across: int) -> Matrix:
-    """Codes [R, C] and scales [bands, across] of `source` [R, C], not yet filled.
+def empty(source: Tensor, tile: Tile, bands: int, across: int, *, padded: bool) -> Matrix:
+    """Codes [R, C], or [bands * 128, C] if `padded`, and scales [bands, across], not yet filled.
 
     Their layouts are those that products read quickest: scales of 1 x 128 tiles with rows side by
-    side, codes of 128 x 1 tiles too where every group begins at a multiple of 16 rows.
+    side, codes of 128 x 1 tiles too. Without padding the latter need a multiple of 16 rows.
     """
     rows, columns = source.shape
+    rows = bands * TILE if padded else rows
     codes = source.new_empty(rows, columns, dtype=torch.uint8)
     scales = source.new_empty(bands, across, dtype=torch.float32)
     if tile == ACTIVATION:
         scales = source.new_empty(across, bands, dtype=torch.float32).T
-    if tile == ALONG_TOKENS and aligned(heights):
+    if tile == ALONG_TOKENS and rows % 16 == 0:
         codes = source.new_empty(columns, rows, dtype=torch.uint8).T
     return Matrix(codes, scales)
 
@@ -111,18 +105,6 @@ def expect_product(a: Quantized, b: Quantized) -> None:
         raise DataError(
             f"{described(a)} times {described(b)}: tiles must be {TILE} wide along the "
             f"contraction, columns of the left and rows of the right; quantise along that dim"
-        )
-
-
-def expect_bands(q: Quantized, counts: Sequence[int] | None) -> None:
-    """DataError unless the tiles of `q` start where a product over `counts` expects them."""
-    if q.tile[0] == 1 or q.counts == (None if counts is None else tuple(counts)):
-        return
-    rows = q.values.shape[-2]
-    if list(bands(rows, q.tile[0], q.counts)) != list(bands(rows, q.tile[0], counts)):
-        raise DataError(
-            f"tiles of {described(q)} start anew at counts {q.counts}, and the product wants "
-            f"{counts}; quantise with the same counts"
         )
 
 

@@ -6,7 +6,9 @@ of the output. It takes 128 contracted values at a time: their products are summ
 cores, scaled by both operands' scales, and added up in float32.
 
 An operand `a` comes as `a` and `a_scales`, pointers, and a stride for each of its axes, as `a_m`
-and `a_scales_m`. Tables and ALIGNED are those of `triton_casts.py`.
+and `a_scales_m`. Tables are those of `triton_casts.py`, as is the padding of what `outer`
+contracts. EVEN says that all of a contraction are whole blocks of 128, so that nothing beyond its
+end needs to be held back.
 
 Axes: M K N rows, contraction and columns of a product.
 """
@@ -39,7 +41,6 @@ def multiply(
     b_scales,
     table,
     out,
-    tiles,
     contraction,
     columns,
     groups,
@@ -61,10 +62,14 @@ def multiply(
     BLOCK_N: tl.constexpr,
     TOGETHER: tl.constexpr,
     GROUPS: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """One block of out [M, N]: an expert's rows of a [M, K] times its matrix of b [E, K, N]."""
+    tiles = tl.load(table + 2 * groups + 1)
+    if tl.program_id(0) >= tiles * tl.cdiv(columns, BLOCK_N):
+        return
     tile, across = _swizzled(tl.program_id(0), tiles, tl.cdiv(columns, BLOCK_N), TOGETHER)
-    expert, first, last = band_of(table, tile, groups, BLOCK_M, GROUPS)
+    expert, _, first, last = band_of(table, tile, groups, BLOCK_M, GROUPS)
     row, column = first + tl.arange(0, BLOCK_M), across * BLOCK_N + tl.arange(0, BLOCK_N)
     expert = expert.to(tl.int64)
     total = _sum_of_blocks(
@@ -80,6 +85,7 @@ def multiply(
         OPERANDS,
         BLOCK_M,
         BLOCK_N,
+        EVEN,
     )
     inside = (row < last)[:, None] & (column < columns)[None, :]
     to = out + row[:, None].to(tl.int64) * out_m + column[None, :]
@@ -110,19 +116,19 @@ def outer(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TOGETHER: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):
-    """One block of out [E, M, N]: an expert's rows of a [K, M], transposed, times those of b."""
+    """One block of out [E, M, N]: an expert's rows of a [K, M], transposed, times those of b.
+
+    Experts' rows are filled up to whole bands of 128.
+    """
     down, across = tl.cdiv(height, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     expert, inner = tl.program_id(0) // (down * across), tl.program_id(0) % (down * across)
     tile_m, tile_n = _swizzled(inner, down, across, TOGETHER)
     row, column = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    first, last = tl.load(table + expert), tl.load(table + expert + 1)
-    if ALIGNED:
-        first, last = tl.multiple_of(first, 16), tl.multiple_of(last, 16)
-    band = tl.load(table + groups + 1 + expert).to(tl.int64)
-    # Both sides begin at the expert's first row, their scales at its first band.
-    start = first.to(tl.int64)
+    # Both sides begin at the expert's first band, as their scales do.
+    bands = table + groups + 1 + expert
+    band, end = tl.load(bands).to(tl.int64), tl.load(bands + 1)
+    start = band * WIDTH
     total = _sum_of_blocks(
         (a + start * a_k, a_scales + band * a_scales_k, a_m, a_k, a_scales_m, a_scales_k),
         (b + start * b_k, b_scales + band * b_scales_k, b_n, b_k, b_scales_n, b_scales_k),
@@ -130,12 +136,13 @@ def outer(
         height,
         column,
         columns,
-        last - first,
+        (end - band.to(tl.int32)) * WIDTH,
         1,
         1,
         OPERANDS,
         BLOCK_M,
         BLOCK_N,
+        True,
     )
     inside = (row < height)[:, None] & (column < columns)[None, :]
     to = out + (expert.to(tl.int64) * height + row[:, None]) * columns + column[None, :]
@@ -157,6 +164,7 @@ def _sum_of_blocks(
     OPERANDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """float32 [BLOCK_M, BLOCK_N]: 128 contracted values at a time, scaled, added in float32.
 
@@ -178,12 +186,15 @@ def _sum_of_blocks(
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for block in range(tl.cdiv(contraction, WIDTH)):
         k = block * WIDTH + tl.arange(0, WIDTH)
-        real = k < contraction
+        of_left, of_right = real_row[:, None], real_column[None, :]
+        if not EVEN:
+            of_left, of_right = (
+                of_left & (k < contraction)[None, :],
+                of_right & (k < contraction)[:, None],
+            )
         k = k.to(tl.int64)
-        left = tl.load(a_row + k[None, :] * a_k, mask=real_row[:, None] & real[None, :], other=0.0)
-        right = tl.load(
-            b_column + k[:, None] * b_k, mask=real[:, None] & real_column[None, :], other=0.0
-        )
+        left = tl.load(a_row + k[None, :] * a_k, mask=of_left, other=0.0)
+        right = tl.load(b_column + k[:, None] * b_k, mask=of_right, other=0.0)
         # Both scales before the product: a load behind it would begin when that has ended.
         a_scale = tl.load(a_scale_at + block * a_scales_k, mask=real_row, other=0.0)
         b_at = b_scales + block * b_scales_k

@@ -5,6 +5,7 @@ they are asked for, so that a model is never in memory twice.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -45,12 +46,16 @@ def from_hf(config: ModelConfig, stored: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def assemble(
-    config: ModelConfig, layout: Mapping[str, Tensor], stored: Mapping[str, Tensor]
+    config: ModelConfig,
+    layout: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor],
+    experts: Mapping[str, range] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Each tensor of `layout`, newly made of what is stored, one at a time.
 
     Types and devices are those of `layout`, whose values do not matter; a device that holds no
-    values means the CPU. Nothing is read before all names are known to be right.
+    values means the CPU. Nothing is read before all names are known to be right. Of a stacked
+    module that `experts` names, only that range is made, and its other parts are never read.
     """
     table = table_of(config)
     found = {name: [*_locate(table.parts(config, name), stored)] for name in layout}
@@ -62,7 +67,9 @@ def assemble(
             "take the config that belongs to it"
         )
     for name, target in layout.items():
-        made = _assembled(target, found[name], stored)
+        local = (experts or {}).get(name.rpartition(".")[0])
+        pieces = found[name] if local is None else [*_of_experts(found[name], local)]
+        made = _assembled(target, pieces, stored)
         if name.endswith("tid2eid"):
             _check_experts(found[name][0][0], made, config.n_routed_experts)
         yield name, made
@@ -136,6 +143,15 @@ def _assembled(
             )
         place.copy_(source)
     return made
+
+
+def _of_experts(pieces: Iterable[tuple[str, Part]], local: range) -> Iterator[tuple[str, Part]]:
+    """The parts of some of a stack's experts, where they lie in a stack of these alone."""
+    for name, part in pieces:
+        expert, *rest = part.index
+        assert isinstance(expert, int)
+        if expert in local:
+            yield name, replace(part, index=(expert - local.start, *rest))
 
 
 def _begun_by(table: Table, name: str) -> Iterator[tuple[str, ...]]:

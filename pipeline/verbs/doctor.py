@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -10,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-import torch
 
 from configs.errors import ConfigError
 from configs.parallel import ClusterConfig, StoreConfig, TrackingConfig
-from model.fp8.backends import choose
+from pipeline.devices import devices
 from pipeline.embedded import UI_PORT
 from pipeline.machine import Finding, surroundings
 from pipeline.places import sqlite_path, tracking_uri
@@ -43,7 +41,7 @@ def examine() -> Iterator[Finding]:
     yield Finding("ingot", ingot_version())
     yield Finding("python", platform.python_version())
     yield from _machine()
-    yield from _accelerators()
+    yield from devices()
     store = Path.cwd() / StoreConfig().url
     try:
         database = sqlite_path(tracking_uri(TrackingConfig(), store))
@@ -69,29 +67,6 @@ def _machine() -> Iterator[Finding]:
     full = f"free some, or put store.url on a disk with {least:,} bytes"
     seen = f"{free / 1e9:.1f} GB free here"
     yield Finding("disk", seen, None if free >= least else full, needed=True)
-
-
-def _accelerators() -> Iterator[Finding]:
-    yield Finding("torch", torch.__version__)
-    cuda = f"{torch.cuda.get_device_name()}, not used yet" if torch.cuda.is_available() else "none"
-    yield Finding("CUDA", f"{cuda}; training runs on the CPU")
-    yield from _fp8()
-    npu = importlib.util.find_spec("torch_npu") is not None
-    yield Finding("Ascend NPU", "torch_npu is installed" if npu else "none; export needs none")
-
-
-def _fp8() -> Iterator[Finding]:
-    """Who computes where a recipe says FP8, on each kind of device that is here."""
-    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    for device in devices:
-        choice = choose(torch.device(device))
-        name = "none" if choice.backend is None else choice.backend.name
-        slow = device == "cpu" and choice.reason.startswith("eager")
-        fix = "install a C compiler, as gcc: quantising is then several times as fast"
-        seen = f"backend {name}, {choice.reason}"
-        if device == "cpu":
-            seen += "; triton and cublas need a CUDA device"
-        yield Finding(f"FP8 on {device}", seen, fix if slow else None)
 
 
 def _package(name: str) -> Finding:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from cluster.backend import own
 from cluster.generation import Sampling
 from configs.errors import ConfigError, DataError
 from model.transformer import Transformer
@@ -44,7 +45,7 @@ def eval_(args: argparse.Namespace) -> int:
         raise DataError(f"--problems {path}: holds no problem; give one or more")
     problems = choose(found, args.limit, seed=args.seed)
     print(f"asking {folder} {len(problems)} problems of {path}", file=sys.stderr)
-    answered = _ask(load_pretrained(folder), folder, problems, args)
+    answered = _ask(load_pretrained(folder, device=own("auto").device), folder, problems, args)
     print(f"right greedily  {_shown(greedy_accuracy(answered))}")
     print(f"pass@1          {_shown(mean_over_problems(pass_values(answered, 1)))}")
     wrong = [one for one in answered if not one.greedy_correct]

@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 
+from cluster.backend import own
 from configs.errors import ArtifactError, ConfigError
 from configs.seed import derive
 from model import decode
@@ -30,7 +31,7 @@ def sample(args: argparse.Namespace) -> int:
         [BOS_ID, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in args.prompt
     ]
     answers = decode.sample(
-        load_pretrained(folder),
+        load_pretrained(folder, device=own("auto").device),
         prompts,
         max_new_tokens=args.max_new_tokens,
         drawing=Drawing(args.temperature, args.top_k, args.top_p),

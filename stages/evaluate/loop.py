@@ -7,13 +7,16 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from cluster.backend import own
 from cluster.generation import GenerationPool, Sampling, open_generation
 from cluster.workers import with_restarts
 from configs.delivery import EvaluateSpec
 from configs.errors import DataError
+from model.fp8.scheme import Numerics
 from model.weights.files import load_pretrained
 from stages.answers import Answered, ask, choose, greedy_accuracy, pass_values
 from stages.artifacts import PAGE, Checkpoint, Corpus, Report
@@ -41,6 +44,8 @@ from stages.shards import Rows, consumed_rows
 from stages.tokens import load_tokenizer
 from stages.verifiers import read_problems
 
+_FULL = Numerics(compute=torch.float32)
+"""Weights are measured as they are, on every device."""
 _ROWS_PER_COUNT = 4096
 """Consumed rows to hold in memory at once."""
 
@@ -188,9 +193,11 @@ def _baseline(
 def _read_text(
     work: Workspace, exam: Exam, checkpoint: Checkpoint, name: str
 ) -> dict[str, TextScore]:
-    model = load_pretrained(checkpoint.path())
+    device = own(work.machines.device).device
+    model = load_pretrained(checkpoint.path(), device=device)
     text = {
-        source: score_text(model, rows_NS, exam.lengths_V) for source, rows_NS in exam.text.items()
+        source: score_text(model, rows_NS, exam.lengths_V, device=device)
+        for source, rows_NS in exam.text.items()
     }
     bits_per_byte = total(text.values()).bits_per_byte
     work.tracker.note(f"{name}: {bits_per_byte:.4f} bits per byte of held-out text")
@@ -209,7 +216,9 @@ def _answer_problems(
         """Those that have not answered yet; whoever has, need not again when a worker dies."""
         others = {name: one for name, one in models.items() if name not in found}
         held = next(iter(others.values())).path()
-        with open_generation(work.machines, held, logs=work.logs, supply=work.supply) as pool:
+        with open_generation(
+            work.machines, held, logs=work.logs, supply=work.supply, precision=_FULL
+        ) as pool:
             for name, one in others.items():
                 if one.path() != held:
                     pool.load(one.path())

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from configs.errors import DataError
 from stages.byte_level import alphabet
-from stages.framing import BOS_ID, segments_of
+from stages.framing import BOS_ID
+from stages.segments import segments_of
 
 _TOKENS_PER_BATCH = 4096
 
@@ -101,23 +102,28 @@ def batches(rows_BS: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
 
 
 def score_text(
-    forward: Forward, rows_BS: NDArray[np.int64], lengths_V: NDArray[np.int64]
+    forward: Forward,
+    rows_BS: NDArray[np.int64],
+    lengths_V: NDArray[np.int64],
+    *,
+    device: str = "cpu",
 ) -> TextScore:
     """Score packed rows under teacher forcing; documents of a row do not see each other.
+
+    `forward` is asked, and answers, on `device`; what it answers is added up on the host.
 
     DataError if the model's probabilities are not numbers.
     """
     nats = 0.0
     for batch_BS in batches(rows_BS):
-        tokens_BS = torch.from_numpy(batch_BS)
+        tokens_BS = torch.from_numpy(batch_BS).to(device)
         with torch.inference_mode():
             logits_BSV = forward(tokens_BS, segments_of(tokens_BS))
-        mask = torch.from_numpy(target_mask(batch_BS))
-        nats += float(
-            torch.nn.functional.cross_entropy(
-                logits_BSV[:, :-1][mask].float(), tokens_BS[:, 1:][mask], reduction="none"
-            ).sum(dtype=torch.float64)
+        mask = torch.from_numpy(target_mask(batch_BS)).to(device)
+        nats_P = torch.nn.functional.cross_entropy(
+            logits_BSV[:, :-1][mask].float(), tokens_BS[:, 1:][mask], reduction="none"
         )
+        nats += float(nats_P.cpu().sum(dtype=torch.float64))
     if not math.isfinite(nats):
         raise DataError(f"held-out text costs {nats} nats; the checkpoint's weights are unusable")
     num_bytes, num_targets = size(rows_BS, lengths_V)

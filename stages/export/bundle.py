@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.backend import own
 from configs.delivery import ExportSpec, Target, Variant
 from configs.errors import ExportError
 from configs.model import ModelConfig
@@ -81,7 +82,8 @@ def export(
         max_tokens=checkpoint.model.max_position_embeddings,
     )
     rows_NS = parity.held_out_rows(corpus, config.export.parity_prompts, seed=config.seed)
-    reference = load_pretrained(checkpoint.path())
+    device = own(work.machines.device).device
+    reference = load_pretrained(checkpoint.path(), device=device)
     exam = served.Examination(
         corpus,
         checkpoint.path(),
@@ -203,6 +205,7 @@ def _prove(proof: _Proof, form: Format, *, step: int) -> tuple[Parity, Asked | N
         {f"{variant}/weight_error_of_bound": share, f"{variant}/fused_matrices": fused}, step=step
     )
     model = parity.reload(stored, form, proof.source.names)
+    model.to(parity.device_of(proof.reference))
     measured = parity.compare(proof.reference, model, proof.rows_NS)
     named = {f"{variant}/{name}": value for name, value in measured.model_dump().items()}
     work.tracker.log(named, step=step + 1)

@@ -165,7 +165,7 @@ def compare(source: Transformer, variant: Transformer, rows_NS: Int64) -> Parity
         tokens_BS = torch.from_numpy(rows_NS[start : start + BATCH_ROWS])
         scored_BS = tokens_BS[:, 1:] != BOS_ID
         inputs_BS = tokens_BS[:, :-1]
-        _add(sums, source(inputs_BS)[scored_BS], variant(inputs_BS)[scored_BS])
+        _add(sums, _ask(source, inputs_BS)[scored_BS], _ask(variant, inputs_BS)[scored_BS])
     if sums.positions == 0:
         raise ExportError("the held-out rows hold nothing but padding; rebuild the corpus")
     if not math.isfinite(sums.max_error + sums.kl_nats):
@@ -176,6 +176,17 @@ def compare(source: Transformer, variant: Transformer, rows_NS: Int64) -> Parity
         top1_agreement=sums.agreeing / sums.positions,
         mean_kl_nats=sums.kl_nats / sums.positions,
     )
+
+
+def device_of(model: Transformer) -> torch.device:
+    """Where a model computes."""
+    return next(model.parameters()).device
+
+
+def _ask(model: Transformer, tokens_BS: Tensor) -> Tensor:
+    """Logits on the host, where they are compared in float64, which not every device has."""
+    logits_BSV: Tensor = model(tokens_BS.to(device_of(model)))
+    return logits_BSV.cpu()
 
 
 def require(parity: Parity, variant: str, config: ExportConfig) -> None:

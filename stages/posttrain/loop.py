@@ -10,16 +10,14 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from cluster import checkpoint
+from cluster.backend import foresee
 from cluster.generation import GenerationPool, open_generation
 from cluster.pool import TrainerPool, open_trainers
 from cluster.session import ray_for
 from cluster.workers import with_restarts
 from configs.rl import PosttrainSpec
 from model.fp8.drift import Drift
-from model.fp8.scheme import settle
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace, fills
 from stages.conventions import carry
@@ -37,8 +35,7 @@ def posttrain(
 ) -> Checkpoint:
     """Improve `base` on the corpus's training problems, and measure it on held-out ones."""
     run = prepare(config, work, corpus, base)
-    # What cannot be computed is told before any worker is started. Workers compute on CPUs.
-    settle(run.numerics, torch.device("cpu"))
+    foresee(run.numerics, work.machines)
     work.tracker.start(steps=run.rl.steps, unit="step")
     # Steps after the last save will be made again, and are not to be shown until then.
     begin_metrics(work, run.saves.newest())
@@ -109,8 +106,9 @@ def _measure_before(run: Run, samplers: GenerationPool, journal: Journal) -> Non
 def _pools(run: Run) -> Iterator[tuple[TrainerPool, GenerationPool]]:
     work, start = run.work, run.base.path()
     machines, logs, supply = work.machines, work.logs, work.supply
+    workers = machines.trainers + machines.samplers
     with (
-        ray_for(machines, str(start), workers=machines.trainers + machines.samplers),
+        ray_for(machines, str(start), workers=workers, trainers=machines.trainers),
         open_trainers(machines, start, run.trainers, logs=logs, supply=supply) as trainers,
         open_generation(
             machines, start, logs=logs, supply=supply, precision=run.numerics

@@ -6,6 +6,7 @@ from functools import partial
 
 from cluster import checkpoint
 from cluster.generation import Sampling
+from cluster.memory import LESS_MEMORY
 from cluster.pool import TrainerSpec
 from cluster.saves import Saves
 from configs.errors import DataError
@@ -59,12 +60,16 @@ class Run:
     @property
     def trainers(self) -> TrainerSpec:
         """What every trainer is built from."""
+        rl = self.rl
         return TrainerSpec(
-            optim=self.rl.optim,
-            balance=BalanceConfig(bias_update_speed=self.rl.bias_update_speed),
+            optim=rl.optim,
+            balance=BalanceConfig(bias_update_speed=rl.bias_update_speed),
             precision=self.numerics,
             seed=self.config.seed,
             reference=self.algorithm.reference is not None,
+            less_memory=f"{LESS_MEMORY}, raise posttrain.minibatches = {rl.minibatches}, or lower "
+            f"posttrain.group_size = {rl.group_size} or posttrain.max_new_tokens = "
+            f"{rl.max_new_tokens}",
         )
 
 

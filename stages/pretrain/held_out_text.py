@@ -70,11 +70,13 @@ class HeldOutText:
         self, model: Transformer, batch: Mapping[str, Tensor], *, step: int
     ) -> dict[str, float]:
         """Nats and scored tokens of each source in this batch, as the loss of `step` has them."""
-        nats_B = self.loss(max(1, step)).next_token_nats(model, batch["tokens"]).double()
+        nats_B = self.loss(max(1, step)).next_token_nats(model, batch["tokens"])
         targets_B = scored_targets(batch["tokens"])[0].sum(1)
+        # On the host: not every device has float64.
+        nats_B, targets_B, source_B = nats_B.cpu().double(), targets_B.cpu(), batch["source"].cpu()
         found: dict[str, float] = {}
         for number, name in enumerate(self.rows):
-            mine_B = batch["source"] == number
+            mine_B = source_B == number
             found[f"nats/{name}"] = float(nats_B[mine_B].sum())
             found[f"targets/{name}"] = float(targets_B[mine_B].sum())
         return found

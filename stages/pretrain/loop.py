@@ -7,17 +7,17 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from cluster.backend import foresee
 from cluster.checkpoint import consolidate, latest
 from cluster.fit import FitJob, fit
+from cluster.memory import LESS_MEMORY
 from cluster.output import Output
 from cluster.saves import Saves
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.train import PretrainConfig, PretrainSpec
 from model.engram import canonical_ids
-from model.fp8.scheme import Numerics, settle
+from model.fp8.scheme import Numerics
 from model.optim import warmup_cosine
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace, fills
@@ -49,8 +49,7 @@ def pretrain(
             "with, which was made otherwise; use its model, or another checkpoint"
         )
     job = _job(config, work, corpus, base)
-    # What cannot be computed is told before any worker is started. Workers compute on CPUs.
-    settle(_numerics(config, work), torch.device("cpu"))
+    foresee(_numerics(config, work), work.machines)
     work.tracker.start(steps=config.pretrain.steps, unit="step")
     # Steps after the last save will be made again, and are not to be shown until then.
     begin_metrics(work, job.saves.newest())
@@ -118,8 +117,19 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus, base: Checkpoint
         threads=work.machines.threads_per_worker,
         output=Output(str(work.logs), "trainer"),
         reads=(corpus.path("train"), corpus.path("held_out"), *([base.path()] if base else [])),
+        less_memory=_less_memory(train, corpus),
+        flops_per_token=config.model.training_flops_per_token(corpus.sequence_tokens),
         held_out=held_out_text(config, corpus, partial(loss_at, train)),
         vocabulary=vocabulary(corpus.path("tokenizer.json")) if config.model.engram else None,
+    )
+
+
+def _less_memory(train: PretrainConfig, corpus: Corpus) -> str:
+    """Which settings lower what a rank holds; all but the number of ranks begin anew."""
+    moments = " or pretrain.optim.moments" if train.optim.moments == "float32" else ""
+    return (
+        f"{LESS_MEMORY}, or lower pretrain.batch_sequences = {train.batch_sequences} or "
+        f"data.sequence_tokens = {corpus.sequence_tokens}{moments}"
     )
 
 

@@ -15,7 +15,8 @@ from model.fp8.linear import Linear
 from model.loss import UNSCORED, cross_entropy
 from model.passes import IndexerPhase, Whole
 from model.transformer import Transformer
-from stages.framing import BOS_ID, segments_of
+from stages.framing import BOS_ID
+from stages.segments import segments_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The arithmetic and the rows of the benchmark's FP8 products, without a GPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,6 +10,7 @@ from torch import Tensor
 from model.fp8 import cublas
 from model.fp8.backends import Backend
 from model.fp8.cublas import Cublas, Operand
+from model.fp8.groups import Groups
 from model.fp8.quantized import Quantized
 from model.fp8.reference import Reference
 from tests.bench.gpu import products as bench
@@ -95,11 +96,11 @@ def test_all_variants_of_a_product_run_and_a_wrong_one_is_told(
         def matmul(self, a: Quantized, b: Quantized) -> Tensor:
             return 1.1 * super().matmul(a, b)
 
-        def grouped_matmul(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
-            return 1.1 * super().grouped_matmul(a, b, counts)
+        def grouped_matmul(self, a: Quantized, b: Quantized, groups: Groups) -> Tensor:
+            return 1.1 * super().grouped_matmul(a, b, groups)
 
-        def grouped_outer(self, a: Quantized, b: Quantized, counts: Sequence[int]) -> Tensor:
-            return 1.1 * super().grouped_outer(a, b, counts)
+        def grouped_outer(self, a: Quantized, b: Quantized, groups: Groups) -> Tensor:
+            return 1.1 * super().grouped_outer(a, b, groups)
 
     backends: dict[str, Backend] = {"cublas": Cublas(Reference()), "triton": Wrong()}
     monkeypatch.setattr(bench, "backend_for", lambda _, name: backends[name])

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
-from configs.errors import MachineError
+from cluster.checkpoint import load_shards
+from configs.errors import ArtifactError, MachineError
 from model.transformer import Transformer
 from tests.bench import on_gpu
 from tests.bench.gpu import conversion, models, profile, repeats, setting, waits
@@ -126,9 +127,9 @@ def test_figures_are_short() -> None:
 
 def test_a_reason_names_the_line_of_the_project() -> None:
     assert why(MachineError("no room\nand more")) == f"{FAILED}no room"
-    with pytest.raises(AttributeError) as broken:
-        Transformer(None)  # type: ignore[arg-type]
-    assert " at model/transformer.py:" in why(broken.value)
+    with pytest.raises(ArtifactError) as broken:
+        load_shards(Path("no such folder"))
+    assert " at cluster/checkpoint.py:" in why(broken.value)
 
 
 def test_nothing_is_begun_without_time() -> None:
@@ -297,9 +298,9 @@ def test_a_step_of_each_model_has_all_its_gradients(config: Any) -> None:
     numerics, _ = models.numerics_of("bf16", torch.device("meta"))
     with torch.device("meta"):
         model = Transformer(config, precision=numerics).train()
-    batch, loss = models.batch_of(config, (1, 64), torch.device("cpu"), documents=1)
+    batch, loss = models.batch_of(config, (1, 64), documents=1)
     there = {"tokens": batch["tokens"].to("meta")}
-    loss(model, there, loss.counts(there))[0].backward()
+    loss(model, there, loss.counts(batch))[0].backward()
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
 
 

@@ -91,7 +91,7 @@ def run(one: FitJob, machines: ClusterConfig, folder: Path) -> Path:
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     """The step log without the rate, which is measured, and what each process says of itself."""
-    own = {"tokens_per_second", "tags", RESTART}
+    own = {"tokens_per_second", "mfu", "tags", RESTART}
     return [
         {name: value for name, value in line.items() if name not in own}
         for line in read_metrics(folder / "metrics.jsonl")

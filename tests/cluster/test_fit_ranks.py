@@ -11,6 +11,8 @@ from safetensors import safe_open
 
 from cluster import checkpoint, fit
 from cluster.checkpoint import load_shards, step_folder
+from cluster.output import RESTART
+from cluster.supply import Supply
 from cluster.trainer import Trainer
 from configs.errors import ArtifactError, MachineError
 from stages.steps import read_metrics
@@ -63,6 +65,37 @@ def test_a_rank_that_sees_an_older_save_continues_from_the_one_that_rank_0_chose
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     steps = [line["step"] for line in read_metrics(rough / "metrics.jsonl")]
     assert steps == list(range(1, STEPS + 1))
+
+
+def train_anew(builder: str) -> list[list[Any]]:
+    """Train to the end after an interruption; what is forgotten and what is loaded, in order."""
+    told: list[list[Any]] = []
+    real_load = Trainer.load
+
+    def forget(supply: Supply, root: Path, step: int) -> None:
+        told.append(["forget after", str(root), step])
+
+    def load(trainer: Trainer, folder: Path, *, step: int) -> None:
+        told.append(["load", str(folder.parent), step])
+        real_load(trainer, folder, step=step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Supply, "forget_after", forget)
+        patch.setattr(Trainer, "load", load)
+        train(builder, 4)
+        fit.desk_of(job(Path(builder), NextToken())).interrupt("restart 1: trainer 1 failed")
+        train(builder, STEPS)
+    return told
+
+
+def test_a_group_forgets_what_one_before_it_left_and_says_why_it_begins(tmp_path: Path) -> None:
+    builder = tmp_path / "builder"
+    (told,) = on_ranks(1, tmp_path / "ranks", train_anew, str(builder))
+    root = saves(builder)
+    assert told == [["forget after", root, 0], ["forget after", root, 4], ["load", root, 4]]
+    found = {line["step"]: line.get(RESTART) for line in read_metrics(builder / "metrics.jsonl")}
+    said = "restart 1: trainer 1 failed; goes on from the save of step 4"
+    assert found == {step: said if step == 5 else None for step in range(1, STEPS + 1)}
 
 
 def choose_on_rank(builder: str, start: str) -> list[Any]:

@@ -3,7 +3,6 @@
 import json
 import os
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -14,15 +13,9 @@ from botocore.exceptions import ClientError
 
 from cluster import place
 from configs.errors import StoreError
-from tests.objects import Objects, patched, serving
+from tests.objects import Objects, patched
 
 RACERS, ROUNDS = 8, 40
-
-
-@pytest.fixture(scope="module")
-def objects() -> Iterator[Objects]:
-    with serving() as objects:
-        yield objects
 
 
 @pytest.fixture(params=["a local folder", "objects"])
@@ -180,6 +173,27 @@ def test_a_place_that_cannot_be_used_is_one_clear_error(
     assert str(caught.value).startswith(f"{address}: ")
     assert message in str(caught.value)
     assert "anything" not in str(caught.value)
+
+
+def test_a_bucket_that_is_not_there_is_told_and_not_taken_for_an_empty_one(
+    objects: Objects,
+) -> None:
+    for ask in (place.read, place.names, place.stamp):
+        with pytest.raises(StoreError, match=r"^s3://nowhere/x: no such bucket .*; make it, or"):
+            ask("s3://nowhere/x")
+
+
+def test_who_may_not_write_for_want_of_a_bucket_is_told_so_in_whichever_way_a_server_says_it(
+    objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise FileNotFoundError("the place is not there")
+
+    address = f"{objects.url}/{uuid.uuid4().hex}"
+    monkeypatch.setattr(place._open(address)[0], "pipe_file", refuse)
+    for write in (place.replace, place.create):
+        with pytest.raises(StoreError, match=r"no such bucket \(the place is not there\); make it"):
+            write(address, b"x")
 
 
 def test_signs_of_patterns_in_an_address_mean_themselves(folder: str) -> None:

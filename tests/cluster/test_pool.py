@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 import ray
 import torch
 
+from cluster import pool as pool_module
 from cluster.checkpoint import step_folder
 from cluster.generation import merge_shards
-from cluster.pool import TrainerPool, TrainerSpec, open_trainers
+from cluster.pool import TrainerPool, TrainerSpec, _TrainWorker, open_trainers
 from cluster.trainer import build_trainer
 from cluster.workers import WorkerDied
 from configs.errors import ConfigError, MachineError, TrainingError
@@ -165,3 +167,20 @@ def test_a_pool_too_large_for_the_cluster_says_so(machines: ClusterConfig, start
         open_trainers(large, start, SPEC, logs=start, supply=local(start)),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("address", "chosen"), [("ray.example:6379", ["choose", "meet"]), (None, ["meet"])]
+)
+def test_trainers_of_a_named_cluster_choose_their_network_before_they_meet(
+    start: Path, monkeypatch: pytest.MonkeyPatch, address: str | None, chosen: list[str]
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(pool_module, "choose_network", lambda: told.append("choose"))
+    monkeypatch.setattr(pool_module, "join_group", lambda *_: told.append("meet"))
+    monkeypatch.setattr(pool_module, "_trainer", lambda *_: None)
+    worker = object.__new__(_TrainWorker)
+    worker.machines = ClusterConfig(address=address, trainers=2)
+    worker.spec, worker.start, worker.rank = replace(SPEC, reference=False), start, 0
+    worker.join("tcp://10.0.0.1:1")
+    assert told == chosen

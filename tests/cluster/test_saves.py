@@ -1,7 +1,6 @@
 """Which save a group of ranks continues from, wherever its shards lie."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,24 +14,16 @@ from cluster.mirror import Mirror
 from cluster.saves import Saves
 from cluster.supply import Supply
 from pipeline.carrier import Carrier
-from tests.objects import Objects, serving
 from tests.supplies import saves_of
 
 
-@pytest.fixture(scope="module")
-def objects() -> Iterator[Objects]:
-    with serving() as objects:
-        yield objects
-
-
 @pytest.fixture
-def saves(objects: Objects, tmp_path: Path, request: pytest.FixtureRequest) -> Saves:
+def saves(apart: Mirror) -> Saves:
     """Of a driver whose ranks may be elsewhere."""
-    builder = tmp_path / "artifacts" / "pretrain" / "f" / "g1" / "000001-aa"
+    builder = apart.root / "artifacts" / "pretrain" / "f" / "g1" / "000001-aa"
     (builder / "resume" / "saves").mkdir(parents=True)
     (builder / "manifest.draft").touch()
-    mirror = Mirror(f"{objects.url}/{request.node.name.partition('[')[0]}", tmp_path)
-    supply = Supply(mirror, builder / "manifest.draft", is_spread=True)
+    supply = Supply(apart, builder / "manifest.draft", is_spread=True)
     return Saves(builder / "resume" / "saves", (), None, supply)
 
 
@@ -135,6 +126,67 @@ def test_old_saves_leave_the_store_with_the_shards_of_other_machines(saves: Save
         carrier.stop()
 
 
+def test_what_was_deleted_here_before_its_mark_was_sent_leaves_the_store_too(saves: Saves) -> None:
+    """Shards of other machines are there before any mark, and those of a save that is being
+    written stay."""
+    carrier = Carrier(saves.supply.mirror, saves.supply.builder, print)
+    try:
+        for step in (8, 16, 24, 32):
+            shard(saves, step, 0)
+            shard(saves, step, 1, far=True)
+            saves.complete(step)
+        shard(saves, 40, 1, far=True)
+        assert "step-00000008/rank-1-of-2.safetensors" in stored(saves)
+        carrier.carry()
+        held = {name.partition("/")[0] for name in stored(saves)}
+        assert held == {"step-00000024", "step-00000032", "step-00000040"}
+    finally:
+        carrier.stop()
+
+
+def test_of_several_saves_the_newest_is_sent_first(
+    saves: Saves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older one may be deleted here before it is sent; and its mark comes last."""
+    carrier = Carrier(saves.supply.mirror, saves.supply.builder, print)
+    sent: list[str] = []
+    try:
+        for step in (8, 16):
+            for rank in (0, 1):
+                shard(saves, step, rank)
+            saves.complete(step)
+        monkeypatch.setattr(place, "send", lambda path, address: sent.append(address))
+        carrier.carry()
+        names = ("rank-0-of-2.safetensors", "rank-1-of-2.safetensors", COMPLETE)
+        expected = [step_folder(saves.root, step) / name for step in (16, 8) for name in names]
+        assert sent == [saves.supply.mirror.address(path) for path in expected]
+    finally:
+        carrier.stop()
+
+
+def test_state_that_is_no_save_stays_in_the_store_beside_marks(saves: Saves) -> None:
+    """A stage of a user's own may keep what it likes, and mark it so."""
+    mirror, state = saves.supply.mirror, saves.root.parent / "z"
+    carrier = Carrier(mirror, saves.supply.builder, print)
+    try:
+        for name in ("a.json", COMPLETE):
+            state.mkdir(exist_ok=True)
+            (state / name).write_text("{}")
+        beside = {"other/state.json", "step-1/state.json", "saves/notes.json"}
+        for name in beside:
+            place.replace(mirror.address(saves.root.parent / name), b"{}")
+        carrier.carry()
+        sent = {"z/a.json", f"z/{COMPLETE}"}
+        assert set(place.sizes(mirror.address(saves.root.parent))) == beside | sent
+        for rank in (0, 1):
+            shard(saves, 8, rank)
+        saves.complete(8)
+        carrier.carry()
+        assert beside | sent < set(place.sizes(mirror.address(saves.root.parent)))
+    finally:
+        carrier.stop()
+
+
 def test_on_one_machine_what_is_half_saved_goes_and_the_rest_is_found(tmp_path: Path) -> None:
     start = tmp_path / "earlier" / "step-00000003", 3
     saves = saves_of(tmp_path / "builder", start=start)
@@ -181,6 +233,8 @@ def test_the_only_whole_save_in_the_store_stays_while_newer_ones_come_and_go(
         monkeypatch.setattr(place, "send", real)
         carrier.carry()
         whole = {name.partition("/")[0] for name in stored(saves) if name.endswith(COMPLETE)}
-        assert f"step-{saves.newest()[1]:08d}" in whole  # type: ignore[index]
+        newest = saves.newest()
+        assert newest is not None
+        assert newest[0].name in whole
     finally:
         carrier.stop()

@@ -27,6 +27,28 @@ def test_a_cluster_that_is_too_small_is_refused_with_both_numbers(
     assert Path.cwd() == before  # Ray was open already
 
 
+def test_a_named_cluster_is_given_time_for_a_machine_that_joins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the place of one that is lost; a local one has nobody to wait for."""
+    named = ClusterConfig(address="ray.example:6379", placement_timeout_seconds=60)
+    cpus = [2.0, 2.0, 4.0]
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus.pop(0)})
+    monkeypatch.setattr(session, "_require_equal_nodes", lambda *_: None)
+    monkeypatch.setattr(session, "LOOK_SECONDS", 0.05)
+    ensure_ray(named, str(tmp_path), cpus_needed=4)
+    assert cpus == []
+    cpus = [2.0] * 1000
+    late = named.model_copy(update={"placement_timeout_seconds": 0.3})
+    with pytest.raises(MachineError, match=r"ask for 4 CPUs, the cluster has 2; lower"):
+        ensure_ray(late, str(tmp_path), cpus_needed=4)
+    assert len(cpus) < 998  # Several looks.
+    cpus = [2.0]
+    with pytest.raises(MachineError, match=r"ask for 4 CPUs, the cluster has 2; lower"):
+        ensure_ray(ClusterConfig(), str(tmp_path), cpus_needed=4)
+
+
 @pytest.mark.parametrize("fault", [ConnectionError, RuntimeError, ValueError, Exception])
 def test_a_ray_that_cannot_be_opened_names_its_address(
     fault: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -4,43 +4,35 @@ import fcntl
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from cluster import place, supply
 from cluster.mirror import Mirror, sha256
+from cluster.pool import _TrainWorker
 from cluster.supply import Supply
 from configs.errors import MachineError, NoAnswer, StoreError
-from tests.objects import Objects, serving
 from tests.supplies import local
 
 ROWS = {"train/0.arrow": b"rows", "held_out/0.arrow": b"held out", "tokenizer.json": b"{}"}
 
 
-@pytest.fixture(scope="module")
-def objects() -> Iterator[Objects]:
-    with serving() as objects:
-        yield objects
-
-
 @pytest.fixture
-def driver(objects: Objects, tmp_path: Path, request: pytest.FixtureRequest) -> Supply:
+def driver(apart: Mirror) -> Supply:
     """That of a driver with one input, all of which lies in the store and on its disk."""
-    root = tmp_path / "root"
-    mirror = Mirror(f"{objects.url}/{request.node.name}", root)
-    files = root / "artifacts" / "data" / "f1" / "g1" / "000001-aa" / "files"
+    files = apart.root / "artifacts" / "data" / "f1" / "g1" / "000001-aa" / "files"
     for name, content in ROWS.items():
         (files / name).parent.mkdir(parents=True, exist_ok=True)
         (files / name).write_bytes(content)
-        mirror.push(files / name)
-    sign = root / "artifacts" / "pretrain" / "f2" / "g1" / "000001-bb" / "manifest.draft"
+        apart.push(files / name)
+    sign = apart.root / "artifacts" / "pretrain" / "f2" / "g1" / "000001-bb" / "manifest.draft"
     sign.parent.mkdir(parents=True)
     sign.touch()
     hashes = {name: sha256(files / name) for name in ROWS}
-    return Supply(mirror, sign, is_spread=True, inputs={files: hashes}, cache_bytes=10**9)
+    return Supply(apart, sign, is_spread=True, inputs={files: hashes}, cache_bytes=10**9)
 
 
 def leave(driver: Supply) -> Path:
@@ -204,3 +196,28 @@ def test_shards_of_an_abandoned_group_go_where_the_driver_does_not_see_them(
     (root / "step-00000024").mkdir()
     driver.forget_after(root, 8)
     assert (root / "step-00000024").exists()
+
+
+def test_a_trainer_elsewhere_forgets_later_shards_before_it_loads(driver: Supply) -> None:
+    """One of the same size would be taken for that which the store has by then."""
+    root = driver.builder / "resume" / "saves"
+    old, later = (root / f"step-{step:08d}" / "rank-0-of-1.safetensors" for step in (8, 16))
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"shard")
+    driver.mirror.push(old)
+    leave(driver)
+    driver.arrive()
+    later.parent.mkdir(parents=True)
+    later.write_bytes(b"abandoned")
+    seen: list[tuple[list[str], bytes]] = []
+
+    class Reading:
+        """Notes what lies there when it is told to load."""
+
+        def load(self, folder: Path, *, step: int) -> None:
+            seen.append(([path.name for path in root.iterdir()], old.read_bytes()))
+
+    worker = object.__new__(_TrainWorker)
+    worker.supply, worker.trainer = driver, cast(Any, Reading())
+    worker.load(old.parent, 8)
+    assert seen == [(["step-00000008"], b"shard")]

@@ -230,7 +230,7 @@ def test_a_group_takes_its_places_and_gives_them_back(
 def test_places_that_are_free_on_no_one_machine_are_told_of(
     machines: ClusterConfig, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "await_cpus", lambda *_, **__: None)
+    monkeypatch.setattr(workers, "await_room", lambda *_, **__: None)
     large = machines.model_copy(update={"cpus_per_worker": 1.5, "placement_timeout_seconds": 2})
     with pytest.raises(MachineError, match=r"2 toys of 1\.5 CPUs each found no place within 2 s"):
         enter(toys_on(large, output))

@@ -12,51 +12,18 @@ import torch
 from torch import Tensor
 
 from cluster import checkpoint
-from cluster.trainer import Batch, Computing, Trainer
-from configs.reading import load_recipe
-from model.decode import Sample, sample
-from model.drawing import Drawing
-from model.fp8.scheme import Numerics
-from model.transformer import Transformer
-from stages.pretrain.objective import PretrainLoss
+from cluster.trainer import Trainer
+from model.decode import Sample
 from tests import standin
+from tests.devices import LOSS, RECIPES, batch_of, sampled, trainer_of
 from tests.ranks import apart
 
-RECIPES = ("tiny", "tiny-v3.2", "tiny-v4", "tiny-engram")
 STEPS = 2
 """Before a save, and after it."""
-ROWS, TOKENS = 2, 64
-LOSS = PretrainLoss(
-    mtp_weight=0.3, balance_weight=1e-4, attend_across_documents=False, indexer="sparse"
-)
 CLOSE = 1e-4
 """Of float32 sums in another order, through some hundred operations."""
 
 pytestmark = pytest.mark.skipif(bool(standin.MISSING), reason=standin.MISSING)
-
-
-def trainer_of(recipe: str, *, on_device: bool) -> Trainer:
-    """In float32, of the recipe's shapes."""
-    asked = load_recipe(recipe)
-    assert asked.pretrain is not None
-    model = Transformer(asked.model).initialize(0).train()
-    if on_device:
-        standin.move(model)
-    computing = Computing(Numerics(), "high precision", "high")
-    trainer = Trainer(model, computing, optim=asked.pretrain.optim, balance=asked.pretrain.balance)
-    if on_device:
-        trainer.load_LE = trainer.load_LE.to(standin.NPU)
-    return trainer
-
-
-def batch_of(recipe: str, step: int, *, on_device: bool) -> Batch:
-    """Two rows of several documents each."""
-    generator = torch.Generator().manual_seed(step)
-    tokens_BS = torch.randint(
-        load_recipe(recipe).model.vocab_size, (ROWS, TOKENS), generator=generator
-    )
-    tokens_BS[:, :: TOKENS // 3] = 0
-    return {"tokens": standin.to_device(tokens_BS) if on_device else tokens_BS}
 
 
 def train(trainer: Trainer, recipe: str, steps: range, *, on_device: bool) -> Iterator[Tensor]:
@@ -73,18 +40,6 @@ def gradients(trainer: Trainer) -> Iterator[Tensor]:
     for parameter in trainer.model.parameters():
         if parameter.grad is not None:
             yield standin.on_host(parameter.grad)
-
-
-def sampled(model: Transformer) -> list[Sample]:
-    return sample(
-        model,
-        [[5, 9, 3], [8, 2, 7, 6, 5], list(range(1, 41))],
-        max_new_tokens=4,
-        drawing=Drawing(0.9, top_k=50, top_p=0.95),
-        stop_tokens=(),
-        seeds=[1, 2, 3],
-        max_rows=2,
-    )
 
 
 def trained_on_host(recipe: str) -> dict[str, Any]:

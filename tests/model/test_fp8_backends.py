@@ -26,6 +26,7 @@ from model.fp8.backends import (
 )
 from model.fp8.cpu import Cpu, cpu_backend
 from model.fp8.format import E4M3_MAX, E5M6_MAX, from_e5m6, to_e5m6, unpack_e5m6
+from model.fp8.groups import Groups
 from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Quantized, Tile
 from model.fp8.reference import Reference
 from tests.references import (
@@ -82,7 +83,9 @@ def assert_same(found: Quantized, expected: Quantized) -> None:
     assert found.values.shape == expected.values.shape
     assert torch.equal(found.values.view(torch.uint8), expected.values.view(torch.uint8))
     assert_same_floats(found.scales, expected.scales)
-    assert (found.tile, found.counts) == (expected.tile, expected.counts)
+    assert found.tile == expected.tile
+    counts = [None if q.groups is None else q.groups.on_host for q in (found, expected)]
+    assert counts[0] == counts[1]
     if found.float32 is not None and found.float32.dim() == 2:
         float32 = exact_by_tiles(expected).float()
         assert torch.equal(found.float32.isnan(), float32.isnan())
@@ -98,6 +101,10 @@ def assert_same_floats(found: Tensor, expected: Tensor) -> None:
     assert torch.equal(*bits)
 
 
+def grouped_rows(counts: Sequence[int] | None) -> Groups | None:
+    return None if counts is None else Groups.of(counts)
+
+
 def assert_same_bits(
     backend: Backend,
     x: Tensor,
@@ -105,7 +112,7 @@ def assert_same_bits(
     power_of_two: bool = False,
     counts: Sequence[int] | None = None,
 ) -> Quantized:
-    found = backend.quantize(x, tile, power_of_two=power_of_two, counts=counts)
+    found = backend.quantize(x, tile, power_of_two=power_of_two, groups=grouped_rows(counts))
     assert_same(found, quantize_by_tiles(x, tile, power_of_two, counts))
     # From bytes alone, as in a backward pass.
     stored = replace(found, float32=None)
@@ -228,7 +235,8 @@ def test_what_is_quantised_is_read_back_and_quantised_again(
     expected = quantize_by_tiles(exact_by_tiles(x8).float(), tile, power_of_two, counts)
     stored = replace(x8, float32=None)
     again, at_hand = (
-        backend.quantize(q, tile, power_of_two=power_of_two, counts=counts) for q in (stored, x8)
+        backend.quantize(q, tile, power_of_two=power_of_two, groups=grouped_rows(counts))
+        for q in (stored, x8)
     )
     assert_same(again, expected)
     # The float32 form has lost the sign of zeros.
@@ -397,12 +405,12 @@ GROUPS = [[4], [0, 5, 130, 0, 257, 1], [0, 0, 3], [0, 0]]
 def test_grouped_products_are_each_experts_own(
     backend: Backend, counts: list[int], stored: bool
 ) -> None:
-    rows, experts = sum(counts), len(counts)
+    rows, experts, groups = sum(counts), len(counts), Groups.of(counts)
     x8 = backend.quantize(sized(rows, 136, seed=1), ACTIVATION)
     w8 = backend.quantize(sized(experts, 192, 136, seed=2), BLOCK)
     dy8 = backend.quantize(sized(rows, 192, seed=3), ACTIVATION)
     x_tokens, dy_tokens = (
-        backend.quantize(q, ALONG_TOKENS, counts=counts) for q in (x8, sized(rows, 192, seed=3))
+        backend.quantize(q, ALONG_TOKENS, groups=groups) for q in (x8, sized(rows, 192, seed=3))
     )
     weights = [
         exact_by_tiles(Quantized(values, scales, BLOCK))
@@ -413,9 +421,9 @@ def test_grouped_products_are_each_experts_own(
         x8, w8, dy8, x_tokens, dy_tokens = (
             replace(q, float32=None) for q in (x8, w8, dy8, x_tokens, dy_tokens)
         )
-    y = backend.grouped_matmul(x8, w8.T, counts)
-    dx = backend.grouped_matmul(dy8, w8, counts)
-    dw = backend.grouped_outer(dy_tokens, x_tokens, counts)
+    y = backend.grouped_matmul(x8, w8.T, groups)
+    dx = backend.grouped_matmul(dy8, w8, groups)
+    dw = backend.grouped_outer(dy_tokens, x_tokens, groups)
     assert (y.shape, dx.shape, dw.shape) == ((rows, 192), (rows, 136), (experts, 192, 136))
     parts = zip(y.split(counts), dx.split(counts), dw, weights, *exact, strict=True)
     for y_part, dx_part, dw_part, w, x, dy, x_along, dy_along in parts:
@@ -431,7 +439,7 @@ def test_counts_and_matrices_of_different_numbers_are_refused(backend: Backend) 
     x8 = backend.quantize(sized(4, 8, seed=1), ACTIVATION)
     w8 = backend.quantize(sized(2, 8, 8, seed=2), BLOCK)
     with pytest.raises(DataError, match="3 counts of rows for 2 experts' matrices"):
-        backend.grouped_matmul(x8, w8, [1, 1, 2])
+        backend.grouped_matmul(x8, w8, Groups.of([1, 1, 2]))
 
 
 # E5M6
@@ -499,12 +507,12 @@ def test_the_short_names_mean_the_backend_of_the_tensors_device() -> None:
     assert torch.equal(dequantize(x8), backend.dequantize(x8))
     one = Quantized(w8.values[0], w8.scales[0], BLOCK)
     assert torch.equal(matmul(x8, one.T), backend.matmul(x8, one.T))
-    counts = [2, 4]
-    grouped = grouped_matmul(x8, w8.T, counts)
-    assert torch.equal(grouped, backend.grouped_matmul(x8, w8.T, counts))
-    along = backend.quantize(x, ALONG_TOKENS, counts=counts)
-    outer = grouped_outer(along, along, counts)
-    assert torch.equal(outer, backend.grouped_outer(along, along, counts))
+    groups = Groups.of([2, 4])
+    grouped = grouped_matmul(x8, w8.T, groups)
+    assert torch.equal(grouped, backend.grouped_matmul(x8, w8.T, groups))
+    along = backend.quantize(x, ALONG_TOKENS, groups=groups)
+    outer = grouped_outer(along, along, groups)
+    assert torch.equal(outer, backend.grouped_outer(along, along, groups))
 
 
 def test_a_backend_is_chosen_by_device_and_says_why() -> None:

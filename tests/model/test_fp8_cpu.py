@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from model import compiled
 from model.fp8 import cpu as module
 from model.fp8.cpu import Cpu, cpu_backend
+from model.fp8.groups import Groups
 from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Quantized
 from model.fp8.reference import Reference
 
@@ -74,8 +76,8 @@ def test_without_a_compiler_it_is_eager_and_says_why(monkeypatch: pytest.MonkeyP
     ("text", "reason"),
     [
         ("echo no room on disk >&2; exit 3", "no room on disk"),
-        ("exit 0", "fp8.so"),  # It said that all went well, but made nothing.
-        ('for last; do :; done; echo nonsense > "$last"', "fp8.so"),
+        ("exit 0", "cpu.so"),  # It said that all went well, but made nothing.
+        ('for last; do :; done; echo nonsense > "$last"', "cpu.so"),
     ],
     ids=["fails", "makes-nothing", "makes-nonsense"],
 )
@@ -94,7 +96,7 @@ def test_a_compiler_that_never_ends_is_given_up(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CC", program(tmp_path / "slow-cc", "exec sleep 60"))
-    monkeypatch.setattr(module, "_COMPILE_SECONDS", 0.1)
+    monkeypatch.setattr(compiled, "_COMPILE_SECONDS", 0.1)
     backend, form = made_anew()
     assert is_eager(backend)
     assert "timed out" in form
@@ -139,9 +141,9 @@ def results(backend: Cpu, x: Tensor) -> list[Tensor]:
     x8 = backend.quantize(x, ACTIVATION)
     for source in (x, replace(x8, float32=None)):
         for tile in (ACTIVATION, ALONG_TOKENS, BLOCK):
-            q = backend.quantize(source, tile, counts=[100, 0, len(x) - 100])
+            q = backend.quantize(source, tile, groups=Groups.of([100, 0, len(x) - 100]))
             assert q.float32 is not None
-            stored = Quantized(q.values, q.scales, q.tile, q.counts)
+            stored = Quantized(q.values, q.scales, q.tile, q.groups)
             made += [q.values.view(torch.uint8), q.scales, q.float32, backend.dequantize(stored)]
     e5m6 = backend.quantize_e5m6(x)
     return [*made, e5m6.words, e5m6.scales, backend.dequantize_e5m6(e5m6)]

@@ -12,6 +12,7 @@ from configs.errors import DataError, MachineError
 from model.fp8 import cublas
 from model.fp8.backends import Backend
 from model.fp8.cublas import Cublas, Operand, aligned, lacking, operand
+from model.fp8.groups import Groups
 from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Quantized, Tile
 from model.fp8.reference import Reference
 
@@ -144,15 +145,15 @@ def grouped(
     backend: Cublas | Reference, counts: tuple[int, ...], tiles: tuple[Tile, Tile]
 ) -> list[Tensor]:
     """Experts' outputs, input gradients and weight gradients, for `tiles` of the gradient."""
-    rows, inner, columns = sum(counts), 200, 48
+    rows, inner, columns, groups = sum(counts), 200, 48, Groups.of(counts)
     x, dy = random(rows, inner), random(rows, columns, seed=2)
     w8 = REFERENCE.quantize(random(len(counts), columns, inner, seed=1), BLOCK)
     across, along = tiles
-    x_tokens = REFERENCE.quantize(x, WHOLE if along == WHOLE else ALONG_TOKENS, counts=counts)
+    x_tokens = REFERENCE.quantize(x, WHOLE if along == WHOLE else ALONG_TOKENS, groups=groups)
     return [
-        backend.grouped_matmul(REFERENCE.quantize(x, ACTIVATION), w8.T, counts),
-        backend.grouped_matmul(REFERENCE.quantize(dy, across), w8, counts),
-        backend.grouped_outer(REFERENCE.quantize(dy, along, counts=counts), x_tokens, counts),
+        backend.grouped_matmul(REFERENCE.quantize(x, ACTIVATION), w8.T, groups),
+        backend.grouped_matmul(REFERENCE.quantize(dy, across), w8, groups),
+        backend.grouped_outer(REFERENCE.quantize(dy, along, groups=groups), x_tokens, groups),
     ]
 
 
@@ -171,6 +172,27 @@ def test_grouped_products_are_the_references(
         assert one.shape == other.shape
         near(one, other)
     assert [one.dtype for one in found] == [torch.bfloat16, torch.bfloat16, torch.float32]
+
+
+def test_experts_whose_rows_the_host_does_not_know_go_to_other_kernels(
+    simulation: list[tuple[Operand, Operand]],
+) -> None:
+    """Without such kernels the host asks, and the products are the same."""
+    known = Groups.of((3, 140, 0, 57))
+    unknown = Groups(known.counts_G, known.rows)
+    x8 = REFERENCE.quantize(random(200, 128), ACTIVATION)
+    w8 = REFERENCE.quantize(random(4, 128, 128, seed=1), BLOCK)
+    along = REFERENCE.quantize(random(200, 128), ALONG_TOKENS, groups=unknown)
+    both = Cublas(REFERENCE, grouped=REFERENCE)
+    exact = REFERENCE.grouped_matmul(x8, w8.T, unknown)
+    assert torch.equal(both.grouped_matmul(x8, w8.T, unknown), exact)
+    outer = REFERENCE.grouped_outer(along, along, unknown)
+    assert torch.equal(both.grouped_outer(along, along, unknown), outer)
+    assert simulation == []
+    near(both.grouped_matmul(x8, w8.T, known), exact)
+    assert len(simulation) == 3
+    near(Cublas(REFERENCE).grouped_outer(along, along, unknown), outer)
+    assert len(simulation) == 6
 
 
 def test_an_output_dtype_is_kept_but_for_weight_gradients(
@@ -230,13 +252,13 @@ def test_what_cannot_be_multiplied_is_named() -> None:
     with pytest.raises(DataError, match="tiles of 128 x 1 change"):
         backend.matmul(along, along.T)
     with pytest.raises(DataError, match="3 counts of rows for 2"):
-        backend.grouped_matmul(a, stack, (4, 4, 8))
+        backend.grouped_matmul(a, stack, Groups.of((4, 4, 8)))
     with pytest.raises(DataError, match="add up to 15 of 16 rows"):
-        backend.grouped_matmul(a, stack, (7, 8))
-    with pytest.raises(DataError, match="quantise with counts"):
-        backend.grouped_outer(along, along, (8, 8))
+        backend.grouped_matmul(a, stack, Groups.of((7, 8)))
+    with pytest.raises(DataError, match="quantise with the groups"):
+        backend.grouped_outer(along, along, Groups.of((8, 8)))
     with pytest.raises(DataError, match="tiles of 1 x 128 change scale"):
-        backend.grouped_outer(a, a, (8, 8))
+        backend.grouped_outer(a, a, Groups.of((8, 8)))
     with pytest.raises(DataError, match="no values"):
         operand(Quantized(a.values[:0], a.scales, ACTIVATION))
 
@@ -320,10 +342,10 @@ def test_grouped_products_on_a_device_are_within_their_bound(counts: tuple[int, 
     rows, backend = sum(counts), Cublas(REFERENCE)
     x, dy = random(rows, 200, device="cuda"), random(rows, 48, seed=2, device="cuda")
     w8 = REFERENCE.quantize(random(len(counts), 48, 200, seed=1, device="cuda"), BLOCK)
-    x8 = REFERENCE.quantize(x, ACTIVATION)
-    dy_tokens, x_tokens = (REFERENCE.quantize(t, ALONG_TOKENS, counts=counts) for t in (dy, x))
-    y = backend.grouped_matmul(x8, w8.T, counts).split(list(counts))
-    dw = backend.grouped_outer(dy_tokens, x_tokens, counts)
+    x8, groups = REFERENCE.quantize(x, ACTIVATION), Groups.of(counts, x.device)
+    dy_tokens, x_tokens = (REFERENCE.quantize(t, ALONG_TOKENS, groups=groups) for t in (dy, x))
+    y = backend.grouped_matmul(x8, w8.T, groups).split(list(counts))
+    dw = backend.grouped_outer(dy_tokens, x_tokens, groups)
     float32_x, float32_w = REFERENCE.dequantize(x8).split(list(counts)), REFERENCE.dequantize(w8)
     float32_dy = REFERENCE.dequantize(dy_tokens).split(list(counts))
     float32_tokens = REFERENCE.dequantize(x_tokens).split(list(counts))

@@ -13,6 +13,7 @@ from configs.train import Fp8Config
 from model.fp8.cpu import Cpu
 from model.fp8.fp4 import as_e4m3, from_fp4, through_fp4, to_fp4
 from model.fp8.grouped import fp8_grouped_linear
+from model.fp8.groups import Groups
 from model.fp8.quantized import ACTIVATION, BLOCK, Quantized
 from model.fp8.scheme import Fp8
 from tests.references import exact_by_tiles, next_power_of_two, quantize_by_tiles, relative_gap
@@ -150,10 +151,12 @@ def test_experts_products_are_those_of_fp4_values(name: str) -> None:
     w, x = weights(3, 140, 200, spread=3.0), weights(65, 200, seed=1)
     if name == "eager":
         backend = Cpu(None)
-        y = backend.grouped_matmul(backend.quantize(x, ACTIVATION), through_fp4(w).T, counts)
+        y = backend.grouped_matmul(
+            backend.quantize(x, ACTIVATION), through_fp4(w).T, Groups.of(counts)
+        )
     else:
         scheme = Fp8("routed_experts", FP4.config, "auto" if name == "auto" else "reference")
-        y = fp8_grouped_linear(x, w, counts, scheme)
+        y = fp8_grouped_linear(x, w.flatten(0, 1), Groups.of(counts), scheme)
     x8_exact = exact_by_tiles(quantize_by_tiles(x, (1, 128))).split(counts)
     parts = zip(y.split(counts), x8_exact, w, strict=True)
     for found, rows, matrix in parts:
@@ -172,7 +175,7 @@ def test_gradients_pass_to_the_master_weight_as_if_nothing_had_been_rounded() ->
     for scheme in (PLAIN, FP4):
         w = weights(2, 140, 200, spread=3.0).requires_grad_()
         leaf = x.clone().requires_grad_()
-        fp8_grouped_linear(leaf, w, counts, scheme).backward(dy)
+        fp8_grouped_linear(leaf, w.flatten(0, 1), Groups.of(counts), scheme).backward(dy)
         assert w.grad is not None
         assert leaf.grad is not None
         grads.append((w.grad, leaf.grad))
@@ -188,19 +191,19 @@ def test_gradients_pass_to_the_master_weight_as_if_nothing_had_been_rounded() ->
 
 def test_a_master_weight_moves_by_less_than_a_step_of_fp4_and_arrives() -> None:
     """Steps that FP4 cannot see add up in the master weight until it can."""
-    w = torch.full((1, 32, 32), 1.0)
+    w = torch.full((32, 32), 1.0)
     w[..., 0] = 6.0  # holds the scale
-    target = torch.full((1, 32, 32), 1.5)
+    target = torch.full((32, 32), 1.5)
     target[..., 0] = 6.0
     w.requires_grad_()
     x = torch.eye(32)
     optimizer = torch.optim.SGD([w], lr=0.02)
     seen = []
     for _ in range(60):
-        y = fp8_grouped_linear(x, w, [32], FP4)
+        y = fp8_grouped_linear(x, w, Groups.of([32]), FP4)
         seen.append(float(y.detach()[5, 5]))
         optimizer.zero_grad()
-        (0.5 * (y - target[0].T).square().sum()).backward()
+        (0.5 * (y - target.T).square().sum()).backward()
         optimizer.step()
     assert seen[:10] == [1.0] * 10
     assert seen[-1] == 1.5

@@ -1,4 +1,8 @@
-"""What Triton makes of the products for Hopper, where there is no GPU: read from machine code."""
+"""What Triton makes of the kernels where there is no GPU: read from machine code.
+
+For Hopper, and for two older kinds: Ada (sm_89), which multiplies FP8 from registers, and Ampere
+(sm_80), which multiplies it as bfloat16.
+"""
 
 import json
 import os
@@ -13,6 +17,21 @@ import pytest
 ROOT = Path(__file__).parents[2]
 REGISTERS = 65536 // 256
 """Of a thread, if a program of 256 threads is to fit a multiprocessor."""
+BY_BLOCK = ["forward", "input_gradient", "experts_forward", "experts_input_gradient"]
+"""Products with a matrix whose scales belong to blocks."""
+ALONG_TOKENS = ["weight_gradient", "experts_weight_gradient"]
+CASTS = [
+    "cast_activations",
+    "cast_gradients",
+    "cast_weights",
+    "cast_again_along_tokens",
+    "cast_along_tokens",
+    "cast_experts_again",
+    "cast_experts_along_tokens",
+    "uncast",
+    "cast_to_e5m6",
+    "uncast_e5m6",
+]
 
 
 def tools() -> Path | None:
@@ -26,40 +45,68 @@ def tools() -> Path | None:
 
 pytestmark = pytest.mark.skipif(tools() is None, reason="this Triton brings no nvdisasm")
 
+Table = dict[str, dict[str, Any]]
 
-@pytest.fixture(scope="module")
-def loops(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """By product; compiled in a process in which Triton does not interpret."""
+
+def compiled(capability: int, cache: Path) -> Table:
+    """By kernel; compiled in a process in which Triton does not interpret."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["TRITON_CACHE_DIR"] = str(cache)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.hopper"],
+        [sys.executable, "-m", "tests.hopper", str(capability)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    found: Table = json.loads(done.stdout)
     return found
 
 
-@pytest.mark.parametrize("product", ["forward", "input_gradient", "weight_gradient"])
-def test_a_block_is_multiplied_without_spills_and_without_a_load_behind_the_product(
-    loops: dict[str, dict[str, Any]], product: str
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory: pytest.TempPathFactory) -> Table:
+    return compiled(90, tmp_path_factory.mktemp("triton"))
+
+
+@pytest.mark.parametrize("product", [*BY_BLOCK, *ALONG_TOKENS])
+def test_a_block_is_multiplied_without_a_load_behind_the_product(
+    hopper: Table, product: str
 ) -> None:
-    loop = loops[product]
-    assert loop["stack"] == 0
-    assert loop["registers"] <= REGISTERS
+    loop = hopper[product]["loop"]
     # 128 contracted values, 32 at a time; scales are there before the product ends.
-    assert loop["products"] == loop["by_descriptor"] == 4
+    assert loop["products"] == 4
     assert loop["late_loads"] == 0
 
 
-@pytest.mark.parametrize("product", ["forward", "weight_gradient"])
-def test_operands_go_from_shared_memory_to_the_tensor_cores(
-    loops: dict[str, dict[str, Any]], product: str
-) -> None:
-    """Not so the input gradient's weights, which are transposed byte by byte."""
-    assert loops[product]["byte_stores"] == loops[product]["from_shared"] == 0
+@pytest.mark.parametrize("product", [*BY_BLOCK, *ALONG_TOKENS])
+def test_operands_go_from_shared_memory_to_the_tensor_cores(hopper: Table, product: str) -> None:
+    """Experts' rows begin anywhere, and weights are read both ways; nothing is transposed here."""
+    loop = hopper[product]["loop"]
+    assert loop["by_descriptor"] == loop["products"]
+    assert loop["byte_stores"] == loop["from_shared"] == 0
+
+
+@pytest.mark.parametrize(
+    ("products", "most"), [(BY_BLOCK, 190), (ALONG_TOKENS, 310)], ids=["by block", "along tokens"]
+)
+def test_a_block_takes_few_instructions(hopper: Table, products: list[str], most: int) -> None:
+    """512 cycles of the tensor cores are to be filled; a scheduler has two warps to issue for."""
+    assert max(hopper[product]["loop"]["instructions"] for product in products) <= most
+
+
+def assert_nothing_spills(found: Table) -> None:
+    assert set(found) == {*BY_BLOCK, *ALONG_TOKENS, *CASTS}
+    assert {name: code["stack"] for name, code in found.items()} == dict.fromkeys(found, 0)
+    assert max(code["registers"] for code in found.values()) < REGISTERS
+
+
+def test_nothing_spills_on_hopper(hopper: Table) -> None:
+    assert_nothing_spills(hopper)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 89])
+def test_nothing_spills_on_older_devices(capability: int, tmp_path: Path) -> None:
+    assert_nothing_spills(compiled(capability, tmp_path))

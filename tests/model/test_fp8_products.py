@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.fp8.groups import Groups
 from model.fp8.products import dgrad, fprop, wgrad
 from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Quantized
 from model.fp8.reference import Reference
@@ -33,7 +34,7 @@ def test_a_linears_products_contract_inputs_then_outputs_then_tokens() -> None:
 
 
 @pytest.mark.parametrize("group", range(3))
-def test_with_counts_each_group_has_a_matrix_of_its_own(group: int) -> None:
+def test_with_groups_each_group_has_a_matrix_of_its_own(group: int) -> None:
     rows = slice(sum(COUNTS[:group]), sum(COUNTS[: group + 1]))
     matrices = [quantize_by_tiles(one, BLOCK) for one in w]
     w8 = Quantized(
@@ -42,9 +43,10 @@ def test_with_counts_each_group_has_a_matrix_of_its_own(group: int) -> None:
     x8, dy8 = quantize_by_tiles(x, ACTIVATION), quantize_by_tiles(dy, ACTIVATION)
     x_tokens, dy_tokens = (quantize_by_tiles(t, ALONG_TOKENS, counts=COUNTS) for t in (x, dy))
     exact = exact_by_tiles(matrices[group])
-    y, dx = fprop(backend, x8, w8, COUNTS), dgrad(backend, dy8, w8, COUNTS)
+    groups = Groups.of(COUNTS)
+    y, dx = fprop(backend, x8, w8, groups), dgrad(backend, dy8, w8, groups)
     assert close(y[rows], exact_by_tiles(x8)[rows] @ exact.T)
     assert close(dx[rows], exact_by_tiles(dy8)[rows] @ exact)
-    dw = wgrad(backend, dy_tokens, x_tokens, COUNTS)
+    dw = wgrad(backend, dy_tokens, x_tokens, groups)
     assert dw.shape == (3, OUTPUTS, INPUTS)
     assert close(dw[group], exact_by_tiles(dy_tokens)[rows].T @ exact_by_tiles(x_tokens)[rows])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from model.fp8.cpu import cpu_backend
+from model.fp8.groups import Groups
 from model.fp8.quantized import (
     ACTIVATION,
     ALONG_TOKENS,
@@ -29,7 +30,7 @@ def test_what_is_saved_comes_back_without_its_float32_form() -> None:
     saved: list[Saved] = [
         cpu.quantize(x, ACTIVATION),
         cpu.quantize_e5m6(random(7, 133, seed=2)),
-        cpu.quantize(x, ALONG_TOKENS, counts=(70, 0, 130)),
+        cpu.quantize(x, ALONG_TOKENS, groups=Groups.of((70, 0, 130))),
         cpu.quantize(w, BLOCK),
     ]
     tensors, layouts = to_tensors(saved)
@@ -42,7 +43,7 @@ def test_what_is_saved_comes_back_without_its_float32_form() -> None:
             assert isinstance(after, Quantized)
             assert before.float32 is not None
             assert after.float32 is None
-            assert (after.tile, after.counts) == (before.tile, before.counts)
+            assert (after.tile, after.groups) == (before.tile, before.groups)
             read = Reference().dequantize(after)
             assert torch.equal(read, before.float32)
         else:
@@ -55,4 +56,5 @@ def test_a_layout_keeps_no_tensor_alive() -> None:
     _, layouts = to_tensors([cpu_backend()[0].quantize(random(5, 8), ACTIVATION)])
     (layout,) = layouts
     assert isinstance(layout, partial)
-    assert (layout.args, layout.keywords) == ((), {"tile": ACTIVATION, "counts": None})
+    kept = {"tile": ACTIVATION, "groups": None, "padded": False}
+    assert (layout.args, layout.keywords) == ((), kept)

@@ -10,6 +10,7 @@ from configs.train import Fp8Config
 from model.fp8.backends import backend_for
 from model.fp8.drift import BASELINE_SAMPLES, Drift
 from model.fp8.fp4 import through_fp4
+from model.fp8.groups import Groups
 from model.fp8.linear import Linear
 from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Quantized, Tile
 from model.fp8.recorder import Recorder, Tally, tally
@@ -96,7 +97,7 @@ def test_a_tensor_of_zeros_or_without_entries_says_nothing_of_scales() -> None:
 def test_counts_of_experts_and_gradients_that_were_not_kept_are_tallied() -> None:
     x = random_matrix(140, 150)
     for backend in (CPU, Reference()):
-        whole = backend.quantize(x, ALONG_TOKENS, counts=(70, 0, 70), saved=False)
+        whole = backend.quantize(x, ALONG_TOKENS, groups=Groups.of((70, 0, 70)), saved=False)
         parts = [tally(part, backend.quantize(part, ALONG_TOKENS)) for part in x.split(70)]
         assert_same(tally(x, whole), parts[0] + parts[1])
 

@@ -16,6 +16,7 @@ from configs.train import Fp8Config
 from model.fp8 import scheme as scheme_module
 from model.fp8.backends import Choice
 from model.fp8.fp4 import from_fp4, to_fp4
+from model.fp8.groups import Groups
 from model.fp8.linear import Linear
 from model.fp8.reference import Reference
 from model.fp8.scheme import Fp8, Numerics, Part, settle
@@ -287,7 +288,7 @@ def test_a_tensor_has_one_scale_and_each_expert_its_own_along_tokens() -> None:
     assert scheme.activations(x).scales.shape == (1, 1)
     assert scheme.weights(random(3, 140, 260, seed=4)).scales.shape == (3, 1, 1)
     assert scheme.gradients(x).scales.shape == (1, 1)
-    assert scheme.activations_along_tokens(x, (100, 0, 200)).scales.shape == (2, 1)
+    assert scheme.activations_along_tokens(x, Groups.of((100, 0, 200))).scales.shape == (2, 1)
 
 
 def test_schemes_tile_as_the_paper_says() -> None:
@@ -296,11 +297,11 @@ def test_schemes_tile_as_the_paper_says() -> None:
     assert scheme.weights(x).scales.shape == (3, 3)
     assert scheme.gradients(x).scales.shape == (300, 3)
     assert scheme.gradients_along_tokens(x).scales.shape == (3, 260)
-    assert scheme.gradients_along_tokens(x, (100, 0, 200)).scales.shape == (1 + 2, 260)
+    assert scheme.gradients_along_tokens(x, Groups.of((100, 0, 200))).scales.shape == (1 + 2, 260)
     assert scheme.activations_along_tokens(scheme.activations(x)).scales.shape == (3, 260)
     block = COARSE["block"]
     assert block.gradients(x).scales.shape == block.gradients_along_tokens(x).scales.shape == (3, 3)
-    assert block.gradients(x, (100, 0, 200)).scales.shape == (1 + 2, 3)
+    assert block.gradients(x, Groups.of((100, 0, 200))).scales.shape == (1 + 2, 3)
     assert block.activations(x).scales.shape == (300, 3)
 
 

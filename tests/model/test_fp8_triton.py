@@ -11,6 +11,7 @@ from torch import Tensor
 
 from configs.errors import DataError
 from model.fp8.backends import Backend
+from model.fp8.groups import Groups
 from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Quantized, QuantizedE5M6, Tile
 from model.fp8.reference import Reference
 from model.fp8.triton import INTERPRETED, Triton
@@ -25,6 +26,13 @@ SHAPES = [(1, 1), (130, 300), (257, 129), (3, 200, 70)]
 COUNTS = [(0, 5, 130, 0, 257, 1), (128, 16, 0, 144), (0, 0, 3)]
 
 mine, slow = Triton(), Reference()
+told = pytest.mark.parametrize("told", [True, False], ids=["told", "on-device"])
+"""Whether the host knows how many rows each expert has."""
+
+
+def grouped(counts: Sequence[int], told: bool) -> Groups:
+    known = Groups.of(counts, torch.device(DEVICE))
+    return known if told else Groups(known.counts_G, known.rows)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -45,11 +53,12 @@ def hard(*shape: int) -> Tensor:
 
 
 def assert_same(found: Quantized, expected: Quantized) -> None:
-    assert found.values.shape == expected.values.shape
-    assert found.values.dtype == expected.values.dtype
-    assert torch.equal(found.values.view(torch.uint8), expected.values.view(torch.uint8))
+    values = found.unpadded().values
+    assert values.shape == expected.values.shape
+    assert values.dtype == expected.values.dtype
+    assert torch.equal(values.view(torch.uint8), expected.values.view(torch.uint8))
     assert_same_floats(found.scales, expected.scales)
-    assert (found.tile, found.counts, found.float32) == (expected.tile, expected.counts, None)
+    assert (found.tile, found.groups, found.float32) == (expected.tile, expected.groups, None)
 
 
 def assert_same_floats(found: Tensor, expected: Tensor) -> None:
@@ -88,12 +97,29 @@ def test_every_value_between_two_codes_rounds_as_the_cast_does(power_of_two: boo
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
+@told
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_tiles_start_anew_with_each_expert(counts: tuple[int, ...], tile: Tile) -> None:
-    x = hard(sum(counts), 130)
-    found, expected = (backend.quantize(x, tile, counts=counts) for backend in (mine, slow))
+def test_tiles_start_anew_with_each_expert(counts: tuple[int, ...], tile: Tile, told: bool) -> None:
+    x, groups = hard(sum(counts), 130), grouped(counts, told)
+    found, expected = (backend.quantize(x, tile, groups=groups) for backend in (mine, slow))
     assert_same(found, expected)
     assert_same_floats(mine.dequantize(found), slow.dequantize(expected))
+    # What there is no band for is there and means nothing.
+    bands = sum(-(-count // tile[0]) for count in counts)
+    assert bool((found.scales[bands:] == 1).all())
+    assert len(found.scales) <= bands + (0 if told else len(counts))
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_experts_are_padded_with_zeros_to_whole_tiles_of_tokens(counts: tuple[int, ...]) -> None:
+    x, groups = hard(sum(counts), 130), grouped(counts, told=True)
+    found = mine.quantize(x, ALONG_TOKENS, groups=groups)
+    assert found.values.shape == (sum(-(-count // 128) for count in counts) * 128, 130)
+    codes, first = found.values.view(torch.uint8), 0
+    for count in counts:
+        last = first + -(-count // 128) * 128
+        assert not codes[first + count : last].any()
+        first = last
 
 
 @pytest.mark.parametrize("counts", [None, (0, 70, 130)], ids=str)
@@ -103,16 +129,35 @@ def test_what_is_quantised_is_read_back_and_quantised_again(
 ) -> None:
     x8 = slow.quantize(hard(200, 260), ACTIVATION)
     again = slow.quantize(hard(200, 260), BLOCK)
+    groups = None if counts is None else grouped(counts, told=False)
     for source in (x8, x8.rows(torch.arange(199, -1, -1, device=DEVICE)), again):
         assert_same(
-            mine.quantize(source, tile, counts=counts, power_of_two=True),
-            slow.quantize(source, tile, counts=counts, power_of_two=True),
+            mine.quantize(source, tile, groups=groups, power_of_two=True),
+            slow.quantize(source, tile, groups=groups, power_of_two=True),
         )
 
 
-def test_values_for_the_weight_gradient_lie_along_the_tokens_where_experts_are_aligned() -> None:
-    assert mine.quantize(random(96, 10), ALONG_TOKENS, counts=(32, 64)).values.stride() == (1, 96)
-    assert mine.quantize(random(96, 10), ALONG_TOKENS, counts=(33, 63)).values.stride() == (10, 1)
+def test_values_for_the_weight_gradient_lie_along_the_tokens_wherever_they_can() -> None:
+    assert mine.quantize(random(96, 10), ALONG_TOKENS).values.stride() == (1, 96)
+    assert mine.quantize(random(97, 10), ALONG_TOKENS).values.stride() == (10, 1)
+    groups = grouped((33, 64), told=True)
+    assert mine.quantize(random(97, 10), ALONG_TOKENS, groups=groups).values.stride() == (1, 256)
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_weights_have_their_codes_by_column_too(shape: tuple[int, ...]) -> None:
+    for w in (hard(*shape), random(*shape).bfloat16()):
+        expected = slow.quantize(w, BLOCK)
+        found = mine.quantize(w, BLOCK, by_column=True)
+        assert_same(found, expected)
+        assert found.by_column is not None
+        codes = found.by_column.view(torch.uint8)
+        assert torch.equal(codes, expected.values.view(torch.uint8))
+        assert codes.mT.is_contiguous()
+        # Each product reads the codes that lie along what it contracts.
+        assert found.contracted(-2).data_ptr() == found.by_column.data_ptr()
+        assert found.T.contracted(-2).data_ptr() == found.values.data_ptr()
+    assert mine.quantize(random(4, 4), ACTIVATION, by_column=True).by_column is None
 
 
 def test_tensors_without_entries_have_the_twins_shapes() -> None:
@@ -123,11 +168,13 @@ def test_tensors_without_entries_have_the_twins_shapes() -> None:
             assert mine.dequantize(mine.quantize(x, tile)).shape == shape
 
 
-def quantised(*shape: int, tile: Tile, seed: int, counts: Sequence[int] | None = None) -> Quantized:
+def quantised(
+    *shape: int, tile: Tile, seed: int, groups: Groups | None = None, by_column: bool = False
+) -> Quantized:
     """Values whose tiles differ in size, from the backend under test."""
     x = random(*shape, seed=seed)
     sizes = torch.logspace(-3, 3, shape[-2]).to(DEVICE)
-    return mine.quantize(x * sizes[:, None], tile, counts=counts)
+    return mine.quantize(x * sizes[:, None], tile, groups=groups, by_column=by_column)
 
 
 def assert_near(found: Tensor, exact: Tensor, magnitude: Tensor, contraction: int) -> None:
@@ -141,7 +188,8 @@ def assert_near(found: Tensor, exact: Tensor, magnitude: Tensor, contraction: in
 def magnitudes(q: Quantized) -> Quantized:
     """The same without signs."""
     bits = q.values.view(torch.uint8) & 0x7F
-    return Quantized(bits.view(torch.float8_e4m3fn), q.scales, q.tile, q.counts)
+    values = bits.view(torch.float8_e4m3fn)
+    return Quantized(values, q.scales, q.tile, q.groups, padded=q.padded)
 
 
 def training_pairs(
@@ -149,7 +197,7 @@ def training_pairs(
 ) -> dict[str, tuple[Quantized, Quantized]]:
     """The operands of a Linear's three products."""
     x8 = quantised(tokens, inputs, tile=ACTIVATION, seed=1)
-    w8 = quantised(outputs, inputs, tile=BLOCK, seed=2)
+    w8 = quantised(outputs, inputs, tile=BLOCK, seed=2, by_column=True)
     dy8 = quantised(tokens, outputs, tile=ACTIVATION, seed=3)
     dy_tokens8 = quantised(tokens, outputs, tile=ALONG_TOKENS, seed=3)
     x_tokens8 = mine.quantize(x8, ALONG_TOKENS)
@@ -182,25 +230,41 @@ def test_two_blocked_operands_multiply_too() -> None:
     assert_near(mine.matmul(a, b), slow.matmul(a, b), magnitude, 150)
 
 
+@told
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_each_experts_rows_meet_its_own_matrix(counts: tuple[int, ...], transposed: bool) -> None:
-    a = quantised(sum(counts), 136, tile=ACTIVATION, seed=1, counts=counts)
+def test_each_experts_rows_meet_its_own_matrix(
+    counts: tuple[int, ...], transposed: bool, told: bool
+) -> None:
+    groups = grouped(counts, told)
+    a = quantised(sum(counts), 136, tile=ACTIVATION, seed=1)
     shape = (len(counts), 150, 136) if transposed else (len(counts), 136, 150)
-    b = quantised(*shape, tile=BLOCK, seed=2)
+    b = quantised(*shape, tile=BLOCK, seed=2, by_column=True)
     b = b.T if transposed else b
-    magnitude = slow.grouped_matmul(magnitudes(a), magnitudes(b), counts)
-    exact = slow.grouped_matmul(a, b, counts)
-    assert_near(mine.grouped_matmul(a, b, counts), exact, magnitude, 136)
+    magnitude = slow.grouped_matmul(magnitudes(a), magnitudes(b), groups)
+    exact = slow.grouped_matmul(a, b, groups)
+    assert_near(mine.grouped_matmul(a, b, groups), exact, magnitude, 136)
 
 
+def test_codes_by_column_give_the_same_bits_as_codes_by_row() -> None:
+    counts = (0, 5, 130, 0, 257, 1)
+    groups, a = grouped(counts, told=False), quantised(sum(counts), 136, tile=ACTIVATION, seed=1)
+    both = quantised(len(counts), 136, 150, tile=BLOCK, seed=2, by_column=True)
+    one = quantised(len(counts), 136, 150, tile=BLOCK, seed=2)
+    assert torch.equal(mine.grouped_matmul(a, both, groups), mine.grouped_matmul(a, one, groups))
+
+
+@told
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-def test_weight_gradients_contract_each_experts_rows_alone(counts: tuple[int, ...]) -> None:
-    a = quantised(sum(counts), 140, tile=ALONG_TOKENS, seed=1, counts=counts)
-    b = quantised(sum(counts), 30, tile=ALONG_TOKENS, seed=2, counts=counts)
-    magnitude = slow.grouped_outer(magnitudes(a), magnitudes(b), counts)
-    found = mine.grouped_outer(a, b, counts)
-    assert_near(found, slow.grouped_outer(a, b, counts), magnitude, max(counts))
+def test_weight_gradients_contract_each_experts_rows_alone(
+    counts: tuple[int, ...], told: bool
+) -> None:
+    groups = grouped(counts, told)
+    a = quantised(sum(counts), 140, tile=ALONG_TOKENS, seed=1, groups=groups)
+    b = quantised(sum(counts), 30, tile=ALONG_TOKENS, seed=2, groups=groups)
+    magnitude = slow.grouped_outer(magnitudes(a), magnitudes(b), groups)
+    found = mine.grouped_outer(a, b, groups)
+    assert_near(found, slow.grouped_outer(a, b, groups), magnitude, max(counts))
     assert not found[[count == 0 for count in counts]].any()
 
 
@@ -210,8 +274,10 @@ def test_products_without_rows_or_contraction_are_empty_or_zero() -> None:
     assert mine.matmul(none, b).shape == (0, 8)
     along = quantised(0, 16, tile=ALONG_TOKENS, seed=0)
     assert mine.matmul(along.T, along).equal(torch.zeros(16, 16, device=DEVICE))
-    counted = mine.quantize(torch.zeros(0, 16, device=DEVICE), ALONG_TOKENS, counts=(0, 0))
-    assert not mine.grouped_outer(counted, counted, (0, 0)).any()
+    for told in (True, False):
+        groups = grouped((0, 0), told)
+        empty = mine.quantize(torch.zeros(0, 16, device=DEVICE), ALONG_TOKENS, groups=groups)
+        assert not mine.grouped_outer(empty, empty, groups).any()
 
 
 def test_a_tile_that_is_not_finite_spoils_only_what_it_meets() -> None:
@@ -273,12 +339,16 @@ def test_it_is_a_backend() -> None:
 
 def test_what_cannot_be_computed_is_refused_with_dims_and_a_remedy() -> None:
     x8, w8 = quantised(8, 16, tile=ACTIVATION, seed=0), quantised(8, 16, tile=BLOCK, seed=0)
-    along = quantised(8, 16, tile=ALONG_TOKENS, seed=0, counts=(3, 5))
+    halves, thirds = grouped((4, 4), told=True), grouped((8, 0, 0), told=True)
+    uneven = grouped((3, 5), told=True)
+    along = quantised(8, 16, tile=ALONG_TOKENS, seed=0, groups=uneven)
     stack = quantised(2, 16, 16, tile=BLOCK, seed=0)
     with pytest.raises(DataError, match=r"tiles of \(1, 64\); choose one of"):
         mine.quantize(x8, (1, 64))
-    with pytest.raises(DataError, match=r"\[3, 4\] sum to 7, for a tensor of shape \(8, 16\)"):
-        mine.quantize(x8, ALONG_TOKENS, counts=[3, 4])
+    with pytest.raises(DataError, match=r"7 rows in all, for a tensor of shape \(8, 16\)"):
+        mine.quantize(x8, ALONG_TOKENS, groups=grouped((3, 4), told=False))
+    with pytest.raises(DataError, match=r"7 rows in all, for a tensor of shape \(8, 16\)"):
+        mine.grouped_matmul(x8, stack, grouped((3, 4), told=False))
     with pytest.raises(DataError, match=r"\[8, 16\].* times \[8, 16\].*contracted dims differ"):
         mine.matmul(x8, w8)
     with pytest.raises(DataError, match="tiles must be 128 wide along the contraction"):
@@ -286,14 +356,14 @@ def test_what_cannot_be_computed_is_refused_with_dims_and_a_remedy() -> None:
     with pytest.raises(DataError, match="use grouped_matmul for stacks"):
         mine.matmul(x8, stack)
     with pytest.raises(DataError, match="3 counts of rows for 2 experts' matrices"):
-        mine.grouped_matmul(x8, stack, [8, 0, 0])
+        mine.grouped_matmul(x8, stack, thirds)
     with pytest.raises(DataError, match=r"share scales with other experts'.*\(1, 128\)"):
-        mine.grouped_matmul(w8, stack, [4, 4])
-    with pytest.raises(DataError, match=r"start anew at counts \(3, 5\).*wants \[4, 4\]"):
-        mine.grouped_outer(along, along, [4, 4])
-    with pytest.raises(DataError, match=r"both need as many rows and tiles \(128, 1\)"):
-        mine.grouped_outer(x8, along, [3, 5])
-    with pytest.raises(DataError, match="start anew at counts"):
+        mine.grouped_matmul(w8, stack, halves)
+    with pytest.raises(DataError, match=r"start anew after \(3, 5\) rows.*after \(4, 4\)"):
+        mine.grouped_outer(along, along, halves)
+    with pytest.raises(DataError, match=r"both need tiles \(128, 1\) of the same groups"):
+        mine.grouped_outer(x8, along, uneven)
+    with pytest.raises(DataError, match=r"start anew after \(3, 5\) rows"):
         mine.matmul(quantised(4, 8, tile=ACTIVATION, seed=0), along)
     with pytest.raises(DataError, match="flatten it to 2 dims"):
         mine.quantize_e5m6(random(2, 3, 4))

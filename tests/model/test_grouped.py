@@ -6,6 +6,7 @@ from torch import Tensor
 
 from configs.train import Fp8Config
 from model.fp8.grouped import fp8_grouped_linear
+from model.fp8.groups import Groups
 from model.fp8.linear import Linear
 from model.fp8.scheme import Fp8
 from tests.memory import saved_tensors
@@ -51,7 +52,7 @@ def test_each_expert_computes_as_if_alone(counts: list[int], scheme: Fp8) -> Non
     weight.requires_grad_()
     x = random(sum(counts), 136, seed=1).requires_grad_()
     dy = random(sum(counts), 192, seed=2)
-    y = fp8_grouped_linear(x, weight, counts, scheme)
+    y = fp8_grouped_linear(x, weight.flatten(0, 1), Groups.of(counts), scheme)
     y.backward(dy)
     expected = one_by_one(x.detach(), weight.detach(), dy, counts, scheme)
     for found, reference in zip((y.detach(), x.grad, weight.grad), expected, strict=True):
@@ -63,12 +64,16 @@ def test_experts_that_differ_in_size_keep_their_own_scales() -> None:
     x, dy = random(8, 16, seed=1), random(8, 16, seed=2)
     x[:4] *= 1e6
     weight = random(2, 16, 16).requires_grad_()
-    fp8_grouped_linear(x, weight, [4, 4], Fp8("routed_experts")).backward(dy)
+    fp8_grouped_linear(x, weight.flatten(0, 1), Groups.of([4, 4]), Fp8("routed_experts")).backward(
+        dy
+    )
     assert weight.grad is not None
     exact = dy[4:].T @ x[4:]
     assert float((weight.grad[1] - exact).norm() / exact.norm()) < 0.1
     together = random(1, 16, 16).requires_grad_()
-    fp8_grouped_linear(x, together, [8], Fp8("routed_experts")).backward(dy)
+    fp8_grouped_linear(x, together.flatten(0, 1), Groups.of([8]), Fp8("routed_experts")).backward(
+        dy
+    )
     assert together.grad is not None
     large = dy[:4].T @ x[:4]
     assert float((together.grad[0] - large - exact).norm() / exact.norm()) > 1
@@ -78,8 +83,8 @@ def test_without_gradients_nothing_is_saved() -> None:
     x, weight = random(7, 16), random(2, 8, 16).requires_grad_()
     with saved_tensors() as saved:
         with torch.no_grad():
-            fp8_grouped_linear(x, weight, [3, 4], Fp8("attention"))
+            fp8_grouped_linear(x, weight.flatten(0, 1), Groups.of([3, 4]), Fp8("attention"))
         assert saved == []
-        fp8_grouped_linear(x, weight, [3, 4], Fp8("attention"))
+        fp8_grouped_linear(x, weight.flatten(0, 1), Groups.of([3, 4]), Fp8("attention"))
     sizes = sorted((t.element_size(), t.numel()) for t in saved)
     assert sizes == [(1, 7 * 16), (1, 2 * 8 * 16), (4, 2), (4, 7)]

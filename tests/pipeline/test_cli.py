@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -10,14 +11,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from rich.console import Console
 
 from cluster.mirror import mirror_of
 from configs.reading import load_recipe
 from pipeline import cli
 from pipeline.graph import Selection
-from pipeline.records import Invocation, Records
+from pipeline.progress import Display
+from pipeline.records import Invocation, Records, Run
 from pipeline.verbs import asked, clean, inspect, run
 from pipeline.verbs import plan as plan_module
 from stages.artifacts import Corpus, Report
@@ -474,6 +479,36 @@ def test_a_run_is_repeated_by_the_command_it_prints() -> None:
     words = asked.command("run", invocation).split()[1:]
     args = cli.parse(words)
     assert Invocation(args.recipe, tuple(args.overlays), tuple(args.sets)) == invocation
+
+
+@pytest.mark.parametrize(
+    ("sets", "served"),
+    [
+        ((), "ingot ui"),
+        (("store.url=s3://bucket/a b",), "ingot ui --set 'store.url=s3://bucket/a b'"),
+    ],
+)
+def test_a_run_ends_with_the_command_that_serves_its_pages(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    sets: tuple[str, ...],
+    served: str,
+) -> None:
+    """Of the store that the run used; a server of MLflow's own serves them without."""
+    monkeypatch.chdir(tmp_path)
+    words = [word for one in sets for word in ("--set", one)]
+    meant = asked.load_asked(cli.parse(["run", "smoke", *words]))
+    made = Run("id", "smoke", meant.invocation, {}, 0.0, "/store", {}, tracking_id="1")
+    display = Display(Console(width=300))
+    for is_embedded in (True, False):
+        tracking = SimpleNamespace(
+            is_embedded=is_embedded, link=str, landing=lambda: "", registered=()
+        )
+        run._conclude(made, meant, cast(Any, tracking), display, None)
+        out = capsys.readouterr().out
+        assert (f"this run: 1 (`{served}` serves these pages)" in out) is is_embedded
+    assert tuple(cli.parse(shlex.split(served)[1:]).sets) == sets
 
 
 def test_selectors_may_be_given_several_times() -> None:

@@ -22,9 +22,11 @@ def test_a_line_shows_steps_rate_time_left_and_figures(monkeypatch: pytest.Monke
     line.start(steps=400, unit="step")
     line.log({"loss": 5.0}, step=1)
     clock[0] += 10
-    line.log({"loss": 2.31, "tokens_per_second": 3900, "grad_norm": 1.0}, step=41)
-    told = line.text()
-    assert told == ("pretrain 41/400 steps, 4/s, 01:29 left, tokens per second 3,900, loss 2.31")
+    figures = {"loss": 2.31, "tokens_per_second": 3900, "grad_norm": 1.0, "mfu": 0.12345}
+    line.log(figures, step=41)
+    assert line.text() == (
+        "pretrain 41/400 steps, 4/s, 01:29 left, tokens per second 3,900, MFU 12.3 %, loss 2.31"
+    )
 
 
 def test_a_resumed_line_does_not_count_its_past_as_speed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -643,7 +643,7 @@ def test_a_removal_that_looks_for_long_leaves_a_builder_that_took_over(machines:
         assert take(address, 3, "living") is not None
         place.create(f"{address}/000003-living/resume/saves/step-1/rank-0", b"shard")
 
-    with pytest.raises(StoreError, match="another process builds it"):
+    with pytest.raises(StoreError, match=r"another process builds it, .*; left as it is"):
         remove_objects(world.store.mirror, generation, look)
     names = place.names(address)
     assert "000003-living" in names
@@ -658,6 +658,29 @@ def test_a_removal_that_looks_for_long_leaves_a_builder_that_took_over(machines:
     with pytest.raises(KeyError):
         remove_objects(world.store.mirror, generation, fail)
     assert newest(address)[0] == 3
+
+
+def test_a_removal_that_is_overtaken_in_the_middle_leaves_what_is_left(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Silent for so long that another builder took over, after the manifest was gone."""
+    world = machines.world("one")
+    generation = world.generation(world.run(), "data")
+    address = world.store.mirror.address(generation)
+    shard, real = f"{address}/000003-living/resume/saves/step-1/rank-0", place.delete
+
+    def delete(one: str) -> None:
+        real(one)
+        if one == f"{address}/{MANIFEST}":
+            assert take(address, 3, "living") is not None
+            place.create(shard, b"shard")
+
+    monkeypatch.setattr(place, "delete", delete)
+    with pytest.raises(StoreError, match="another process builds it; what is left stays"):
+        remove_objects(world.store.mirror, generation, lambda: None)
+    assert place.exists(shard)
+    assert newest(address)[0] == 3
+    assert generation.exists()
 
 
 def test_dead_builders_are_watched_at_a_time_and_once(
@@ -680,6 +703,11 @@ def test_dead_builders_are_watched_at_a_time_and_once(
     moved = {**elsewhere, "heartbeat": 2.0}
     place.replace(f"{addresses[0]}/lease-000001.json", json.dumps(moved).encode())
     assert held_among(addresses[:1], dead) == set()  # Watched once more: it may live again.
+    # `ingot clean`, which looks twice, keeps them between.
+    monkeypatch.setattr(clean_module, "_dead", {})
+    paths = [world.store.root / f"artifacts/data/f/g{n}" for n in range(4)]
+    assert clean_module._held(world.store, paths) == set()
+    assert set(clean_module._dead) == set(addresses)
     assert dead[addresses[0]] == ("x", 2.0)
 
 

@@ -21,6 +21,7 @@ from configs.delivery import EvaluateConfig, EvaluateSpec
 from configs.errors import DataError, VerifierError
 from configs.model import V3Config
 from configs.parallel import ClusterConfig
+from model.fp8.scheme import Numerics
 from model.transformer import Transformer
 from stages.answers import choose
 from stages.artifacts import Checkpoint, Corpus
@@ -236,7 +237,8 @@ class Lab:
             final_loss=1.0,
         )
 
-    def load_pretrained(self, path: Path) -> Any:
+    def load_pretrained(self, path: Path, *, device: str) -> Any:
+        assert device == "cpu"
         self.loaded.append(path.name)
         vocab_size = self.corpus.vocab_size
 
@@ -249,8 +251,15 @@ class Lab:
 
     @contextmanager
     def open_generation(
-        self, machines: ClusterConfig, path: Path, *, logs: Path, supply: Supply
+        self,
+        machines: ClusterConfig,
+        path: Path,
+        *,
+        logs: Path,
+        supply: Supply,
+        precision: Numerics,
     ) -> Iterator["Pool"]:
+        assert (precision.precision, precision.compute) == ("high", torch.float32)
         assert not self.asked or self.dies_at is not None
         assert logs == self.work.beside("logs")
         pool = Pool(self)

@@ -139,7 +139,9 @@ def test_training_is_the_same_to_the_last_bit_whether_or_not_it_is_measured(
         for line in told[1:]
     ]
     for line in [*plain, *stripped]:
-        del line["tokens_per_second"]
+        del line["tokens_per_second"], line["mfu"]
+        # How quick the machine was found to be.
+        line.pop("tags", {}).pop("mfu.peak", None)
     assert any(name.startswith("fp8_flushed") for name in plain[0])
     assert stripped == plain
     assert weights.keys() == measured_weights.keys()

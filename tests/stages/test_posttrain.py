@@ -298,7 +298,11 @@ def test_each_step_is_told_once_and_the_measurement_before_it_too(calm: Calm) ->
     assert [line["step"] for line in calm.log] == list(range(STEPS + 1))
     for (step, told), line in zip(calm.recorder.logged, calm.log, strict=True):
         assert told["loss"] == line["loss"] if step else "loss" not in told
-    assert calm.recorder.tags == {"fp8.products": "high precision"}
+    assert calm.recorder.tags == {
+        "fp8.products": "high precision",
+        "device": "cpu",
+        "compute": "float32",
+    }
 
 
 def test_some_answers_of_each_step_stay_in_the_log_with_the_verdict_on_them(calm: Calm) -> None:

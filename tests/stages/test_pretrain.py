@@ -25,12 +25,13 @@ from model.transformer import Transformer
 from stages.artifacts import Checkpoint, Corpus
 from stages.contract import Workspace
 from stages.data.tokenizer import train_tokenizer
-from stages.framing import BOS_ID, EOS_ID, segments_of
+from stages.framing import BOS_ID, EOS_ID
 from stages.posttrain.loop import posttrain
 from stages.pretrain import loop
 from stages.pretrain.batches import PackedBatches
 from stages.pretrain.loop import learning_rate, loss_at, pretrain, vocabulary
 from stages.pretrain.objective import PretrainLoss, scored_targets
+from stages.segments import segments_of
 from stages.shards import consumed_rows, write_rows
 from stages.telemetry import MetricsFile
 from tests.conftest import Recorder

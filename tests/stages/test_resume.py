@@ -112,7 +112,7 @@ def saved_steps(builder: Path) -> list[int]:
 def steps_of(made: Committed) -> list[dict[str, Any]]:
     """The step log without what is measured or said of the machine."""
     log = read_metrics(made.artifact.beside(METRICS))
-    own = {"tokens_per_second", "tags"}
+    own = {"tokens_per_second", "mfu", "tags"}
     return [{name: value for name, value in line.items() if name not in own} for line in log]
 
 

@@ -1,5 +1,7 @@
 """Promises of token rows on disk and of the order in which they are read."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import DataError
-from stages.framing import BOS_ID, segments_of
+from stages.framing import BOS_ID
+from stages.segments import segments_of
 from stages.shards import Rows, consumed_rows, row_order, write_rows
 
 
@@ -90,3 +93,16 @@ def test_consumed_rows_count_repeats() -> None:
 def test_every_begin_of_text_opens_the_next_segment() -> None:
     rows = torch.tensor([[7, 1, BOS_ID, 5, BOS_ID, BOS_ID], [BOS_ID, 5, 5, 5, 5, 5]])
     assert segments_of(rows).tolist() == [[0, 0, 1, 1, 2, 3], [1] * 6]
+
+
+def test_a_loss_is_computed_without_the_library_that_rows_are_stored_by() -> None:
+    script = "import sys; sys.modules['pyarrow'] = None; import stages.pretrain.objective"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

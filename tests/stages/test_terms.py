@@ -24,8 +24,9 @@ from model.moe import Gate, HashGate
 from model.passes import IndexerPhase, Whole
 from model.sparse import SparseLatentAttention
 from model.transformer import Transformer
-from stages.framing import BOS_ID, segments_of
+from stages.framing import BOS_ID
 from stages.pretrain.objective import PretrainLoss
+from stages.segments import segments_of
 from tests.references import (
     attend_by_query,
     latent_attention,

@@ -57,7 +57,7 @@ class _Pass:
 def _pass_of(setting: Setting, precision: Precision, device: torch.device, kind: str) -> _Pass:
     trainer = trainer_of(TINY, precision, device, drawn=True)
     shape = setting.pick((8, 128), (2, 32))
-    batch, loss = batch_of(TINY, shape, device, documents=DOCUMENTS[kind])
+    batch, loss = batch_of(TINY, shape, documents=DOCUMENTS[kind])
     found = trainer.forward_backward(batch, loss)
     parameters = trainer.model.named_parameters()
     gradients = {n: p.grad.cpu().double() for n, p in parameters if p.grad is not None}
@@ -96,7 +96,7 @@ def _beside_the_cpu(setting: Setting, precision: Precision, kind: str) -> Iterat
 def _waits_of_a_step(setting: Setting, what: str, precision: Precision, kind: str) -> Iterator[Row]:
     trainer = trainer_of(TINY, precision, setting.device, drawn=True)
     shape = setting.pick((8, 128), (2, 32))
-    batch, loss = batch_of(TINY, shape, setting.device, documents=DOCUMENTS[kind])
+    batch, loss = batch_of(TINY, shape, documents=DOCUMENTS[kind])
     for counting in (False, True) if precision == "fp8" else (False,):
         # Twice: what is compiled or tabled at first is no part of a step.
         for _ in range(2):

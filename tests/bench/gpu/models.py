@@ -1,13 +1,13 @@
 """The models that the benchmark trains and samples, on the device, with batches for them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cluster.trainer import Batch, Computing, Trainer
+from cluster.backend import BACKENDS
+from cluster.models import Computing
+from cluster.trainer import Batch, Trainer
 from configs.model import V3Config
 from configs.reading import load_recipe
 from configs.train import BalanceConfig, OptimConfig
@@ -67,30 +67,12 @@ SLICE = V3Config(
 """DeepSeek-V3's widths in two layers of as many experts as one device of its training held."""
 
 
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """A loss whose normalisers were counted on the host, where the batch came from."""
-
-    loss: PretrainLoss
-    totals: Mapping[str, float]
-
-    def counts(self, batch: Batch) -> dict[str, float]:
-        """What the host counted."""
-        return dict(self.totals)
-
-    def __call__(
-        self, model: Transformer, batch: Batch, totals: Mapping[str, float]
-    ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        """The loss of the batch on the device."""
-        return self.loss(model, batch, totals)
-
-
 def numerics_of(precision: Precision, device: torch.device) -> tuple[Numerics, str]:
     """What a device computes in where that is asked of it, and in words by what."""
     wanted = Numerics(
         "fp8" if precision == "fp8" else "high",
         recorder=Recorder(),
-        compute=None if precision == "float32" else torch.bfloat16,
+        compute=torch.float32 if precision == "float32" else torch.bfloat16,
     )
     return settle(wanted, device)
 
@@ -107,7 +89,13 @@ def trainer_of(
             model = Transformer(config, precision=numerics)
         fill(model)
     computing = Computing(numerics, products, "fp8" if precision == "fp8" else "high")
-    return Trainer(model.train(), computing, optim=OptimConfig(), balance=BalanceConfig())
+    return Trainer(
+        model.train(),
+        computing,
+        optim=OptimConfig(),
+        balance=BalanceConfig(),
+        backend=BACKENDS[device.type],
+    )
 
 
 def fill(model: nn.Module) -> None:
@@ -121,15 +109,14 @@ def fill(model: nn.Module) -> None:
 
 
 def batch_of(
-    config: V3Config, shape: tuple[int, int], device: torch.device, *, documents: int, seed: int = 0
-) -> tuple[Batch, Counted]:
-    """Rows of so many documents each, on the device, and their loss; 1 stands for whole texts."""
+    config: V3Config, shape: tuple[int, int], *, documents: int, seed: int = 0
+) -> tuple[Batch, PretrainLoss]:
+    """Rows of so many documents each, on the host, and their loss; 1 stands for whole texts."""
     generator = torch.Generator().manual_seed(seed)
     tokens_BS = torch.randint(2, config.vocab_size, shape, generator=generator)
     if documents > 1:
         tokens_BS[:, :: -(-shape[1] // documents)] = 0
-    loss = PretrainLoss(0.3, 1e-4, attend_across_documents=documents == 1)
-    return {"tokens": tokens_BS.to(device)}, Counted(loss, loss.counts({"tokens": tokens_BS}))
+    return {"tokens": tokens_BS}, PretrainLoss(0.3, 1e-4, attend_across_documents=documents == 1)
 
 
 def small(config: V3Config, setting: Setting) -> V3Config:

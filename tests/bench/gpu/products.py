@@ -12,6 +12,7 @@ BF16 rate seen (Hopper's FP8 units are twice as wide).
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from configs.errors import MachineError
 from model.fp8.backends import Backend, backend_for
 from model.fp8.cublas import expert_rows, lacking, multiply, operand, padded_counts, whole_tiles
 from model.fp8.format import TILE
+from model.fp8.groups import Groups
 from model.fp8.quantized import ACTIVATION, ALONG_TOKENS, BLOCK, Quantized
 from model.fp8.reference import Reference
 from tests.bench.gpu.rows import FAILED, SKIPPED, Figure, Row, attempted, cell, ratio, share, why
@@ -111,13 +113,16 @@ def measure_product(shape: Shape, which: Pass, setting: Setting) -> Product:
     }
     errors: dict[str, Figure] = {}
     counts = shape.counts if stacked else None
+    # As in training, the host does not know how many rows an expert has.
+    groups = Groups.of(counts, device) if counts else None
+    groups = replace(groups, known=None) if groups else None
     lack = lacking(device)
     variants["torch alone"] = f"{SKIPPED}{lack}" if lack else prepared(which, x, w, dy, counts)
     for name in BACKENDS:
         keys = f"{name}, product", f"{name}, with casts"
         try:
             backend = backend_for(device, name)
-            casts, run = in_fp8(backend, which, x, w, dy, counts)
+            casts, run = in_fp8(backend, which, x, w, dy, groups)
             operands = casts()
             errors[name] = worst_error(run(*operands), *operands, counts, which)
             setting.wait()
@@ -158,7 +163,7 @@ def in_fp8(
     x: Tensor,
     w: Tensor,
     dy: Tensor,
-    counts: tuple[int, ...] | None,
+    groups: Groups | None,
 ) -> tuple[Callable[[], tuple[Quantized, Quantized]], Callable[[Quantized, Quantized], Tensor]]:
     """The casts that training makes for a pass, and its product of what they give."""
     if which == "weight gradient":
@@ -166,27 +171,27 @@ def in_fp8(
         x8 = backend.quantize(x, ACTIVATION)
 
         def along() -> tuple[Quantized, Quantized]:
-            both = (backend.quantize(t, ALONG_TOKENS, counts=counts, saved=False) for t in (dy, x8))
+            both = (backend.quantize(t, ALONG_TOKENS, groups=groups, saved=False) for t in (dy, x8))
             left, right = both
             return left, right
 
-        if counts is None:
+        if groups is None:
             return along, lambda a, b: backend.matmul(a.T, b)
-        return along, lambda a, b: backend.grouped_outer(a, b, counts)
+        return along, lambda a, b: backend.grouped_outer(a, b, groups)
     if which == "forward":
 
         def casts() -> tuple[Quantized, Quantized]:
-            return backend.quantize(x, ACTIVATION), backend.quantize(w, BLOCK).T
+            return backend.quantize(x, ACTIVATION), backend.quantize(w, BLOCK, by_column=True).T
 
     else:
-        w8 = backend.quantize(w, BLOCK)
+        w8 = backend.quantize(w, BLOCK, by_column=True)
 
         def casts() -> tuple[Quantized, Quantized]:
             return backend.quantize(dy, ACTIVATION, saved=False), w8
 
-    if counts is None:
+    if groups is None:
         return casts, backend.matmul
-    return casts, lambda a, b: backend.grouped_matmul(a, b, counts)
+    return casts, lambda a, b: backend.grouped_matmul(a, b, groups)
 
 
 def prepared(
@@ -194,21 +199,23 @@ def prepared(
 ) -> Callable[[], object] | str:
     """`scaled_mm` alone, once for each expert, on what is quantised and laid out already."""
     try:
-        casts, _ = in_fp8(Reference(), which, x, w, dy, counts)
+        groups = None if counts is None else Groups.of(counts, x.device)
+        casts, _ = in_fp8(Reference(), which, x, w, dy, groups)
         a, b = casts()
         if which == "weight gradient":
-            whole = [whole_tiles(q, counts or (len(x),)).T for q in (a, b)]
+            rows = groups or Groups.even(1, len(x), x.device)
+            whole = [whole_tiles(q, rows).T for q in (a, b)]
             left, right = (operand(q, blocks=False) for q in whole)
             pairs, first = [], 0
-            for count in padded_counts(counts or (len(x),), TILE):
+            for count in padded_counts(rows.on_host, TILE):
                 last = first + count
                 pairs.append((left.part(first, last), right.part(first, last)))
                 first = last
             dtype = torch.float32
-        elif counts is None:
+        elif groups is None:
             pairs, dtype = [(operand(a), operand(b.T))], torch.bfloat16
         else:
-            lefts, _ = expert_rows(a, counts)
+            lefts, _ = expert_rows(a, groups)
             rights = [
                 operand(Quantized(v, s, b.tile).T) for v, s in zip(b.values, b.scales, strict=True)
             ]

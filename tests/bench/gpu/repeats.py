@@ -36,9 +36,7 @@ class _Run:
 def _train(trainer: Trainer, setting: Setting, steps: range) -> _Run:
     losses = []
     for step in steps:
-        batch, loss = batch_of(
-            TINY, setting.pick((16, 128), (2, 32)), setting.device, documents=4, seed=step
-        )
+        batch, loss = batch_of(TINY, setting.pick((16, 128), (2, 32)), documents=4, seed=step)
         losses.append(float(trainer.train_step(batch, loss, 1e-3)["loss"]))
     model = trainer.model
     state = model.state_dict() | moments(trainer.optimizer, model.named_parameters())

@@ -16,10 +16,10 @@ import torch
 from cluster.trainer import Batch, Trainer
 from configs.model import V3Config
 from model.weight_cache import forget
+from stages.pretrain.objective import PretrainLoss
 from tests.bench.gpu.models import (
     ONE_BILLION,
     SLICE,
-    Counted,
     Precision,
     batch_of,
     small,
@@ -73,7 +73,7 @@ def _stepped(
     if precision == "fp8" and trainer.numerics.precision != "fp8":
         yield Row(name, precision, f"{SKIPPED}{trainer.computing.products}")
         return
-    batch, loss = batch_of(config, shape, setting.device, documents=1)
+    batch, loss = batch_of(config, shape, documents=1)
     step = partial(trainer.train_step, batch, loss, 1e-4)
     seconds = step_seconds(setting, step)
     if precision == "bf16":
@@ -107,7 +107,12 @@ def step_seconds(setting: Setting, step: Callable[[], object]) -> float:
 
 
 def _memory(
-    setting: Setting, name: str, precision: Precision, trainer: Trainer, batch: Batch, loss: Counted
+    setting: Setting,
+    name: str,
+    precision: Precision,
+    trainer: Trainer,
+    batch: Batch,
+    loss: PretrainLoss,
 ) -> Iterator[Row]:
     """Bytes of the models and its optimiser, of copies of weights, of what backward waits for."""
     if not setting.on_cuda:
@@ -115,11 +120,11 @@ def _memory(
         return
     forget(trainer.model)
     resident = setting.allocated()
-    totals = loss.counts(batch)
+    totals, placed = loss.counts(batch), trainer.backend.place(batch)
     with torch.no_grad():
-        loss(trainer.model, batch, totals)
+        loss(trainer.model, placed, totals)
     copies = setting.allocated() - resident
-    value = loss(trainer.model, batch, totals)[0]
+    value = loss(trainer.model, placed, totals)[0]
     kept = setting.allocated() - resident - copies
     del value
     setting.reset_peak()

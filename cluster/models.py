@@ -1,0 +1,81 @@
+"""Models as a rank holds them: all of what is dense, and its share of the experts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cluster.backend import CPU, Backend
+from cluster.expert_parallel import AllToAllDispatcher, in_group
+from configs.model import ModelConfig
+from configs.train import Precision
+from model.dispatch import LocalDispatcher
+from model.fp8.recorder import Recorder
+from model.fp8.scheme import Numerics, schemes, settle
+from model.moe import RoutedExperts
+from model.transformer import Transformer
+from model.weight_cache import forget, keep
+from model.weights import families
+
+
+@dataclass(frozen=True, slots=True)
+class Computing:
+    """How a model's products are computed, and what was asked for."""
+
+    numerics: Numerics
+    products: str
+    """In words, for records."""
+    asked: Precision
+
+
+def build_model(
+    config: ModelConfig, *, precision: Precision | Numerics, backend: Backend = CPU
+) -> tuple[Transformer, Computing]:
+    """A model with this rank's share of its experts, its values yet to be set, on the CPU."""
+    wanted = precision if isinstance(precision, Numerics) else Numerics(precision)
+    # Two models of one job, as a policy and its reference, are watched apart.
+    asked = replace(backend.numerics(wanted), recorder=Recorder())
+    numerics, products = settle(asked, torch.device(backend.device))
+    dispatcher = AllToAllDispatcher() if in_group() else LocalDispatcher()
+    model = Transformer(config, precision=numerics, dispatcher=dispatcher)
+    if numerics.precision == "fp8" and not schemes(model):
+        numerics = replace(numerics, precision="high")
+        products = "high precision: the table of parts leaves none of this model's to FP8"
+    return model, Computing(numerics, products, wanted.precision)
+
+
+def frozen(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    precision: Precision | Numerics,
+    backend: Backend = CPU,
+) -> Transformer:
+    """This rank's part of a whole model under Hugging Face names, to be asked and never trained."""
+    model, _ = build_model(config, precision=precision, backend=backend)
+    take_part(model, tensors)
+    model.requires_grad_(False).to(backend.device).eval()
+    keep(model)
+    return model
+
+
+def take_part(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a whole model under Hugging Face names into `model`, which may hold some experts only.
+
+    Tensors are asked for one at a time, and those of other ranks' experts never.
+    """
+    own, experts = model.state_dict(), expert_ranges(model)
+    with torch.no_grad():
+        for name, tensor in families.assemble(model.config, own, tensors, experts):
+            own[name].copy_(tensor)
+    forget(model)
+
+
+def expert_ranges(model: Transformer) -> dict[str, range]:
+    """Module names of stacked experts -> the global experts that `model` holds."""
+    return {
+        name: module.local
+        for name, module in model.named_modules()
+        if isinstance(module, RoutedExperts)
+    }
