@@ -23,7 +23,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -160,7 +159,7 @@ class Backend:
         """What this process uses now, and at most until now."""
         if self.is_host:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            return Memory(psutil.Process().memory_info().rss, peak)
+            return Memory(_occupied(peak), peak)
         return Memory(self.module.memory_allocated(), self.module.max_memory_allocated())
 
     def rates(self) -> Rates:
@@ -188,6 +187,15 @@ class Backend:
     def bundle(self, share: float) -> dict[str, float]:
         """The same beside CPUs, in a bundle of resources."""
         return {} if self.is_host else {self.resource: share}
+
+
+def _occupied(peak: int) -> int:
+    """Bytes of main memory that this process has now; its peak where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak
+    return pages * resource.getpagesize()
 
 
 @lru_cache

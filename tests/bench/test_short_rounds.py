@@ -3,8 +3,8 @@
 They are run in full by `make bench`. One stopped working after a rename, and nobody saw.
 """
 
-import time
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,8 @@ from configs.v3 import V3Config
 from pipeline.provenance import processor
 from tests.bench import (
     attention_cost,
-    fp8_on_gpu,
-    fp8_table,
     machine,
+    on_gpu,
     store_calls,
     test_sampling,
     test_training_step,
@@ -28,7 +27,7 @@ from tests.objects import patched, serving
 from tests.pipeline.fakes import World
 
 HERE = Path(__file__).parent
-NO_BENCHMARKS = {"fp8_table", "machine", "test_fp8_on_gpu", "test_short_rounds"}
+NO_BENCHMARKS = {"machine", "test_gpu_products", "test_on_gpu", "test_short_rounds"}
 """Parts of benchmarks, and tests of those, which `make test` runs whole."""
 
 
@@ -83,25 +82,15 @@ def draw_the_attention_curves(patch: pytest.MonkeyPatch, folder: Path) -> None:
     assert (folder / "attention-cost.svg").stat().st_size > 0
 
 
-def compare_fp8_on_a_cpu(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Without a GPU only the copy and BF16 have figures; the other cells say why they have none.
-
-    `test_fp8_on_gpu` runs those too, with stand-ins for what needs the GPU.
-    """
-    patch.setattr(fp8_on_gpu, "no_device", lambda: "a short round")
-    assert fp8_on_gpu.main([]) == 0
-
-    def clock(run: Callable[[], object]) -> float:
-        begin = time.perf_counter()
-        run()
-        return time.perf_counter() - begin
-
-    for shape in (fp8_table.Shape("one", 128, 256, 128), fp8_table.Shape("two", 256, 128, 128, 2)):
-        for which in fp8_table.PASSES:
-            found = fp8_on_gpu.survived(shape, which, torch.device("cpu"), clock)
-            assert isinstance(found.copy_seconds, float) and found.copy_seconds > 0
-            assert isinstance(found.seconds["bf16"], float), found.seconds["bf16"]
-            assert len(fp8_table.product_rows(found, 1e12)) == len(fp8_table.VARIANTS)
+def measure_what_a_gpu_would(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """All parts, on the CPU: where only CUDA can tell, cells say so."""
+    out = folder / "found.json"
+    assert on_gpu.main(["--short", "--out", str(out)]) == 0
+    parts = json.loads(out.read_text())["parts"]
+    assert [part["name"] for part in parts] == [part.name for part in on_gpu.PARTS]
+    for part in parts:
+        figures = [row["figure"] for row in part["rows"]]
+        assert any(isinstance(figure, float | int) for figure in figures), part["name"]
 
 
 def count_the_calls_of_a_store(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -119,7 +108,7 @@ def count_the_calls_of_a_store(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 ROUNDS = {
     "attention_cost": draw_the_attention_curves,
-    "fp8_on_gpu": compare_fp8_on_a_cpu,
+    "on_gpu": measure_what_a_gpu_would,
     "store_calls": count_the_calls_of_a_store,
     "test_against_transformers": train_beside_transformers,
     "test_sampling": sample_beside_transformers,
