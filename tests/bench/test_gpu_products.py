@@ -66,8 +66,8 @@ def test_ratios_of_made_up_timings_are_right() -> None:
     assert list(found) == shapes.VARIANTS
     bf16, alone, casts = (found[by] for by in ("bf16", "torch alone", "cublas, with casts"))
     assert (bf16.figure, bf16.ratio, set(bf16.more)) == (4.0, 1.0, {"TFLOP/s"})
-    assert (alone.ratio, alone.more["floor / time"]) == (4.0, pytest.approx(0.8))
-    assert (casts.ratio, casts.more["floor / time"]) == (2.0, pytest.approx(0.4))
+    assert alone.ratio == 4.0 and alone.more["floor / time"] == pytest.approx(0.8)
+    assert casts.ratio == 2.0 and casts.more["floor / time"] == pytest.approx(0.4)
     assert casts.more["error / bound"] == 0.25
     assert casts.more["TFLOP/s"] == pytest.approx(shapes.flops(LINEAR) / 2e-3 / 1e12)
     broken = found["triton, product"]

@@ -158,7 +158,12 @@ def test_what_fails_later_leaves_the_others_their_medians(
         return 5.0 if run is late else next(ticks)
 
     monkeypatch.setitem(here.__dict__, "clock", clock)
-    variants = {"well": lambda: None, "late": late, "never": never, "absent": "no such backend"}
+    variants: dict[str, Any] = {
+        "well": lambda: None,
+        "late": late,
+        "never": never,
+        "absent": "no such backend",
+    }
     assert interleaved(variants, here, why, 3) == {
         "well": 3.0,
         "late": "failed: broke",

@@ -27,7 +27,9 @@ from tests.objects import patched, serving
 from tests.pipeline.fakes import World
 
 HERE = Path(__file__).parent
-NO_BENCHMARKS = {"machine", "test_gpu_products", "test_on_gpu", "test_short_rounds"}
+NO_BENCHMARKS = {
+    *("machine", "test_gpu_parts", "test_gpu_products", "test_on_gpu", "test_short_rounds")
+}
 """Parts of benchmarks, and tests of those, which `make test` runs whole."""
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import pickle
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -177,6 +178,15 @@ def test_memory_is_that_of_the_process() -> None:
     now = CPU.memory()
     assert now.used - before.used > 32 * 2**20
     assert now.peak >= now.used - 2**20 and held.numel()
+
+
+def test_where_the_system_does_not_tell_memory_is_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(_: Path) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", absent)
+    used, peak = CPU.memory()
+    assert used == peak > 0
 
 
 def test_rates_are_measured_once_and_are_those_of_this_machine(

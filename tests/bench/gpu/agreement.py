@@ -19,10 +19,12 @@ from tests.bench.gpu.waits import counted, refused
 
 CLOSE = 1e-5
 """Of float32 sums in another order, through some hundred operations."""
-TURNED = {"bf16": 0.02, "fp8": 0.05}
+TURNED = {"bf16": 0.02, "fp8": 0.1}
 """How far a gradient may turn, as 1 - cosine: a few layers that round states to 8 bits, or operands
-to 4, at other places, where a score that rounds the other way may choose another expert."""
-LOSS_GAPS = {"float32": CLOSE, "bf16": 0.01, "fp8": 0.02}
+to 4, at other places, where a score that rounds the other way may choose another expert. On a CPU
+states in float32 turn these gradients by 0.005 and 0.055."""
+LOSS_GAPS = {"float32": CLOSE, "bf16": 1e-3, "fp8": 5e-3}
+"""Those change the loss by 1e-5 and 5e-4."""
 DOCUMENTS = {"whole texts": 1, "documents": 4}
 STEPS = 3
 FEW, MANY = 2, 10

@@ -19,8 +19,9 @@ from tests.bench.gpu.setting import Setting
 
 Precision = Literal["float32", "bf16", "fp8"]
 
-TINY = load_recipe("tiny").model
-assert isinstance(TINY, V3Config)
+_tiny = load_recipe("tiny").model
+assert isinstance(_tiny, V3Config)
+TINY: V3Config = _tiny
 ONE_BILLION = V3Config(
     vocab_size=32768,
     hidden_size=1024,
