@@ -48,7 +48,12 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "words",
-    [["smoke"], *([recipe, "@short.toml"] for recipe in ("tiny-v3.2", "tiny-v4", "tiny-engram"))],
+    [
+        ["smoke"],
+        ["tiny-v3.2", "@short.toml", "--set", "pretrain.indexer.dense_steps=1"],
+        ["tiny-v4", "@short.toml", "--set", "pretrain.indexer.dense_steps=1"],
+        ["tiny-engram", "@short.toml"],
+    ],
     ids=lambda words: words[0],
 )
 def test_every_stage_runs_on_the_device(words: list[str], tmp_path: Path) -> None:
