@@ -74,7 +74,8 @@ def test_a_machine_without_a_gpu_gets_the_reason_in_every_part(
 
 
 def test_all_parts_together_take_less_than_ten_minutes() -> None:
-    assert sum(part.seconds for part in on_gpu.PARTS) <= on_gpu.LIMIT_SECONDS < 600
+    """With what it takes to begin."""
+    assert sum(part.seconds for part in on_gpu.PARTS) <= on_gpu.LIMIT_SECONDS <= 580
 
 
 def test_why_there_is_no_device_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
