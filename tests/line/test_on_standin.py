@@ -52,7 +52,7 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         ["smoke"],
         ["tiny-v3.2", "@short.toml", "--set", "pretrain.indexer.dense_steps=1"],
         ["tiny-v4", "@short.toml", "--set", "pretrain.indexer.dense_steps=1"],
-        ["tiny-engram", "@short.toml"],
+        ["tiny-engram", "@short.toml", "--set", "pretrain.indexer.dense_steps=1"],
     ],
     ids=lambda words: words[0],
 )
