@@ -1,5 +1,7 @@
 """What torch raises where a device runs out of memory or is lost, as one sentence."""
 
+import re
+
 import torch
 
 from cluster.backend import ACCELERATORS
@@ -39,5 +41,7 @@ def device_lost(error: BaseException) -> str | None:
 
 def first_line(error: BaseException) -> str:
     """The first sentence, since torch goes on with advice that fits other programs."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Its allocator of the host begins with the line of its own code that noticed.
+    said = re.sub(r"^\[enforce fail[^]]*\][^.]*\. ", "", str(error))
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     return lines[0].split(". ")[0].rstrip(".") if lines else type(error).__name__

@@ -242,10 +242,10 @@ class ShortConv(nn.Module):
             zero = normed_BSND.new_zeros(())
             seen = [_earlier(normed_BSND, d, batch.segments_BS, zero) for d in distances]
         weight_NDK = cast(self.weight, x_BSND.dtype).unflatten(0, self.shape)
-        out_BSND = seen[-1] * weight_NDK[..., -1]
+        out_BSND = widened(seen[-1] * weight_NDK[..., -1])
         for tap in range(taps - 1):
             out_BSND = out_BSND + seen[tap] * weight_NDK[..., tap]
-        return F.silu(out_BSND)
+        return F.silu(out_BSND).to(x_BSND.dtype)
 
     def new_cache(self, rows: int, tokens: int) -> Cache:
         """Room for the normed inputs that the next token's taps reach, oldest first."""

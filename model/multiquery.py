@@ -188,7 +188,7 @@ class _Attend(torch.autograd.Function):
         q, kv, blocks, sinks, log_total_BSH = ctx.saved_tensors
         sight, scale = ctx.sight, q.shape[-1] ** -0.5
         # Windows of neighbouring chunks overlap, and many chunks see a block: sums are float32.
-        dkv, dblocks = torch.zeros_like(widened(kv)), torch.zeros_like(widened(blocks))
+        dkv, dblocks = torch.zeros_like(widened(kv)), widened(blocks.new_zeros(blocks.shape))
         dq, dsinks = torch.empty_like(q), torch.zeros_like(widened(sinks))
         for start, stop in sight.chunks(q.shape[1]):
             rows = slice(start, stop)

@@ -26,6 +26,7 @@ def keep(model: nn.Module) -> None:
     """From now on keep what is made of the weights of `model`, until it is told to `forget`."""
     for weight in model.parameters():
         _kept.setdefault(weight, {})
+    model.register_load_state_dict_post_hook(_forget_loaded)
 
 
 def forget(model: nn.Module) -> None:
@@ -33,6 +34,10 @@ def forget(model: nn.Module) -> None:
     for weight in model.parameters():
         if weight in _kept:
             _kept[weight].clear()
+
+
+def _forget_loaded(model: nn.Module, _: object) -> None:
+    forget(model)
 
 
 def cached(weight: Tensor, form: Hashable, make: Callable[[], T]) -> T:
@@ -44,8 +49,15 @@ def cached(weight: Tensor, form: Hashable, make: Callable[[], T]) -> T:
     if made is None:
         return make()
     if form not in made:
-        made[form] = make()
+        made[form] = fit_to_learn(make)
     return made[form]
+
+
+def fit_to_learn(make: Callable[[], T]) -> T:
+    """What `make` gives, without gradients, and fit to take part in a later backward pass: what is
+    made in inference mode is not."""
+    with torch.inference_mode(False), torch.no_grad():
+        return make()
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -108,7 +108,7 @@ def draw(pool: Iterable[Mutant], number: int, seed: int) -> list[Mutant]:
     A larger number adds to what a smaller one draws.
     """
     queues: dict[str, list[Mutant]] = {}
-    for one in sorted(pool, key=lambda one: one.rank(seed)):
+    for one in sorted(pool, key=lambda one: (one.rank(seed), one.line)):
         queues.setdefault(one.kind, []).append(one)
     drawn: list[Mutant] = []
     lines: set[int] = set()

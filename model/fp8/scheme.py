@@ -39,7 +39,7 @@ from model.fp8.quantized import (
     Tile,
 )
 from model.fp8.recorder import Recorder
-from model.weight_cache import cached
+from model.weight_cache import cached, fit_to_learn
 
 Part = Literal[
     "attention",
@@ -170,7 +170,7 @@ def _cached_together(
     marks = [cached(other, "mark", object) for other in others]
     found = cached(first, form, dict[str, Any])
     if "made" not in found or any(a is not b for a, b in zip(found["of"], marks, strict=True)):
-        found["made"], found["of"] = make(), marks
+        found["made"], found["of"] = fit_to_learn(make), marks
     made: Quantized = found["made"]
     return made
 

@@ -18,6 +18,7 @@ def import_(args: argparse.Namespace) -> int:
     args.sets = [*args.sets, f"base={json.dumps(str(folder))}"]
     args.only, args.start, args.force = [IMPORT], [], []
     args.dry_run = args.json = False
+    args.profile = None
     asked = load_asked(args)
     code = run(args)
     if code == 0:

@@ -5,14 +5,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import ray
 import torch
 
 from cluster import pool as pool_module
+from cluster.backend import CPU
 from cluster.checkpoint import step_folder
 from cluster.generation import merge_shards
+from cluster.output import Output
 from cluster.pool import TrainerPool, TrainerSpec, _TrainWorker, open_trainers
 from cluster.trainer import build_trainer
 from cluster.workers import WorkerDied
@@ -176,11 +179,13 @@ def test_trainers_of_a_named_cluster_choose_their_network_before_they_meet(
     start: Path, monkeypatch: pytest.MonkeyPatch, address: str | None, chosen: list[str]
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr(pool_module, "choose_network", lambda: told.append("choose"))
+    monkeypatch.setattr(pool_module, "choose_network", lambda _: told.append("choose"))
     monkeypatch.setattr(pool_module, "join_group", lambda *_: told.append("meet"))
-    monkeypatch.setattr(pool_module, "_trainer", lambda *_: None)
+    monkeypatch.setattr(pool_module, "require_equal_cards", lambda _: None)
+    monkeypatch.setattr(pool_module, "build_trainer", lambda *_, **__: MagicMock())
     worker = object.__new__(_TrainWorker)
     worker.machines = ClusterConfig(address=address, trainers=2)
     worker.spec, worker.start, worker.rank = replace(SPEC, reference=False), start, 0
+    worker.backend, worker.output = CPU, Output(str(start), "trainer")
     worker.join("tcp://10.0.0.1:1")
     assert told == chosen

@@ -16,7 +16,7 @@ from model.loss import linear_cross_entropy
 from model.passes import Caches
 from model.transformer import Transformer
 from model.weight_cache import forget, keep
-from model.widening import wide_linear, wide_mm
+from model.widening import add_wide_mm, wide_linear, wide_mm
 from tests.model.test_engram import MEMORY
 from tests.references import random_tokens, tiny, tiny_v4, tiny_v32
 
@@ -154,3 +154,11 @@ def test_a_wide_linear_has_the_gradients_of_a_product() -> None:
     assert [one.dtype for one in found] == [torch.bfloat16, torch.float32]
     for one, other in zip(found, wanted, strict=True):
         assert gap(one.double(), other) < 0.02
+
+
+def test_sums_of_narrow_products_are_added_up_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(8, 8, generator=generator).bfloat16() for _ in range(2))
+    total = torch.full((8, 8), 1000.0)
+    add_wide_mm(total, a, b)
+    assert gap(total.double() - 1000, a.double() @ b.double()) < 2**-12

@@ -98,8 +98,11 @@ def both(
 def test_losses_gradients_and_norms_are_the_cpus(both: tuple[dict[str, Any], ...]) -> None:
     on_host, on_device = both
     assert len(on_host["values"]) > 2 * STEPS
+    largest = max(float(theirs.abs().max()) for theirs in on_host["values"])
     for ours, theirs in zip(on_device["values"], on_host["values"], strict=True):
-        assert (ours - theirs).abs().max() <= CLOSE * theirs.abs().max().clamp_min(1e-6)
+        # Slopes of some single weights cancel to a thousandth of what they are sums of, or less.
+        size = max(float(theirs.abs().max()), 1e-3 * largest)
+        assert float((ours - theirs).abs().max()) <= CLOSE * size
 
 
 def test_no_tensor_lies_on_the_wrong_side(both: tuple[dict[str, Any], ...]) -> None:

@@ -136,3 +136,11 @@ def test_the_least_temperature_takes_the_likeliest_token() -> None:
 def test_numbers_that_mean_nothing_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Drawing(**fields)
+
+
+def test_a_number_that_was_rounded_to_one_draws_the_last_token_that_has_a_chance() -> None:
+    logits_V = torch.full((200,), -math.inf)
+    logits_V[[3, 70, 90]] = torch.tensor([1.0, 0.0, -3.0])
+    chosen, logprobs = draw(logits_V[None], Drawing(1.0), torch.ones(1, dtype=torch.float64))
+    assert chosen.tolist() == [90]
+    assert bool(logprobs.isfinite().all())

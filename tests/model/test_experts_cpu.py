@@ -239,3 +239,9 @@ def test_a_library_that_computes_otherwise_is_not_used(
     made, why = made_anew()
     assert made is None
     assert why.endswith("does not give the twin's results")
+
+
+def test_the_first_who_asks_may_compute_without_gradients() -> None:
+    """As a sampler does, in a process that has not asked before."""
+    with torch.inference_mode():
+        assert (inspect.unwrap(cpu_kernels)()[0] is None) == (cpu_kernels()[0] is None)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model.indexer import NONE, choose, divergence, index_scores
+from model.indexer import NONE, _lowest_of_equals, choose, divergence, index_scores
 
 
 def random_scores(seed: int, *, levels: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,3 +99,14 @@ def test_scores_that_say_what_attention_does_have_nothing_to_learn() -> None:
     visible[..., 0] = True
     attention = scores.masked_fill(~visible, float("-inf")).softmax(-1)
     assert float(divergence(scores + 3, 5 * attention, visible).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("levels", [None, 1, 2, 3])
+@pytest.mark.parametrize("keep", [1, 3, 7])
+def test_devices_choose_as_cpus_do(keep: int, levels: int | None) -> None:
+    scores, visible = random_scores(keep, levels=levels)
+    masked = scores.masked_fill(~visible, float("-inf"))
+    last = masked.topk(keep, dim=-1).values.amin(-1, keepdim=True)
+    found = _lowest_of_equals(masked, last, keep)
+    wanted = choose(scores, visible, keep)
+    assert torch.equal(found.sort(-1).values, wanted.sort(-1).values)

@@ -8,6 +8,7 @@ from model import grouped
 from model.dispatch import Dispatched
 from model.grouped import each_mm, each_outer, swiglu_by_offsets
 from model.swiglu import grouped_swiglu
+from tests.memory import saved_tensors
 
 COUNTS = [[5, 3, 4], [0, 12, 0], [1, 0, 11], [0, 0, 0]]
 
@@ -61,8 +62,9 @@ def test_nothing_is_kept_where_nothing_is_learnt() -> None:
     x, counts = normal(6, 8, seed=0), torch.tensor([4, 2])
     sent = Dispatched(x, torch.arange(6), counts, None, None)
     weights = normal(2, 32, 8, seed=1), normal(2, 8, 16, seed=2)
-    with torch.no_grad():
+    with saved_tensors() as kept, torch.no_grad():
         y_RD = swiglu_by_offsets(sent, *weights, None)
+    assert not kept
     torch.testing.assert_close(y_RD, grouped_swiglu(sent, *weights, None))
 
 

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from configs.engram import EngramConfig
 from configs.errors import ArtifactError, ConfigError
 from configs.train import OptimConfig
+from model import optim
 from model.engram import MemoryTable
 from model.optim import adamw, moments, restore_moments, warmup_cosine
 from model.transformer import Transformer
@@ -172,6 +173,26 @@ def test_weights_too_narrow_for_a_step_are_refused(dtype: torch.dtype) -> None:
     kind = str(dtype).removeprefix("torch.")
     with pytest.raises(ConfigError, match=rf"^norm.weight is {kind}, .*\.float\(\)"):
         adamw(model, CONFIG)
+
+
+def test_moments_are_cast_a_few_at_a_time_and_none_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    narrow = CONFIG.model_copy(update={"moments": "bfloat16"})
+
+    def trained(values: int) -> list[Tensor]:
+        monkeypatch.setattr(optim, "CAST_VALUES", values)
+        model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
+        with torch.no_grad():
+            for number, parameter in enumerate(model.parameters()):
+                parameter.fill_(number + 1.0)
+        optimizer = adamw(model, narrow)
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    for few, all_at_once in zip(trained(10), trained(2**24), strict=True):
+        assert torch.equal(few, all_at_once)
 
 
 def test_moments_rest_in_bfloat16_and_are_rounded_to_nearest_after_each_step() -> None:

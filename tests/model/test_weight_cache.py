@@ -64,3 +64,21 @@ def test_forms_are_told_apart_and_freed_with_their_weight() -> None:
 def test_a_weight_that_has_the_type_is_itself() -> None:
     weight = nn.Parameter(torch.randn(2, 2))
     assert cast(weight, torch.float32) is weight
+
+
+def test_weights_that_were_loaded_are_cast_again() -> None:
+    layer, other = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+    keep(layer)
+    cast(layer.weight, torch.bfloat16)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(cast(layer.weight, torch.bfloat16), other.weight.bfloat16())
+
+
+def test_what_was_made_while_sampling_learns_afterwards() -> None:
+    layer = nn.Linear(4, 3, bias=False)
+    keep(layer)
+    x = torch.randn(5, 4, dtype=torch.bfloat16, requires_grad=True)
+    with torch.inference_mode():
+        cast(layer.weight, torch.bfloat16)
+    nn.functional.linear(x, cast(layer.weight, torch.bfloat16)).sum().backward()
+    assert layer.weight.grad is not None
