@@ -185,7 +185,8 @@ def test_the_devices_that_a_user_lists_are_those_that_are_shared_out(tmp_path: P
         "session.seen = lambda: {'GPU': 2.0, 'NPU': 1.0}\n"
         f"session.ensure_ray(ClusterConfig(), {str(tmp_path)!r}, cpus_needed=1)\n"
         f"lists = {LISTS!r}\n"
-        "see = ray.remote(lambda: [os.environ.get(name) for name in lists])\n"
+        # In no order that Ray promises.
+        "see = ray.remote(lambda: [sorted(os.environ[name].split(',')) for name in lists])\n"
         "asked = [see.options(num_gpus=2), see.options(resources={'NPU': 1})]\n"
         "print(ray.get([one.remote() for one in asked], timeout=60))\n"
     )
@@ -198,7 +199,7 @@ def test_the_devices_that_a_user_lists_are_those_that_are_shared_out(tmp_path: P
         timeout=200,
         check=False,
     )
-    assert done.stdout == "[['5,3', '6'], ['5,3', '6']]\n", done.stderr
+    assert done.stdout == f"{[[['3', '5'], ['6']]] * 2}\n", done.stderr
 
 
 @dataclass(frozen=True)
