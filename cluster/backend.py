@@ -347,9 +347,9 @@ def require(backend: Backend) -> None:
 
 
 def seen() -> dict[str, float]:
-    """The devices beside CPUs that this process sees, by Ray's names."""
-    counts = {one.resource: float(one.look().count) for one in ACCELERATORS}
-    return {name: count for name, count in counts.items() if count}
+    """The devices beside CPUs that this process sees and can compute on, by Ray's names."""
+    found = {one.resource: one.look() for one in ACCELERATORS}
+    return {name: float(one.count) for name, one in found.items() if one.count and not one.too_old}
 
 
 def hidden(backend: Backend) -> dict[str, str]:
@@ -389,9 +389,25 @@ def foresee(wanted: Numerics, machines: ClusterConfig) -> None:
     """
     if machines.address is not None and machines.device != "cpu":
         return
+    if machines.device != "auto":
+        # What stands in the way of a device that is asked for says more than that none is there.
+        require(BACKENDS[machines.device])
     backend = decide(machines.device, seen())
     require(backend)
     settle(backend.numerics(wanted), torch.device(backend.device))
+
+
+def fitted(machines: ClusterConfig) -> ClusterConfig:
+    """`machines`, with no more trainers than this machine has devices for, unless their number was
+    asked for: the default suits two cores, and a trainer takes a whole device."""
+    if machines.address is not None or "trainers" in machines.model_fields_set:
+        return machines
+    there = seen()
+    backend = decide(machines.device, there)
+    if backend.is_host:
+        return machines
+    trainers = min(machines.trainers, int(there[backend.resource]))
+    return machines.model_copy(update={"trainers": trainers})
 
 
 def own(wanted: Device) -> Backend:

@@ -5,6 +5,7 @@ import re
 import torch
 
 from cluster.backend import ACCELERATORS
+from cluster.output import TRAINER
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """Libraries of devices and the host's allocator raise plain errors that say so."""
@@ -17,10 +18,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(one in str(error) for one in _OUT_OF_MEMORY)
 
 
-def out_of_memory(error: BaseException) -> str | None:
-    """That memory ran out, in one line, and what lowers the need; none for another error."""
+def out_of_memory(error: BaseException, role: str = TRAINER) -> str | None:
+    """That memory ran out, in one line, and what lowers the need of a worker of this `role`; none
+    for another error."""
     if not is_out_of_memory(error):
         return None
+    if role != TRAINER:
+        return (
+            f"out of memory ({first_line(error)}); lower posttrain.max_new_tokens, or raise "
+            "cluster.samplers, which divides the answers, and run again"
+        )
     return (
         f"out of memory ({first_line(error)}); lower pretrain.batch_sequences, or raise "
         "posttrain.minibatches, or raise cluster.trainers, which divides batches and experts; run "

@@ -386,8 +386,6 @@ def _steps(
     for step in steps:
         with tracer.step(step):
             learned = _learn(trainer, job, drift, used, coming, step)
-        if step == begun + 1 and step_seconds is not None:
-            end_warm_up(step_seconds)
         held_out = _evaluate(trainer, job)
         news = _news(trainer, begun, reason, used) if step == begun + 1 else {}
         # Before the save: a run that continues from it must find this line.
@@ -395,6 +393,8 @@ def _steps(
         _record(log, job, news, learned, held_out, told, step=step)
         if step % job.checkpoint_every_steps == 0 or step == job.steps:
             _save(trainer, job, desk)
+        if step == begun + 1 and step_seconds is not None:
+            end_warm_up(step_seconds)
 
 
 def _news(

@@ -14,6 +14,7 @@ from cluster.backend import Backend
 from cluster.output import Output
 from cluster.session import ray_for
 from cluster.supply import Supply
+from cluster.warmup import first_step_seconds
 from cluster.workers import Actor, Worker, gather, open_workers
 from configs.errors import MachineError
 from configs.parallel import ClusterConfig
@@ -65,6 +66,7 @@ class GenerationPool:
 
     def __init__(self, actors: list[Actor], machines: ClusterConfig, output: Output) -> None:
         self.actors, self.machines, self.output = actors, machines, output
+        self._step_seconds = first_step_seconds(machines)
 
     def sample(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
@@ -80,7 +82,8 @@ class GenerationPool:
             refs.append(
                 actor.sample.remote([list(p) for p in prompts[part]], sampling, list(seeds[part]))
             )
-        parts = gather(refs, self.output, timeout_seconds=self.machines.step_timeout_seconds)
+        parts = gather(refs, self.output, timeout_seconds=self._step_seconds)
+        self._step_seconds = self.machines.step_timeout_seconds
         return [sample for part in parts for sample in part]
 
     def load(self, checkpoint: Path) -> None:

@@ -18,6 +18,8 @@ RESTART = "restart"
 """In the record of a step: why the workers began anew before it, and from where."""
 TRACE = ".trace.json.gz"
 """Ends the names of traces of training steps, which lie beside these files."""
+TRAINER = "trainer"
+"""What workers that train are called."""
 _TAIL_BYTES = 64 * 1024
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _FILE = re.compile(r"(?P<role>.+)-(?P<rank>\d+)\.log")

@@ -68,7 +68,8 @@ class Deadlines(NamedTuple):
 def deadlines(backend: Backend, machines: ClusterConfig, *, first: bool = False) -> Deadlines:
     """What bounds collectives below `cluster.step_timeout_seconds`, or in the `first` step."""
     step = first_step_seconds(machines) if first else machines.step_timeout_seconds
-    group = _ROOM * step
+    # In a group of CPUs the rank that waits raises by itself, and is heard in time.
+    group = step if backend.is_host else _ROOM * step
     execute = _ROOM * group
     if backend.timeouts is not None and execute >= backend.timeouts.step:
         execute -= execute % backend.timeouts.step
@@ -84,6 +85,7 @@ def timeout_env(backend: Backend, machines: ClusterConfig) -> dict[str, str]:
         max(math.ceil(machines.startup_timeout_seconds), its.connect_least), its.connect_most
     )
     return {
-        its.execute: str(deadlines(backend, machines).execute),
+        # It cannot be lowered after the first step.
+        its.execute: str(deadlines(backend, machines, first=True).execute),
         its.connect: str(connect),
     }

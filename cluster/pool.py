@@ -16,7 +16,7 @@ from cluster.backend import CPU, Backend
 from cluster.expert_parallel import join_group, require_equal_cards
 from cluster.memory import LESS_MEMORY, Room
 from cluster.models import frozen
-from cluster.output import Output
+from cluster.output import TRAINER, Output
 from cluster.places import deadlines
 from cluster.saves import Saves
 from cluster.session import ray_for
@@ -35,8 +35,6 @@ from model.transformer import Transformer
 from model.weights.config import read_config
 from model.weights.files import read_tensors
 
-TRAINER = "trainer"
-"""What the workers of a pool are called."""
 Score = Callable[[Transformer, Batch], Tensor]
 """Row-wise values of a model on one rank's part of a batch; travels to the workers."""
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import ray
+from ray._common.utils import get_system_memory
 from ray._private import worker
 
 from cluster.backend import ACCELERATORS, CPU, Backend, decide, hidden, seen
@@ -43,7 +43,7 @@ LOOK_SECONDS = 0.5
 """A thread that waits looks up so often: another can interrupt it between two lines of Python, and
 not within one."""
 _SHARE_OF_MEMORY = 0.3
-"""Of a machine's, for what its workers hand each other; Ray takes as much by default."""
+"""Of a machine's, for what its workers hand each other."""
 _LEAST_STORE_BYTES = 512 * 1024**2
 _SHARED_MEMORY = Path("/dev/shm")
 _LOCAL = "127.0.0.1"
@@ -315,9 +315,12 @@ def _store_bytes() -> int:
 
     It is taken as it fills. Beyond what the system lets processes share, Ray would keep it on disk.
     """
-    share = _SHARE_OF_MEMORY * psutil.virtual_memory().total
+    # What a container may use, where it is less than what the machine has.
+    share = _SHARE_OF_MEMORY * get_system_memory()
     with suppress(OSError):
         share = min(share, 0.9 * shutil.disk_usage(_SHARED_MEMORY).free)
+    if sys.platform == "darwin":
+        return _LEAST_STORE_BYTES  # Ray refuses more than 2 GiB there.
     return max(_LEAST_STORE_BYTES, int(share))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cluster.backend import CPU, Backend
 from cluster.checkpoint import load_shards, save_shard
+from cluster.device_errors import first_line
 from cluster.expert_parallel import in_group
 from cluster.figures import Figures, fetch, summed
 from cluster.memory import Room, telling_of_model, telling_when_full
@@ -283,12 +284,19 @@ class Trainer:
         `gradients` are those that are not finite on any rank, by their parameters' names.
         """
         if not all(map(math.isfinite, found.values())):
-            where = self._where(gradients) + self._culprit()
+            where = self._found(gradients) + self._culprit()
             raise TrainingError(
                 f"step {self.step + 1}: not finite: {_named(found)}{where}; lower the learning "
                 "rate, or look at the batch"
             )
         return found
+
+    def _found(self, gradients: Sequence[str]) -> str:
+        """What `_where` finds; what fails while it looks must not hide what it was looking for."""
+        try:
+            return self._where(gradients)
+        except (RuntimeError, MemoryError) as error:
+            return f", where is not known, for the search failed ({first_line(error)})"
 
     @torch.no_grad()
     def _where(self, gradients: Sequence[str]) -> str:

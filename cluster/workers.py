@@ -265,7 +265,7 @@ def _failure(error: RayError, output: Output, rank: int) -> Exception:
         cause = error.cause
         if isinstance(cause, IngotError):
             return cause
-        if (told := out_of_memory(cause)) is not None:
+        if (told := out_of_memory(cause, output.role)) is not None:
             return MachineError(f"{who}: {told}")
         if (told := device_lost(cause)) is not None:
             return with_tail(WorkerDied(f"{who} died: {told}"), output, rank)

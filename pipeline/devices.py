@@ -85,5 +85,8 @@ def _probe(environ: Mapping[str, str]) -> tuple[dict[str, Any] | None, str]:
     if done.returncode != 0:
         return None, done.stderr
     # Libraries may have something to say while they load.
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    try:
+        report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        return None, f"no report came, but {done.stdout[-200:]!r}"
     return report, done.stderr

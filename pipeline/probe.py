@@ -4,7 +4,6 @@ A torch that cannot be imported, or a driver that takes its process along, is th
 """
 
 import json
-import sys
 from typing import Any
 
 import torch
@@ -45,4 +44,4 @@ def _look(backend: Backend) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    json.dump(probe(), sys.stdout)
+    print("\n" + json.dumps(probe()), flush=True)

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 
 from cluster import checkpoint
-from cluster.backend import foresee
+from cluster.backend import fitted, foresee
 from cluster.generation import GenerationPool, open_generation
-from cluster.output import Output
-from cluster.pool import TRAINER, TrainerPool, open_trainers
+from cluster.output import TRAINER, Output
+from cluster.pool import TrainerPool, open_trainers
 from cluster.session import ray_for
 from cluster.tracing import trace_told, untraced
 from cluster.workers import with_restarts
@@ -120,7 +120,7 @@ def _measure_before(run: Run, samplers: GenerationPool, journal: Journal) -> Non
 @contextmanager
 def _pools(run: Run) -> Iterator[tuple[TrainerPool, GenerationPool]]:
     work, start = run.work, run.base.path()
-    machines, logs, supply = work.machines, work.logs, work.supply
+    machines, logs, supply = fitted(work.machines), work.logs, work.supply
     workers = machines.trainers + machines.samplers
     with (
         ray_for(machines, str(start), workers=workers, trainers=machines.trainers),

@@ -7,7 +7,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from cluster.backend import foresee
+from cluster.backend import fitted, foresee
 from cluster.checkpoint import consolidate, latest
 from cluster.fit import FitJob, fit
 from cluster.memory import LESS_MEMORY
@@ -55,7 +55,7 @@ def pretrain(
     # Steps after the last save will be made again, and are not to be shown until then.
     begin_metrics(work, job.saves.newest())
     with following(work.beside(), work.tracker):
-        final = fit(job, work.machines, work.out, str(work.beside("ray")))
+        final = fit(job, fitted(work.machines), work.out, str(work.beside("ray")))
     if told := untraced(job.output, job.profile, job.steps):
         work.tracker.note(told)
     consolidate(final, config.model, work.path())
@@ -130,10 +130,11 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus, base: Checkpoint
 
 def _less_memory(train: PretrainConfig, corpus: Corpus) -> str:
     """Which settings lower what a rank holds; all but the number of ranks begin anew."""
-    moments = " or pretrain.optim.moments" if train.optim.moments == "float32" else ""
+    narrower = ", or set pretrain.optim.moments = 'bfloat16'"
+    moments = narrower if train.optim.moments == "float32" else ""
     return (
-        f"{LESS_MEMORY}, or lower pretrain.batch_sequences = {train.batch_sequences} or "
-        f"data.sequence_tokens = {corpus.sequence_tokens}{moments}"
+        f"{LESS_MEMORY}, or begin anew with a lower pretrain.batch_sequences = "
+        f"{train.batch_sequences} or data.sequence_tokens = {corpus.sequence_tokens}{moments}"
     )
 
 

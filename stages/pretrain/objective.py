@@ -94,7 +94,7 @@ class PretrainLoss:
         return torch.stack([_cross_entropy(n, model.lm_head, t, s) for n, t, s in rows])
 
     def _balance(self, model: Transformer, shape: torch.Size) -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=model.lm_head.weight.device)
         for block in model.moe_layers().values():
             if block.bias_E is None:
                 continue

@@ -220,3 +220,29 @@ def test_what_workers_cannot_compute_is_told_before_any_is_started(
     # Those of a named cluster are none of this process's.
     elsewhere = ClusterConfig(address="ray.example:6379", device="cuda")
     foresee(Numerics("fp8", backend="triton"), elsewhere)
+
+
+def test_a_card_too_old_is_none_to_auto_and_says_why_to_who_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old = replace(CUDA, look=lambda: Found(1, "GTX 1080", "GTX 1080 (sm_61) is too old"))
+    monkeypatch.setattr(backend, "ACCELERATORS", (old,))
+    monkeypatch.setattr(backend, "BACKENDS", {**backend.BACKENDS, "cuda": old})
+    high = Numerics("high")
+    backend.foresee(high, ClusterConfig())
+    with pytest.raises(MachineError, match=r"GTX 1080 \(sm_61\) is too old; or use 'cpu'"):
+        backend.foresee(high, ClusterConfig(device="cuda"))
+
+
+def test_the_default_of_trainers_fits_the_devices_and_a_number_that_was_asked_for_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = replace(CUDA, look=lambda: Found(1, "a card"))
+    monkeypatch.setattr(backend, "ACCELERATORS", (one,))
+    monkeypatch.setattr(backend, "BACKENDS", {**backend.BACKENDS, "cuda": one})
+    default = ClusterConfig().trainers
+    assert default > 1
+    assert backend.fitted(ClusterConfig()).trainers == 1
+    assert backend.fitted(ClusterConfig(device="cpu")).trainers == default
+    assert backend.fitted(ClusterConfig(trainers=2)).trainers == 2
+    assert backend.fitted(ClusterConfig(address="10.0.0.1:6379")).trainers == default
