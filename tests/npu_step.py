@@ -26,6 +26,7 @@ from cluster.trainer import Trainer
 from configs.reading import load_recipe
 from model.decode import SHORTEST_REACH, Session
 from model.documents import attend_in_documents
+from model.fp8.scheme import Numerics
 from model.moe import MoE
 from model.passes import Whole
 from tests.devices import LOSS, ROWS, TOKENS
@@ -62,8 +63,8 @@ def npu() -> Iterator[Kernels]:
         yield kernels
 
 
-def train(recipe: str) -> dict[str, Any]:
-    """A step of the recipe's model in bfloat16, as a worker on an NPU takes it.
+def train(recipe: str, compute: str) -> dict[str, Any]:
+    """A step of the recipe's model, computed in such a type, as a worker on an NPU takes it.
 
     `device`: its name; `parameters`: how many there are; `faults`: those whose gradient is missing,
     elsewhere, or of another shape or type; `calls`: of torch_npu's own operations; `layers` and
@@ -73,7 +74,8 @@ def train(recipe: str) -> dict[str, Any]:
     assert asked.pretrain is not None
     with npu() as kernels:
         with torch.device(NPU.device):
-            model, computing = build_model(asked.model, precision="high", backend=NPU)
+            numerics = Numerics(compute=getattr(torch, compute))
+            model, computing = build_model(asked.model, precision=numerics, backend=NPU)
         pretrain = asked.pretrain
         trainer = Trainer(
             model.train(), computing, optim=pretrain.optim, balance=pretrain.balance, backend=NPU
