@@ -30,6 +30,8 @@ BLOCK = 128
 """Tokens of a block: what FlexAttention's kernels skip or work on as a whole."""
 _NPU_MASK = 2048
 """Side of the causal pattern that the NPU's kernel repeats along the diagonal."""
+_NPU_DOCUMENTS = 1024
+"""Documents that the NPU's kernel takes in one call at the most, as torch_npu's notes say."""
 _DIAGONAL_BELOW = 3
 """The NPU kernel's number for a causal pattern that ends at each document's last token."""
 
@@ -126,18 +128,26 @@ def _on_npu(q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, batch: Whole, scale:
         batch.ends = _ends(batch, rows, length)
     hidden = torch.ones(_NPU_MASK, _NPU_MASK, dtype=torch.bool, device=q_BHSQ.device).triu_(1)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSQ, k_BHSQ, v_BHSV))
-    out_THV: Tensor = torch.ops.npu.npu_fusion_attention(
-        q,
-        k,
-        v,
-        heads,
-        "TND",
-        atten_mask=hidden,
-        scale=scale,
-        sparse_mode=_DIAGONAL_BELOW,
-        actual_seq_qlen=batch.ends,
-        actual_seq_kvlen=batch.ends,
-    )[0]
+    parts, begin = [], 0
+    for first in range(0, len(batch.ends), _NPU_DOCUMENTS):
+        ends = batch.ends[first : first + _NPU_DOCUMENTS]
+        own = slice(begin, ends[-1])
+        told = [end - begin for end in ends]
+        part_THV: Tensor = torch.ops.npu.npu_fusion_attention(
+            q[own],
+            k[own],
+            v[own],
+            heads,
+            "TND",
+            atten_mask=hidden,
+            scale=scale,
+            sparse_mode=_DIAGONAL_BELOW,
+            actual_seq_qlen=told,
+            actual_seq_kvlen=told,
+        )[0]
+        parts.append(part_THV)
+        begin = ends[-1]
+    out_THV = torch.cat(parts) if len(parts) > 1 else parts[0]
     return out_THV.view(rows, length, heads, -1)
 
 

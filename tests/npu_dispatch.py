@@ -1,14 +1,21 @@
-"""Which operations have a kernel on Ascend's NPUs, asked of torch_npu itself, without an NPU.
+"""What torch_npu says of a program for Ascend's NPUs, without an NPU.
 
 torch_npu enters its kernels in torch's table of operations when it is imported, and wants the
-libraries of CANN for that. Here they are empty: each function that torch_npu looks for is there and
-returns 0. The table is the real one; nothing can be computed.
+libraries of CANN for that. Here they are empty: each function that torch_npu is linked to is there
+and returns 0, but for the few of `npu_cann.c`, by which it finds a device. The table is the real
+one, and so are the shapes and gradients that torch_npu gives its operations; nothing can be
+computed.
+
+    without_kernel(["aten::mm"])                   those that have no kernel on the NPU
+    ask("tests.npu_step:train", "tiny")            what the function returns, through JSON
 
 torch_npu is fetched by pip into a folder of its own below the temporary one, for no environment
 that has it and not CANN can import torch any more. It does not say how good a kernel is, which
 types and shapes it takes, or what falls back to the host inside it.
 """
 
+import hashlib
+import importlib
 import json
 import os
 import platform
@@ -21,8 +28,10 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
+BODIES = ROOT / "tests" / "npu_cann.c"
 RELEASE = "2.13.0"
 FOLDER = Path(tempfile.gettempdir()) / f"ingot-tests-{os.getuid()}"
 TORCH_NPU = FOLDER / f"torch-npu-{RELEASE}-{sys.implementation.cache_tag}"
@@ -78,12 +87,23 @@ def without_kernel(operations: Sequence[str]) -> list[str]:
 
     An operation without a kernel of its own may be made of others, which then need theirs.
     """
+    found: list[str] = _answer(["-c", ASK], json.dumps(list(operations)))
+    return found
+
+
+def ask(function: str, *arguments: Any) -> Any:
+    """`module:function` of JSON arguments, in a process that has torch_npu; its JSON result."""
+    return _answer(["-m", "tests.npu_dispatch", function, json.dumps(arguments)])
+
+
+def _answer(command: Sequence[str], given: str = "") -> Any:
+    """What Python's command prints last, which is JSON."""
     done = subprocess.run(
-        [sys.executable, "-c", ASK],
-        input=json.dumps(list(operations)),
+        [sys.executable, *command],
+        input=given,
         env=os.environ
         | {
-            "PYTHONPATH": str(TORCH_NPU),
+            "PYTHONPATH": os.pathsep.join(map(str, (TORCH_NPU, ROOT))),
             "LD_LIBRARY_PATH": str(_libraries()),
             "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
         },
@@ -93,8 +113,7 @@ def without_kernel(operations: Sequence[str]) -> list[str]:
         timeout=SECONDS,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found: list[str] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _fetch() -> str:
@@ -113,27 +132,33 @@ def _fetch() -> str:
     return ""
 
 
+@cache
 def _libraries() -> Path:
     """A folder of libraries under CANN's names, in which every function that is looked for is."""
-    folder = TORCH_NPU / "cann"
-    if folder.exists():
-        return folder
     wanted = set[str]()
     package = TORCH_NPU / "torch_npu"
     for library in (*package.glob("lib/*.so"), *package.glob("_C*.so")):
         listed = _run(["nm", "-D", "--undefined-only", str(library)])
         names = (line.split()[-1].partition("@")[0] for line in listed.stdout.splitlines())
         wanted |= {name for name in names if FUNCTIONS.fullmatch(name)}
+    # Weak ones give way to those of the same name that do something.
+    empty = [
+        f"__attribute__((weak)) long {name}(void) {{ return 0; }}\n" for name in sorted(wanted)
+    ]
+    made_of = hashlib.sha256("".join((*empty, BODIES.read_text())).encode()).hexdigest()
+    folder = TORCH_NPU / f"cann-{made_of[:16]}"
+    if folder.exists():
+        return folder
     with tempfile.TemporaryDirectory(dir=FOLDER) as draft:
         made = Path(draft, "cann")
         made.mkdir()
-        code = made / "empty.c"
-        code.write_text("".join(f"long {name}(void) {{ return 0; }}\n" for name in sorted(wanted)))
-        empty = ["gcc", "-shared", "-fPIC", "-w", "-o", str(made / "empty.so"), str(code)]
-        done = _run(empty)
+        code, library = made / "empty.c", made / "all.so"
+        code.write_text("".join(empty))
+        compiled = ["gcc", "-shared", "-fPIC", "-w", "-o", str(library), str(code), str(BODIES)]
+        done = _run(compiled)
         assert done.returncode == 0, done.stderr[-4000:]
         for name in (*LIBRARIES, *OPENED):
-            (made / f"lib{name}.so").symlink_to("empty.so")
+            (made / f"lib{name}.so").symlink_to(library.name)
         if not folder.exists():
             made.rename(folder)
     return folder
@@ -146,3 +171,15 @@ def _private(folder: Path) -> None:
 
 def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+
+
+def main() -> None:
+    """Load torch_npu and call the function."""
+    name, arguments = sys.argv[1:]
+    importlib.import_module("torch_npu")
+    module, _, function = name.partition(":")
+    print(json.dumps(getattr(importlib.import_module(module), function)(*json.loads(arguments))))
+
+
+if __name__ == "__main__":
+    main()

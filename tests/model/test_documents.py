@@ -1,11 +1,14 @@
 """Attention within documents as devices are told of it, beside a mask of every pair."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from model.causal import causal_attention
-from model.documents import _ends, beginnings, blocks_of, by_blocks
+from model.documents import _ends, _on_npu, beginnings, blocks_of, by_blocks
 from model.passes import Whole
 
 
@@ -68,3 +71,31 @@ def test_ends_are_of_documents_of_all_rows_one_after_another() -> None:
     assert _ends(batch_of(None), 2, 5) == [5, 10]
     segments_BS = torch.tensor([[0, 0, 1, 1, 1], [1, 2, 2, 3, 3]])
     assert _ends(batch_of(segments_BS), 2, 5) == [2, 5, 6, 8, 10]
+
+
+@pytest.mark.parametrize("limit", [1, 3, 1024])
+def test_attention_by_ends_is_that_by_a_mask(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """However few documents the NPU's kernel takes in one call; a plain one is in its place."""
+
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float, **given: Any
+    ) -> list[Tensor]:
+        ends = given["actual_seq_qlen"]
+        assert ends == given["actual_seq_kvlen"] and len(ends) <= limit and ends[-1] == len(q)
+        documents = zip([0, *ends], ends, strict=False)
+        return [torch.cat([plain(q[a:b], k[a:b], v[a:b], scale) for a, b in documents])]
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(0, 1)
+
+    monkeypatch.setattr(torch.ops.npu, "npu_fusion_attention", kernel, raising=False)
+    monkeypatch.setattr("model.documents._NPU_DOCUMENTS", limit)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, 3, 40, width, generator=generator, dtype=torch.float64)
+        for width in (24, 24, 16)
+    )
+    batch = batch_of(segments(2, 40, share=0.2))
+    wanted = causal_attention(q, k, v, batch.mask_B1SS, scale=0.3)
+    torch.testing.assert_close(_on_npu(q, k, v, batch, 0.3), wanted, rtol=1e-9, atol=1e-9)
