@@ -85,7 +85,8 @@ def timeout_env(backend: Backend, machines: ClusterConfig) -> dict[str, str]:
         max(math.ceil(machines.startup_timeout_seconds), its.connect_least), its.connect_most
     )
     return {
-        # It cannot be lowered after the first step.
-        its.execute: str(deadlines(backend, machines, first=True).execute),
+        # Of every step, the first too: it cannot be lowered once a process has begun, and must not
+        # outlast the group's.
+        its.execute: str(deadlines(backend, machines).execute),
         its.connect: str(connect),
     }

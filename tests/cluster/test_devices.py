@@ -156,7 +156,8 @@ def test_what_knows_most_of_a_late_collective_speaks_first() -> None:
         machines = ClusterConfig(step_timeout_seconds=seconds)
         for backend in (CPU, CUDA, NPU):
             limits = deadlines(backend, machines)
-            assert 0 < limits.execute < limits.group < limits.step == seconds
+            assert 0 < limits.execute < limits.group <= limits.step == seconds
+            assert (limits.group < limits.step) == (not backend.is_host)
     machines = ClusterConfig(step_timeout_seconds=600, startup_timeout_seconds=30)
     # In the library's own multiples, and within what it takes.
     assert timeout_env(NPU, machines) == {
@@ -284,7 +285,7 @@ def test_memory_that_ran_out_is_one_sentence_and_no_death(
             gather(refs, output, timeout_seconds=60)
         assert not isinstance(caught.value, WorkerDied)
         assert "\n" not in str(caught.value)
-        assert "lower pretrain.batch_sequences" in str(caught.value)
+        assert "lower posttrain.max_new_tokens" in str(caught.value)
         # A device that is gone is started anew on, as a process that is.
         words = "CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA"
         with pytest.raises(WorkerDied, match=r"^seer 0 died: its device failed \(CUDA error: un"):
