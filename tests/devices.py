@@ -1,7 +1,9 @@
 """The small recipes' models, trained and sampled on the host or on the stand-in device."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import pytest
 import torch
 
 from cluster.models import Computing
@@ -20,6 +22,11 @@ PROMPTS = ([5, 9, 3], [8, 2, 7, 6, 5], list(range(1, 41)))
 LOSS = PretrainLoss(
     mtp_weight=0.3, balance_weight=1e-4, attend_across_documents=False, indexer="sparse"
 )
+
+
+def each_recipe(*quick: str) -> list[Any]:
+    """All recipes as parameters of a test, those that are not `quick` among the slow ones."""
+    return [pytest.param(r, marks=() if r in quick else pytest.mark.slow) for r in RECIPES]
 
 
 def trainer_of(recipe: str, *, on_device: bool) -> Trainer:

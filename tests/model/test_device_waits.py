@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model.decode import Session
 from tests import standin
-from tests.devices import LOSS, RECIPES, batch_of, sampled, trainer_of
+from tests.devices import LOSS, RECIPES, batch_of, each_recipe, sampled, trainer_of
 from tests.ledger import Kind, Ledger
 from tests.ranks import apart
 
@@ -75,7 +75,7 @@ def steps_of(recipe: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+@pytest.fixture(scope="module", params=each_recipe("tiny", "tiny-v4"))
 def found(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:

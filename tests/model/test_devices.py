@@ -15,7 +15,7 @@ from cluster import checkpoint
 from cluster.trainer import Trainer
 from model.decode import Sample
 from tests import standin
-from tests.devices import LOSS, RECIPES, batch_of, sampled, trainer_of
+from tests.devices import LOSS, batch_of, each_recipe, sampled, trainer_of
 from tests.ranks import apart
 
 STEPS = 2
@@ -85,7 +85,7 @@ def trained_on_device(recipe: str, folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+@pytest.fixture(scope="module", params=each_recipe("tiny", "tiny-engram"))
 def both(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -28,7 +28,6 @@ from tests.ranks import apart
 
 pytestmark = pytest.mark.skipif(bool(standin.MISSING), reason=standin.MISSING)
 
-RECIPES = ("tiny", "tiny-v4")
 WAITS: tuple[Kind, ...] = ("sync", "upload")
 OF_A_STEP = {
     "cluster/figures.py _words": 1,
@@ -97,7 +96,7 @@ def _numbers(one: Tally) -> tuple[float, ...]:
     return one.nonzero, one.clipped, one.flushed, one.lost, one.low, one.high
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+@pytest.fixture(scope="module", params=["tiny", pytest.param("tiny-v4", marks=pytest.mark.slow)])
 def found(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
