@@ -10,17 +10,29 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 _COMPILE_SECONDS = 60
 
 
 def compiled(source: Path, *flags: str) -> tuple[ctypes.CDLL | None, str]:
-    """The library made of a C file and the compiler's name, or None and why there is none."""
+    """The library made of a C file and the compiler's name, or None and why there is none.
+
+    Made once for each compiler that is named (`CC`), also for processes that are forked from this.
+    """
+    return library(source, flags, os.environ.get("CC", ""), os.environ.get("PATH", ""))
+
+
+@lru_cache
+def library(
+    source: Path, flags: tuple[str, ...], named: str, path: str
+) -> tuple[ctypes.CDLL | None, str]:
+    """What `compiled` gives where `CC` and `PATH` are as said."""
     try:
-        said = shlex.split(os.environ.get("CC", ""))
+        said = shlex.split(named)
     except ValueError as error:
-        return None, f"CC = {os.environ['CC']!r} is no command: {error}"
+        return None, f"CC = {named!r} is no command: {error}"
     wanted = [said] if said else [["cc"], ["gcc"], ["clang"]]
     command = next((words for words in wanted if shutil.which(words[0])), None)
     if command is None:

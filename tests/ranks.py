@@ -16,8 +16,10 @@ import torch.distributed as dist
 from cluster.expert_parallel import join_group
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["ray.train.torch", "safetensors.torch", "pydantic"])
-"""Ranks are forked from one clean process that has imported once what takes seconds."""
+_CONTEXT.set_forkserver_preload(
+    ["ray.train.torch", "safetensors.torch", "pydantic", "tests.preloaded"]
+)
+"""Ranks are forked from one clean process that has done once what takes seconds."""
 
 
 def on_ranks(

@@ -69,6 +69,7 @@ def test_without_a_compiler_it_is_eager_and_says_why(monkeypatch: pytest.MonkeyP
     assert form == "eager: no C compiler (/nowhere/cc); install one, as gcc"
     monkeypatch.delenv("CC")
     monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setenv("PATH", "/nowhere")
     assert made_anew()[1] == "eager: no C compiler (cc, gcc, clang); install one, as gcc"
 
 
