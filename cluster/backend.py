@@ -152,7 +152,8 @@ class Backend:
         self.module.set_device(torch.device(self.device).index)
         if self.deterministic:
             torch.use_deterministic_algorithms(True, warn_only=True)
-            # It would write into all memory that is asked for without values.
+            # It would write into all memory that is asked for without values. torch sets it by a
+            # property of the module, which types do not show.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def memory(self) -> Memory:

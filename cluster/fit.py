@@ -243,6 +243,7 @@ class _Group(TorchConfig):
         return _GroupBackend
 
 
+# Ray names the class by a property alone, so that types do not know what is inherited.
 class _GroupBackend(TorchConfig().backend_cls):  # type: ignore[misc]
     share_cuda_visible_devices = False
     """Each rank sees its own device, as it does in groups of actors."""

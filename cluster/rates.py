@@ -7,6 +7,7 @@ that is computed in, and reading and writing main memory. It chooses nothing.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -39,7 +40,7 @@ def _multiplying(device: torch.device, dtype: torch.dtype) -> float:
     while True:
         a, b = (torch.ones(rows, rows, dtype=dtype, device=device) for _ in range(2))
         out = torch.empty_like(a)
-        seconds = _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)  # type: ignore[misc]
+        seconds = _best(partial(torch.mm, a, b, out=out), device)
         if seconds >= _LEAST_SECONDS or rows >= _LARGEST:
             return 2 * rows**3 / seconds
         rows *= 2
@@ -50,7 +51,7 @@ def _moving(device: torch.device) -> float:
     while True:
         source = torch.ones(size // 4, dtype=torch.float32, device=device)
         target = torch.empty_like(source)
-        seconds = _best(lambda s=source, t=target: t.copy_(s), device)  # type: ignore[misc]
+        seconds = _best(partial(target.copy_, source), device)
         if seconds >= _LEAST_SECONDS or size >= _MOST_BYTES:
             return 2 * size / seconds
         size *= 2

@@ -1,6 +1,7 @@
 """What every family of models has in common: its outer dimensions, YaRN, and the counting."""
 
 import math
+from abc import abstractmethod
 from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
@@ -158,9 +159,9 @@ class ModelConfig(Frozen):
         """Those of `fused_rows` for which FP8 would be wrong in servers; empty if it is right."""
         return {name: rows for name, rows in self.fused_rows.items() if rows % FP8_BLOCK}
 
+    @abstractmethod
     def has_experts(self, layer: int) -> bool:
         """Whether `layer` routes to experts; the MTP layer is number `num_hidden_layers`."""
-        raise NotImplementedError
 
     def routes_by_hash(self, layer: int) -> bool:
         """Whether `layer` takes its experts from a table by token instead of by score."""
@@ -179,9 +180,9 @@ class ModelConfig(Frozen):
         layers = sum(self.layer_parameters(layer, active=active) for layer in range(self.depth))
         return layers + self._outer_parameters()
 
+    @abstractmethod
     def layer_parameters(self, layer: int, *, active: bool = False) -> int:
         """Weights of one decoder layer, the engram in front of it included."""
-        raise NotImplementedError
 
     def training_flops_per_token(self, context_tokens: int) -> float:
         """Floating-point operations of one training step, per token: the model's, whatever else
@@ -202,10 +203,10 @@ class ModelConfig(Frozen):
         attention = sum(self.attention_products(layer, context_tokens) for layer in range(layers))
         return 6.0 * (weights + attention)
 
+    @abstractmethod
     def attention_products(self, layer: int, context_tokens: int) -> float:
         """Multiplications that attention of one layer does for a token beside those by weights,
         in the mean over a row of `context_tokens` tokens."""
-        raise NotImplementedError
 
     def _outer_parameters(self) -> int:
         """Embedding, final norm and head."""

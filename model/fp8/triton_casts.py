@@ -85,7 +85,7 @@ def quantize(
     column = panel * COLUMNS + tl.arange(0, COLUMNS)
     group, within, row, last = _rows(table, band, rows, groups, ONE_ROW, ALIGNED, ROWS, GROUPS)
     to = out_scales + band.to(tl.int64) * out_scales_r
-    if not ONE_ROW:  # noqa: SIM102 - decided when the kernel is compiled
+    if not ONE_ROW:  # noqa: SIM102 - the outer is decided when the kernel is compiled
         if band >= tl.load(table + 2 * groups + 1):
             # No such band: its scale is that of zeros.
             one = tl.full([COLUMNS], 1.0, dtype=tl.float32)
@@ -159,7 +159,7 @@ def dequantize(
     panels = tl.cdiv(columns, WIDTH)
     band, panel = tl.program_id(0) // panels, tl.program_id(0) % panels
     _, _, row, last = _rows(table, band, rows, groups, ONE_ROW, False, ROWS, GROUPS)
-    if not ONE_ROW:  # noqa: SIM102 - decided when the kernel is compiled
+    if not ONE_ROW:  # noqa: SIM102 - the outer is decided when the kernel is compiled
         if band >= tl.load(table + 2 * groups + 1):
             return
     column = panel * WIDTH + tl.arange(0, WIDTH)
