@@ -3,7 +3,7 @@
 | | `cpu` | `cuda` | `npu` |
 |---|---|---|---|
 | a worker's device | cpu | cuda:0, the one that Ray leaves visible | npu:0, likewise |
-| computes in | float32 | bfloat16 | bfloat16 |
+| computes in | float32, or bfloat16 if asked | bfloat16 | bfloat16 |
 | parameters, gradients | float32 | float32 | float32 |
 | collectives | gloo | nccl, gloo beside it | hccl, gloo beside it |
 | Ray counts | CPU | GPU | NPU |
@@ -29,7 +29,7 @@ from torch import Tensor
 from cluster.autoload import AUTOLOAD, LIBRARY
 from cluster.rates import Rates, measure
 from configs.errors import MachineError
-from configs.parallel import ClusterConfig, Device
+from configs.parallel import ClusterConfig, Compute, Device
 from configs.train import Precision
 from model.fp8.scheme import Numerics, settle
 
@@ -146,9 +146,9 @@ class Backend:
         """Set up this process's use of its device; MachineError if it cannot be used."""
         # On all devices, as they come to be used.
         torch.manual_seed(seed)
+        require(self)
         if self.is_host:
             return
-        require(self)
         self.module.set_device(torch.device(self.device).index)
         if self.deterministic:
             torch.use_deterministic_algorithms(True, warn_only=True)
@@ -206,6 +206,20 @@ def _measured(device: str, dtype: torch.dtype) -> Rates:
 
 def _look_at_cpu() -> Found:
     return Found(count=1, name="cpu")
+
+
+_UNITS = "avx512_bf16", "amx_bf16"
+"""Flags of processors that multiply bfloat16 faster than float32."""
+
+
+@lru_cache
+def cpu_flags() -> frozenset[str]:
+    """What this machine's processor can do, by the system's names; nothing where it tells none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def _look_at_cuda() -> Found:
@@ -341,7 +355,14 @@ ACCELERATORS = (CUDA, NPU)
 
 
 def require(backend: Backend) -> None:
-    """MachineError unless this process can compute on such a device."""
+    """MachineError unless this process can compute on such a device, and in its type."""
+    if backend.is_host:
+        if backend.dtype == torch.bfloat16 and not cpu_flags().intersection(_UNITS):
+            raise MachineError(
+                f"cluster.compute = 'bfloat16': this machine's CPU has none of {', '.join(_UNITS)} "
+                "and would be slower than in float32; use 'auto'"
+            )
+        return
     found = backend.look()
     if fault := found.fault or found.too_old:
         raise MachineError(f"cluster.device = {backend.name!r}: {fault}; or use 'cpu'")
@@ -382,6 +403,14 @@ def decide(wanted: Device, there: Mapping[str, float]) -> Backend:
     return backend
 
 
+def computing(backend: Backend, wanted: Compute) -> Backend:
+    """The backend, computing in what is `wanted` of it."""
+    if wanted == "auto":
+        return backend
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+    return replace(backend, compute=None if dtype == backend.master else dtype)
+
+
 def foresee(wanted: Numerics, machines: ClusterConfig) -> None:
     """Refuse what workers could not compute before any is started.
 
@@ -393,7 +422,7 @@ def foresee(wanted: Numerics, machines: ClusterConfig) -> None:
     if machines.device != "auto":
         # What stands in the way of a device that is asked for says more than that none is there.
         require(BACKENDS[machines.device])
-    backend = decide(machines.device, seen())
+    backend = computing(decide(machines.device, seen()), machines.compute)
     require(backend)
     settle(backend.numerics(wanted), torch.device(backend.device))
 

@@ -175,15 +175,10 @@ def require_compute(folder: Path, compute: str, device: str) -> None:
     saved = json.loads((folder / COMPLETE).read_text()).get("compute", FLOAT32)
     if saved != compute:
         raise MachineError(
-            f"cluster.device: the save {folder} was computed in {saved}, and {device} computes in "
-            f"{compute}; {_device_of(saved)}, or delete the folder {folder.parent} to begin anew"
+            f"cluster.compute: the save {folder} was computed in {saved}, and {device} computes in "
+            f"{compute}; set it to {saved!r} to go on, or delete the folder {folder.parent} to "
+            "begin anew"
         )
-
-
-def _device_of(compute: str) -> str:
-    if compute == FLOAT32:
-        return "set cluster.device = 'cpu' to go on"
-    return f"go on with a device that computes in {compute}"
 
 
 def _files(folder: Path) -> list[Path]:

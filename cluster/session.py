@@ -23,7 +23,7 @@ import ray
 from ray._common.utils import get_system_memory
 from ray._private import worker
 
-from cluster.backend import ACCELERATORS, CPU, Backend, decide, hidden, seen
+from cluster.backend import ACCELERATORS, CPU, Backend, computing, decide, hidden, seen
 from cluster.head import require_head, require_listener, require_reachable, watch
 from cluster.nodes import require_equal_nodes
 from cluster.places import Places, share_out, timeout_env
@@ -164,7 +164,7 @@ def backend_of(machines: ClusterConfig) -> Backend:
     MachineError as of `decide`.
     """
     there = seen() if machines.address is None else ray.cluster_resources()
-    return decide(machines.device, there)
+    return computing(decide(machines.device, there), machines.compute)
 
 
 def _devices_of_ray(backend: Backend) -> float:

@@ -8,6 +8,7 @@ from configs.base import Frozen
 from configs.train import Fp8Backend
 
 Device = Literal["auto", "cpu", "cuda", "npu"]
+Compute = Literal["auto", "float32", "bfloat16"]
 
 
 class ClusterConfig(Frozen):
@@ -23,6 +24,10 @@ class ClusterConfig(Frozen):
     """What workers compute on. `auto` takes the accelerators that are there: on a named cluster
     those that Ray counts, otherwise those that torch sees; without any, CPUs. Every trainer takes
     one of its own; samplers share with them what is left."""
+    compute: Compute = "auto"
+    """What training and sampling compute in, around what is FP8; weights, gradients and moments
+    are float32. `auto` is bfloat16 on accelerators and float32 on CPUs. A CPU computes in bfloat16
+    if it has units for it (avx512_bf16, amx_bf16); evaluation and export there stay float32."""
     placement: Literal["pack", "spread"] = "pack"
     """Whether the workers of a group stay on one machine where it has room, or go to as many as
     there are."""

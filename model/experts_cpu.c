@@ -1,14 +1,20 @@
-/* Routed experts on CPUs, float32: down(silu(gate(x)) * up(x)) by visits, and its gradients.
+/* Routed experts on CPUs: down(silu(gate(x)) * up(x)) by visits, and its gradients.
+ *
+ * Products take float32 or, built with BFLOAT16, bfloat16. Their sums and all between them are
+ * float32. Widths are even for bfloat16.
  *
  * A thread owns whole experts, so that no sum depends on how many threads there are. What an expert
  * computes of its visits lies in panels: [features][WIDE visits]. A panel is the right side of a
  * product whose left side is a weight matrix, read as it lies; a product's result is the right side
  * of the next one; and seen from the side, panels are the left side of a product over visits, the
- * gradient of a weight. Lanes beyond the last visit repeat the first one of their panel, and nobody
- * reads them. */
+ * gradient of a weight. Lanes beyond the last visit repeat the first one of their panel with
+ * weight 0; at most one of them is read, where two visits make a word and their number is odd. */
 #include <pthread.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(BFLOAT16) && defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 /* Registers hold TALL x WIDE sums; both are what the vectors of a processor have room for. */
 #if defined(__AVX512F__)
@@ -28,10 +34,22 @@ enum {
     MOST_THREADS = 64,
 };
 
+/* What a product reads at once: one float32, or two bfloat16 of successive terms, the first below.
+ * A panel of an operand holds [n / HOLDS][WIDE] words, and takes the room of [n][WIDE]. */
+#if defined(BFLOAT16)
+typedef uint32_t Word;
+enum { HOLDS = 2 };
+#else
+typedef float Word;
+enum { HOLDS = 1 };
+#endif
+
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t FourInts __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -42,16 +60,16 @@ typedef struct {
     int64_t experts, width, inner; /* E, D, I */
     int64_t limited, threads;
     double limit;
-    const float *x;        /* [R][D] */
+    const Word *x;         /* [R][D] */
     const float *gates;    /* [N], or 0: all are 1 */
-    const float *gate_up;  /* [E][2I][D] */
-    const float *down;     /* [E][D][I] */
+    const Word *gate_up;   /* [E][2I][D] */
+    const Word *down;      /* [E][D][I] */
     const int64_t *rows;   /* [N]: the row of each visit; visits are sorted by expert */
     const int64_t *counts; /* [E] */
     float *saved;          /* panels of gate and up; 0 where no gradient follows */
-    float *y;              /* [N][D] */
-    const float *dy;       /* [R][D]; this and what follows is the backward pass's, else 0 */
-    float *d_x;            /* [N][D] */
+    Word *y;               /* [N][D] */
+    const Word *dy;        /* [R][D]; this and what follows is the backward pass's, else 0 */
+    Word *d_x;             /* [N][D] */
     float *d_gates;        /* [N], or 0 */
     float *d_gate_up, *d_down;
     const int64_t *order;  /* [E]: in which experts are taken */
@@ -63,7 +81,7 @@ typedef struct {
 int64_t ingot_experts_scratch(int64_t width, int64_t inner, int64_t learning) {
     int64_t wide = width + WIDE + TALL, inner_wide = inner + WIDE + TALL;
     if (!learning) return BLOCK * (wide + 3 * inner_wide);
-    return BLOCK * (2 * wide + 4 * inner_wide) + 3 * wide * inner_wide;
+    return BLOCK * ((HOLDS + 1) * wide + (1 + 3 * HOLDS) * inner_wide) + 3 * wide * inner_wide;
 }
 
 #if defined(__clang__) || __GNUC__ >= 12
@@ -72,16 +90,16 @@ int64_t ingot_experts_scratch(int64_t width, int64_t inner, int64_t learning) {
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (FourInts){__VA_ARGS__})
 #endif
 
-/* The left side of a product. Entry (r, k) lies at r * row + k * term; after each `run` terms the
- * next ones lie `jump` further on. Every TALL rows lie TALL * step floats from the ones before. */
+/* The left side of a product, in words. Entry (r, k) lies at r * row + k * term; after each `run` terms the
+ * next ones lie `jump` further on. Every TALL rows lie TALL * step words from the ones before. */
 typedef struct {
-    const float *at;
+    const Word *at;
     int64_t step, row, term, run, jump;
 } Left;
 
-/* The right side, by panels [depth][WIDE], which lie `stride` floats apart. */
+/* The right side, by panels [depth][WIDE], which lie `stride` words apart. */
 typedef struct {
-    const float *at;
+    const Word *at;
     int64_t stride, columns;
 } Right;
 
@@ -93,10 +111,31 @@ typedef struct {
     int exact;
 } Result;
 
+/* Sums, and a word of the left side times words of the right side. */
+#if !defined(BFLOAT16)
+INLINE Vec dot(Vec sum, const Word *a, const Word *b) { return sum + *a * *(const Vec *)b; }
+#elif defined(__AVX512BF16__)
+INLINE Vec dot(Vec sum, const Word *a, const Word *b) {
+    return (Vec)_mm512_dpbf16_ps(
+        (__m512)sum, (__m512bh)_mm512_set1_epi32((int)*a), (__m512bh)_mm512_loadu_si512(b));
+}
+#else
+INLINE float single(Word bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+INLINE Vec dot(Vec sum, const Word *a, const Word *b) {
+    Words w = *(const Words *)b;
+    sum += single(*a & 0xffff0000u) * (Vec)(w & 0xffff0000u);
+    return sum + single(*a << 16) * (Vec)(w << 16);
+}
+#endif
+
 /* height x (vectors * LANES) sums over `depth` terms; height and vectors are constants. */
 INLINE void tile(
-    const int height, const int vectors, const float *a, const Left *l, int64_t depth,
-    const float *b, float *c, int64_t c_row, int add) {
+    const int height, const int vectors, const Word *a, const Left *l, int64_t depth,
+    const Word *b, float *c, int64_t c_row, int add) {
     Vec sum[2 * TALL][VECTORS];
     const int64_t row = l->row, term = l->term, run = l->run, jump = l->jump;
 #pragma GCC unroll 32
@@ -104,13 +143,13 @@ INLINE void tile(
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) sum[r][v] = (Vec){0};
     for (int64_t done = 0; done < depth; done += run, a += jump) {
-        const float *at = a;
+        const Word *at = a;
         for (int64_t k = least(run, depth - done); k > 0; k--, at += term, b += WIDE) {
 #pragma GCC unroll 32
             for (int r = 0; r < height; r++)
 #pragma GCC unroll 4
                 for (int v = 0; v < vectors; v++)
-                    sum[r][v] += at[r * row] * ((const Vec *)b)[v];
+                    sum[r][v] = dot(sum[r][v], at + r * row, b + v * LANES);
         }
     }
 #pragma GCC unroll 32
@@ -127,7 +166,7 @@ INLINE void tile(
 #define CASE(height, vectors) \
     if (rows >= (height)) { tile(height, vectors, a, l, depth, b, c, c_row, add); return height; }
 static int64_t wide_tile(
-    int64_t rows, const float *a, const Left *l, int64_t depth, const float *b, float *c,
+    int64_t rows, const Word *a, const Left *l, int64_t depth, const Word *b, float *c,
     int64_t c_row, int add) {
     CASE(TALL, VECTORS)
     CASE(4, VECTORS)
@@ -136,7 +175,7 @@ static int64_t wide_tile(
     return 0;
 }
 static int64_t narrow_tile(
-    int64_t rows, const float *a, const Left *l, int64_t depth, const float *b, float *c,
+    int64_t rows, const Word *a, const Left *l, int64_t depth, const Word *b, float *c,
     int64_t c_row, int add) {
     CASE(2 * TALL, 1)
     CASE(TALL, 1)
@@ -148,13 +187,13 @@ static int64_t narrow_tile(
 
 /* Rows [first, end) of the left side times one panel. */
 static void panel_product(
-    const Left *l, int64_t first, int64_t end, int64_t from, int64_t depth, const float *b,
+    const Left *l, int64_t first, int64_t end, int64_t from, int64_t depth, const Word *b,
     int64_t columns, const Result *c, float *to, int add) {
     int narrow = columns <= LANES;
     int64_t whole = narrow ? LANES : WIDE;
     for (int64_t m = first; m < end;) {
-        const float *a = l->at + (m - m % TALL) * l->step + m % TALL * l->row + from * l->term;
-        const float *right = b + from * WIDE;
+        const Word *a = l->at + (m - m % TALL) * l->step + m % TALL * l->row + from * l->term;
+        const Word *right = b + from * WIDE;
         int64_t rows = l->step == l->row ? end - m : least(end - m, TALL - m % TALL);
         float *out = to + m * c->row, edge[2 * TALL * WIDE];
         int64_t out_row = c->row;
@@ -171,7 +210,7 @@ static void panel_product(
     }
 }
 
-/* left [height][depth] times right [depth][columns]. */
+/* left [height][depth] times right [depth][columns]; depth is counted in words. */
 static void product(
     const Left *l, int64_t height, int64_t depth, const Right *b, const Result *c, int add) {
     for (int64_t from = 0; from < depth; from += DEEP)
@@ -184,7 +223,7 @@ static void product(
 }
 
 /* to[k * row + 0..3] = the k-th entries of four rows. */
-static void turn_four(float *to, int64_t row, const float *const from[4], int64_t n) {
+static void turn_four(Word *to, int64_t row, const Word *const from[4], int64_t n) {
     int64_t k = 0;
     for (; k + 4 <= n; k += 4) {
         Four a = *(const Four *)(from[0] + k), b = *(const Four *)(from[1] + k);
@@ -202,64 +241,151 @@ static void turn_four(float *to, int64_t row, const float *const from[4], int64_
 
 /* to[c * to_row + r] = from[r * from_row + c]. */
 static void turn(
-    float *to, int64_t to_row, const float *from, int64_t from_row, int64_t rows, int64_t columns) {
+    Word *to, int64_t to_row, const Word *from, int64_t from_row, int64_t rows, int64_t columns) {
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) {
-        const float *f = from + r * from_row;
-        const float *const four[4] = {f, f + from_row, f + 2 * from_row, f + 3 * from_row};
+        const Word *f = from + r * from_row;
+        const Word *const four[4] = {f, f + from_row, f + 2 * from_row, f + 3 * from_row};
         turn_four(to + r, to_row, four, columns);
     }
     for (; r < rows; r++)
         for (int64_t k = 0; k < columns; k++) to[k * to_row + r] = from[r * from_row + k];
 }
 
-/* Rows of [][n] as panels [n][WIDE]. */
+/* Rows of [][n] as panels of an operand over n. */
 static void rows_to_panels(
-    float *to, const float *from, const int64_t *rows, int64_t count, int64_t n) {
+    Word *to, const Word *from, const int64_t *rows, int64_t count, int64_t n) {
+    int64_t words = n / HOLDS;
     for (int64_t p = 0; p < count; p += WIDE, to += n * WIDE)
         for (int64_t j = 0; j < WIDE; j += 4) {
-            const float *four[4];
+            const Word *four[4];
             for (int64_t r = 0; r < 4; r++)
-                four[r] = from + rows[p + j + r < count ? p + j + r : p] * n;
-            turn_four(to + j, WIDE, four, n);
+                four[r] = from + rows[p + j + r < count ? p + j + r : p] * words;
+            turn_four(to + j, WIDE, four, words);
         }
 }
 
-/* Panels [n][WIDE] as `count` rows of n. */
-static void panels_to_rows(float *to, const float *from, int64_t count, int64_t n) {
+/* Panels of an operand over n as `count` rows of n. */
+static void panels_to_rows(Word *to, const Word *from, int64_t count, int64_t n) {
+    int64_t words = n / HOLDS;
     for (int64_t p = 0; p < count; p += WIDE)
-        turn(to + p * n, n, from + p * n, WIDE, n, least(WIDE, count - p));
+        turn(to + p * words, words, from + p * n, WIDE, words, least(WIDE, count - p));
 }
+
+/* Panels [n][WIDE / HOLDS] of `count` visits, as `along_visits` gives them, as panels
+ * [count / HOLDS][WIDE] of n features. */
+static void sides_to_columns(Word *to, const Word *from, int64_t count, int64_t n) {
+    const int64_t wide = WIDE / HOLDS, words = parts(count, HOLDS);
+    for (int64_t c = 0; c < n; c += WIDE)
+        for (int64_t p = 0; p < words; p += wide)
+            turn(to + c * words + p * WIDE, WIDE, from + p * n + c * wide, wide,
+                 least(WIDE, n - c), least(wide, words - p));
+}
+
+#if !defined(BFLOAT16)
+/* What is computed is an operand as it lies, over features and over visits. */
+INLINE Word *along_features(float *panels, int64_t count, int64_t n) { return panels; }
+INLINE Word *along_visits(Word *room, float *panels, int64_t count, int64_t n) { return panels; }
+INLINE Word *turned(Word *room, Word *panels, int64_t count, int64_t n) { return panels; }
 
 /* Rows of [][n] as panels [count][WIDE] of their columns. */
 static void rows_to_columns(
-    float *to, const float *from, const int64_t *rows, int64_t count, int64_t n) {
+    Word *to, const Word *from, const int64_t *rows, int64_t count, int64_t n) {
     for (int64_t k = 0; k < count; k++)
         for (int64_t c = 0; c < n; c += WIDE) {
-            float *out = to + c * count + k * WIDE;
-            const float *in = from + rows[k] * n + c;
-            if (n - c >= WIDE) memcpy(out, in, WIDE * sizeof(float));
-            else memcpy(out, in, (n - c) * sizeof(float));
+            Word *out = to + c * count + k * WIDE;
+            const Word *in = from + rows[k] * n + c;
+            if (n - c >= WIDE) memcpy(out, in, WIDE * sizeof(Word));
+            else memcpy(out, in, (n - c) * sizeof(Word));
         }
-}
-
-/* Panels [n][WIDE] of `count` visits as panels [count][WIDE] of n features. */
-static void panels_to_columns(float *to, const float *from, int64_t count, int64_t n) {
-    for (int64_t c = 0; c < n; c += WIDE)
-        for (int64_t p = 0; p < count; p += WIDE)
-            turn(to + c * count + p * WIDE, WIDE, from + p * n + c * WIDE, WIDE,
-                 least(WIDE, n - c), least(WIDE, count - p));
 }
 
 /* The transpose of [depth][n] by tiles of TALL columns: [n / TALL][depth][TALL]. */
-static void to_tiles(float *to, const float *from, int64_t depth, int64_t n) {
+static void to_tiles(Word *to, const Word *from, int64_t depth, int64_t n) {
     for (int64_t m = 0; m < n; m += TALL)
         for (int64_t k = 0; k < depth; k++, to += TALL) {
-            const float *in = from + k * n + m;
-            if (n - m >= TALL) memcpy(to, in, TALL * sizeof(float));
-            else memcpy(to, in, (n - m) * sizeof(float));
+            const Word *in = from + k * n + m;
+            if (n - m >= TALL) memcpy(to, in, TALL * sizeof(Word));
+            else memcpy(to, in, (n - m) * sizeof(Word));
         }
 }
+#else
+/* Bits of the nearest bfloat16, in the upper half; of two as near the even one. */
+INLINE Words rounded(Vec x) {
+    Words bits = (Words)x, nearest = bits + 0x7fffu + (bits >> 16 & 1u);
+    Words quiet = bits | 0x400000u, is_nan = (Words)(x != x);
+    return (is_nan & quiet) | (~is_nan & nearest);
+}
+
+/* Panels [n][WIDE] of results as those of an operand over n, in their place. */
+static Word *along_features(float *panels, int64_t count, int64_t n) {
+    for (int64_t p = 0; p < count; p += WIDE)
+        for (int64_t k = 0; k < n; k += 2)
+            for (int64_t v = 0; v < WIDE; v += LANES) {
+                const float *in = panels + p * n + k * WIDE + v;
+                Words low = rounded(*(const Vec *)in), high = rounded(*(const Vec *)(in + WIDE));
+                *(Words *)(panels + p * n + k / 2 * WIDE + v) = low >> 16 | (high & 0xffff0000u);
+            }
+    return (Word *)panels;
+}
+
+/* Panels [n][WIDE] of results as [n][WIDE / HOLDS], an operand over visits. */
+static Word *along_visits(Word *room, float *panels, int64_t count, int64_t n) {
+    Halves *to = (Halves *)room;
+    const Vec *from = (const Vec *)panels;
+    for (int64_t i = 0; i < parts(count, WIDE) * n * VECTORS; i++)
+        to[i] = __builtin_convertvector(rounded(from[i]) >> 16, Halves);
+    return room;
+}
+
+/* Panels of an operand over n as [n][WIDE / HOLDS], an operand over visits. */
+static Word *turned(Word *room, Word *panels, int64_t count, int64_t n) {
+    Halves *to = (Halves *)room;
+    for (int64_t p = 0; p < count; p += WIDE)
+        for (int64_t k = 0; k < n; k += 2)
+            for (int64_t v = 0; v < VECTORS; v++) {
+                Words in = *(const Words *)(panels + p * n + k / 2 * WIDE + v * LANES);
+                Halves *out = to + (p * n / WIDE + k) * VECTORS + v;
+                out[0] = __builtin_convertvector(in, Halves);
+                out[VECTORS] = __builtin_convertvector(in >> 16, Halves);
+            }
+    return room;
+}
+
+/* Terms k and k + 1 of n columns, as words. */
+INLINE void paired(Word *to, const uint16_t *first, const uint16_t *second, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        Words low = __builtin_convertvector(*(const Halves *)(first + i), Words);
+        Words high = __builtin_convertvector(*(const Halves *)(second + i), Words);
+        *(Words *)(to + i) = low | high << 16;
+    }
+    for (; i < n; i++) to[i] = first[i] | (Word)second[i] << 16;
+}
+
+/* Rows of [][n] as panels [count / 2][WIDE] of their columns; 0 for a row that an odd count lacks. */
+static void rows_to_columns(
+    Word *to, const Word *from, const int64_t *rows, int64_t count, int64_t n) {
+    static const uint16_t none[WIDE];
+    int64_t words = parts(count, 2);
+    for (int64_t k = 0; k < count; k += 2)
+        for (int64_t c = 0; c < n; c += WIDE) {
+            const uint16_t *first = (const uint16_t *)(from + rows[k] * (n / 2)) + c;
+            const uint16_t *second = none;
+            if (k + 1 < count) second = (const uint16_t *)(from + rows[k + 1] * (n / 2)) + c;
+            paired(to + c * words + k / 2 * WIDE, first, second, least(WIDE, n - c));
+        }
+}
+
+/* The transpose of [depth][n] by tiles of TALL columns: [n / TALL][depth / 2][TALL]. */
+static void to_tiles(Word *to, const Word *from, int64_t depth, int64_t n) {
+    for (int64_t m = 0; m < n; m += TALL)
+        for (int64_t k = 0; k < depth; k += 2, to += TALL) {
+            const uint16_t *in = (const uint16_t *)from + k * n + m;
+            paired(to, in, in + n, least(TALL, n - m));
+        }
+}
+#endif
 
 /* Lane by lane: `yes` where the comparison holds. */
 INLINE Vec pick(Ints holds, Vec yes, Vec no) {
@@ -351,16 +477,18 @@ static void weights_of(const Call *t, int64_t first, int64_t count, float weight
         weight[i] = i >= count ? 0 : t->gates ? t->gates[first + i] : 1;
 }
 
-INLINE Left matrix(const float *at, int64_t columns) {
-    return (Left){at, columns, columns, 1, INT64_MAX / 2, 0};
+INLINE Left matrix(const Word *at, int64_t columns) {
+    int64_t words = columns / HOLDS;
+    return (Left){at, words, words, 1, INT64_MAX / 2, 0};
 }
-INLINE Left tiles(const float *at, int64_t depth) {
-    return (Left){at, depth, 1, TALL, INT64_MAX / 2, 0};
+INLINE Left tiles(const Word *at, int64_t depth) {
+    return (Left){at, depth / HOLDS, 1, TALL, INT64_MAX / 2, 0};
 }
-INLINE Left sideways(const float *panels, int64_t features) {
-    return (Left){panels, WIDE, WIDE, 1, WIDE, features * WIDE};
+INLINE Left sideways(const Word *sides, int64_t features) {
+    const int64_t wide = WIDE / HOLDS;
+    return (Left){sides, wide, wide, 1, wide, features * wide};
 }
-INLINE Right visits_of(const float *panels, int64_t features, int64_t count) {
+INLINE Right visits_of(const Word *panels, int64_t features, int64_t count) {
     return (Right){panels, features * WIDE, count};
 }
 INLINE Result to_panels(float *panels, int64_t features) {
@@ -370,23 +498,25 @@ INLINE Result to_matrix(float *at, int64_t columns) { return (Result){at, column
 
 static void forward(const Call *t, const Share *s) {
     int64_t D = t->width, I = t->inner, J = 2 * I;
-    Left gate_up = matrix(t->gate_up + s->expert * J * D, D);
-    Left down = matrix(t->down + s->expert * D * I, I);
-    float *x = s->scratch, *active = x + BLOCK * D, *room = active + BLOCK * I;
+    Left gate_up = matrix(t->gate_up + s->expert * J * D / HOLDS, D);
+    Left down = matrix(t->down + s->expert * D * I / HOLDS, I);
+    float *y = s->scratch, *active = y + BLOCK * D, *room = active + BLOCK * I;
+    Word *x = (Word *)y; /* it is read before y is made */
     for (int64_t done = 0; done < s->count; done += BLOCK) {
         int64_t first = s->first + done, count = least(BLOCK, s->count - done);
         float *inner = t->saved ? s->saved + done * J : room;
         rows_to_panels(x, t->x, t->rows + first, count, D);
-        Right x_panels = visits_of(x, D, count), active_panels = visits_of(active, I, count);
-        Result inner_out = to_panels(inner, J), y_out = to_panels(x, D);
-        product(&gate_up, J, D, &x_panels, &inner_out, 0);
+        Right x_panels = visits_of(x, D, count);
+        Result inner_out = to_panels(inner, J), y_out = to_panels(y, D);
+        product(&gate_up, J, D / HOLDS, &x_panels, &inner_out, 0);
         for (int64_t p = 0; p < count; p += WIDE) {
             float weight[WIDE];
             weights_of(t, first + p, count - p, weight);
             activate(t, inner + p * J, weight, active + p * I);
         }
-        product(&down, D, I, &active_panels, &y_out, 0);
-        panels_to_rows(t->y + first * D, x, count, D);
+        Right active_panels = visits_of(along_features(active, count, I), I, count);
+        product(&down, D, I / HOLDS, &active_panels, &y_out, 0);
+        panels_to_rows(t->y + first * D / HOLDS, along_features(y, count, D), count, D);
     }
 }
 
@@ -394,26 +524,28 @@ static void backward(const Call *t, const Share *s) {
     int64_t D = t->width, I = t->inner, J = 2 * I;
     int64_t wide_D = parts(D, WIDE) * WIDE, wide_I = parts(I, WIDE) * WIDE;
     float *d_gate_up = t->d_gate_up + s->expert * J * D, *d_down = t->d_down + s->expert * D * I;
-    float *dy = s->scratch, *x = dy + BLOCK * D, *active = x + BLOCK * wide_D;
-    float *d_inner = active + BLOCK * I, *active_columns = d_inner + BLOCK * J;
-    float *gate_up = active_columns + BLOCK * wide_I, *down = gate_up + (D + TALL) * J;
+    float *d_x = s->scratch, *active = d_x + BLOCK * wide_D, *d_inner = active + BLOCK * I;
+    Word *x = (Word *)d_x; /* it is made when d_x has been read */
+    Word *dy = (Word *)(d_inner + BLOCK * J), *active_columns = dy + BLOCK * D;
+    Word *gate_up = active_columns + BLOCK * wide_I, *down = gate_up + (D + TALL) * J;
+    /* Room for what lies otherwise over visits than over features. */
+    Word *room_D = down + (I + TALL) * D, *room_J = room_D + BLOCK * D, *room_I = room_J + BLOCK * J;
     if (!s->count) {
         memset(d_gate_up, 0, J * D * sizeof(float));
         memset(d_down, 0, D * I * sizeof(float));
         return;
     }
-    to_tiles(gate_up, t->gate_up + s->expert * J * D, J, D);
-    to_tiles(down, t->down + s->expert * D * I, D, I);
+    to_tiles(gate_up, t->gate_up + s->expert * J * D / HOLDS, J, D);
+    to_tiles(down, t->down + s->expert * D * I / HOLDS, D, I);
     Left from_dy = tiles(down, D), from_inner = tiles(gate_up, J);
-    Left dy_sideways = sideways(dy, D), inner_sideways = sideways(d_inner, J);
-    Result active_out = to_panels(active, I), x_out = to_panels(x, D);
+    Result active_out = to_panels(active, I), x_out = to_panels(d_x, D);
     Result d_down_out = to_matrix(d_down, I), d_gate_up_out = to_matrix(d_gate_up, D);
     for (int64_t done = 0; done < s->count; done += BLOCK) {
         int64_t first = s->first + done, count = least(BLOCK, s->count - done);
         const float *inner = s->saved + done * J;
         rows_to_panels(dy, t->dy, t->rows + first, count, D);
-        Right dy_panels = visits_of(dy, D, count), d_inner_panels = visits_of(d_inner, J, count);
-        product(&from_dy, I, D, &dy_panels, &active_out, 0);
+        Right dy_panels = visits_of(dy, D, count);
+        product(&from_dy, I, D / HOLDS, &dy_panels, &active_out, 0);
         for (int64_t p = 0; p < count; p += WIDE) {
             float weight[WIDE], d_weight[WIDE];
             weights_of(t, first + p, count - p, weight);
@@ -421,13 +553,17 @@ static void backward(const Call *t, const Share *s) {
             if (t->d_gates)
                 memcpy(t->d_gates + first + p, d_weight, least(WIDE, count - p) * sizeof(float));
         }
-        product(&from_inner, D, J, &d_inner_panels, &x_out, 0);
-        panels_to_rows(t->d_x + first * D, x, count, D);
-        panels_to_columns(active_columns, active, count, I);
+        Left dy_sideways = sideways(turned(room_D, dy, count, D), D);
+        Left inner_sideways = sideways(along_visits(room_J, d_inner, count, J), J);
+        sides_to_columns(active_columns, along_visits(room_I, active, count, I), count, I);
+        Right d_inner_panels = visits_of(along_features(d_inner, count, J), J, count);
+        product(&from_inner, D, J / HOLDS, &d_inner_panels, &x_out, 0);
+        panels_to_rows(t->d_x + first * D / HOLDS, along_features(d_x, count, D), count, D);
         rows_to_columns(x, t->x, t->rows + first, count, D);
-        Right columns_I = {active_columns, count * WIDE, I}, columns_D = {x, count * WIDE, D};
-        product(&dy_sideways, D, count, &columns_I, &d_down_out, done > 0);
-        product(&inner_sideways, J, count, &columns_D, &d_gate_up_out, done > 0);
+        int64_t words = parts(count, HOLDS);
+        Right columns_I = {active_columns, words * WIDE, I}, columns_D = {x, words * WIDE, D};
+        product(&dy_sideways, D, words, &columns_I, &d_down_out, done > 0);
+        product(&inner_sideways, J, words, &columns_D, &d_gate_up_out, done > 0);
     }
 }
 

@@ -1,10 +1,14 @@
-"""Routed experts on CPUs, float32, in one call of C: each thread takes whole experts.
+"""Routed experts on CPUs, in one call of C: each thread takes whole experts.
 
 Expert by expert, torch starts all its threads for every small product, and what passes between
 products leaves the cores' caches. In `experts_cpu.c` a thread takes an expert from its rows to
 their results, or from their gradients to its weights'. No sum depends on how many threads there
 are. The twin is `model.swiglu.grouped_swiglu`, which also serves other types, and all where no C
 compiler is.
+
+Operands of products are float32 or bfloat16; sums and all between products are float32. In
+bfloat16, processors with AVX512_BF16 multiply two terms at once (`vdpbf16ps`); others widen them
+to float32, for which nobody would choose it.
 
 Axes: R rows, N visits of a row to an expert, D width, I inner width, J = 2 I gate and up side by
 side, E experts, P panels of V visits, as many as a processor's vectors hold.
@@ -26,7 +30,9 @@ from model.dispatch import Dispatched
 from model.rows import ByRow
 from model.swiglu import grouped_swiglu
 
-_SOURCE = Path(__file__).with_name("experts_cpu.c")
+SOURCE = Path(__file__).with_name("experts_cpu.c")
+FLAGS = {torch.float32: ("-O2",), torch.bfloat16: ("-O2", "-DBFLOAT16")}
+"""What the compiler is told, by the type of operands."""
 _GIVEN = "x", "gates", "gate_up", "down", "rows", "counts"
 _RESULTS = "saved", "y", "dy", "d_x", "d_gates", "d_gate_up", "d_down"
 
@@ -43,9 +49,10 @@ class _Call(ctypes.Structure):
 
 
 class Kernels:
-    """The functions of `experts_cpu.c`, and the threads that they run on."""
+    """The functions of `experts_cpu.c` for operands of one type, and the threads they run on."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         number = ctypes.c_int64
         self._forward, self._backward = (
             library.ingot_experts_forward,
@@ -64,8 +71,8 @@ class Kernels:
     ) -> tuple[Tensor, Tensor | None]:
         """(each visit's result times its gate [N, D], gate and up [P, J, V] if `learning`).
 
-        Given are x [R, D], gates [N] or None, gate_up [E, J, D], down [E, D, I], rows [N] and
-        counts [E], all contiguous.
+        Given are x [R, D], gates [N] (float32) or None, gate_up [E, J, D], down [E, D, I], rows
+        [N] and counts [E], all contiguous. What is kept for learning is float32.
         """
         x_RD, _, gate_up_EJD, _, rows_N, counts_E = given
         assert x_RD is not None and gate_up_EJD is not None
@@ -73,7 +80,7 @@ class Kernels:
         inner_PJV = None
         if learning:
             panels = sum(-(-count // self._wide) for count in counts_E.tolist())
-            inner_PJV = x_RD.new_empty(panels, gate_up_EJD.shape[1], self._wide)
+            inner_PJV = torch.empty(panels, gate_up_EJD.shape[1], self._wide)
         y_ND = x_RD.new_empty(len(rows_N), x_RD.shape[1])
         self._run(self._forward, given, {"saved": inner_PJV, "y": y_ND}, limit)
         return y_ND, inner_PJV
@@ -85,13 +92,14 @@ class Kernels:
         inner_PJV: Tensor,
         dy_RD: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Gradients of each visit's row [N, D], of gates, of gate_up and of down."""
+        """Gradients of each visit's row [N, D], of gates, of gate_up and of down; the last three
+        are float32."""
         x_RD, gates_N, gate_up_EJD, down_EDI, rows_N, _ = given
         assert x_RD is not None and gate_up_EJD is not None
         assert down_EDI is not None and rows_N is not None
         d_x_ND = x_RD.new_empty(len(rows_N), x_RD.shape[1])
         d_gates_N = None if gates_N is None else torch.empty_like(gates_N)
-        d_gate_up_EJD, d_down_EDI = torch.empty_like(gate_up_EJD), torch.empty_like(down_EDI)
+        d_gate_up_EJD, d_down_EDI = torch.empty(gate_up_EJD.shape), torch.empty(down_EDI.shape)
         results = {
             "saved": inner_PJV,
             "dy": dy_RD,
@@ -145,13 +153,16 @@ def _parallel() -> int | None:
         return None
 
 
-@lru_cache(1)
-def cpu_kernels() -> tuple[Kernels | None, str]:
-    """(the kernels of this process, "compiled by cc"), or (None, "eager: " and why)."""
-    library, why = compiled(_SOURCE, "-O2")
+@lru_cache
+def cpu_kernels(dtype: torch.dtype = torch.float32) -> tuple[Kernels | None, str]:
+    """(this process's kernels for `dtype`, "compiled by cc"), or (None, "eager: " and why).
+
+    `dtype` is float32 or bfloat16.
+    """
+    library, why = compiled(SOURCE, *FLAGS[dtype])
     if library is None:
         return None, f"eager: {why}"
-    made = Kernels(library)
+    made = Kernels(library, dtype)
     if not _agrees(made):
         return None, f"eager: what {why} made does not give the twin's results"
     return made, f"compiled by {why}"
@@ -159,13 +170,14 @@ def cpu_kernels() -> tuple[Kernels | None, str]:
 
 def serves(sent: Dispatched, gate_up_EJD: Tensor, down_EDI: Tensor) -> bool:
     """Whether `swiglu_on_cpu` can, and has an expert for each thread."""
-    tensors = [sent.x_RD, gate_up_EJD, down_EDI]
-    if sent.gates_N is not None:
-        tensors.append(sent.gates_N)
+    dtype = sent.x_RD.dtype
     return (
-        all(one.dtype == torch.float32 and one.device.type == "cpu" for one in tensors)
+        dtype in FLAGS
+        and all(one.dtype == dtype for one in (gate_up_EJD, down_EDI))
+        and all(one.device.type == "cpu" for one in (sent.x_RD, gate_up_EJD, down_EDI))
         and len(gate_up_EJD) >= torch.get_num_threads()
-        and cpu_kernels()[0] is not None
+        and (dtype == torch.float32 or not (gate_up_EJD.shape[2] % 2 or down_EDI.shape[2] % 2))
+        and cpu_kernels(dtype)[0] is not None
     )
 
 
@@ -176,7 +188,7 @@ def swiglu_on_cpu(
     limit: float | None,
 ) -> Float[Tensor, "R D"]:
     """As `model.swiglu.grouped_swiglu`, of what `serves` says."""
-    made, why = cpu_kernels()
+    made, why = cpu_kernels(sent.x_RD.dtype)
     assert made is not None, why
     return _swiglu(made, sent, gate_up_EJD, down_EDI, limit)
 
@@ -207,7 +219,8 @@ class _Experts(torch.autograd.Function):
         learning: bool,
         made: Kernels,
     ) -> Tensor:
-        tensors = x_RD, gates_N, gate_up_EJD, down_EDI, by_row.rows_N, counts_E
+        gates = None if gates_N is None else gates_N.float()
+        tensors = x_RD, gates, gate_up_EJD, down_EDI, by_row.rows_N, counts_E
         given = [None if one is None else one.contiguous() for one in tensors]
         y_ND, inner_PJV = made.forward(given, limit, learning)
         if learning:
@@ -234,11 +247,12 @@ def _agrees(made: Kernels) -> bool:
 
 
 def _compared(made: Kernels) -> bool:
+    width, inner = (21, 13) if made.dtype == torch.float32 else (22, 14)
     counts_E = torch.tensor([0, 1, 150, 3])
     generator = torch.Generator().manual_seed(0)
-    shapes = (7, 21), (4, 26, 21), (4, 21, 13), (154,)
-    leaves = [torch.randn(shape, generator=generator) for shape in shapes]
-    dy_RD = torch.randn(7, 21, generator=generator)
+    shapes = (7, width), (4, 2 * inner, width), (4, width, inner), (154,)
+    leaves = [torch.randn(shape, generator=generator).to(made.dtype) for shape in shapes]
+    dy_RD = torch.randn(7, width, generator=generator).to(made.dtype)
     rows_N = torch.randint(7, (154,), generator=generator)
 
     def run(dtype: torch.dtype) -> list[Tensor]:
@@ -251,8 +265,14 @@ def _compared(made: Kernels) -> bool:
             y_RD = _swiglu(made, sent, gate_up_EJD, down_EDI, 0.7)
         return [y_RD.detach(), *torch.autograd.grad(y_RD, cast, dy_RD.to(dtype))]
 
-    pairs = zip(run(torch.float32), run(torch.float64), strict=True)
-    return all(
-        float((found - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
-        for found, wanted in pairs
-    )
+    pairs = zip(run(made.dtype), run(torch.float64), strict=True)
+    return all(_gap(found.double(), wanted) < LIMITS[made.dtype] for found, wanted in pairs)
+
+
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+"""Of `_gap`: sums of float32 that round by 2^-24 of a term, and a few roundings by 2^-9 on end."""
+
+
+def _gap(found: Tensor, wanted: Tensor) -> float:
+    """The largest error, by the largest value."""
+    return float((found - wanted).abs().max() / wanted.abs().max())

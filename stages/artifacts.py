@@ -166,6 +166,9 @@ class Checkpoint(Artifact):
     """The step after which what was measured on held-out data was best, the first of equals: the
     loss on text in pretraining, pass@1 in post-training; none if nothing was. The weights are those
     of the last step all the same."""
+    computed: dict[str, str] | None = None
+    """What the last of its training computed on and with: `device`, `compute` (a type) and
+    `products` (an FP8 backend, or high precision); none if the weights were imported."""
 
     def key_figures(self) -> dict[str, float]:
         """Of the last step, and how quick training was; of an imported model, its size."""

@@ -17,7 +17,9 @@ from cluster.backend import (
     CPU,
     CUDA,
     NPU,
+    Backend,
     Found,
+    computing,
     decide,
     foresee,
     no_cuda,
@@ -27,7 +29,7 @@ from cluster.backend import (
 )
 from cluster.rates import measure
 from configs.errors import MachineError
-from configs.parallel import ClusterConfig, Device
+from configs.parallel import ClusterConfig, Compute, Device
 from model.fp8.scheme import Numerics
 
 
@@ -84,6 +86,48 @@ def test_a_device_that_is_asked_for_and_absent_is_an_error(wanted: str, resource
     device = ClusterConfig.model_validate({"device": wanted}).device
     with pytest.raises(MachineError, match=rf"cluster\.device = '{wanted}': no {resource} is"):
         decide(device, {"CPU": 64.0})
+
+
+@pytest.mark.parametrize(
+    ("row", "asked", "wanted"),
+    [
+        (CPU, "auto", "float32"),
+        (CPU, "float32", "float32"),
+        (CPU, "bfloat16", "bfloat16"),
+        (CUDA, "auto", "bfloat16"),
+        (CUDA, "float32", "float32"),
+        (NPU, "bfloat16", "bfloat16"),
+    ],
+)
+def test_what_is_computed_in_can_be_asked_for(row: Backend, asked: Compute, wanted: str) -> None:
+    taken = computing(row, asked)
+    assert taken.dtype_name == wanted
+    assert (taken.numerics("high").compute or torch.float32) == taken.dtype
+    assert (taken.name, taken.master) == (row.name, torch.float32)
+
+
+@pytest.mark.parametrize("flags", [set(), {"avx512_bf16"}, {"amx_bf16", "avx2"}, {"avx2"}])
+def test_a_cpu_computes_in_bfloat16_where_it_has_units_for_it(
+    flags: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see(monkeypatch)
+    monkeypatch.setattr(backend, "cpu_flags", lambda: frozenset(flags))
+    foresee(Numerics("high"), ClusterConfig())
+    asked = ClusterConfig(compute="bfloat16")
+    if flags & {"avx512_bf16", "amx_bf16"}:
+        foresee(Numerics("high"), asked)
+        computing(CPU, "bfloat16").begin(seed=0)
+        return
+    told = r"^cluster\.compute = 'bfloat16': this machine's CPU has none of .*; use 'auto'$"
+    with pytest.raises(MachineError, match=told):
+        foresee(Numerics("high"), asked)
+    with pytest.raises(MachineError, match=told):  # a worker on another machine
+        computing(CPU, "bfloat16").begin(seed=0)
+
+
+def test_flags_are_those_of_this_processor() -> None:
+    if (text := Path("/proc/cpuinfo")).exists() and "\nflags" in text.read_text():
+        assert "fpu" in backend.cpu_flags()
 
 
 def see(monkeypatch: pytest.MonkeyPatch, **found: Found) -> None:

@@ -18,7 +18,7 @@ from tests import standin
 from tests.devices import LOSS, batch_of, each_recipe, sampled, trainer_of
 from tests.ranks import apart
 
-STEPS = 2
+STEPS = 3
 """Before a save, and after it."""
 CLOSE = 1e-4
 """Of float32 sums in another order, through some hundred operations."""

@@ -166,7 +166,7 @@ def test_training_keeps_the_rows_and_gate_and_up_of_each_visit() -> None:
     assert sorted(tuple(tensor.shape) for tensor in kept) == sorted([inner, *others])
 
 
-def test_it_serves_float32_with_an_expert_for_each_thread(threads: None) -> None:
+def test_it_serves_two_types_with_an_expert_for_each_thread(threads: None) -> None:
     x, gate_up, down, gates = leaves_of([3, 4], 8, 8)
     rows_N, counts_E = torch.arange(7), torch.tensor([3, 4])
 
@@ -176,7 +176,8 @@ def test_it_serves_float32_with_an_expert_for_each_thread(threads: None) -> None
     torch.set_num_threads(2)
     assert served(x, gates, gate_up, down)
     assert not served(x.double(), gates.double(), gate_up.double(), down.double())
-    assert not served(x.bfloat16(), gates.bfloat16(), gate_up.bfloat16(), down.bfloat16())
+    assert not served(x.half(), gates.half(), gate_up.half(), down.half())
+    assert not served(x.bfloat16(), gates, gate_up, down)
     assert not served(x.to("meta"), gates.to("meta"), gate_up.to("meta"), down.to("meta"))
     torch.set_num_threads(3)
     assert not served(x, gates, gate_up, down)
@@ -199,9 +200,9 @@ def test_a_layer_computes_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 2
 
 
-def made_anew() -> tuple[Kernels | None, str]:
+def made_anew(dtype: torch.dtype = torch.float32) -> tuple[Kernels | None, str]:
     """What `cpu_kernels` makes; a process asks it once, tests here each for themselves."""
-    made: tuple[Kernels | None, str] = inspect.unwrap(cpu_kernels)()
+    made: tuple[Kernels | None, str] = inspect.unwrap(cpu_kernels)(dtype)
     return made
 
 
@@ -209,7 +210,7 @@ def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("CC", "/nowhere/cc")
     missing = made_anew()
     assert missing == (None, "eager: no C compiler (/nowhere/cc); install one, as gcc")
-    monkeypatch.setattr(module, "cpu_kernels", lambda: missing)
+    monkeypatch.setattr(module, "cpu_kernels", lambda dtype: missing)
     x, gate_up, down, gates = leaves_of([3, 4], 8, 8)
     sent = Dispatched(x, torch.arange(7), torch.tensor([3, 4]), gates, None)
     assert not serves(sent, gate_up, down)
@@ -235,7 +236,7 @@ def test_a_library_that_computes_otherwise_is_not_used(
     source = SOURCE.read_text()
     assert right in source
     (tmp_path / "experts_cpu.c").write_text(source.replace(right, wrong))
-    monkeypatch.setattr(module, "_SOURCE", tmp_path / "experts_cpu.c")
+    monkeypatch.setattr(module, "SOURCE", tmp_path / "experts_cpu.c")
     made, why = made_anew()
     assert made is None
     assert why.endswith("does not give the twin's results")

@@ -10,7 +10,15 @@ import pytest
 from cluster.output import RESTART
 from stages.contract import Workspace
 from stages.steps import METRICS, read_metrics
-from stages.telemetry import HISTORY, SAVES, MetricsFile, begin_metrics, following, write_history
+from stages.telemetry import (
+    HISTORY,
+    SAVES,
+    MetricsFile,
+    begin_metrics,
+    computed,
+    following,
+    write_history,
+)
 from tests.conftest import Recorder, workspace_at
 
 
@@ -221,6 +229,17 @@ def test_a_worker_that_took_over_says_what_it_computes_with(
         log.append({"loss": 2.0, "tags": {"fp8.products": "cpu: eager"}}, step=2)
     assert recorder.tags == {"fp8.products": "cpu: eager"}
     assert recorder.logged == [(1, {"loss": 1.0}), (2, {"loss": 2.0})]
+
+
+def test_an_artifact_says_what_it_was_computed_on(tmp_path: Path) -> None:
+    log = MetricsFile(tmp_path)
+    first = {"fp8.products": "cpu: compiled by cc", "device": "cpu", "compute": "float32"}
+    log.append({"loss": 1.0, "tags": {**first, "other": "1"}}, step=1)
+    log.append({"loss": 1.0}, step=2)
+    log.append({"loss": 1.0, "tags": {"device": "NVIDIA H100"}}, step=3)
+    found = computed(read_metrics(tmp_path / METRICS))
+    assert found == {"device": "NVIDIA H100", "compute": "float32", "products": "cpu"}
+    assert computed([{"loss": 1.0}]) == {}
 
 
 def test_nothing_is_lost_between_the_last_look_and_the_end(
