@@ -222,6 +222,11 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
+def has_units() -> bool:
+    """Whether this machine's processor has units for bfloat16."""
+    return not cpu_flags().isdisjoint(_UNITS)
+
+
 def _look_at_cuda() -> Found:
     if torch.version.cuda is None and torch.version.hip is None:
         version = torch.__version__
@@ -357,10 +362,10 @@ ACCELERATORS = (CUDA, NPU)
 def require(backend: Backend) -> None:
     """MachineError unless this process can compute on such a device, and in its type."""
     if backend.is_host:
-        if backend.dtype == torch.bfloat16 and not cpu_flags().intersection(_UNITS):
+        if backend.dtype == torch.bfloat16 and not has_units():
             raise MachineError(
-                f"cluster.compute = 'bfloat16': this machine's CPU has none of {', '.join(_UNITS)} "
-                "and would be slower than in float32; use 'auto'"
+                f"cluster.compute = 'bfloat16': this machine's CPU has neither {_UNITS[0]} nor "
+                f"{_UNITS[1]}, with which it would be worth while; use 'auto'"
             )
         return
     found = backend.look()
@@ -414,16 +419,18 @@ def computing(backend: Backend, wanted: Compute) -> Backend:
 def foresee(wanted: Numerics, machines: ClusterConfig) -> None:
     """Refuse what workers could not compute before any is started.
 
-    MachineError as of `decide`, `require` and `settle`. The devices of a named cluster are seen by
-    its workers alone, which say the same of them.
+    MachineError as of `decide`, `require` and `settle`. The devices and processors of a named
+    cluster are seen by its workers alone, which say the same of them.
     """
-    if machines.address is not None and machines.device != "cpu":
+    is_here = machines.address is None
+    if not is_here and machines.device != "cpu":
         return
-    if machines.device != "auto":
+    if is_here and machines.device != "auto":
         # What stands in the way of a device that is asked for says more than that none is there.
-        require(BACKENDS[machines.device])
+        require(computing(BACKENDS[machines.device], machines.compute))
     backend = computing(decide(machines.device, seen()), machines.compute)
-    require(backend)
+    if is_here:
+        require(backend)
     settle(backend.numerics(wanted), torch.device(backend.device))
 
 

@@ -173,11 +173,12 @@ def require_compute(folder: Path, compute: str, device: str) -> None:
     """MachineError unless the training that saved `folder` computes in `compute`, as workers on
     `device` do: its losses would not be those of the training that was interrupted."""
     saved = json.loads((folder / COMPLETE).read_text()).get("compute", FLOAT32)
+    where = "" if saved == FLOAT32 else " on a device, or a CPU with units for it,"
     if saved != compute:
         raise MachineError(
             f"cluster.compute: the save {folder} was computed in {saved}, and {device} computes in "
-            f"{compute}; set it to {saved!r} to go on, or delete the folder {folder.parent} to "
-            "begin anew"
+            f"{compute}; set it to {saved!r}{where} to go on, or delete the folder {folder.parent} "
+            "to begin anew"
         )
 
 

@@ -154,7 +154,8 @@ def _fits(room: _Room) -> bool:
     taken = _sharing.rooms.values()
     cpus = sum(one.cpus for one in taken) + room.cpus
     backend = room.places.backend
-    devices = sum(one.devices for one in taken if one.places.backend == backend) + room.devices
+    alike = [one for one in taken if one.places.backend.resource == backend.resource]
+    devices = sum(one.devices for one in alike) + room.devices
     return cpus <= _cpus_of_ray() + 1e-6 and devices <= _devices_of_ray(backend) + 1e-6
 
 

@@ -25,9 +25,9 @@ class ClusterConfig(Frozen):
     those that Ray counts, otherwise those that torch sees; without any, CPUs. Every trainer takes
     one of its own; samplers share with them what is left."""
     compute: Compute = "auto"
-    """What training and sampling compute in, around what is FP8; weights, gradients and moments
-    are float32. `auto` is bfloat16 on accelerators and float32 on CPUs. A CPU computes in bfloat16
-    if it has units for it (avx512_bf16, amx_bf16); evaluation and export there stay float32."""
+    """What training and sampling compute in, around what is FP8; weights and gradients are
+    float32. `auto` is bfloat16 on accelerators and float32 on CPUs. A CPU computes in bfloat16 if
+    it has units for it (avx512_bf16, amx_bf16); evaluation and export there stay float32."""
     placement: Literal["pack", "spread"] = "pack"
     """Whether the workers of a group stay on one machine where it has room, or go to as many as
     there are."""

@@ -81,7 +81,9 @@ typedef struct {
 int64_t ingot_experts_scratch(int64_t width, int64_t inner, int64_t learning) {
     int64_t wide = width + WIDE + TALL, inner_wide = inner + WIDE + TALL;
     if (!learning) return BLOCK * (wide + 3 * inner_wide);
-    return BLOCK * ((HOLDS + 1) * wide + (1 + 3 * HOLDS) * inner_wide) + 3 * wide * inner_wide;
+    /* What lies otherwise over visits than over features, where two of them make a word. */
+    int64_t turned = (HOLDS - 1) * BLOCK * (wide + 3 * inner_wide) / HOLDS;
+    return BLOCK * (2 * wide + 4 * inner_wide) + 3 * wide * inner_wide / HOLDS + WIDE + turned;
 }
 
 #if defined(__clang__) || __GNUC__ >= 12
@@ -310,7 +312,7 @@ static void to_tiles(Word *to, const Word *from, int64_t depth, int64_t n) {
         }
 }
 #else
-/* Bits of the nearest bfloat16, in the upper half; of two as near the even one. */
+/* Bits of the nearest bfloat16, in the upper half; of two as near, the even one. */
 INLINE Words rounded(Vec x) {
     Words bits = (Words)x, nearest = bits + 0x7fffu + (bits >> 16 & 1u);
     Words quiet = bits | 0x400000u, is_nan = (Words)(x != x);
@@ -382,7 +384,8 @@ static void to_tiles(Word *to, const Word *from, int64_t depth, int64_t n) {
     for (int64_t m = 0; m < n; m += TALL)
         for (int64_t k = 0; k < depth; k += 2, to += TALL) {
             const uint16_t *in = (const uint16_t *)from + k * n + m;
-            paired(to, in, in + n, least(TALL, n - m));
+            /* A whole vector if it holds a row of the tile; the next row overwrites the rest. */
+            paired(to, in, in + n, LANES > TALL && n - m >= LANES ? LANES : least(TALL, n - m));
         }
 }
 #endif
@@ -527,9 +530,9 @@ static void backward(const Call *t, const Share *s) {
     float *d_x = s->scratch, *active = d_x + BLOCK * wide_D, *d_inner = active + BLOCK * I;
     Word *x = (Word *)d_x; /* it is made when d_x has been read */
     Word *dy = (Word *)(d_inner + BLOCK * J), *active_columns = dy + BLOCK * D;
-    Word *gate_up = active_columns + BLOCK * wide_I, *down = gate_up + (D + TALL) * J;
-    /* Room for what lies otherwise over visits than over features. */
-    Word *room_D = down + (I + TALL) * D, *room_J = room_D + BLOCK * D, *room_I = room_J + BLOCK * J;
+    Word *gate_up = active_columns + BLOCK * wide_I;
+    Word *down = gate_up + (D + TALL) * J / HOLDS, *room_D = down + (I + TALL) * D / HOLDS + WIDE;
+    Word *room_J = room_D + BLOCK * D / HOLDS, *room_I = room_J + BLOCK * J / HOLDS;
     if (!s->count) {
         memset(d_gate_up, 0, J * D * sizeof(float));
         memset(d_down, 0, D * I * sizeof(float));

@@ -174,6 +174,7 @@ def serves(sent: Dispatched, gate_up_EJD: Tensor, down_EDI: Tensor) -> bool:
     return (
         dtype in FLAGS
         and all(one.dtype == dtype for one in (gate_up_EJD, down_EDI))
+        and (sent.gates_N is None or sent.gates_N.dtype in (dtype, torch.float32))
         and all(one.device.type == "cpu" for one in (sent.x_RD, gate_up_EJD, down_EDI))
         and len(gate_up_EJD) >= torch.get_num_threads()
         and (dtype == torch.float32 or not (gate_up_EJD.shape[2] % 2 or down_EDI.shape[2] % 2))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cluster.backend import BACKENDS, Backend, decide, seen
+from cluster.backend import BACKENDS, Backend, decide, has_units, seen
 from configs.errors import MachineError
 from model.fp8.backends import choose
 
@@ -26,13 +26,17 @@ def probe() -> dict[str, Any]:
     }
 
 
+def _on_request(backend: Backend) -> str:
+    return ", or bfloat16 where cluster.compute asks" if backend.is_host and has_units() else ""
+
+
 def _look(backend: Backend) -> dict[str, Any]:
     found = backend.look()
     report: dict[str, Any] = {
         "name": backend.name,
         "count": found.count,
         "card": found.name,
-        "compute": backend.dtype_name,
+        "compute": backend.dtype_name + _on_request(backend),
         "fault": found.fault or found.too_old,
         "is_there": backend.has_signs,
     }

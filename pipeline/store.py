@@ -371,7 +371,7 @@ class Store:
             facts=facts,
             files=files,
             content=content_hash(artifact.kind, facts, files),
-            provenance=dict(provenance),
+            provenance={**provenance, "computed": artifact.computed()},
         )
         with _store_errors(slot.path):
             sync_folders(slot.path, self.root)

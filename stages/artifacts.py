@@ -17,7 +17,7 @@ from configs.base import Frozen
 from configs.errors import ArtifactError, StoreError
 from configs.model import AnyModelConfig
 from stages.manifest import Manifest, generation_of, read_manifest
-from stages.steps import METRICS, read_metrics, scalars
+from stages.steps import METRICS, computed, read_metrics, scalars
 
 PAGE = "report.md"
 """What an artifact has to say to people, in Markdown; many have no such file."""
@@ -85,6 +85,12 @@ class Artifact(Frozen):
 
     def measured(self) -> dict[str, float]:
         """What it reports of models, with the bounds of intervals; nothing if it is no report."""
+        return {}
+
+    def computed(self) -> dict[str, str]:
+        """What it was computed on and with, for the record of its making: `device`, `compute` (a
+        type) and `products` (an FP8 backend, or high precision). Nothing if workers made none of
+        it."""
         return {}
 
     def told(self) -> str | None:
@@ -166,9 +172,6 @@ class Checkpoint(Artifact):
     """The step after which what was measured on held-out data was best, the first of equals: the
     loss on text in pretraining, pass@1 in post-training; none if nothing was. The weights are those
     of the last step all the same."""
-    computed: dict[str, str] | None = None
-    """What the last of its training computed on and with: `device`, `compute` (a type) and
-    `products` (an FP8 backend, or high precision); none if the weights were imported."""
 
     def key_figures(self) -> dict[str, float]:
         """Of the last step, and how quick training was; of an imported model, its size."""
@@ -182,6 +185,10 @@ class Checkpoint(Artifact):
         if chosen or self.final_loss is None:
             return chosen or {"parameters": self.model.parameters()}
         return {"loss": self.final_loss}
+
+    def computed(self) -> dict[str, str]:
+        """What workers said, the last time they began to train it."""
+        return computed(read_metrics(self.beside(METRICS)))
 
     def weights(self) -> Path:
         """The checkpoint itself."""

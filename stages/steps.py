@@ -1,6 +1,6 @@
 """The step log as it is read: one JSON line a step (see `stages/telemetry.py`, which writes it)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +38,11 @@ def scalars(record: Mapping[str, object]) -> dict[str, float]:
         for name, value in record.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
+
+
+def computed(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """What workers said, the last time they began, of what they compute on and with."""
+    told = {name: tag for record in records for name, tag in record.get("tags", {}).items()}
+    names = {"device": "device", "compute": "compute", "products": "fp8.products"}
+    # After a colon follows why, in words that may change.
+    return {name: told[tag].partition(":")[0] for name, tag in names.items() if tag in told}

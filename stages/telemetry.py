@@ -99,14 +99,6 @@ def write_history(work: Workspace) -> list[dict[str, Any]]:
     return records
 
 
-def computed(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What workers said, the last time they began, of what they compute on and with."""
-    told = {name: tag for record in records for name, tag in record.get("tags", {}).items()}
-    names = {"device": "device", "compute": "compute", "products": "fp8.products"}
-    # After a colon follows why, in words that may change.
-    return {name: told[tag].partition(":")[0] for name, tag in names.items() if tag in told}
-
-
 def is_held_out(name: str) -> bool:
     """Whether a figure was measured on held-out data, or says of one such which is best."""
     return name.startswith(HELD_OUT) or name == BEST_STEP

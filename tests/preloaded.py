@@ -6,8 +6,10 @@ Nothing is computed with it here: a process that has threads cannot be forked sa
 from pathlib import Path
 
 from model.compiled import compiled
+from model.experts_cpu import FLAGS, SOURCE
 
 _MODEL = Path(__file__).parents[1] / "model"
 
-compiled(_MODEL / "experts_cpu.c", "-O2")
+for flags in FLAGS.values():
+    compiled(SOURCE, *flags)
 compiled(_MODEL / "fp8" / "cpu.c", "-ffp-contract=off")

@@ -39,6 +39,8 @@ def _lines(folder: Path, manifest: Manifest) -> Iterator[str]:
         f"built by {manifest.stage_name} revision {manifest.revision}, run {made.get('run')}, "
         f"{made.get('time')}, {made.get('seconds', 0):.1f} s, ingot {made.get('ingot')}"
     )
+    if computed := made.get("computed"):
+        yield "computed with " + ", ".join(f"{name} {what}" for name, what in computed.items())
     yield f"files   {files}"
     if PAGE in manifest.files:
         yield f"report  {files / PAGE}"

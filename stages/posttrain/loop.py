@@ -28,7 +28,7 @@ from stages.posttrain.exam import best_step, measure, tell
 from stages.posttrain.journal import Journal, Stopwatch
 from stages.posttrain.run import Run, prepare
 from stages.posttrain.step import describe, learn, sample, shown
-from stages.telemetry import begin_metrics, computed, following, write_history
+from stages.telemetry import begin_metrics, following, write_history
 
 
 @fills(face.posttrain)
@@ -58,7 +58,6 @@ def posttrain(
         model=base.model,
         final_loss=records[-1]["loss"],
         best_step=best_step(records),
-        computed=computed(records),
     )
 
 

@@ -26,14 +26,7 @@ from stages.pretrain import face
 from stages.pretrain.batches import PackedBatches
 from stages.pretrain.held_out_text import LOSS, held_out_text
 from stages.pretrain.objective import PretrainLoss
-from stages.telemetry import (
-    SAVES,
-    begin_metrics,
-    computed,
-    following,
-    open_metrics,
-    write_history,
-)
+from stages.telemetry import SAVES, begin_metrics, following, open_metrics, write_history
 from stages.tokens import load_tokenizer, vocabulary_size
 
 
@@ -78,7 +71,6 @@ def pretrain(
         model=config.model,
         final_loss=records[-1]["loss"],
         best_step=None if best is None else best["step"],
-        computed=computed(records),
     )
 
 

@@ -28,6 +28,7 @@ from cluster.backend import (
     seen,
 )
 from cluster.rates import measure
+from cluster.session import backend_of
 from configs.errors import MachineError
 from configs.parallel import ClusterConfig, Compute, Device
 from model.fp8.scheme import Numerics
@@ -118,11 +119,26 @@ def test_a_cpu_computes_in_bfloat16_where_it_has_units_for_it(
         foresee(Numerics("high"), asked)
         computing(CPU, "bfloat16").begin(seed=0)
         return
-    told = r"^cluster\.compute = 'bfloat16': this machine's CPU has none of .*; use 'auto'$"
+    told = r"^cluster\.compute = 'bfloat16': this machine's CPU has neither .*; use 'auto'$"
     with pytest.raises(MachineError, match=told):
         foresee(Numerics("high"), asked)
     with pytest.raises(MachineError, match=told):  # a worker on another machine
         computing(CPU, "bfloat16").begin(seed=0)
+
+
+def test_the_processors_of_a_named_cluster_are_its_workers_affair(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backend, "cpu_flags", frozenset)
+    there = ClusterConfig(address="10.0.0.1:6379", device="cpu", compute="bfloat16")
+    foresee(Numerics("high"), there)
+
+
+def test_workers_are_given_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    see(monkeypatch)
+    assert backend_of(ClusterConfig(device="cpu")).dtype == torch.float32
+    asked = ClusterConfig(device="cpu", compute="bfloat16")
+    assert backend_of(asked).dtype == torch.bfloat16
 
 
 def test_flags_are_those_of_this_processor() -> None:

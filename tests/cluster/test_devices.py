@@ -325,7 +325,10 @@ def test_a_save_is_not_continued_in_another_type(
     begun.saves.complete(2)
     narrow = stand_in(compute=torch.bfloat16)
     monkeypatch.setattr(session, "backend_of", lambda machines: narrow)
-    told = r"cluster\.device: the save .*step-00000002 was computed in float32, and cuda computes"
+    told = (
+        r"cluster\.compute: the save .*step-00000002 was computed in float32, and cuda computes in "
+        "bfloat16; set it to 'float32' to go on"
+    )
     with pytest.raises(MachineError, match=told) as caught:
         fit(begun, machines, str(tmp_path), str(tmp_path / "ray"))
     assert "\n" not in str(caught.value)

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from model import experts_cpu as module
+from model.compiled import compiled
 from model.dispatch import Dispatched
-from model.experts_cpu import Kernels, cpu_kernels, serves, swiglu_on_cpu
+from model.experts_cpu import FLAGS, SOURCE, Kernels, cpu_kernels, serves, swiglu_on_cpu
 from model.grouped import experts_swiglu
 from model.swiglu import grouped_swiglu
 from tests.memory import saved_tensors
 
-SOURCE = Path(inspect.getfile(module)).with_name("experts_cpu.c")
-pytestmark = pytest.mark.skipif(cpu_kernels()[0] is None, reason=cpu_kernels()[1])
+COMPILED = compiled(SOURCE, *FLAGS[torch.float32])
+pytestmark = pytest.mark.skipif(COMPILED[0] is None, reason=COMPILED[1])
 
 COUNTS = [[5], [0, 4, 0, 7, 1], [0, 0, 3], [0, 0], [1, 257, 0, 16, 8, 33]]
 """Without visits, with one, with panels and blocks that are full and that are not."""
@@ -74,6 +75,11 @@ def run(
 def assert_same_bits(runs: list[list[Tensor]]) -> None:
     for one, other in pairwise(runs):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_what_is_compiled_is_used() -> None:
+    made, why = cpu_kernels()
+    assert made is not None, why
 
 
 @pytest.mark.parametrize("weighted", [True, False])

@@ -97,7 +97,8 @@ def train(config: FakeConfig, work: Workspace, *, corpus: Corpus) -> Checkpoint:
         metrics = MetricsFile(work.beside())
         for step in range(1, config.steps + 1):
             load = [[0.25] * 4, [0.1, 0.2, 0.3, 0.4]]
-            told = {"tags": {"fp8.products": "cpu: fake"}} if step == 1 else {}
+            tags = {"fp8.products": "cpu: fake", "device": "cpu", "compute": "float32"}
+            told = {"tags": tags} if step == 1 else {}
             figures = {"loss": 1 / step, "pass@1": 0.5, "expert_load": load}
             metrics.append(figures | told, step=step)
         (resume, *_) = work.resumable("step.json")

@@ -276,6 +276,7 @@ def test_status_why_and_show_speak_of_the_latest_run(
     assert ingot("show", "train") == 0
     told = capsys.readouterr().out
     assert re.search(r"^  step +25$", told, re.M)
+    assert "\ncomputed with device cpu, compute float32, products cpu\n" in told
     assert re.search(r"^  weights\.bin +\d+ bytes$", told, re.M)
     assert "loss by step\n" in told
     assert "verified" not in told

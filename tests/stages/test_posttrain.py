@@ -303,6 +303,8 @@ def test_each_step_is_told_once_and_the_measurement_before_it_too(calm: Calm) ->
         "device": "cpu",
         "compute": "float32",
     }
+    computed = {"products": "high precision", "device": "cpu", "compute": "float32"}
+    assert calm.made.computed() == computed
 
 
 def test_some_answers_of_each_step_stay_in_the_log_with_the_verdict_on_them(calm: Calm) -> None:

@@ -9,13 +9,12 @@ import pytest
 
 from cluster.output import RESTART
 from stages.contract import Workspace
-from stages.steps import METRICS, read_metrics
+from stages.steps import METRICS, computed, read_metrics
 from stages.telemetry import (
     HISTORY,
     SAVES,
     MetricsFile,
     begin_metrics,
-    computed,
     following,
     write_history,
 )
