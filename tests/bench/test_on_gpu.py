@@ -1,8 +1,6 @@
 """The program that measures on a GPU, as far as it can be seen without one."""
 
 import json
-import os
-import subprocess
 import sys
 import time
 import warnings
@@ -28,37 +26,6 @@ from tests.bench.on_gpu import Part, apart
 HERE = Setting(torch.device("cpu"), short=True)
 ELSEWHERE = Setting(torch.device("cuda"))
 """What nothing may be computed on here."""
-ABSENT = (
-    *("ray", "mlflow", "pyarrow", "fsspec", "psutil", "s3fs", "gcsfs", "botocore", "moto"),
-    *("jinja2", "markdown_it", "markupsafe", "matplotlib", "rich", "tokenizers", "transformers"),
-    *("accelerate", "beartype", "hypothesis", "pytest", "yaml", "pandas", "requests"),
-)
-ALONE = f"""
-import sys
-from importlib.machinery import PathFinder
-class Without(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        there = name.split(".")[0] not in {ABSENT}
-        return super().find_spec(name, path, target) if there else None
-sys.meta_path = [Without if one is PathFinder else one for one in sys.meta_path]
-from tests.bench import on_gpu
-sys.exit(on_gpu.main(["--short", "--part", "card", "--part", "repeats"]))
-"""
-
-
-def test_it_needs_nothing_but_what_computes() -> None:
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "| repeats | part ended |" in done.stdout
 
 
 def test_a_machine_without_a_gpu_gets_the_reason_in_every_part(
