@@ -15,6 +15,17 @@ from tests.pipeline.test_tracking_servers import free_port
 
 BUCKET = "bucket"
 _START_SECONDS = 60.0
+_SERVER = """
+import sys, threading
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import run_simple
+answers, turn = DomainDispatcherApplication(create_backend_app), threading.Lock()
+def one_at_a_time(environ, start):
+    with turn:
+        return list(answers(environ, start))
+run_simple("127.0.0.1", int(sys.argv[1]), one_at_a_time, threaded=True)
+"""
+"""A store creates an object for one of many who ask at once; moto alone looks and then writes."""
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "anybody", "AWS_SECRET_ACCESS_KEY": "anything"}
 
 
@@ -43,7 +54,7 @@ class Objects:
 def serving() -> Iterator[Objects]:
     """Start a server, make the bucket, and end the server."""
     port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-c", _SERVER, str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     objects = Objects(f"http://127.0.0.1:{port}")
     with patched(objects.environment):

@@ -105,7 +105,7 @@ def draw_the_attention_curves(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def measure_what_a_gpu_would(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """All parts, on the CPU: where only CUDA can tell, cells say so. In a process without all that a
+    """All parts, on the CPU: where only CUDA can tell, cells say so. In a process without what a
     machine for measuring need not have, and without the tests' checks of every call."""
     out, root = folder / "found.json", HERE.parents[1]
     done = subprocess.run(
