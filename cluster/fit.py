@@ -128,6 +128,8 @@ class FitJob:
     held_out: HeldOut | None = None
     base: str | None = None
     """A model's folder, with whose weights training begins; none begins with values drawn anew."""
+    micro_batches: int = 1
+    """In how many parts, one after another, a rank takes its rows of a step."""
     less_memory: str = LESS_MEMORY
     """Which settings of the recipe lower what a rank holds, as an imperative."""
     profile: Profile | None = None
@@ -426,7 +428,12 @@ def _learn(
     rate = job.learning_rate(step)
     indexer_rate = job.indexer_learning_rate(step)
     metrics = trainer.train_step(
-        batch, job.loss(step), rate, indexer_learning_rate=indexer_rate, counting=counting
+        batch,
+        job.loss(step),
+        rate,
+        indexer_learning_rate=indexer_rate,
+        counting=counting,
+        micro_batches=job.micro_batches,
     )
     if counting:
         metrics |= drift.figures(trainer.fp8_tallies())

@@ -22,7 +22,8 @@ from configs.errors import MachineError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LESS_MEMORY = "raise cluster.trainers and run again, which goes on from the newest save"
+MORE_RANKS = "cluster.trainers and run again, which goes on from the newest save"
+LESS_MEMORY = f"raise {MORE_RANKS}"
 """What lowers the memory of a rank, whatever it trains."""
 
 

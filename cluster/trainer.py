@@ -22,7 +22,7 @@ from cluster.expert_parallel import in_group
 from cluster.figures import Figures, fetch, summed
 from cluster.memory import Room, telling_of_model, telling_when_full
 from cluster.models import Computing, build_model, expert_ranges, take_part
-from configs.errors import TrainingError
+from configs.errors import ConfigError, TrainingError
 from configs.model import ModelConfig
 from configs.train import BalanceConfig, OptimConfig, Precision
 from model.balance import imbalance, updated_bias
@@ -116,7 +116,7 @@ class Trainer:
             device=model.lm_head.weight.device,
         )
         self.room = Room()
-        self.given: tuple[Batch, LossSpec] | None = None
+        self.given: tuple[Sequence[Batch], LossSpec, Mapping[str, float]] | None = None
         """What the gradients were last made of, while there are any."""
         keep(model)
 
@@ -128,7 +128,7 @@ class Trainer:
 
         `counting` tallies what FP8 does to every tensor, for `fp8_tallies`.
         """
-        found = self._over_ranks(self._backward(batch, loss, counting))
+        found = self._over_ranks(self._backward([batch], loss, counting))
         return self._finite({name: float(one) for name, one in found.items()})
 
     @telling_when_full
@@ -140,33 +140,48 @@ class Trainer:
         *,
         indexer_learning_rate: float | None = None,
         counting: bool = False,
+        micro_batches: int = 1,
     ) -> dict[str, Any]:
-        """`forward_backward` and `optim_step` on it; the device is waited for once for both."""
-        metrics = self._backward(batch, loss, counting)
+        """`forward_backward` and `optim_step` on it; the device is waited for once for both.
+
+        Rows are taken in so many equal parts, the same number on all ranks.
+        """
+        metrics = self._backward(parted(batch, micro_batches), loss, counting)
         found = self._over_ranks(metrics | self._gradients())
         told = self._finite({name: float(found.pop(name)) for name in sorted(metrics)})
         rates = learning_rate, indexer_learning_rate
         return told | self._update(found, *rates)
 
-    def _backward(self, batch: Batch, loss: LossSpec, counting: bool) -> dict[str, float | Tensor]:
-        """The loss and its metrics, of this rank's part, where they were computed."""
-        self.given = batch, loss
-        # Of the host's batch: counts of the device's would be waited for.
-        totals = read_sums(loss.counts(batch), self.parallel)
-        placed = self.backend.place(batch)
+    def _backward(
+        self, parts: Sequence[Batch], loss: LossSpec, counting: bool
+    ) -> dict[str, float | Tensor]:
+        """The loss and its metrics, of this rank's rows, where they were computed."""
+        # Of the host's rows: counts of the device's would be waited for.
+        counts = [loss.counts(part) for part in parts]
+        own = {name: math.fsum(one[name] for one in counts) for name in counts[0]}
+        totals = read_sums(own, self.parallel)
+        self.given = parts, loss, totals
+        found: dict[str, float | Tensor] = {}
         recorder = self.numerics.recorder
         recorder.start(counting=counting)
         try:
-            value, metrics = loss(self.model, placed, totals)
-            value.backward()
+            for part in parts:
+                value, metrics = loss(self.model, self.backend.place(part), totals)
+                value.backward()
+                for name, one in {"loss": value.detach(), **metrics}.items():
+                    found[name] = found[name] + one if name in found else one
+                self._take_load()
         finally:
             recorder.stop()
+        return found
+
+    def _take_load(self) -> None:
+        """Add what the last pass sent to each expert."""
         for block, load_E in zip(self.blocks, self.load_LE, strict=True):
             # The MTP layer is at rest where only the next token is predicted.
             load_E += block.load_E
             block.load_E.zero_()
             block.routing = None
-        return {"loss": value.detach(), **metrics}
 
     @telling_when_full
     @torch.no_grad()
@@ -304,10 +319,10 @@ class Trainer:
         `gradients`; by the batch, run forward again on all ranks together."""
         if self.given is None:
             return ""
-        batch, loss = self.given
-        totals = read_sums(loss.counts(batch), self.parallel)
+        parts, loss, totals = self.given
         with watched(self.model) as seen:
-            loss(self.model, self.backend.place(batch), totals)
+            for part in parts:
+                loss(self.model, self.backend.place(part), totals)
         for block in self.blocks:
             block.load_E.zero_()
             block.routing = None
@@ -407,6 +422,21 @@ class Trainer:
         found = fetch(values)
         squares = {name: one**2 for name, one in found.items() if name.startswith(_SQUARE)}
         return summed(found | squares, over_ranks=self.parallel)
+
+
+def parted(batch: Batch, parts: int) -> list[Batch]:
+    """The rows of a batch in equal parts, in their order; ConfigError if they do not divide."""
+    rows = len(next(iter(batch.values())))
+    if rows % parts:
+        raise ConfigError(
+            f"cluster.micro_batches = {parts} does not divide {rows} rows of a trainer; choose a "
+            "divisor"
+        )
+    each = rows // parts
+    return [
+        {name: one[each * part : each * (part + 1)] for name, one in batch.items()}
+        for part in range(parts)
+    ]
 
 
 def read_sums(values: Mapping[str, float], parallel: bool) -> dict[str, float]:

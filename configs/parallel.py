@@ -18,6 +18,9 @@ class ClusterConfig(Frozen):
     """A running Ray cluster; none starts a local one for the run."""
     trainers: PositiveInt = 2
     """Expert-parallel training workers; experts and batches are divided over them."""
+    micro_batches: PositiveInt = 1
+    """In how many parts, one after another, each trainer takes its rows of a step of pretraining.
+    Their gradients add up to those of the whole, while only one part's activations are there."""
     samplers: PositiveInt = 2
     """Generation workers of post-training."""
     device: Device = "auto"

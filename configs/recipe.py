@@ -212,11 +212,12 @@ class Recipe(Frozen):
                 )
 
     def _check_batch(self, table: str, phase: PretrainPhase) -> None:
-        workers = self.cluster.trainers
-        if phase.batch_sequences % workers:
+        workers, parts = self.cluster.trainers, self.cluster.micro_batches
+        if phase.batch_sequences % (workers * parts):
+            each = f" * micro_batches = {workers * parts}" if parts > 1 else f" = {workers}"
             raise ValueError(
                 f"{table}.batch_sequences = {phase.batch_sequences} does not divide over "
-                f"cluster.trainers = {workers}; choose a multiple"
+                f"cluster.trainers{each}; choose a multiple"
             )
 
 

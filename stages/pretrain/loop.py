@@ -10,7 +10,7 @@ from typing import Any
 from cluster.backend import fitted, foresee
 from cluster.checkpoint import consolidate, latest
 from cluster.fit import FitJob, fit
-from cluster.memory import LESS_MEMORY
+from cluster.memory import MORE_RANKS
 from cluster.output import Output
 from cluster.saves import Saves
 from cluster.tracing import untraced
@@ -121,6 +121,7 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus, base: Checkpoint
         output=Output(str(work.logs), "trainer"),
         reads=(corpus.path("train"), corpus.path("held_out"), *([base.path()] if base else [])),
         profile=work.profile,
+        micro_batches=work.machines.micro_batches,
         less_memory=_less_memory(train, corpus),
         flops_per_token=config.model.training_flops_per_token(corpus.sequence_tokens),
         held_out=held_out_text(config, corpus, partial(loss_at, train)),
@@ -129,12 +130,13 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus, base: Checkpoint
 
 
 def _less_memory(train: PretrainConfig, corpus: Corpus) -> str:
-    """Which settings lower what a rank holds; all but the number of ranks begin anew."""
+    """Which settings lower what a rank holds; all but those of the cluster begin anew."""
     narrower = ", or set pretrain.optim.moments = 'bfloat16'"
     moments = narrower if train.optim.moments == "float32" else ""
     return (
-        f"{LESS_MEMORY}, or begin anew with a lower pretrain.batch_sequences = "
-        f"{train.batch_sequences} or data.sequence_tokens = {corpus.sequence_tokens}{moments}"
+        f"raise cluster.micro_batches or {MORE_RANKS}, or begin anew with a lower "
+        f"pretrain.batch_sequences = {train.batch_sequences} or data.sequence_tokens = "
+        f"{corpus.sequence_tokens}{moments}"
     )
 
 
