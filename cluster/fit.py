@@ -39,6 +39,7 @@ from cluster.device_errors import out_of_memory
 from cluster.expert_parallel import require_equal_cards
 from cluster.feeding import batches
 from cluster.gathered import gathered
+from cluster.groups import Groups
 from cluster.head import require_reachable
 from cluster.memory import LESS_MEMORY, Room
 from cluster.output import RESTART, Output
@@ -49,7 +50,7 @@ from cluster.supply import Supply
 from cluster.tracing import Tracer, trace_told
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
 from cluster.utilisation import MFU, Utilisation, hold_against_peak
-from cluster.warmup import end_warm_up, keep_compiled
+from cluster.warmup import keep_compiled
 from cluster.workers import await_room, choose_network, needs_of, what_happened, with_tail
 from configs.errors import (
     ArtifactError,
@@ -197,6 +198,8 @@ def _run(job: FitJob, machines: ClusterConfig, places: Places, desk: Desk, notes
             "job": job,
             "desk": far,
             "backend": backend,
+            "ep": machines.ep,
+            "seconds": deadlines(backend, machines, first=True).group,
             "step_seconds": deadlines(backend, machines).group,
         },
         torch_config=_Group(
@@ -333,7 +336,8 @@ def _train_worker(config: dict[str, Any]) -> None:
         job.supply.bring(*job.reads)
         backend.begin(job.seed)
         require_equal_cards(backend.card())
-        _steps(job, desk, backend, config["step_seconds"])
+        groups = Groups.of_world(config["ep"], config["seconds"])
+        _steps(job, desk, backend, groups, config["step_seconds"])
     except LeaseLost:
         raise  # The slot is another builder's: nothing may be left in it.
     except IngotError as error:
@@ -356,6 +360,7 @@ def _steps(
     job: FitJob,
     desk: Desk | FarDesk,
     backend: Backend = CPU,
+    groups: Groups | None = None,
     step_seconds: float | None = None,
 ) -> None:
     """All steps; from the second on collectives wait for `step_seconds` at most, if it is given."""
@@ -368,6 +373,7 @@ def _steps(
         seed=job.seed,
         vocabulary=job.vocabulary,
         backend=backend,
+        groups=groups,
     )
     trainer.room = Room(job.output, job.less_memory)
     chosen = agreed_save(job, desk)
@@ -397,7 +403,7 @@ def _steps(
         if step % job.checkpoint_every_steps == 0 or step == job.steps:
             _save(trainer, job, desk)
         if step == begun + 1 and step_seconds is not None:
-            end_warm_up(step_seconds)
+            trainer.groups.wait_at_most(step_seconds)
 
 
 def _news(

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from cluster.backend import CPU, Backend
-from cluster.expert_parallel import AllToAllDispatcher, in_group
+from cluster.expert_parallel import AllToAllDispatcher
+from cluster.groups import Groups
 from configs.model import ModelConfig
 from configs.train import Precision
 from model.dispatch import LocalDispatcher
@@ -30,14 +31,23 @@ class Computing:
 
 
 def build_model(
-    config: ModelConfig, *, precision: Precision | Numerics, backend: Backend = CPU
+    config: ModelConfig,
+    *,
+    precision: Precision | Numerics,
+    backend: Backend = CPU,
+    groups: Groups | None = None,
 ) -> tuple[Transformer, Computing]:
-    """A model with this rank's share of its experts, its values yet to be set, on the CPU."""
+    """A model with this rank's share of its experts, its values yet to be set, on the CPU.
+
+    Without `groups` the experts are divided over all ranks.
+    """
+    groups = groups or Groups.of_world()
     wanted = precision if isinstance(precision, Numerics) else Numerics(precision)
     # Two models of one job, as a policy and its reference, are watched apart.
     asked = replace(backend.numerics(wanted), recorder=Recorder())
     numerics, products = settle(asked, torch.device(backend.device))
-    dispatcher = AllToAllDispatcher() if in_group() else LocalDispatcher()
+    alone = groups.mesh.axis("ep").size == 1
+    dispatcher = LocalDispatcher() if alone else AllToAllDispatcher(groups["ep"])
     model = Transformer(config, precision=numerics, dispatcher=dispatcher)
     if numerics.precision == "fp8" and not schemes(model):
         numerics = replace(numerics, precision="high")
@@ -51,9 +61,10 @@ def frozen(
     *,
     precision: Precision | Numerics,
     backend: Backend = CPU,
+    groups: Groups | None = None,
 ) -> Transformer:
     """This rank's part of a whole model under Hugging Face names, to be asked and never trained."""
-    model, _ = build_model(config, precision=precision, backend=backend)
+    model, _ = build_model(config, precision=precision, backend=backend, groups=groups)
     take_part(model, tensors)
     model.requires_grad_(False).to(backend.device).eval()
     keep(model)

@@ -14,6 +14,7 @@ from torch import Tensor
 from cluster import checkpoint
 from cluster.backend import CPU, Backend
 from cluster.expert_parallel import join_group, require_equal_cards
+from cluster.groups import Groups
 from cluster.memory import LESS_MEMORY, Room
 from cluster.models import frozen
 from cluster.output import TRAINER, Output
@@ -23,7 +24,7 @@ from cluster.session import ray_for
 from cluster.supply import Supply
 from cluster.tracing import Tracer
 from cluster.trainer import Batch, LossSpec, Trainer, build_trainer
-from cluster.warmup import end_warm_up, first_step_seconds
+from cluster.warmup import first_step_seconds
 from cluster.workers import Actor, Worker, choose_network, free_address, gather, open_workers
 from configs.errors import ConfigError
 from configs.parallel import ClusterConfig
@@ -221,12 +222,13 @@ class _TrainWorker(Worker):
     def join(self, rendezvous: str) -> None:
         """Meet the other ranks and load the starting weights."""
         world = self.machines.trainers
+        seconds = deadlines(self.backend, self.machines, first=True).group
         if world > 1:
             if self.machines.address is not None:
                 choose_network(self.backend)
-            seconds = deadlines(self.backend, self.machines, first=True).group
             join_group(rendezvous, self.rank, world, seconds, self.backend)
             require_equal_cards(self.backend.card())
+        groups = Groups.of_world(self.machines.ep, seconds) if world > 1 else None
         config, tensors = read_config(self.start), read_tensors(self.start)
         self.trainer = build_trainer(
             config,
@@ -235,13 +237,18 @@ class _TrainWorker(Worker):
             precision=self.spec.precision,
             seed=self.spec.seed,
             backend=self.backend,
+            groups=groups,
         )
         self.trainer.load_whole(tensors)
         self.trainer.room = Room(self.output, self.spec.less_memory)
         self.starting = None
         if self.spec.reference:
             self.starting = frozen(
-                config, tensors, precision=self.spec.precision, backend=self.backend
+                config,
+                tensors,
+                precision=self.spec.precision,
+                backend=self.backend,
+                groups=groups,
             )
 
     def forward_backward(self, batch: Batch, loss: LossSpec, counting: bool) -> dict[str, float]:
@@ -260,7 +267,7 @@ class _TrainWorker(Worker):
 
     def optim_step(self, learning_rate: float) -> dict[str, Any]:
         report = self.trainer.optim_step(learning_rate)
-        end_warm_up(deadlines(self.backend, self.machines).group)
+        self.trainer.groups.wait_at_most(deadlines(self.backend, self.machines).group)
         return report
 
     def reference(self, batch: Batch, score: Score) -> Tensor:

@@ -1,7 +1,8 @@
 """One rank of training: forward_backward, optim_step, save, load.
 
-Dense parameters are replicated and their gradients summed over the ranks; experts are sharded and
-see every rank's tokens through the dispatcher, so their gradients are whole already.
+Dense parameters are replicated and their gradients summed over the ranks. Experts are divided over
+an axis of ranks, whose tokens all reach them through the dispatcher; where there are several such
+axes, each holds the experts once, and their gradients are summed over these copies.
 """
 
 import math
@@ -18,8 +19,8 @@ from torch import Tensor
 from cluster.backend import CPU, Backend
 from cluster.checkpoint import load_shards, save_shard
 from cluster.device_errors import first_line
-from cluster.expert_parallel import in_group
 from cluster.figures import Figures, fetch, summed
+from cluster.groups import Groups
 from cluster.memory import Room, telling_of_model, telling_when_full
 from cluster.models import Computing, build_model, expert_ranges, take_part
 from configs.errors import ConfigError, TrainingError
@@ -71,19 +72,22 @@ def build_trainer(
     seed: int,
     vocabulary: Sequence[int] | None = None,
     backend: Backend = CPU,
+    groups: Groups | None = None,
 ) -> "Trainer":
     """A trainer of a new model, drawn by `seed`, with this rank's share of its experts.
 
-    The experts are divided over the current process group; without one they are all here.
+    The experts are divided as `groups` says, else over the current process group; without one they
+    are all here.
     `vocabulary` is what a new model's memories are told of its tokens (`model.engram`).
     """
-    model, computing = build_model(config, precision=precision, backend=backend)
+    groups = groups or Groups.of_world()
+    model, computing = build_model(config, precision=precision, backend=backend, groups=groups)
     # Values are drawn on the CPU, so that a model begins alike on every device.
     model.initialize(seed).train()
     if vocabulary is not None:
         set_vocabulary(model, vocabulary)
     model.to(backend.device)
-    return Trainer(model, computing, optim=optim, balance=balance, backend=backend)
+    return Trainer(model, computing, optim=optim, balance=balance, backend=backend, groups=groups)
 
 
 class Trainer:
@@ -97,14 +101,15 @@ class Trainer:
         optim: OptimConfig,
         balance: BalanceConfig,
         backend: Backend = CPU,
+        groups: Groups | None = None,
     ) -> None:
         """`model` lies on the backend's device already."""
         self.model, self.computing, self.numerics = model, computing, computing.numerics
         self.optim, self.balance, self.backend = optim, balance, backend
-        self.parallel = in_group()
-        self.rank, self.world = (
-            (dist.get_rank(), dist.get_world_size()) if self.parallel else (0, 1)
-        )
+        self.groups = groups or Groups.of_world()
+        self.mesh = self.groups.mesh
+        self.rank, self.world = self.mesh.rank, self.mesh.world
+        self.parallel = self.world > 1
         self.optimizer = adamw(model, optim)
         self.step = 0
         self.sharded = expert_parameter_names(model)
@@ -252,8 +257,10 @@ class Trainer:
         grads = self._grads()
         if self.parallel:
             self._all_reduce([grad for name, grad in grads.items() if name not in self.sharded])
-        # Of a dense gradient rank 0 alone speaks, so that it counts once.
-        mine = {n: grad for n, grad in grads.items() if n in self.sharded or self.rank == 0}
+        if self.mesh.axis("dp").size > 1:
+            copied = [grad for name, grad in grads.items() if name in self.sharded]
+            self._all_reduce(copied, self.groups["dp"])
+        mine = {name: grad for name, grad in grads.items() if self._speaks_for(name)}
         norms: dict[str, float | Tensor] = dict.fromkeys((_SQUARE + name for name in grads), 0.0)
         for name, norm in zip(mine, _norms(list(mine.values())), strict=True):
             norms[_SQUARE + name] = norm
@@ -338,15 +345,20 @@ class Trainer:
             return f", first in the gradient of {in_backward_order(gradients, seen.begun)[0]}"
         return ", first in the loss itself: what modules return is finite"
 
+    def _speaks_for(self, name: str) -> bool:
+        """Whether this rank is the one that tells of a tensor, so that it counts once: of its
+        experts the first that holds them, of all else rank 0."""
+        return self.mesh.axis("dp").index == 0 if name in self.sharded else self.rank == 0
+
     def state(self) -> dict[str, Tensor]:
-        """This rank's part of the weights: its experts and, on rank 0, everything else."""
+        """What this rank tells of the weights: its experts and, on rank 0, everything else."""
         state = self.model.state_dict()
-        return {n: t for n, t in state.items() if n in self.sharded or self.rank == 0}
+        return {name: tensor for name, tensor in state.items() if self._speaks_for(name)}
 
     def save(self, folder: Path) -> Path:
         """Write this rank's shard of the weights and moments; its file."""
         named = self.model.named_parameters()
-        mine = [(n, p) for n, p in named if n in self.sharded or self.rank == 0]
+        mine = [(name, parameter) for name, parameter in named if self._speaks_for(name)]
         tensors = self.state() | moments(self.optimizer, mine)
         return save_shard(folder, tensors, self.expert_ranges(), rank=self.rank, world=self.world)
 
@@ -409,9 +421,11 @@ class Trainer:
             "expert_load": share_LE.round(5).tolist(),
         }
 
-    def _all_reduce(self, tensors: list[Tensor]) -> None:
+    def _all_reduce(self, tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> None:
+        if not tensors:
+            return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=group)
         offset = 0
         for tensor in tensors:
             tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))

@@ -6,11 +6,7 @@ for their quickest kernels. So it may take as long as a start on top of a step.
 
 import os
 import platform
-from datetime import timedelta
 from pathlib import Path
-
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from configs.parallel import ClusterConfig
 
@@ -20,12 +16,6 @@ _CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 def first_step_seconds(machines: ClusterConfig) -> float:
     """The deadline of the first step."""
     return machines.step_timeout_seconds + machines.startup_timeout_seconds
-
-
-def end_warm_up(step_seconds: float) -> None:
-    """From now on this process's collectives wait for a step and no longer."""
-    if dist.is_initialized():
-        _set_pg_timeout(timedelta(seconds=step_seconds))
 
 
 def keep_compiled() -> None:

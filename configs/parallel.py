@@ -17,7 +17,10 @@ class ClusterConfig(Frozen):
     address: str | None = None
     """A running Ray cluster; none starts a local one for the run."""
     trainers: PositiveInt = 2
-    """Expert-parallel training workers; experts and batches are divided over them."""
+    """Training workers; rows of a batch are divided over them, and experts as `ep` says."""
+    ep: PositiveInt | None = None
+    """Over how many trainers a layer's experts are divided; none is all of them. With fewer, every
+    `ep` trainers hold all experts between them: tokens stay nearer, and gradients travel more."""
     micro_batches: PositiveInt = 1
     """In how many parts, one after another, each trainer takes its rows of a step of pretraining.
     Their gradients add up to those of the whole, while only one part's activations are there."""

@@ -189,12 +189,8 @@ class Recipe(Frozen):
         if self.parity is None:
             for owner, posttrained in self.posttraining.items():
                 check_fp8(_table(owner), posttrained, self.model)
-        workers, tokenizer = self.cluster.trainers, self.data.tokenizer
-        if self.model.n_routed_experts % workers:
-            raise ValueError(
-                f"model.n_routed_experts = {self.model.n_routed_experts} does not divide over "
-                f"cluster.trainers = {workers}; choose a divisor"
-            )
+        tokenizer = self.data.tokenizer
+        self._check_experts()
         for owner, phase in self.pretraining.items():
             check_fp8(_table(owner), phase, self.model)
             check_indexer(_table(owner), phase, self.model)
@@ -210,6 +206,19 @@ class Recipe(Frozen):
                     f"below {_table(owner)}.sequence_tokens = {corpus.sequence_tokens}; raise the "
                     "first"
                 )
+
+    def _check_experts(self) -> None:
+        workers, ep = self.cluster.trainers, self.cluster.ep
+        if ep is not None and workers % ep:
+            raise ValueError(
+                f"cluster.ep = {ep} does not divide cluster.trainers = {workers}; choose a divisor"
+            )
+        if self.model.n_routed_experts % (ep or workers):
+            over = f"cluster.trainers = {workers}" if ep is None else f"cluster.ep = {ep}"
+            raise ValueError(
+                f"model.n_routed_experts = {self.model.n_routed_experts} does not divide over "
+                f"{over}; choose a divisor"
+            )
 
     def _check_batch(self, table: str, phase: PretrainPhase) -> None:
         workers, parts = self.cluster.trainers, self.cluster.micro_batches

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from cluster import fit, pool
+from cluster.groups import Groups
 from cluster.output import Output
 from cluster.pool import TrainerPool
-from cluster.warmup import end_warm_up, first_step_seconds, keep_compiled
+from cluster.warmup import first_step_seconds, keep_compiled
 from configs.parallel import ClusterConfig
 from tests.cluster.jobs import NextToken, job
 from tests.ranks import on_ranks
@@ -21,22 +22,32 @@ from tests.ranks import on_ranks
 VARIABLES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
-def wait_for_the_other() -> list[Any]:
-    """Rank 0 waits in a collective for rank 1, which comes too late: how long, and what it says."""
-    end_warm_up(1.0)
-    if dist.get_rank() == 1:
+def wait_for_the_other(ep: int | None) -> list[Any]:
+    """Rank 0 waits in a collective for the last, which comes too late: how long, and what it says.
+
+    In the group of all, or where experts have copies, in that of the copies.
+    """
+    groups = Groups.of_world(ep, seconds=60)
+    groups.wait_at_most(1.0)
+    if dist.get_rank() == dist.get_world_size() - 1:
         time.sleep(6)
         return []
     begin = time.monotonic()
+    if groups.mesh.axis("dp").ranks[-1] != dist.get_world_size() - 1:
+        return []
     try:
-        dist.all_reduce(torch.ones(1))
+        dist.all_reduce(torch.ones(1), group=groups["dp"])
     except RuntimeError as error:
         return [time.monotonic() - begin, str(error)]
     return [time.monotonic() - begin, "answered"]
 
 
-def test_after_it_collectives_wait_for_a_step_alone(tmp_path: Path) -> None:
-    (waited, said), _ = on_ranks(2, tmp_path, wait_for_the_other, collective_seconds=60)
+@pytest.mark.parametrize(("world", "ep"), [(2, 1), (4, 2)])
+def test_after_it_collectives_wait_for_a_step_alone(
+    world: int, ep: int | None, tmp_path: Path
+) -> None:
+    told = on_ranks(world, tmp_path, wait_for_the_other, ep, collective_seconds=60)
+    ((waited, said),) = [one for one in told if one]
     assert "imed out" in said or "timeout" in said.lower(), said
     assert waited < 5
 
@@ -45,7 +56,7 @@ def deadlines_of(builder: str) -> list[list[Any]]:
     """What a training sets as its steps end, by the step that it has done by then."""
     told: list[list[Any]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "end_warm_up", lambda seconds: told.append([seconds]))
+        patch.setattr(Groups, "wait_at_most", lambda _, seconds: told.append([seconds]))
         todo = job(Path(builder), NextToken(), steps=3, precision="high")
         fit._steps(todo, fit.desk_of(todo), step_seconds=7.0)
     return told
