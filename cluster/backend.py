@@ -15,6 +15,7 @@ for no device.
 """
 
 import importlib.util
+import math
 import os
 import resource
 from collections.abc import Callable, Mapping
@@ -444,7 +445,8 @@ def fitted(machines: ClusterConfig) -> ClusterConfig:
     if backend.is_host:
         return machines
     trainers = min(machines.trainers, int(there[backend.resource]))
-    return machines.model_copy(update={"trainers": trainers})
+    ep = None if machines.ep is None else math.gcd(machines.ep, trainers)
+    return machines.model_copy(update={"trainers": trainers, "ep": ep})
 
 
 def own(wanted: Device) -> Backend:

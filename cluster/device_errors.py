@@ -29,9 +29,9 @@ def out_of_memory(error: BaseException, role: str = TRAINER) -> str | None:
             "cluster.samplers, which divides the answers, and run again"
         )
     return (
-        f"out of memory ({first_line(error)}); lower pretrain.batch_sequences, or raise "
-        "posttrain.minibatches, or raise cluster.trainers, which divides batches and experts; run "
-        "again to continue from the newest save"
+        f"out of memory ({first_line(error)}); raise cluster.micro_batches in pretraining or "
+        "posttrain.minibatches, or cluster.trainers, which divides batches and experts (where "
+        "cluster.ep is set, that does); run again to continue from the newest save"
     )
 
 

@@ -49,7 +49,8 @@ class AllToAllDispatcher:
         """This rank's slice; ConfigError if the experts do not divide over the ranks."""
         if num_experts % self.world:
             raise ConfigError(
-                f"{num_experts} experts do not divide over {self.world} ranks; change either"
+                f"{num_experts} experts do not divide over {self.world} ranks; change the model, "
+                "cluster.trainers or cluster.ep"
             )
         each = num_experts // self.world
         return range(self.rank * each, (self.rank + 1) * each)
@@ -165,11 +166,6 @@ class _Weigh(torch.autograd.Function):
         d_gates_TK = torch.empty_like(gates_TK)
         d_gates_TK.view(-1)[order_N] = (d_y_ND * y_ND).sum(1)
         return d_y_ND.mul_(gates_TK.view(-1)[order_N].unsqueeze(1)), d_gates_TK, None
-
-
-def in_group() -> bool:
-    """Whether this process works with others."""
-    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def join_group(

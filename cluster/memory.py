@@ -22,9 +22,14 @@ from configs.errors import MachineError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-MORE_RANKS = "cluster.trainers and run again, which goes on from the newest save"
-LESS_MEMORY = f"raise {MORE_RANKS}"
-"""What lowers the memory of a rank, whatever it trains."""
+
+def less_memory(ep: int | None = None, also: str = "") -> str:
+    """What lowers the memory of a rank, whatever it trains: dividing rows and experts further."""
+    ranks = "cluster.trainers" if ep is None else f"cluster.trainers and cluster.ep = {ep}"
+    return f"raise {also}{ranks} and run again, which goes on from the newest save"
+
+
+LESS_MEMORY = less_memory()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +98,8 @@ def telling_of_model(build: Callable[P, T]) -> Callable[P, T]:
                 f"memory ran out while a model of {config.parameters():,} parameters was made, of "
                 "which each rank holds its share of the experts and all else: 4 bytes a parameter "
                 "for weights, as much for gradients, and 4 to 8 for moments; raise "
-                f"cluster.trainers, or take a smaller model ({first_line(error)})"
+                "cluster.trainers, or cluster.ep where it is set, or take a smaller model "
+                f"({first_line(error)})"
             ) from error
 
     return tell

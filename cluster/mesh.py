@@ -1,9 +1,9 @@
 """How ranks are divided: over experts and over copies of them, as plain numbers.
 
-A rank's place is (pp, dp, ep), ep fastest: neighbours, which are on one machine where it has room,
-exchange the most. Ranks of one `ep` axis hold a layer's experts between them; ranks of one `dp`
-axis hold the same experts, whose gradients they add up; all ranks of a stage, the `data` axis, see
-rows of their own and hold the same dense weights.
+A rank's place is (pp, dp, ep), ep fastest, so that neighbours exchange the most. Ranks of one `ep`
+axis hold a layer's experts between them; ranks of one `dp` axis hold the same experts, whose
+gradients they add up; all ranks of a stage, the `data` axis, see rows of their own and hold the
+same dense weights.
 """
 
 from dataclasses import dataclass

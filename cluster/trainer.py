@@ -258,8 +258,9 @@ class Trainer:
         if self.parallel:
             self._all_reduce([grad for name, grad in grads.items() if name not in self.sharded])
         if self.mesh.axis("dp").size > 1:
-            copied = [grad for name, grad in grads.items() if name in self.sharded]
-            self._all_reduce(copied, self.groups["dp"])
+            # One by one where they lie: together they would be there twice.
+            for name in sorted(self.sharded & grads.keys()):
+                dist.all_reduce(grads[name], group=self.groups["dp"])
         mine = {name: grad for name, grad in grads.items() if self._speaks_for(name)}
         norms: dict[str, float | Tensor] = dict.fromkeys((_SQUARE + name for name in grads), 0.0)
         for name, norm in zip(mine, _norms(list(mine.values())), strict=True):
@@ -351,7 +352,8 @@ class Trainer:
         return self.mesh.axis("dp").index == 0 if name in self.sharded else self.rank == 0
 
     def state(self) -> dict[str, Tensor]:
-        """What this rank tells of the weights: its experts and, on rank 0, everything else."""
+        """What this rank tells of the weights: its experts, unless they are copies, and on rank 0
+        everything else."""
         state = self.model.state_dict()
         return {name: tensor for name, tensor in state.items() if self._speaks_for(name)}
 
@@ -421,11 +423,9 @@ class Trainer:
             "expert_load": share_LE.round(5).tolist(),
         }
 
-    def _all_reduce(self, tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> None:
-        if not tensors:
-            return
+    def _all_reduce(self, tensors: list[Tensor]) -> None:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat, group=group)
+        dist.all_reduce(flat)
         offset = 0
         for tensor in tensors:
             tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))

@@ -1,8 +1,8 @@
 """Machines: where the line runs. Nothing here bears on what is built."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from configs.base import Frozen
 from configs.train import Fp8Backend
@@ -53,6 +53,15 @@ class ClusterConfig(Frozen):
     parallel_nodes: PositiveInt | None = None
     """How many nodes of the line that do not need each other are built at a time; none means as
     many as the driver's cores bear: one below 8, then one for every 4, 4 at most."""
+
+    @model_validator(mode="after")
+    def _divides_ranks(self) -> Self:
+        if self.ep is not None and self.trainers % self.ep:
+            raise ValueError(
+                f"cluster.ep = {self.ep} does not divide cluster.trainers = {self.trainers}; "
+                "choose a divisor"
+            )
+        return self
 
     @field_validator("address")
     @classmethod

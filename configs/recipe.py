@@ -209,10 +209,6 @@ class Recipe(Frozen):
 
     def _check_experts(self) -> None:
         workers, ep = self.cluster.trainers, self.cluster.ep
-        if ep is not None and workers % ep:
-            raise ValueError(
-                f"cluster.ep = {ep} does not divide cluster.trainers = {workers}; choose a divisor"
-            )
         if self.model.n_routed_experts % (ep or workers):
             over = f"cluster.trainers = {workers}" if ep is None else f"cluster.ep = {ep}"
             raise ValueError(
@@ -224,9 +220,10 @@ class Recipe(Frozen):
         workers, parts = self.cluster.trainers, self.cluster.micro_batches
         if phase.batch_sequences % (workers * parts):
             each = f" * micro_batches = {workers * parts}" if parts > 1 else f" = {workers}"
+            lower = ", or lower cluster.micro_batches" if parts > 1 else ""
             raise ValueError(
                 f"{table}.batch_sequences = {phase.batch_sequences} does not divide over "
-                f"cluster.trainers{each}; choose a multiple"
+                f"cluster.trainers{each}; choose a multiple{lower}"
             )
 
 

@@ -72,17 +72,18 @@ def check_line(recipe: Recipe, model: ModelConfig) -> None:
 
 def check_base(recipe: Recipe, base: str, model: ModelConfig) -> None:
     """What must agree with the model in the folder `base`."""
-    workers = recipe.cluster.trainers
+    cluster = recipe.cluster
     for name, corpus in recipe.corpora.items():
         if model.max_position_embeddings < corpus.sequence_tokens:
             raise ConfigError(
                 f"base = {base!r}: its max_position_embeddings = {model.max_position_embeddings} "
                 f"is below {name}.sequence_tokens = {corpus.sequence_tokens}; lower the second"
             )
-    if model.n_routed_experts % workers:
+    if model.n_routed_experts % (cluster.ep or cluster.trainers):
+        over = f"trainers = {cluster.trainers}" if cluster.ep is None else f"ep = {cluster.ep}"
         raise ConfigError(
             f"base = {base!r}: its n_routed_experts = {model.n_routed_experts} does not divide "
-            f"over cluster.trainers = {workers}; change the second to a divisor"
+            f"over cluster.{over}; change the second to a divisor"
         )
 
 

@@ -80,7 +80,14 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/stages/test_resume.py",
         "tests/cluster/test_fit.py",
     ),
-    "cluster/trainer.py": ("tests/cluster/test_trainer.py", "tests/cluster/test_fit.py"),
+    "cluster/mesh.py": ("tests/cluster/test_mesh.py",),
+    "cluster/groups.py": ("tests/cluster/test_mesh.py", "tests/cluster/test_warmup.py"),
+    "cluster/trainer.py": (
+        "tests/cluster/test_trainer.py",
+        "tests/cluster/test_mesh.py",
+        "tests/stages/test_micro_batches.py",
+        "tests/cluster/test_fit.py",
+    ),
     "model/moe.py": (
         "tests/model/test_moe.py",
         "tests/model/test_v4.py",

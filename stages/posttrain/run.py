@@ -6,7 +6,7 @@ from functools import partial
 
 from cluster import checkpoint
 from cluster.generation import Sampling
-from cluster.memory import LESS_MEMORY
+from cluster.memory import less_memory
 from cluster.pool import TrainerSpec
 from cluster.saves import Saves
 from configs.errors import DataError
@@ -67,9 +67,9 @@ class Run:
             precision=self.numerics,
             seed=self.config.seed,
             reference=self.algorithm.reference is not None,
-            less_memory=f"{LESS_MEMORY}, raise posttrain.minibatches = {rl.minibatches}, or lower "
-            f"posttrain.group_size = {rl.group_size} or posttrain.max_new_tokens = "
-            f"{rl.max_new_tokens}",
+            less_memory=f"{less_memory(self.work.machines.ep)}, raise posttrain.minibatches = "
+            f"{rl.minibatches}, or lower posttrain.group_size = {rl.group_size} or "
+            f"posttrain.max_new_tokens = {rl.max_new_tokens}",
         )
 
 

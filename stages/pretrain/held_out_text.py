@@ -38,7 +38,7 @@ class HeldOutText:
     rows: Mapping[str, Sequence[int]]
     """By source, in the order of their names."""
     batch_sequences: int
-    """Rows of a pass over all ranks, at most: as many as training has memory for."""
+    """Rows of a pass over all ranks, at most: as many as training has in memory at a time."""
     every_steps: int
     steps: int
     """Of the whole training."""
@@ -99,7 +99,11 @@ class HeldOutText:
 
 
 def held_out_text(
-    config: PretrainSpec, corpus: Corpus, loss: Callable[[int], PretrainLoss]
+    config: PretrainSpec,
+    corpus: Corpus,
+    loss: Callable[[int], PretrainLoss],
+    *,
+    micro_batches: int = 1,
 ) -> HeldOutText | None:
     """What the config has measured of the corpus; none if it asks for nothing.
 
@@ -122,7 +126,7 @@ def held_out_text(
     return HeldOutText(
         folder=str(corpus.path("held_out")),
         rows=rows,
-        batch_sequences=train.batch_sequences,
+        batch_sequences=train.batch_sequences // micro_batches,
         every_steps=train.evaluate_every_steps,
         steps=train.steps,
         loss=loss,

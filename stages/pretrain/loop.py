@@ -10,12 +10,13 @@ from typing import Any
 from cluster.backend import fitted, foresee
 from cluster.checkpoint import consolidate, latest
 from cluster.fit import FitJob, fit
-from cluster.memory import MORE_RANKS
+from cluster.memory import less_memory
 from cluster.output import Output
 from cluster.saves import Saves
 from cluster.tracing import untraced
 from configs.errors import ConfigError
 from configs.model import ModelConfig
+from configs.parallel import ClusterConfig
 from configs.train import PretrainConfig, PretrainSpec
 from model.engram import canonical_ids
 from model.fp8.scheme import Numerics
@@ -122,21 +123,27 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus, base: Checkpoint
         reads=(corpus.path("train"), corpus.path("held_out"), *([base.path()] if base else [])),
         profile=work.profile,
         micro_batches=work.machines.micro_batches,
-        less_memory=_less_memory(train, corpus),
+        less_memory=_less_memory(train, corpus, work.machines),
         flops_per_token=config.model.training_flops_per_token(corpus.sequence_tokens),
-        held_out=held_out_text(config, corpus, partial(loss_at, train)),
+        held_out=held_out_text(
+            config,
+            corpus,
+            partial(loss_at, train),
+            micro_batches=work.machines.micro_batches,
+        ),
         vocabulary=vocabulary(corpus.path("tokenizer.json")) if config.model.engram else None,
     )
 
 
-def _less_memory(train: PretrainConfig, corpus: Corpus) -> str:
+def _less_memory(train: PretrainConfig, corpus: Corpus, machines: ClusterConfig) -> str:
     """Which settings lower what a rank holds; all but those of the cluster begin anew."""
+    divides = train.batch_sequences > machines.trainers * machines.micro_batches
     narrower = ", or set pretrain.optim.moments = 'bfloat16'"
     moments = narrower if train.optim.moments == "float32" else ""
+    more = less_memory(machines.ep, "cluster.micro_batches or " if divides else "")
     return (
-        f"raise cluster.micro_batches or {MORE_RANKS}, or begin anew with a lower "
-        f"pretrain.batch_sequences = {train.batch_sequences} or data.sequence_tokens = "
-        f"{corpus.sequence_tokens}{moments}"
+        f"{more}, or begin anew with a lower pretrain.batch_sequences = {train.batch_sequences} or "
+        f"data.sequence_tokens = {corpus.sequence_tokens}{moments}"
     )
 
 

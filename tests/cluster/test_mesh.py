@@ -6,15 +6,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 
+from cluster import fit
+from cluster.backend import CPU
 from cluster.groups import Groups
 from cluster.mesh import Mesh
+from cluster.places import Places
 from cluster.trainer import Trainer, build_trainer, expert_parameter_names
 from configs.errors import ConfigError
+from configs.parallel import ClusterConfig
 from configs.reading import load_recipe
-from configs.train import BalanceConfig, Precision
+from configs.train import BalanceConfig
 from model.transformer import Transformer
-from tests.cluster.jobs import OPTIM, NextToken, RandomBatches
+from stages.steps import METRICS, read_metrics
+from tests.cluster.jobs import OPTIM, NextToken, RandomBatches, job
 from tests.ranks import on_ranks
 from tests.references import TINY
 
@@ -71,12 +77,12 @@ def test_recipes_are_refused_when_they_are_read(sets: list[str], told: str) -> N
         load_recipe("tiny", sets=sets)
 
 
-def trainer(ep: int | None, precision: Precision = "high", seed: int = 0) -> Trainer:
+def trainer(ep: int | None, seed: int = 0) -> Trainer:
     return build_trainer(
         TINY,
         optim=OPTIM,
         balance=BALANCE,
-        precision=precision,
+        precision="high",
         seed=seed,
         groups=Groups.of_world(ep, seconds=60),
     )
@@ -169,6 +175,9 @@ def test_each_tensor_is_told_once_and_a_save_is_resumed_bit_for_bit(copies: Copi
     assert all(rank["resumed"] == rank["rest"] for rank in ranks)
     assert all(rank["same"] for rank in ranks)
     assert all(not rank["told"] for rank in ranks[ep:])
+    for place in range(len(ranks)):
+        with safe_open(save / f"rank-{place}-of-{len(ranks)}.safetensors", framework="pt") as file:
+            assert bool(file.keys()) == (place < ep)
     each = TINY.n_routed_experts // ep
     for place, rank in enumerate(ranks):
         begin = place % ep * each
@@ -177,3 +186,54 @@ def test_each_tensor_is_told_once_and_a_save_is_resumed_bit_for_bit(copies: Copi
     one.load(save, step=2)
     for found, wanted in zip(train(one, range(3, 5)), ranks[0]["rest"], strict=True):
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+
+
+def fit_on_rank(builder: str) -> list[Any]:
+    """What a rank of a long loop makes of its settings: degrees and parts of each step; losses."""
+    told: list[list[int]] = []
+    losses = []
+    step = Trainer.train_step
+
+    def seen(self: Trainer, *given: Any, **more: Any) -> dict[str, Any]:
+        told.append([self.mesh.ep, self.mesh.dp, more["micro_batches"]])
+        return step(self, *given, **more)
+
+    for folder, parts in (("whole", 1), ("parts", 2)):
+        own = Path(builder, folder)
+        todo = job(own, NextToken(), steps=3, precision="high", micro_batches=parts)
+        settings = {"job": todo, "desk": None, "backend": CPU, "ep": 1}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "train_step", seen)
+            fit._train_worker(settings | {"seconds": 60.0, "step_seconds": 60.0})
+        records = [line for line in read_metrics(own / METRICS) if line["step"]]
+        losses.append([line["loss"] for line in records])
+    return [told, losses]
+
+
+def test_a_long_loop_takes_both_settings(tmp_path: Path) -> None:
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    first, second = on_ranks(2, tmp_path / "ranks", fit_on_rank, str(tmp_path))
+    assert first[0] == second[0] == [[1, 2, 1]] * 3 + [[1, 2, 2]] * 3
+    whole, parts = first[1]
+    assert len(whole) == 3
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_driver_hands_ranks_their_mesh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: dict[str, Any] = {}
+
+    class Ended(Exception):
+        pass
+
+    def trainer(*_: Any, train_loop_config: dict[str, Any], **__: Any) -> None:
+        told.update(train_loop_config)
+        raise Ended
+
+    monkeypatch.setattr(fit, "TorchTrainer", trainer)
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "0")
+    todo, machines = job(tmp_path, NextToken()), ClusterConfig(trainers=4, ep=2)
+    with pytest.raises(Ended):
+        fit._run(todo, machines, Places(CPU), fit.desk_of(todo), str(tmp_path))
+    assert told["ep"] == 2
+    assert told["seconds"] >= told["step_seconds"] > 0

@@ -105,6 +105,32 @@ def test_a_pool_trains_as_one_trainer_does(pool: TrainerPool, tmp_path: Path) ->
         pool.optim_step(RATE)
 
 
+def test_copies_of_experts_train_and_tell_as_one_trainer_does(
+    machines: ClusterConfig, start: Path, logs: Path
+) -> None:
+    """Two trainers with all experts each, the reference of each among them."""
+    alone = build_trainer(TINY, optim=OPTIM, balance=BALANCE, precision="high", seed=0)
+    model = random_model()
+    alone.load_weights(model.state_dict())
+    apart = machines.model_copy(update={"ep": 1})
+    with open_trainers(apart, start, SPEC, logs=logs, supply=local(logs.parent)) as copies:
+        for step in (1, 2):
+            found = copies.forward_backward(batch(step), NextToken()) | copies.optim_step(RATE)
+            wanted = alone.forward_backward(batch(step), NextToken()) | alone.optim_step(RATE)
+            for name in ("loss", "grad_norm"):
+                assert found[name] == pytest.approx(wanted[name], rel=1e-4)
+        first, second = ray.get(copies.weights())
+        tokens = batch(9)["tokens"]
+        reference_NT = copies.reference({"tokens": tokens}, next_logprobs)
+    assert not second
+    for name, tensor in alone.model.state_dict().items():
+        torch.testing.assert_close(first[name], tensor, rtol=0, atol=5e-5, msg=name)
+    with torch.no_grad():
+        logprobs_NTV = (model(tokens)[:, :-1] / 0.7).log_softmax(-1)
+    wanted_NT = logprobs_NTV.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(reference_NT[:, :-1], wanted_NT, rtol=1e-4, atol=1e-4)
+
+
 def test_a_batch_that_leaves_a_trainer_without_rows_is_refused(pool: TrainerPool) -> None:
     one = {name: tensor[:1] for name, tensor in batch(1).items()}
     with pytest.raises(ConfigError, match="a batch of 1 rows for 2 trainers"):
