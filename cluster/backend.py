@@ -366,7 +366,7 @@ def require(backend: Backend) -> None:
         if backend.dtype == torch.bfloat16 and not has_units():
             raise MachineError(
                 f"cluster.compute = 'bfloat16': this machine's CPU has neither {_UNITS[0]} nor "
-                f"{_UNITS[1]}, with which it would be worth while; use 'auto'"
+                f"{_UNITS[1]}, and is slower in it than in float32; use 'auto'"
             )
         return
     found = backend.look()

@@ -23,7 +23,8 @@ class ClusterConfig(Frozen):
     `ep` trainers hold all experts between them: tokens stay nearer, and gradients travel more."""
     micro_batches: PositiveInt = 1
     """In how many parts, one after another, each trainer takes its rows of a step of pretraining.
-    Their gradients add up to those of the whole, while only one part's activations are there."""
+    Their gradients add up to those of the whole, but for rounding, of which FP8 has most; only one
+    part's activations are there at a time."""
     samplers: PositiveInt = 2
     """Generation workers of post-training."""
     device: Device = "auto"

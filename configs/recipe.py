@@ -210,16 +210,19 @@ class Recipe(Frozen):
     def _check_experts(self) -> None:
         workers, ep = self.cluster.trainers, self.cluster.ep
         if self.model.n_routed_experts % (ep or workers):
-            over = f"cluster.trainers = {workers}" if ep is None else f"cluster.ep = {ep}"
+            over, remedy = f"cluster.ep = {ep}", "choose a divisor"
+            if ep is None:
+                over = f"cluster.trainers = {workers}"
+                remedy = "choose a divisor, or set cluster.ep to one that divides the trainers too"
             raise ValueError(
                 f"model.n_routed_experts = {self.model.n_routed_experts} does not divide over "
-                f"{over}; choose a divisor"
+                f"{over}; {remedy}"
             )
 
     def _check_batch(self, table: str, phase: PretrainPhase) -> None:
         workers, parts = self.cluster.trainers, self.cluster.micro_batches
         if phase.batch_sequences % (workers * parts):
-            each = f" * micro_batches = {workers * parts}" if parts > 1 else f" = {workers}"
+            each = f" * cluster.micro_batches = {workers * parts}" if parts > 1 else f" = {workers}"
             lower = ", or lower cluster.micro_batches" if parts > 1 else ""
             raise ValueError(
                 f"{table}.batch_sequences = {phase.batch_sequences} does not divide over "

@@ -66,6 +66,7 @@ def test_degrees_that_do_not_fit_are_named_with_both_numbers() -> None:
 @pytest.mark.parametrize(
     ("sets", "told"),
     [
+        (["cluster.trainers=3"], "over cluster.trainers = 3; choose a divisor, or set cluster.ep"),
         (["cluster.trainers=4", "cluster.ep=3"], "cluster.ep = 3 does not divide cluster.trainers"),
         (["cluster.trainers=3", "cluster.ep=3"], "does not divide over cluster.ep = 3"),
         (["cluster.trainers=32", "cluster.ep=32"], "does not divide over cluster.ep = 32"),

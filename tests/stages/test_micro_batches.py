@@ -142,5 +142,5 @@ def test_parts_that_do_not_divide_the_rows_are_refused() -> None:
 
 def test_a_recipe_whose_rows_do_not_divide_is_refused() -> None:
     load_recipe("tiny", sets=["cluster.micro_batches=2"])
-    with pytest.raises(ConfigError, match=r"cluster\.trainers \* micro_batches = 10"):
+    with pytest.raises(ConfigError, match=r"cluster\.trainers \* cluster\.micro_batches = 10"):
         load_recipe("tiny", sets=["cluster.micro_batches=5"])
