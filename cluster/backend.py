@@ -423,16 +423,23 @@ def foresee(wanted: Numerics, machines: ClusterConfig) -> None:
     MachineError as of `decide`, `require` and `settle`. The devices and processors of a named
     cluster are seen by its workers alone, which say the same of them.
     """
-    is_here = machines.address is None
-    if not is_here and machines.device != "cpu":
+    require_asked(machines)
+    if machines.address is None or machines.device == "cpu":
+        backend = computing(decide(machines.device, seen()), machines.compute)
+        settle(backend.numerics(wanted), torch.device(backend.device))
+
+
+def require_asked(machines: ClusterConfig) -> None:
+    """MachineError unless this machine has the device, and the type, that its workers are to use.
+
+    Nothing is said of a named cluster.
+    """
+    if machines.address is not None:
         return
-    if is_here and machines.device != "auto":
+    if machines.device != "auto":
         # What stands in the way of a device that is asked for says more than that none is there.
         require(computing(BACKENDS[machines.device], machines.compute))
-    backend = computing(decide(machines.device, seen()), machines.compute)
-    if is_here:
-        require(backend)
-    settle(backend.numerics(wanted), torch.device(backend.device))
+    require(computing(decide(machines.device, seen()), machines.compute))
 
 
 def fitted(machines: ClusterConfig) -> ClusterConfig:

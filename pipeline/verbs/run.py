@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         # A cluster that refuses, or runs something else, is told of before hours of preparation.
         session = importlib.import_module("cluster.session")
         session.ensure_ray(recipe.cluster, str(store.root), cpus_needed=0)
+    elif due:
+        importlib.import_module("cluster.backend").require_asked(recipe.cluster)
     record = Run(
         id=new_run_id(),
         recipe=recipe.name,

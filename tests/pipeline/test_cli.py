@@ -17,6 +17,7 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
+from cluster import backend
 from cluster.mirror import mirror_of
 from configs.reading import load_recipe
 from pipeline import cli
@@ -282,6 +283,17 @@ def test_status_why_and_show_speak_of_the_latest_run(
     assert "verified" not in told
     assert ingot("show", "train", "--verify") == 0
     assert "verified: 1 files" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("setting", ["device=cuda", "device=npu", "compute=bfloat16"])
+def test_a_device_that_is_not_there_ends_a_run_before_anything_is_built(
+    setting: str, line: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backend, "cpu_flags", frozenset)
+    assert ingot("run", "smoke", "@over.toml", "--set", f"cluster.{setting}") != 0
+    name, _, value = setting.partition("=")
+    assert f"cluster.{name} = '{value}': " in capsys.readouterr().err
+    assert not list((line / ".ingot").rglob("manifest.json"))
 
 
 def test_status_and_why_tell_what_waits_for_another_node(
