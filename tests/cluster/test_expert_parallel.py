@@ -114,7 +114,7 @@ def refusal() -> str:
 
 def test_experts_that_do_not_divide_over_the_ranks_are_refused(tmp_path: Path) -> None:
     assert set(on_ranks(2, tmp_path, refusal)) == {
-        "7 experts do not divide over 2 ranks; change either"
+        "7 experts do not divide over 2 ranks; change the model, cluster.trainers or cluster.ep"
     }
 
 

@@ -688,7 +688,7 @@ def test_dead_builders_are_watched_at_a_time_and_once(
 ) -> None:
     world = machines.world("one")
     world.store.prepare()
-    monkeypatch.setattr(lease_module, "DEAD_SECONDS", 1.0)
+    monkeypatch.setattr(lease_module, "DEAD_SECONDS", 3.0)
     addresses = [f"{world.store.mirror.url}/artifacts/data/f/g{n}" for n in range(4)]
     elsewhere = {"owner": "x", "host": "elsewhere", "heartbeat": 1.0, "ended": False}
     for address in addresses:
@@ -696,10 +696,10 @@ def test_dead_builders_are_watched_at_a_time_and_once(
     dead: dict[str, object] = {}
     begin = time.monotonic()
     assert held_among(addresses, dead) == set()
-    assert 1.0 <= time.monotonic() - begin < 3.0
+    assert 3.0 <= time.monotonic() - begin < 9.0
     begin = time.monotonic()
     assert held_among(addresses, dead) == set()
-    assert time.monotonic() - begin < 1.0
+    assert time.monotonic() - begin < 3.0
     moved = {**elsewhere, "heartbeat": 2.0}
     place.replace(f"{addresses[0]}/lease-000001.json", json.dumps(moved).encode())
     assert held_among(addresses[:1], dead) == set()  # Watched once more: it may live again.
