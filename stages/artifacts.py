@@ -17,7 +17,7 @@ from configs.base import Frozen
 from configs.errors import ArtifactError, StoreError
 from configs.model import AnyModelConfig
 from stages.manifest import Manifest, generation_of, read_manifest
-from stages.steps import METRICS, computed, read_metrics, scalars
+from stages.steps import METRICS, computed, each_step, read_metrics, scalars
 
 PAGE = "report.md"
 """What an artifact has to say to people, in Markdown; many have no such file."""
@@ -188,7 +188,7 @@ class Checkpoint(Artifact):
 
     def computed(self) -> dict[str, str]:
         """What workers said, the last time they began to train it."""
-        return computed(read_metrics(self.beside(METRICS)))
+        return computed(each_step(self.beside(METRICS)))
 
     def weights(self) -> Path:
         """The checkpoint itself."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from beartype import beartype
 from jaxtyping import config
 
-CHECKS = 1_000
+CHECKS = 4_000
 """Of arguments or of results, in each test with the fixtures that it sets up."""
 
 _left = CHECKS

@@ -36,6 +36,7 @@ from pipeline.store import Store
 from pipeline.tracking.listener import Tracking
 from pipeline.tracking.runs import Told
 from pipeline.verbs.asked import Asked, changed_settings, command, load_asked, selection
+from stages.artifacts import Checkpoint
 
 INTERRUPTED = 130
 
@@ -64,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
         # A cluster that refuses, or runs something else, is told of before hours of preparation.
         session = importlib.import_module("cluster.session")
         session.ensure_ray(recipe.cluster, str(store.root), cpus_needed=0)
-    elif due:
+    elif any(issubclass(node.planned.stage.makes, Checkpoint) for node in due):
+        # Data may be prepared where no device is.
         importlib.import_module("cluster.backend").require_asked(recipe.cluster)
     record = Run(
         id=new_run_id(),

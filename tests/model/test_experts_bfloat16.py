@@ -4,10 +4,10 @@ Processors without the units widen each word to float32, the sums being the same
 make for those that have them is read as assembler.
 """
 
+import os
 import re
 import shutil
 import subprocess
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,16 +15,23 @@ import torch
 from torch import Tensor
 
 from model import experts_cpu as module
-from model.compiled import compiled
 from model.dispatch import Dispatched
 from model.experts_cpu import FLAGS, SOURCE, cpu_kernels, serves, swiglu_on_cpu
 from model.grouped import experts_swiglu
 from model.swiglu import activation, activation_backward, halves
-from tests.model.test_experts_cpu import COUNTS, ROWS, leaves_of, made_anew, normal
+from tests.model.test_experts_cpu import (
+    COUNTS,
+    ROWS,
+    assert_a_row_spoils_no_other,
+    assert_threads_change_no_bit,
+    leaves_of,
+    made_anew,
+    normal,
+    pytestmark,  # noqa: F401 - without a compiler both are skipped
+    threads,  # noqa: F401 - a fixture
+)
 
 BF16 = torch.bfloat16
-COMPILED = compiled(SOURCE, *FLAGS[BF16])
-pytestmark = pytest.mark.skipif(COMPILED[0] is None, reason=COMPILED[1])
 
 WIDTHS = [(6, 2), (48, 32), (600, 18), (34, 100)]
 """(D, I): within one vector, whole tiles, and beyond one part of the terms."""
@@ -113,30 +120,17 @@ def test_sums_are_float32() -> None:
     assert torch.equal(down.grad.double(), narrow(1e4 * active).expand(1, 2, 2))
 
 
+@pytest.mark.usefixtures("threads")
 def test_any_number_of_threads_gives_the_same_bits() -> None:
     counts = [30, 0, 201, 5, 64, 1, 7, 150]
-    leaves, runs, before = rounded(counts, 64, 48), [], torch.get_num_threads()
-    try:
-        for number in (1, 2, 3, 8, 8):
-            torch.set_num_threads(number)
-            runs.append(run(leaves, counts, 0.7))
-    finally:
-        torch.set_num_threads(before)
-    for one, other in pairwise(runs):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    leaves = rounded(counts, 64, 48)
+    assert_threads_change_no_bit(lambda: run(leaves, counts, 0.7))
 
 
 def test_a_row_that_is_not_finite_spoils_no_other() -> None:
     counts = [21, 13]
     leaves = rounded(counts, 24, 16)
-    clean = run(leaves, counts)
-    leaves[0][2] = torch.nan
-    spoilt = run(leaves, counts)
-    others = [row for row in range(ROWS) if row != 2]
-    for part in (0, 1):  # y and dx
-        assert torch.equal(spoilt[part][others], clean[part][others])
-        assert spoilt[part][2].isnan().all()
-    assert all(part.isnan().any() for part in spoilt[2:])
+    assert_a_row_spoils_no_other(leaves, lambda: run(leaves, counts))
 
 
 def test_it_serves_even_widths() -> None:
@@ -177,13 +171,20 @@ def test_a_library_that_computes_otherwise_is_not_used(
     assert why.endswith("does not give the twin's results")
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+def _knows_the_units() -> bool:
+    """Whether gcc is there and compiles for processors that have them: anything, not this."""
+    if shutil.which("gcc") is None:
+        return False
+    command = ["gcc", "-march=sapphirerapids", "-x", "c", "-S", "-o", os.devnull, os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not _knows_the_units(), reason="no gcc that compiles for sapphirerapids")
 def test_processors_with_the_units_multiply_two_terms_at_once() -> None:
     """The loop of whole tiles: 12 rows times 2 vectors of sums, which never leave the registers."""
     command = ["gcc", "-O3", "-march=sapphirerapids", "-fPIC", *FLAGS[BF16], "-S", "-o", "-"]
     done = subprocess.run([*command, str(SOURCE)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"gcc here does not compile for it: {done.stderr[:100]}")
+    assert done.returncode == 0, done.stderr
     blocks = re.split(r"^\.\w+:", done.stdout, flags=re.M)
     loops = [block for block in blocks if block.count("vdpbf16ps") == 24]
     assert len(loops) == 2  # also of twice as many rows and one vector, for few columns

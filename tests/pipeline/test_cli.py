@@ -294,6 +294,9 @@ def test_a_device_that_is_not_there_ends_a_run_before_anything_is_built(
     name, _, value = setting.partition("=")
     assert f"cluster.{name} = '{value}': " in capsys.readouterr().err
     assert not list((line / ".ingot").rglob("manifest.json"))
+    # What no device is needed for is made all the same.
+    made = ingot("run", "smoke", "@over.toml", "--only", "data", "--set", f"cluster.{setting}")
+    assert made == 0
 
 
 def test_status_and_why_tell_what_waits_for_another_node(

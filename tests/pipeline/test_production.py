@@ -198,6 +198,12 @@ def test_what_a_recipe_says_of_a_tokenizer_of_its_own_means_nothing_beside_a_bas
     assert based_on(base, *sets)["data"].fingerprint == based_on(base)["data"].fingerprint
 
 
+def test_a_base_is_divided_as_far_as_experts_are(base: Path) -> None:
+    assert based_on(base, "cluster.trainers=16", "cluster.ep=8")
+    with pytest.raises(ConfigError, match=r"8 does not divide over cluster\.ep = 16; change"):
+        based_on(base, "cluster.trainers=16", "cluster.ep=16")
+
+
 @pytest.mark.parametrize(
     ("ask", "message"),
     [

@@ -209,6 +209,13 @@ def test_ranks_share_the_rows_evenly_and_read_each_once(
     assert all(row == [BOS_ID] * ROW_TOKENS for row in seen[-1])
 
 
+def test_a_pass_has_no_more_rows_than_a_part_of_a_step(corpus: Corpus) -> None:
+    config = spec(batch_sequences=8, evaluate_rows=7)
+    found = held_out_text(config, corpus, partial(loss_at, config.pretrain), micro_batches=4)
+    assert found is not None
+    assert {len(part["tokens"]) for part in found.batches(rank=0, world=1)} == {2}
+
+
 def test_the_rows_are_drawn_by_the_seed_from_those_with_something_to_predict(
     tmp_path: Path,
 ) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cluster import checkpoint
 from cluster.figures import read
+from cluster.fit import FitJob
 from configs.data import TokenizerConfig
 from configs.errors import ConfigError, MachineError
 from configs.model import ModelConfig
@@ -104,6 +105,28 @@ def test_steps_that_no_save_holds_are_not_shown_as_done(
     with pytest.raises(KeyboardInterrupt):
         pretrain(SPEC, workspace, corpus=corpus)
     assert [step for step, _ in recorder.logged] == [1, 2]
+
+
+def test_workers_take_rows_in_the_parts_that_are_asked_for(
+    corpus: Corpus, make_workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[FitJob] = []
+
+    def interrupted(job: FitJob, *_: object) -> None:
+        jobs.append(job)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "fit", interrupted)
+    asked: list[int] = []
+    monkeypatch.setattr(
+        loop, "held_out_text", lambda *_, micro_batches: asked.append(micro_batches)
+    )
+    for machines in (ClusterConfig(), ClusterConfig(micro_batches=2, ep=1)):
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(SPEC, make_workspace(machines=machines), corpus=corpus)
+    assert [job.micro_batches for job in jobs] == asked == [1, 2]
+    assert "raise cluster.micro_batches or cluster.trainers and run" in jobs[0].less_memory
+    assert "cluster.trainers and cluster.ep = 1 and run" in jobs[1].less_memory
 
 
 def rows() -> Tensor:
