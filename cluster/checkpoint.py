@@ -8,7 +8,7 @@ holds. `complete.json`, written last by rank 0, makes the folder a save.
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ FLOAT32 = "float32"
 def save_shard(
     folder: Path,
     tensors: Mapping[str, Tensor],
-    experts: Mapping[str, range],
+    experts: Mapping[str, Sequence[int]],
     *,
     rank: int,
     world: int,
@@ -42,14 +42,7 @@ def save_shard(
     (folder / COMPLETE).unlink(missing_ok=True)
     for stale in set(folder.glob("rank-*")) - set(folder.glob(f"rank-*-of-{world}.*")):
         stale.unlink(missing_ok=True)
-    split: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        local, host = _range_of(name, experts), tensor.detach().cpu()
-        if local is None:
-            split[name] = host.contiguous()
-        else:
-            rows = zip(local, host, strict=True)
-            split |= {f"{name}#{expert}": row.clone() for expert, row in rows}
+    split = by_expert(tensors, experts)
     path = folder / f"rank-{rank}-of-{world}.safetensors"
     draft = path.with_suffix(".draft")
     save_file(split, draft)
@@ -57,8 +50,46 @@ def save_shard(
     return path
 
 
-def load_shards(folder: Path, experts: Mapping[str, range] | None = None) -> dict[str, Tensor]:
-    """All tensors of a save; of stacked experts only the given ranges, or all when there are none.
+def by_expert(
+    tensors: Mapping[str, Tensor], experts: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
+    """On the host, with stacks of experts as one tensor each, under `<name>#<expert>`."""
+    split: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        local, host = _experts_of(name, experts), tensor.detach().cpu()
+        if local is None:
+            split[name] = host.contiguous()
+        else:
+            rows = zip(local, host, strict=True)
+            split |= {f"{name}#{expert}": row.clone() for expert, row in rows}
+    return split
+
+
+def merged(shards: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors from what ranks hold of a model, as `by_expert` gives it."""
+    found: dict[str, Tensor] = {}
+    pieces: dict[str, dict[int, Tensor]] = {}
+    for shard in shards:
+        for key, tensor in shard.items():
+            name, _, expert = key.partition("#")
+            if expert:
+                pieces.setdefault(name, {})[int(expert)] = tensor
+            else:
+                found[name] = tensor
+    return found | {
+        name: torch.stack([rows[expert] for expert in sorted(rows)])
+        for name, rows in pieces.items()
+    }
+
+
+def load_shards(
+    folder: Path,
+    experts: Mapping[str, Sequence[int]] | None = None,
+    *,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> dict[str, Tensor]:
+    """The tensors of a save that are `wanted`; of stacked experts the given ones, in their order,
+    or all of them when none are given.
 
     ArtifactError names a rank's file that is missing, or an expert that no file holds.
     """
@@ -68,19 +99,21 @@ def load_shards(folder: Path, experts: Mapping[str, range] | None = None) -> dic
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 name, _, expert = key.partition("#")
+                if not wanted(name):
+                    continue
                 if not expert:
                     found[name] = file.get_tensor(key)
-                elif experts is None or int(expert) in (_range_of(name, experts) or ()):
+                elif experts is None or int(expert) in (_experts_of(name, experts) or ()):
                     pieces.setdefault(name, {})[int(expert)] = file.get_tensor(key)
     for name, by_expert in pieces.items():
-        wanted = range(len(by_expert)) if experts is None else _range_of(name, experts)
-        missing = [expert for expert in wanted or () if expert not in by_expert]
+        order = range(len(by_expert)) if experts is None else _experts_of(name, experts) or ()
+        missing = [expert for expert in order if expert not in by_expert]
         if missing:
             raise ArtifactError(
                 f"{folder}: no file holds expert {missing[0]} of {name}; remove the folder and run "
                 "again"
             )
-        found[name] = torch.stack([by_expert[expert] for expert in sorted(by_expert)])
+        found[name] = torch.stack([by_expert[expert] for expert in order])
     return found
 
 
@@ -198,7 +231,7 @@ def _files(folder: Path) -> list[Path]:
     return wanted
 
 
-def _range_of(name: str, experts: Mapping[str, range]) -> range | None:
-    """The expert range of a parameter or moment name, if it belongs to a stacked module."""
+def _experts_of(name: str, experts: Mapping[str, Sequence[int]]) -> Sequence[int] | None:
+    """The experts of a parameter or moment name, if it belongs to a stacked module."""
     parameter = name.rpartition("/")[2]
     return experts.get(parameter.rpartition(".")[0])

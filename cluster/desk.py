@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.checkpoint import FLOAT32
+from cluster.save_state import SaveState
 from cluster.saves import Saves
 from cluster.workers import what_happened
 from configs import errors
@@ -70,9 +70,9 @@ class Desk:
         assert self._log is not None
         self._log.append(metrics, step=step)
 
-    def complete(self, step: int, compute: str = FLOAT32) -> None:
-        """Mark the save of a step, all shards of which are written, and delete older ones."""
-        self._saves.complete(step, compute)
+    def complete(self, state: SaveState) -> None:
+        """Mark a save, all shards of which are written, and delete older ones."""
+        self._saves.complete(state)
 
     def fail(self, error: str, message: str) -> None:
         """Keep what a rank raised, for the driver."""
@@ -115,8 +115,8 @@ class FarDesk:
     def append(self, metrics: dict[str, Any], step: int) -> None:
         self._tell("append", metrics, step)
 
-    def complete(self, step: int, compute: str = FLOAT32) -> None:
-        self._tell("complete", step, compute)
+    def complete(self, state: SaveState) -> None:
+        self._tell("complete", state)
 
     def fail(self, error: str, message: str) -> None:
         self._tell("fail", error, message)

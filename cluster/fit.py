@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -39,7 +39,7 @@ from cluster.device_errors import out_of_memory
 from cluster.expert_parallel import require_equal_cards
 from cluster.feeding import batches
 from cluster.gathered import gathered
-from cluster.groups import Groups
+from cluster.groups import Groups, this_node
 from cluster.head import require_reachable
 from cluster.memory import LESS_MEMORY, Room
 from cluster.output import RESTART, Output
@@ -61,7 +61,7 @@ from configs.errors import (
     TrainingError,
 )
 from configs.model import ModelConfig
-from configs.parallel import ClusterConfig
+from configs.parallel import ClusterConfig, Recompute
 from configs.profile import Profile
 from configs.train import BalanceConfig, OptimConfig, Precision
 from model.fp8.drift import Drift
@@ -199,6 +199,7 @@ def _run(job: FitJob, machines: ClusterConfig, places: Places, desk: Desk, notes
             "desk": far,
             "backend": backend,
             "ep": machines.ep,
+            "recompute": machines.recompute,
             "seconds": deadlines(backend, machines, first=True).group,
             "step_seconds": deadlines(backend, machines).group,
         },
@@ -336,8 +337,8 @@ def _train_worker(config: dict[str, Any]) -> None:
         job.supply.bring(*job.reads)
         backend.begin(job.seed)
         require_equal_cards(backend.card())
-        groups = Groups.of_world(config["ep"], config["seconds"])
-        _steps(job, desk, backend, groups, config["step_seconds"])
+        groups = Groups.of_world(config["ep"], config["seconds"], node=this_node())
+        _steps(job, desk, backend, groups, config["step_seconds"], config["recompute"])
     except LeaseLost:
         raise  # The slot is another builder's: nothing may be left in it.
     except IngotError as error:
@@ -362,6 +363,7 @@ def _steps(
     backend: Backend = CPU,
     groups: Groups | None = None,
     step_seconds: float | None = None,
+    recompute: Recompute = "none",
 ) -> None:
     """All steps; from the second on collectives wait for `step_seconds` at most, if it is given."""
     torch.set_num_threads(job.threads)
@@ -374,6 +376,7 @@ def _steps(
         vocabulary=job.vocabulary,
         backend=backend,
         groups=groups,
+        recompute=recompute,
     )
     trainer.room = Room(job.output, job.less_memory)
     chosen = agreed_save(job, desk)
@@ -441,6 +444,7 @@ def _learn(
         counting=counting,
         micro_batches=job.micro_batches,
     )
+    metrics |= trainer.telemetry
     if counting:
         metrics |= drift.figures(trainer.fp8_tallies())
     metrics["learning_rate"] = rate
@@ -526,7 +530,7 @@ def _save(trainer: Trainer, job: FitJob, desk: Desk | FarDesk) -> None:
     dist.barrier()
     if trainer.rank == 0:
         job.may_write()
-        desk.complete(trainer.step, trainer.backend.dtype_name)
+        desk.complete(replace(trainer.save_state(), tokens=trainer.step * job.tokens_per_step))
     if job.supply.is_far:
         checkpoint.prune_shards(job.saves.root, keep=2)
 

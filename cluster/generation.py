@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cluster.backend import Backend
+from cluster.checkpoint import merged
 from cluster.output import Output
 from cluster.session import ray_for
 from cluster.supply import Supply
@@ -184,19 +185,10 @@ class _Sampler(Worker):
         ]
 
     def update_weights(self, version: int, *shards: dict[str, Tensor]) -> int:
-        merged = merge_shards(list(shards))
+        whole = merged(shards)
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
-                tensor.copy_(merged[name])
+                tensor.copy_(whole[name])
         forget(self.model)
         self.version = version
         return self.version
-
-
-def merge_shards(shards: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Whole tensors from each rank's part, in rank order: experts are stacked slices."""
-    merged = dict(shards[0])
-    for shard in shards[1:]:
-        for name, tensor in shard.items():
-            merged[name] = torch.cat([merged[name], tensor])
-    return merged

@@ -1,12 +1,20 @@
 """The process groups of a mesh's axes."""
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from itertools import groupby
 
+import ray
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from cluster.mesh import AxisName, Mesh
+from configs.errors import ConfigError
+
+_HOPS = "across", "within"
+"""Two parts of an `ep` axis that spans nodes."""
 
 
 class Groups:
@@ -15,20 +23,35 @@ class Groups:
     An axis of all ranks is the process's own group, and one of a single rank has none.
     """
 
-    def __init__(self, mesh: Mesh, seconds: float | None = None) -> None:
-        """Made on all ranks together; collectives of the groups wait `seconds`, until told anew."""
-        self.mesh = mesh
-        names: Iterable[AxisName] = ("dp", "ep")
-        self._made = {name: made for name in names if (made := _own(mesh, name, seconds))}
+    def __init__(self, mesh: Mesh, seconds: float | None = None, *, nodes: int = 1) -> None:
+        """Made on all ranks together; collectives of the groups wait `seconds`, until told anew.
+
+        `nodes` are those that one `ep` axis spans, with equally many neighbours of it on each.
+        """
+        self.mesh, self.nodes = mesh, nodes
+        names: Iterable[AxisName] = ("dp", "ep", "data")
+        self._made: dict[str, dist.ProcessGroup] = {
+            name: made for name in names if (made := _own(mesh, mesh.lines(name), seconds))
+        }
+        for name, lines in zip(_HOPS, _hops(mesh, nodes), strict=False):
+            if (made := _own(mesh, lines, seconds)) is not None:
+                self._made[name] = made
 
     @classmethod
-    def of_world(cls, ep: int | None = None, seconds: float | None = None) -> "Groups":
+    def of_world(
+        cls, ep: int | None = None, seconds: float | None = None, *, node: str | None = None
+    ) -> "Groups":
         """Of the process's group, or of this process alone where it is in none.
+
+        With the name of each rank's `node`, tokens travel across nodes in two hops where every `ep`
+        axis spans several of several ranks each.
 
         ConfigError if `ep` does not divide the ranks.
         """
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        return cls(Mesh.of(world, rank, ep), seconds)
+        mesh = Mesh.of(world, rank, ep)
+        nodes = 1 if node is None or world == 1 else nodes_spanned(mesh, _told_by_all(node))
+        return cls(mesh, seconds, nodes=nodes)
 
     def __getitem__(self, name: AxisName) -> dist.ProcessGroup | None:
         """The group of an axis of several ranks; None is the process's own.
@@ -39,6 +62,12 @@ class Groups:
             raise ValueError(f"the {name} axis of {self.mesh} has no group")
         return self._made.get(name)
 
+    def hops(self, nodes: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+        """The groups of this rank's part of the `ep` axis: across nodes, of the ranks in its place
+        on each, and within its node."""
+        assert nodes == self.nodes, "groups were made for other nodes"
+        return self._made[_HOPS[0]], self._made[_HOPS[1]]
+
     def wait_at_most(self, seconds: float) -> None:
         """From now on collectives of this process wait so long and no longer."""
         if dist.is_initialized():
@@ -46,14 +75,62 @@ class Groups:
                 _set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def _own(mesh: Mesh, name: AxisName, seconds: float | None) -> dist.ProcessGroup | None:
-    """This rank's group of the axis. Every rank makes the groups of all, in the same order."""
-    if mesh.axis(name).size in (1, mesh.world):
+def this_node() -> str | None:
+    """What Ray calls the machine of this process; none outside Ray."""
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
+
+
+def nodes_spanned(mesh: Mesh, node_of_rank: Sequence[object]) -> int:
+    """How many nodes each `ep` axis spans, if all do so alike: equally many neighbours on each; 1
+    where they do not."""
+    lengths = {
+        tuple(len(list(same)) for _, same in groupby(line, key=lambda rank: node_of_rank[rank]))
+        for line in mesh.lines("ep")
+    }
+    different = {len({node_of_rank[rank] for rank in line}) for line in mesh.lines("ep")}
+    if len(lengths) > 1:
+        return 1
+    (runs,) = lengths
+    return len(runs) if len(set(runs)) == 1 and different == {len(runs)} else 1
+
+
+def _told_by_all(node: str) -> list[int]:
+    """A number for each rank's node, the same for ranks of one."""
+    own = torch.tensor([int(hashlib.sha256(node.encode()).hexdigest()[:15], 16)])
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, own)
+    return [int(one) for one in every]
+
+
+def _hops(mesh: Mesh, nodes: int) -> list[list[tuple[int, ...]]]:
+    """The ranks of every group across nodes and of every one within; none unless both are there."""
+    devices, rest = divmod(mesh.ep, nodes)
+    if rest:
+        raise ConfigError(
+            f"an ep axis of {mesh.ep} ranks does not divide over {nodes} nodes; choose a divisor"
+        )
+    if nodes == 1 or devices == 1:
+        return []
+    lines = mesh.lines("ep")
+    return [
+        [line[place::devices] for line in lines for place in range(devices)],
+        [line[begin : begin + devices] for line in lines for begin in range(0, mesh.ep, devices)],
+    ]
+
+
+def _own(
+    mesh: Mesh, lines: Sequence[tuple[int, ...]], seconds: float | None
+) -> dist.ProcessGroup | None:
+    """This rank's group among those of `lines`, none where it is alone in one or all ranks are.
+
+    Every rank makes all groups, in the same order.
+    """
+    if len(lines[0]) in (1, mesh.world):
         return None
     if seconds is None:
-        raise ValueError(f"the groups of the {name} axis need a deadline")
+        raise ValueError(f"groups of {len(lines[0])} of {mesh.world} ranks need a deadline")
     own = None
-    for ranks in mesh.lines(name):
+    for ranks in lines:
         made = dist.new_group(list(ranks), timeout=timedelta(seconds=seconds))
         if mesh.rank in ranks:
             own = made

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from cluster.backend import CPU, Backend
-from cluster.expert_parallel import AllToAllDispatcher
+from cluster.expert_parallel import ExpertParallel
 from cluster.groups import Groups
+from cluster.placement import Placement
 from configs.model import ModelConfig
 from configs.train import Precision
-from model.dispatch import LocalDispatcher
+from model.dispatch import Dispatcher, LocalDispatcher
 from model.fp8.recorder import Recorder
 from model.fp8.scheme import Numerics, schemes, settle
-from model.moe import RoutedExperts
+from model.moe import RoutedExperts, layer_name
 from model.transformer import Transformer
 from model.weight_cache import forget, keep
 from model.weights import families
@@ -36,23 +37,41 @@ def build_model(
     precision: Precision | Numerics,
     backend: Backend = CPU,
     groups: Groups | None = None,
+    placement: Placement | None = None,
 ) -> tuple[Transformer, Computing]:
     """A model with this rank's share of its experts, its values yet to be set, on the CPU.
 
-    Without `groups` the experts are divided over all ranks.
+    Without `groups` the experts are divided over all ranks, and without a `placement` in their
+    order.
     """
     groups = groups or Groups.of_world()
     wanted = precision if isinstance(precision, Numerics) else Numerics(precision)
     # Two models of one job, as a policy and its reference, are watched apart.
     asked = replace(backend.numerics(wanted), recorder=Recorder())
     numerics, products = settle(asked, torch.device(backend.device))
-    alone = groups.mesh.axis("ep").size == 1
-    dispatcher = LocalDispatcher() if alone else AllToAllDispatcher(groups["ep"])
+    dispatcher: Dispatcher = LocalDispatcher(config.n_routed_experts)
+    if groups.mesh.ep > 1:
+        dispatcher = ExpertParallel(groups, placement or contiguous(config, groups))
     model = Transformer(config, precision=numerics, dispatcher=dispatcher)
     if numerics.precision == "fp8" and not schemes(model):
         numerics = replace(numerics, precision="high")
         products = "high precision: the table of parts leaves none of this model's to FP8"
     return model, Computing(numerics, products, wanted.precision)
+
+
+def contiguous(config: ModelConfig, groups: Groups) -> Placement:
+    """The model's experts in their order over the ranks of an `ep` axis.
+
+    ConfigError if they do not divide.
+    """
+    layers = range(config.depth + config.num_nextn_predict_layers)
+    names = [layer_name(index) for index in layers if config.has_experts(index)]
+    return Placement.contiguous(
+        names,
+        config.n_routed_experts,
+        nodes=groups.nodes,
+        devices=groups.mesh.ep // groups.nodes,
+    )
 
 
 def frozen(
@@ -76,15 +95,15 @@ def take_part(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
 
     Tensors are asked for one at a time, and those of other ranks' experts never.
     """
-    own, experts = model.state_dict(), expert_ranges(model)
+    own, experts = model.state_dict(), experts_here(model)
     with torch.no_grad():
         for name, tensor in families.assemble(model.config, own, tensors, experts):
             own[name].copy_(tensor)
     forget(model)
 
 
-def expert_ranges(model: Transformer) -> dict[str, range]:
-    """Module names of stacked experts -> the global experts that `model` holds."""
+def experts_here(model: Transformer) -> dict[str, tuple[int, ...]]:
+    """Module names of stacked experts -> the experts that `model` holds, by their numbers."""
     return {
         name: module.local
         for name, module in model.named_modules()

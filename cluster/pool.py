@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from torch import Tensor
 from cluster import checkpoint
 from cluster.backend import CPU, Backend
 from cluster.expert_parallel import join_group, require_equal_cards
-from cluster.groups import Groups
+from cluster.groups import Groups, this_node
 from cluster.memory import LESS_MEMORY, Room
 from cluster.models import frozen
 from cluster.output import TRAINER, Output
 from cluster.places import deadlines
+from cluster.save_state import SaveState
 from cluster.saves import Saves
 from cluster.session import ray_for
 from cluster.supply import Supply
@@ -110,8 +111,9 @@ class TrainerPool:
 
         Those of earlier builds, which it makes superfluous, are deleted.
         """
-        self._all("save", checkpoint.step_folder(saves.root, step))
-        saves.complete(step, self.backend.dtype_name)
+        states = self._all("save", checkpoint.step_folder(saves.root, step))
+        state: SaveState = states[0]
+        saves.complete(replace(state, step=step, phase="posttrain"))
 
     def load(self, folder: Path, *, step: int) -> None:
         """Continue from a sharded save; MachineError if it was computed in another type."""
@@ -228,7 +230,9 @@ class _TrainWorker(Worker):
                 choose_network(self.backend)
             join_group(rendezvous, self.rank, world, seconds, self.backend)
             require_equal_cards(self.backend.card())
-        groups = Groups.of_world(self.machines.ep, seconds) if world > 1 else None
+        groups = None
+        if world > 1:
+            groups = Groups.of_world(self.machines.ep, seconds, node=this_node())
         config, tensors = read_config(self.start), read_tensors(self.start)
         self.trainer = build_trainer(
             config,
@@ -238,6 +242,7 @@ class _TrainWorker(Worker):
             seed=self.spec.seed,
             backend=self.backend,
             groups=groups,
+            recompute=self.machines.recompute,
         )
         self.trainer.load_whole(tensors)
         self.trainer.room = Room(self.output, self.spec.less_memory)
@@ -266,7 +271,7 @@ class _TrainWorker(Worker):
         return self.trainer.news()
 
     def optim_step(self, learning_rate: float) -> dict[str, Any]:
-        report = self.trainer.optim_step(learning_rate)
+        report = self.trainer.optim_step(learning_rate) | self.trainer.telemetry
         self.trainer.groups.wait_at_most(deadlines(self.backend, self.machines).group)
         return report
 
@@ -276,13 +281,15 @@ class _TrainWorker(Worker):
             return score(self.starting, self.backend.place(batch)).cpu()
 
     def weights(self) -> Mapping[str, Tensor]:
-        """On the host: samplers may have other devices, or none of this process's."""
-        return {name: tensor.cpu() for name, tensor in self.trainer.state().items()}
+        """On the host: samplers may have other devices, or none of this process's. Experts lie
+        under their numbers."""
+        return checkpoint.by_expert(self.trainer.state(), self.trainer.experts_here())
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> SaveState:
         self.supply.send(self.trainer.save(folder))
         if self.supply.is_far:
             checkpoint.prune_shards(folder.parent, keep=2)
+        return self.trainer.save_state()
 
     def load(self, folder: Path, step: int) -> None:
         if self.supply.is_far:

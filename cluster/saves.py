@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cluster import checkpoint
 from cluster.files import COMPLETE
+from cluster.save_state import SaveState
 from cluster.supply import Supply
 
 
@@ -46,13 +47,10 @@ class Saves:
             self.supply.publish(found[0], last=COMPLETE)
         return found
 
-    def complete(self, step: int, compute: str = checkpoint.FLOAT32) -> None:
-        """Mark the save of a step, all shards of which are written; older ones are deleted.
-
-        `compute` is the type that its training computes in.
-        """
-        folder = checkpoint.step_folder(self.root, step)
+    def complete(self, state: SaveState) -> None:
+        """Mark a save, all shards of which are written; older ones are deleted."""
+        folder = checkpoint.step_folder(self.root, state.step)
         # All its ranks may be elsewhere.
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.mark_complete(folder, {"step": step, "compute": compute})
+        checkpoint.mark_complete(folder, state.facts())
         checkpoint.prune(self.root, keep=2, earlier=self.earlier)

@@ -1,12 +1,15 @@
 """One rank of training: forward_backward, optim_step, save, load.
 
-Dense parameters are replicated and their gradients summed over the ranks. Experts are divided over
-an axis of ranks, whose tokens all reach them through the dispatcher; where there are several such
-axes, each holds the experts once, and their gradients are summed over these copies.
+Experts are divided over an axis of ranks, whose tokens all reach them through the dispatcher. What
+several ranks hold, all dense parameters and experts where there are several such axes, has one
+owner each: it gets the sum of the gradients during the backward pass, keeps the moments, makes the
+update, and sends the others the weight.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,24 +22,36 @@ from torch import Tensor
 from cluster.backend import CPU, Backend
 from cluster.checkpoint import load_shards, save_shard
 from cluster.device_errors import first_line
+from cluster.expert_parallel import KINDS, ExpertParallel, Traffic
 from cluster.figures import Figures, fetch, summed
 from cluster.groups import Groups
 from cluster.memory import Room, telling_of_model, telling_when_full
-from cluster.models import Computing, build_model, expert_ranges, take_part
+from cluster.models import Computing, build_model, experts_here, take_part
+from cluster.owners import Owners
+from cluster.placement import Placement
+from cluster.reduction import Reduction
+from cluster.save_state import SaveState
 from configs.errors import ConfigError, TrainingError
 from configs.model import ModelConfig
+from configs.parallel import Recompute
 from configs.train import BalanceConfig, OptimConfig, Precision
 from model.balance import imbalance, updated_bias
 from model.engram import set_vocabulary
 from model.finite import in_backward_order, is_finite, watched
+from model.fp8.linear import Linear
 from model.fp8.recorder import Tally
 from model.fp8.scheme import Numerics
 from model.moe import RoutedExperts
 from model.optim import adamw, moments, rate_group, restore_moments, set_rates
-from model.transformer import Transformer
+from model.passes import Whole
+from model.transformer import Predictions, Transformer
 from model.weight_cache import forget, keep
 
-_SQUARE, _LOAD = "square of the norm of ", "load"
+_AVERAGE = "average/load"
+"""The name of the loads' running mean in a save."""
+_AVERAGED = 0.95
+"""How much of that mean is left after a step."""
+_SQUARE, _LOAD, _TOLD = "square of the norm of ", "load", "telemetry of "
 """Names of what is read at the end of a step beside the loss's own figures."""
 Batch = Mapping[str, Tensor]
 """This rank's part of a batch, by field name."""
@@ -44,15 +59,22 @@ Batch = Mapping[str, Tensor]
 
 @runtime_checkable
 class LossSpec(Protocol):
-    """What is minimised. Both methods see one rank's part; sums over ranks are the whole."""
+    """What is minimised. All methods see one rank's part; sums over ranks are the whole."""
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """This rank's contribution to each normaliser."""
 
+    def reads(self, batch: Batch) -> Whole:
+        """What the model is to read, and what it is to report of it."""
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the token after next is to be predicted too, where the model can."""
+
     def __call__(
-        self, model: Transformer, batch: Batch, totals: Mapping[str, float]
+        self, predicted: Predictions, batch: Batch, totals: Mapping[str, float]
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        """(loss, metrics): both add up over ranks to those of the whole batch.
+        """(loss, metrics) of what was predicted: both add up over ranks to those of the whole.
 
         `totals` holds the sums of `counts` over all ranks.
         """
@@ -73,21 +95,33 @@ def build_trainer(
     vocabulary: Sequence[int] | None = None,
     backend: Backend = CPU,
     groups: Groups | None = None,
+    placement: Placement | None = None,
+    recompute: Recompute = "none",
 ) -> "Trainer":
     """A trainer of a new model, drawn by `seed`, with this rank's share of its experts.
 
     The experts are divided as `groups` says, else over the current process group; without one they
-    are all here.
+    are all here. `placement` says which rank has which, else they keep their order.
     `vocabulary` is what a new model's memories are told of its tokens (`model.engram`).
     """
     groups = groups or Groups.of_world()
-    model, computing = build_model(config, precision=precision, backend=backend, groups=groups)
+    model, computing = build_model(
+        config, precision=precision, backend=backend, groups=groups, placement=placement
+    )
     # Values are drawn on the CPU, so that a model begins alike on every device.
     model.initialize(seed).train()
     if vocabulary is not None:
         set_vocabulary(model, vocabulary)
     model.to(backend.device)
-    return Trainer(model, computing, optim=optim, balance=balance, backend=backend, groups=groups)
+    return Trainer(
+        model,
+        computing,
+        optim=optim,
+        balance=balance,
+        backend=backend,
+        groups=groups,
+        recompute=recompute,
+    )
 
 
 class Trainer:
@@ -102,6 +136,7 @@ class Trainer:
         balance: BalanceConfig,
         backend: Backend = CPU,
         groups: Groups | None = None,
+        recompute: Recompute = "none",
     ) -> None:
         """`model` lies on the backend's device already."""
         self.model, self.computing, self.numerics = model, computing, computing.numerics
@@ -113,13 +148,29 @@ class Trainer:
         self.optimizer = adamw(model, optim)
         self.step = 0
         self.sharded = expert_parameter_names(model)
+        self.recompute = recompute
+        self.named = dict(model.named_parameters())
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.named.items()}
+        self.owners = Owners.of(shapes, self.sharded, self.mesh)
+        self.reduction = Reduction(self.named, self.owners, self.groups)
+        self.narrow = cast_only(model)
         self.blocks = list(model.moe_layers().values())
+        self.dispatcher = self.blocks[0].dispatcher if self.blocks else None
+        self.rows = {block.layer: row for row, block in enumerate(self.blocks)}
+        """By layer, its place in loads."""
         self.load_LE = torch.zeros(
             len(self.blocks),
             model.config.n_routed_experts,
             dtype=torch.int64,
             device=model.lm_head.weight.device,
         )
+        self.load_average_LE = np.zeros(tuple(self.load_LE.shape))
+        """A running mean of each expert's share of its layer's choices; 0 before the first step."""
+        self.telemetry: dict[str, float] = {}
+        """Of the last step, what may differ when it is repeated: `exchange/` and `reduction/` are
+        bytes that all ranks together sent (weights: since the step before), and seconds of a mean
+        rank; `imbalance/` is the largest over the mean load of each layer that can be balanced,
+        less one."""
         self.room = Room()
         self.given: tuple[Sequence[Batch], LossSpec, Mapping[str, float]] | None = None
         """What the gradients were last made of, while there are any."""
@@ -170,23 +221,28 @@ class Trainer:
         recorder = self.numerics.recorder
         recorder.start(counting=counting)
         try:
-            for part in parts:
-                value, metrics = loss(self.model, self.backend.place(part), totals)
-                value.backward()
+            for number, part in enumerate(parts, 1):
+                last = number == len(parts)
+                value, metrics = self._forward(part, loss, totals)
+                with self.reduction.within_backward() if last else nullcontext():
+                    value.backward()
                 for name, one in {"loss": value.detach(), **metrics}.items():
                     found[name] = found[name] + one if name in found else one
-                self._take_load()
         finally:
             recorder.stop()
         return found
 
-    def _take_load(self) -> None:
-        """Add what the last pass sent to each expert."""
-        for block, load_E in zip(self.blocks, self.load_LE, strict=True):
-            # The MTP layer is at rest where only the next token is predicted.
-            load_E += block.load_E
-            block.load_E.zero_()
-            block.routing = None
+    def _forward(
+        self, part: Batch, loss: LossSpec, totals: Mapping[str, float]
+    ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+        """The loss of some rows; what they sent to each expert is added to the load."""
+        placed = self.backend.place(part)
+        batch = replace(loss.reads(placed), recompute=self.recompute)
+        predicted = self.model.predictions(batch, ahead=loss.ahead)
+        for report in predicted.reports:
+            if report.load_E is not None:
+                self.load_LE[self.rows[report.layer]] += report.load_E
+        return loss(predicted, placed, totals)
 
     @telling_when_full
     @torch.no_grad()
@@ -249,34 +305,58 @@ class Trainer:
         return self._update(found, learning_rate, indexer_learning_rate)
 
     def _gradients(self) -> dict[str, float | Tensor]:
-        """What clipping and balancing need, of this rank, where it was computed.
-
-        The norm of each parameter's gradient, and the load of the experts. Dense gradients are
-        summed over the ranks first, and equal on all of them from then on.
-        """
+        """What clipping and balancing need, of this rank, where it was computed: the norms of the
+        gradients that it owns, of experts one by one, and the load of the experts."""
         grads = self._grads()
-        if self.parallel:
-            self._all_reduce([grad for name, grad in grads.items() if name not in self.sharded])
-        if self.mesh.axis("dp").size > 1:
-            # One by one where they lie: together they would be there twice.
-            for name in sorted(self.sharded & grads.keys()):
-                dist.all_reduce(grads[name], group=self.groups["dp"])
-        mine = {name: grad for name, grad in grads.items() if self._speaks_for(name)}
-        norms: dict[str, float | Tensor] = dict.fromkeys((_SQUARE + name for name in grads), 0.0)
-        for name, norm in zip(mine, _norms(list(mine.values())), strict=True):
+        dense = [name for name in grads if name not in self.sharded]
+        norms: dict[str, float | Tensor] = dict.fromkeys((_SQUARE + n for n in self.named), 0.0)
+        experts = self.model.config.n_routed_experts
+        for name in self.sharded:
+            norms[_SQUARE + name] = self.load_LE.new_zeros(experts, dtype=torch.float32)
+        for name, norm in zip(dense, _norms([grads[name] for name in dense]), strict=True):
             norms[_SQUARE + name] = norm
-        return norms | {_LOAD: self.load_LE}
+        local = self.experts_here()
+        for name in self.sharded & grads.keys():
+            rows = grads[name].flatten(1)
+            norm_E = torch.linalg.vector_norm(rows, dim=1, dtype=_wide(rows))
+            # By logical number: sums must not depend on where an expert lives.
+            place_E = torch.tensor(local[name.rpartition(".")[0]], device=rows.device)
+            norms[_SQUARE + name] = norm_E.new_zeros(experts).index_copy_(0, place_E, norm_E)
+        return norms | {_LOAD: self.load_LE} | self._traffic()
+
+    def _traffic(self) -> dict[str, float | Tensor]:
+        """What this rank sent since the last step, and how long it waited for others."""
+        if not self.parallel:
+            return {}
+        layers: list[Traffic] = []
+        if isinstance(self.dispatcher, ExpertParallel):
+            layers = list(self.dispatcher.traffic.values())
+            self.dispatcher.traffic = {}
+        sent = self.reduction.bytes
+        self.reduction.bytes = dict.fromkeys(sent, 0)
+        told: dict[str, float] = {
+            "exchange/rows": sum(one.rows for one in layers),
+            "exchange/exposed_seconds": sum(one.exposed_seconds for one in layers) / self.world,
+            "exchange/hidden_seconds": sum(one.hidden_seconds for one in layers) / self.world,
+            "reduction/gradient_bytes": sent["gradients"],
+            "reduction/weight_bytes": sent["weights"],
+        }
+        for kind in KINDS:
+            for across, where in ((False, "within"), (True, "across")):
+                name = f"exchange/{kind}_bytes_{where}"
+                told[name] = sum(one.sent.get((kind, across), 0) for one in layers)
+        return {_TOLD + name: one for name, one in told.items()}
 
     def _update(
         self, found: Figures, learning_rate: float, indexer_learning_rate: float | None
     ) -> dict[str, Any]:
         """Clip by what was found over all ranks, step AdamW, move the routing bias."""
-        squares = {"grad_norm": 0.0}
-        for name, square in found.items():
-            if name.startswith(_SQUARE):
-                group = _norm_of(name.removeprefix(_SQUARE))
-                squares[group] = squares.get(group, 0.0) + float(square)
-        norms = {name: square**0.5 for name, square in squares.items()}
+        self.telemetry = {
+            name.removeprefix(_TOLD): float(one)
+            for name, one in found.items()
+            if name.startswith(_TOLD)
+        }
+        norms = grad_norms(found, self._learnt())
         norms = self._finite(norms, [n.removeprefix(_SQUARE) for n in found if _is_bad(n, found)])
         grads = self._grads()
         for group, norm in norms.items():
@@ -292,6 +372,7 @@ class Trainer:
         )
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.reduction.share(self.narrow)
         self.given = None
         forget(self.model)
         self.numerics.recorder.forget()
@@ -299,7 +380,11 @@ class Trainer:
         return norms | self._rebalance(found[_LOAD])
 
     def _grads(self) -> dict[str, Tensor]:
-        return {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        return {name: p.grad for name, p in self.named.items() if p.grad is not None}
+
+    def _learnt(self) -> set[str]:
+        """Parameters that have a gradient on their owner."""
+        return self.reduction.learnt | self._grads().keys()
 
     def _finite(self, found: dict[str, float], gradients: Sequence[str] = ()) -> dict[str, float]:
         """`found` as it is; TrainingError if a number of it is none.
@@ -330,10 +415,8 @@ class Trainer:
         parts, loss, totals = self.given
         with watched(self.model) as seen:
             for part in parts:
-                loss(self.model, self.backend.place(part), totals)
-        for block in self.blocks:
-            block.load_E.zero_()
-            block.routing = None
+                placed = self.backend.place(part)
+                loss(self.model.predictions(loss.reads(placed), ahead=loss.ahead), placed, totals)
         weights = {n: float(not is_finite(one)) for n, one in self.model.named_parameters()}
         broken = [name for name, count in read_sums(weights, self.parallel).items() if count]
         if (place := self._first_of_ranks(seen.first)) is not None:
@@ -347,13 +430,12 @@ class Trainer:
         return ", first in the loss itself: what modules return is finite"
 
     def _speaks_for(self, name: str) -> bool:
-        """Whether this rank is the one that tells of a tensor, so that it counts once: of its
-        experts the first that holds them, of all else rank 0."""
-        return self.mesh.axis("dp").index == 0 if name in self.sharded else self.rank == 0
+        """Whether this rank is the one that tells of a tensor, so that it counts once: of
+        parameters the owner, of all else rank 0."""
+        return self.owners.mine(name) if name in self.named else self.rank == 0
 
     def state(self) -> dict[str, Tensor]:
-        """What this rank tells of the weights: its experts, unless they are copies, and on rank 0
-        everything else."""
+        """What this rank tells of the weights: what it owns, and on rank 0 what nobody does."""
         state = self.model.state_dict()
         return {name: tensor for name, tensor in state.items() if self._speaks_for(name)}
 
@@ -362,14 +444,48 @@ class Trainer:
         named = self.model.named_parameters()
         mine = [(name, parameter) for name, parameter in named if self._speaks_for(name)]
         tensors = self.state() | moments(self.optimizer, mine)
-        return save_shard(folder, tensors, self.expert_ranges(), rank=self.rank, world=self.world)
+        if self.rank == 0:
+            tensors[_AVERAGE] = torch.from_numpy(self.load_average_LE)
+        return save_shard(folder, tensors, self.experts_here(), rank=self.rank, world=self.world)
 
     def load(self, folder: Path, *, step: int) -> None:
         """Read a sharded save, whatever number of ranks wrote it."""
-        tensors = load_shards(folder, self.expert_ranges())
+        tensors = load_shards(folder, self.experts_here(), wanted=self._reads)
         self.load_weights(tensors)
-        restore_moments(self.optimizer, self.model.named_parameters(), tensors)
+        mine = [(name, one) for name, one in self.named.items() if self.owners.mine(name)]
+        restore_moments(self.optimizer, mine, tensors)
+        # Older saves have none.
+        if _AVERAGE in tensors:
+            self.load_average_LE = tensors[_AVERAGE].numpy()
         self.step = step
+
+    def save_state(self) -> SaveState:
+        """What the mark of a save of this moment tells."""
+        placement: dict[str, Any] = {}
+        if isinstance(found := self.dispatcher, ExpertParallel):
+            of = found.placement
+            placement = {
+                "nodes": of.nodes,
+                "devices": of.devices,
+                "version": of.version,
+                "digest": of.digest,
+                "experts": {name: of.experts_of(name) for name in of.layers},
+            }
+        average = zip(self.rows, self.load_average_LE.round(6).tolist(), strict=True)
+        return SaveState(
+            step=self.step,
+            compute=self.backend.dtype_name,
+            mesh={"pp": self.mesh.pp, "dp": self.mesh.dp, "ep": self.mesh.ep},
+            placement=placement,
+            load_average=dict(average),
+            owners={name: self.owners.rank(name) for name in self.named},
+            backend=self.backend.facts(),
+        )
+
+    def _reads(self, name: str) -> bool:
+        """Whether this rank has a place for a saved tensor: all weights, and moments it owns."""
+        kind, _, parameter = name.rpartition("/")
+        return not kind or parameter not in self.named or self.owners.mine(parameter)
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy weights by Ingot name; experts must be this rank's slice already."""
@@ -382,9 +498,9 @@ class Trainer:
         """Take this rank's part of a whole model under Hugging Face names."""
         take_part(self.model, tensors)
 
-    def expert_ranges(self) -> dict[str, range]:
-        """Module names of stacked experts -> the global experts this rank holds."""
-        return expert_ranges(self.model)
+    def experts_here(self) -> dict[str, tuple[int, ...]]:
+        """Module names of stacked experts -> the experts that this rank holds, by their numbers."""
+        return experts_here(self.model)
 
     def _culprit(self) -> str:
         """Which tensors were the first that FP8 found not finite on any rank, if any."""
@@ -416,20 +532,17 @@ class Trainer:
                 bias.copy_(updated_bias(bias, load_E, self.balance.bias_update_speed))
         balanced = [layer for layer, block in enumerate(self.blocks) if block.bias_E is not None]
         by_layer = imbalance(torch.from_numpy(load_LE[balanced])).numpy()
+        for layer, one in zip(balanced, by_layer.tolist(), strict=True):
+            number = self.blocks[layer].layer.rpartition(".")[2]
+            self.telemetry[f"imbalance/layer_{number}"] = one
         self.load_LE.zero_()
         share_LE = load_LE / load_LE.sum(1, keepdims=True).clip(min=1)
+        weight = _AVERAGED if self.load_average_LE.any() else 0.0
+        self.load_average_LE = weight * self.load_average_LE + (1 - weight) * share_LE
         return {
             "imbalance": float(by_layer.max(initial=0.0)),
             "expert_load": share_LE.round(5).tolist(),
         }
-
-    def _all_reduce(self, tensors: list[Tensor]) -> None:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        offset = 0
-        for tensor in tensors:
-            tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
-            offset += tensor.numel()
 
     def _over_ranks(self, values: Mapping[str, float | Tensor]) -> Figures:
         """The sums over ranks, read at once; of norms their squares'."""
@@ -466,15 +579,30 @@ def _named(values: Mapping[str, float]) -> str:
 
 def _is_bad(name: str, found: Figures) -> bool:
     """Whether it is the square of a norm, and not finite."""
-    return name.startswith(_SQUARE) and not math.isfinite(found[name])
+    return name.startswith(_SQUARE) and not bool(np.isfinite(found[name]).all())
 
 
 def _norms(grads: list[Tensor]) -> Sequence[Tensor]:
     """The Euclidean norm of each; in float64 on CPUs, where kernels add in the type they are in."""
     if not grads:
         return ()
-    wide = torch.float64 if grads[0].device.type == "cpu" else None
-    return torch._foreach_norm(grads, dtype=wide)
+    return torch._foreach_norm(grads, dtype=_wide(grads[0]))
+
+
+def _wide(x: Tensor) -> torch.dtype | None:
+    """The type that norms are added up in, if it is not the tensor's own."""
+    return torch.float64 if x.device.type == "cpu" else None
+
+
+def grad_norms(found: Figures, learnt: Set[str]) -> dict[str, float]:
+    """The norm of each clip group, of the squares of what was `learnt`; `found` has each once.
+
+    Added up exactly, so that the order of ranks and of experts on them decides nothing.
+    """
+    squares: dict[str, list[float]] = {"grad_norm": []}
+    for name in sorted(learnt):
+        squares.setdefault(_norm_of(name), []).extend(found[_SQUARE + name].ravel().tolist())
+    return {group: math.fsum(several) ** 0.5 for group, several in squares.items()}
 
 
 def _norm_of(parameter: str) -> str:
@@ -489,4 +617,18 @@ def expert_parameter_names(model: Transformer) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, RoutedExperts)
         for leaf, _ in module.named_parameters()
+    }
+
+
+def cast_only(model: Transformer) -> dict[str, torch.dtype]:
+    """Parameters that are read only in a narrower type than their own, and that type: copies of
+    them may be of it. What FP8 quantises, gates and norms read in full is not among them."""
+    compute = model.numerics.compute
+    if compute is None:
+        return {}
+    return {
+        f"{name}.{leaf}": compute
+        for name, module in model.named_modules()
+        if isinstance(module, RoutedExperts | Linear) and module.scheme is None
+        for leaf, _ in module.named_parameters(recurse=False)
     }

@@ -9,6 +9,9 @@ from configs.train import Fp8Backend
 
 Device = Literal["auto", "cpu", "cuda", "npu"]
 Compute = Literal["auto", "float32", "bfloat16"]
+Recompute = Literal["none", "attention", "all"]
+"""What a layer computes again in the backward pass: nothing, its attention, or all but routing and
+the exchange of tokens, which would cost a network twice."""
 
 
 class ClusterConfig(Frozen):
@@ -25,6 +28,10 @@ class ClusterConfig(Frozen):
     """In how many parts, one after another, each trainer takes its rows of a step of pretraining.
     Their gradients add up to those of the whole, but for rounding, of which FP8 has most; only one
     part's activations are there at a time."""
+    recompute: Recompute = "none"
+    """What each layer computes a second time in the backward pass, in place of keeping it: nothing,
+    its attention, or `all`, which leaves out routing and the exchange of tokens. No number of the
+    training changes."""
     samplers: PositiveInt = 2
     """Generation workers of post-training."""
     device: Device = "auto"

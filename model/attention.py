@@ -22,7 +22,7 @@ from model.documents import attend_in_documents
 from model.fp8.linear import Linear, together
 from model.fp8.scheme import Numerics
 from model.layers import RMSNorm
-from model.passes import Cache, Pass, Step, Whole
+from model.passes import Attended, Cache, Pass, Step, Whole
 from model.rope import rotate, rotate_tail, shared_rotary_table, softmax_factor
 from model.weight_cache import cast
 from model.widening import widened
@@ -94,15 +94,15 @@ class LatentAttention(nn.Module):
         self.scale = config.qk_head_dim**-0.5 * softmax_factor(config.rope_scaling)
         self.compute = numerics.compute
 
-    def forward(self, x_BSD: Float[Tensor, "B S D"], batch: Pass) -> Float[Tensor, "B S D"]:
+    def forward(self, x_BSD: Float[Tensor, "B S D"], batch: Pass) -> Attended:
         """Attend to each row's own past."""
         if isinstance(batch, Step):
-            return self._step(x_BSD, batch)
+            return self._step(x_BSD, batch), None
         positions_S = torch.arange(batch.reach, device=x_BSD.device)
         seen = self.project(x_BSD, self.rotary(batch.reach, x_BSD.device), positions_S)
         if batch.caches is not None:
             batch.caches[self]["latent_BLW"][:, : x_BSD.shape[1]] = seen.entries()
-        return self.attend_in_documents(self.expand(seen), batch)
+        return self.attend_in_documents(self.expand(seen), batch), None
 
     def rotary(self, reach: int, device: torch.device) -> Float[Tensor, "P R"]:
         """Angles of `reach` positions or more."""

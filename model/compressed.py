@@ -25,7 +25,7 @@ from model.fp8.scheme import Fp8, Numerics
 from model.indexer import choose, index_scores
 from model.layers import RMSNorm
 from model.multiquery import Part, Sight, attend, gathered, weigh
-from model.passes import Cache, Pass, Step, Whole
+from model.passes import Attended, Cache, Pass, Step, Whole
 from model.rope import rotate_tail, shared_rotary_table
 from model.weight_cache import cast
 from model.widening import widened
@@ -99,10 +99,10 @@ class CompressedAttention(nn.Module):
             config.sliding_window, self.compressor.ratio if self.compressor is not None else 1
         )
 
-    def forward(self, x_BSD: Float[Tensor, "B S D"], batch: Pass) -> Float[Tensor, "B S D"]:
+    def forward(self, x_BSD: Float[Tensor, "B S D"], batch: Pass) -> Attended:
         """Attend to each row's own past; `batch.indexer` says what an indexer learns."""
         if isinstance(batch, Step):
-            return self._step(x_BSD, batch)
+            return self._step(x_BSD, batch), None
         positions_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
         table = self._rotary(x_BSD.shape[1], x_BSD.device)
         q_latent_BSA, q_BSHW, kv_BSW = self.project(x_BSD, table, positions_S)
@@ -111,13 +111,14 @@ class CompressedAttention(nn.Module):
             fill_ring(batch.caches[self]["window_BRW"], kv_BSW, batch.lengths_B)
         sight = replace(self.sight, segments_BS=batch.segments_BS)
         blocks_BLW = kv_BSW[:, :0] if self.compressor is None else self.compressor(x_BSD, batch)
+        missed = None
         if isinstance(self.compressor, PickingCompressor):
-            out_BSHW = self._attend_picked(
+            out_BSHW, missed = self._attend_picked(
                 x_BSD, q_latent_BSA, (q_BSHW, kv_BSW, blocks_BLW), sight, batch
             )
         else:
             out_BSHW, _ = attend(q_BSHW, kv_BSW, blocks_BLW, self.sinks, sight)
-        return self._output(out_BSHW, table, positions_S)
+        return self._output(out_BSHW, table, positions_S), missed
 
     def project(
         self, x_BSD: Float[Tensor, "B S D"], table: Tensor, positions: Tensor
@@ -147,8 +148,8 @@ class CompressedAttention(nn.Module):
         operands: tuple[Tensor, Tensor, Tensor],
         sight: Sight,
         batch: Whole,
-    ) -> Float[Tensor, "B S H W"]:
-        """Attention beside an indexer, which sees copies of its inputs that carry no gradient."""
+    ) -> Attended:
+        """Heads [B, S, H, W] beside an indexer, which sees copies of inputs without gradients."""
         assert isinstance(self.compressor, PickingCompressor)
         indexer, blocks = self.compressor.indexer, operands[2].shape[1]
         learning = batch.indexer != "off"
@@ -156,7 +157,7 @@ class CompressedAttention(nn.Module):
         if not (learning or picking):
             if batch.caches is not None:
                 indexer(x_BSD.detach(), batch)
-            return attend(*operands, self.sinks, sight)[0]
+            return attend(*operands, self.sinks, sight)[0], None
         x_BSD, q_latent_BSA = x_BSD.detach(), q_latent_BSA.detach()
         key_BLW = indexer(x_BSD, batch)
         positions_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
@@ -165,10 +166,9 @@ class CompressedAttention(nn.Module):
         if picking:
             sight = replace(sight, chosen_BSK=indexer.pick(q_BSJW, key_BLW, weights_BSJ, sight))
         out_BSHW, mass_BSK = attend(*operands, self.sinks, sight, mass=learning)
-        if mass_BSK is not None:
-            loss = indexer.loss(q_BSJW, key_BLW, weights_BSJ, mass_BSK, sight)
-            batch.indexer_losses.append(loss)
-        return out_BSHW
+        if mass_BSK is None:
+            return out_BSHW, None
+        return out_BSHW, indexer.loss(q_BSJW, key_BLW, weights_BSJ, mass_BSK, sight)
 
     def _step(self, x_B1D: Float[Tensor, "B 1 D"], batch: Step) -> Float[Tensor, "B 1 D"]:
         """Write each row's new entries into its caches, and attend over what is there."""

@@ -21,7 +21,7 @@ from configs.errors import ConfigError, DataError, TrainingError
 from configs.seed import derive
 from model.drawing import Drawing, draw, widest
 from model.moe import MoE
-from model.passes import Caches, Step, Whole
+from model.passes import Caches, Pass, Step, Whole
 from model.transformer import Transformer
 
 SHORTEST_REACH = 64
@@ -45,9 +45,15 @@ class Sample:
 class Session:
     """A running batch: rows join, take steps together, and leave one by one."""
 
-    def __init__(self, model: Transformer, *, rows: int, tokens: int) -> None:
+    def __init__(
+        self, model: Transformer, *, rows: int, tokens: int, keep_routing: bool = False
+    ) -> None:
         """Caches for at most `rows` rows of at most `tokens` tokens, prompt and answer."""
         self.model = model
+        self.keep_routing = keep_routing
+        self.routing_TLK: Tensor | None = None
+        """With `keep_routing`: the experts that the tokens of the last pass went to, rows one after
+        another, padding included."""
         self.rows = rows
         self.count = 0
         """Rows in the batch now; they are numbered from 0."""
@@ -71,8 +77,13 @@ class Session:
         for cache in caches.values():
             for tensor in cache.values():
                 tensor.zero_()
-        batch = Whole(tokens_BS.to(self._device), caches=caches, lengths_B=lengths_B)
-        hidden_BSD = self.model.read(batch)
+        batch = Whole(
+            tokens_BS.to(self._device),
+            caches=caches,
+            lengths_B=lengths_B,
+            routing=self.keep_routing,
+        )
+        hidden_BSD = self._read(batch)
         last_BD = hidden_BSD[torch.arange(len(prompts), device=self._device), lengths_B - 1]
         self._lengths_R[rows] = lengths_B
         self._lengths += map(len, prompts)
@@ -84,8 +95,14 @@ class Session:
         rows = slice(0, self.count)
         tokens_B1 = tokens_B.to(self._device)[:, None]
         # A copy: the pass must not see its own positions move on.
-        batch = Step(tokens_B1, self._lengths_R[rows].clone(), self._view(rows), self._reach())
-        hidden_B1D = self.model.read(batch)
+        batch = Step(
+            tokens_B1,
+            self._lengths_R[rows].clone(),
+            self._view(rows),
+            self.keep_routing,
+            self._reach(),
+        )
+        hidden_B1D = self._read(batch)
         self._lengths_R[rows] += 1
         self._lengths = [length + 1 for length in self._lengths]
         return self.model.logits(hidden_B1D[:, 0])
@@ -101,6 +118,12 @@ class Session:
             self._lengths[row] = self._lengths[last]
         self._lengths.pop()
         self.count = last
+
+    def _read(self, batch: Pass) -> Float[Tensor, "B S D"]:
+        hidden_BSD, reports = self.model.read_and_report(batch)
+        chosen = [report.routing for report in reports if report.routing is not None]
+        self.routing_TLK = torch.stack(chosen, dim=1) if chosen else None
+        return hidden_BSD
 
     def _reach(self) -> int:
         """How far back the next step looks. Devices look as far for many steps in turn, which then
@@ -173,13 +196,14 @@ def sample(
     stops = frozenset(stop_tokens)
     waiting = requests[::-1]
     running: list[_Request] = []
-    with _evaluating(model, keep_experts) as blocks:
-        if keep_experts and not blocks:
-            raise ConfigError("keep_experts is asked for, but no layer of the model has experts")
+    if keep_experts and not _has_experts(model):
+        raise ConfigError("keep_experts is asked for, but no layer of the model has experts")
+    with _evaluating(model):
         session = Session(
             model,
             rows=min(max_rows or len(prompts), len(prompts)),
             tokens=max(map(len, prompts), default=0) + max_new_tokens,
+            keep_routing=keep_experts,
         )
         uniforms = _Uniforms(session.rows, max_new_tokens, model.lm_head.weight.device)
         logits_BV = model.lm_head.weight.new_empty(0, model.config.vocab_size)
@@ -189,14 +213,14 @@ def sample(
                 joining = [waiting.pop() for _ in range(room)]
                 uniforms.join([request.uniform_N for request in joining])
                 joined_BV = session.join([request.prompt for request in joining])
-                _note_prompts(joining, blocks)
+                _note_prompts(joining, session.routing_TLK)
                 logits_BV = torch.cat([logits_BV, joined_BV])
                 running += joining
             chosen_B = _draw_tokens(running, logits_BV, drawing, uniforms, stops)
             chosen_B = _dismiss(session, running, uniforms, chosen_B)
             if running:
                 logits_BV = session.step(chosen_B)
-                _note_step(running, blocks)
+                _note_step(running, session.routing_TLK)
             else:
                 logits_BV = logits_BV[:0]
     return [request.result(keep_experts) for request in requests]
@@ -325,42 +349,38 @@ def _check(
             )
 
 
-@contextmanager
-def _evaluating(model: Transformer, keep_routing: bool) -> Iterator[list[MoE]]:
-    """No gradients, evaluation mode, and the main model's MoE blocks that keep their choices."""
-    training = model.training
+def _has_experts(model: Transformer) -> bool:
     layers = model.model.layers[: model.config.depth]
-    found = [module for layer in layers for module in layer.modules() if isinstance(module, MoE)]
-    blocks = found if keep_routing else []
+    return any(isinstance(module, MoE) for layer in layers for module in layer.modules())
+
+
+@contextmanager
+def _evaluating(model: Transformer) -> Iterator[None]:
+    """No gradients, and evaluation mode."""
+    training = model.training
     model.eval()
-    for block in blocks:
-        block.keep_routing = True
     try:
         with torch.inference_mode():
-            yield blocks
+            yield
     finally:
         model.train(training)
-        for block in blocks:
-            block.keep_routing, block.routing = False, None
 
 
-def _note_prompts(joining: Sequence[_Request], blocks: Sequence[MoE]) -> None:
+def _note_prompts(joining: Sequence[_Request], routing_TLK: Tensor | None) -> None:
     """Record where the prompts' tokens went, padding left out."""
-    if blocks:
-        chosen_TLK = _choices(blocks)
-        by_row = chosen_TLK.reshape(len(joining), -1, *chosen_TLK.shape[1:])
+    if routing_TLK is not None:
+        by_row = _on_host(routing_TLK).reshape(len(joining), -1, *routing_TLK.shape[1:])
         for request, row_SLK in zip(joining, by_row, strict=True):
             request.experts.append(row_SLK[: len(request.prompt)])
 
 
-def _note_step(running: Sequence[_Request], blocks: Sequence[MoE]) -> None:
+def _note_step(running: Sequence[_Request], routing_TLK: Tensor | None) -> None:
     """Record where the last tokens went."""
-    if blocks:
-        for request, token_LK in zip(running, _choices(blocks), strict=True):
+    if routing_TLK is not None:
+        for request, token_LK in zip(running, _on_host(routing_TLK), strict=True):
             request.experts.append(token_LK[None])
 
 
-def _choices(blocks: Sequence[MoE]) -> np.ndarray:
+def _on_host(routing_TLK: Tensor) -> np.ndarray:
     """int32 [tokens of the pass, L, K]."""
-    chosen = [block.routing[0] for block in blocks if block.routing is not None]
-    return torch.stack(chosen, dim=1).to(torch.int32).cpu().numpy()
+    return routing_TLK.to(torch.int32).cpu().numpy()

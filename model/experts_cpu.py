@@ -241,9 +241,11 @@ class _Experts(torch.autograd.Function):
 def _agrees(made: Kernels) -> bool:
     """Whether compiled kernels give the twin's results and gradients, in float64, to rounding.
 
-    The first who asks may compute without gradients; what is compared here has some.
+    The first who asks may compute without gradients, or keep count of all that is saved for a
+    backward pass; what is compared here has gradients and a backward pass of its own.
     """
-    with torch.inference_mode(False), torch.enable_grad():
+    apart = torch.autograd.graph.saved_tensors_hooks(lambda one: one, lambda one: one)
+    with torch.inference_mode(False), torch.enable_grad(), apart:
         return _compared(made)
 
 

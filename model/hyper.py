@@ -8,7 +8,7 @@ mixing matrix is made doubly stochastic, so that no depth of layers amplifies wh
 Axes: B rows, S positions, N streams, D width, T tokens (B * S).
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from configs.model import V4Config
 from model.compressed import CompressedAttention
-from model.dispatch import TokenDispatcher
+from model.dispatch import Dispatcher
 from model.engram import Engram, engram_before
 from model.fp8.linear import Linear
 from model.fp8.scheme import Numerics
+from model.layer import Held, Layer
 from model.layers import RMSNorm
-from model.moe import MoE
-from model.passes import Pass, Whole
-from model.streams import connection_weights, read, reading_weights, write
+from model.moe import MoE, layer_name
+from model.passes import Attended, LayerReport, Pass, Whole
+from model.streams import Writing, connection_weights, read, reading_weights
 
 
 class HyperConnection(nn.Module):
@@ -46,14 +47,12 @@ class HyperConnection(nn.Module):
         self.base = nn.Parameter(torch.empty(weights))
         self.scale = nn.Parameter(torch.empty(3))
 
-    def forward(
-        self, x_BSND: Float[Tensor, "B S N D"], sublayer: Callable[[Tensor], Tensor]
-    ) -> Float[Tensor, "B S N D"]:
-        """Stream k becomes post_k F(sum_i pre_i x_i) + sum_j mix_jk x_j; F maps [B, S, D]."""
+    def forward(self, x_BSND: Float[Tensor, "B S N D"]) -> tuple[Float[Tensor, "B S D"], Writing]:
+        """The sublayer's input, sum_i pre_i x_i, and how its output is written."""
         x_TND = x_BSND.flatten(0, 1)
         pre_TN, post_TN, mix_TNN = self.weights(x_TND)
-        out_BSD = sublayer(read(x_TND, pre_TN).unflatten(0, x_BSND.shape[:2]))
-        return write(x_TND, out_BSD.flatten(0, 1), post_TN, mix_TNN).view_as(x_BSND)
+        x_BSD: Tensor = read(x_TND, pre_TN).unflatten(0, x_BSND.shape[:2])
+        return x_BSD, Writing(x_BSND, post_TN, mix_TNN)
 
     def weights(
         self, x_TND: Float[Tensor, "T N D"]
@@ -99,13 +98,13 @@ class HyperHead(nn.Module):
         return out_BSD
 
 
-class HyperLayer(nn.Module):
+class HyperLayer(Layer):
     """Attention and experts over streams, each behind a norm and inside a hyper-connection."""
 
     def __init__(
-        self, config: V4Config, index: int, numerics: Numerics, dispatcher: TokenDispatcher
+        self, config: V4Config, index: int, numerics: Numerics, dispatcher: Dispatcher
     ) -> None:
-        super().__init__()
+        super().__init__(layer_name(index), numerics.recorder)
         self.engram: Engram | None = engram_before(config, index, numerics)
         self.self_attn = CompressedAttention(config, index, numerics)
         self.mlp = MoE(config, index, numerics, dispatcher)
@@ -114,21 +113,23 @@ class HyperLayer(nn.Module):
         self.attn_hc = HyperConnection(config)
         self.ffn_hc = HyperConnection(config)
 
-    def forward(self, x_BSND: Float[Tensor, "B S N D"], batch: Pass) -> Float[Tensor, "B S N D"]:
-        """The streams after memory, if there is one in front, attention and experts."""
+    def attention(self, state: Float[Tensor, "B S N D"], batch: Pass) -> Attended:
+        """The streams after memory, if there is one in front, and attention."""
         if self.engram is not None:
-            x_BSND = self.engram(x_BSND, batch)
+            state = self.engram(state, batch)
+        x_BSD, writing = self.attn_hc(state)
+        out_BSD, missed = self.self_attn(self.input_layernorm(x_BSD), batch)
+        return writing.write(out_BSD), missed
 
-        def attention(x_BSD: Tensor) -> Tensor:
-            out: Tensor = self.self_attn(self.input_layernorm(x_BSD), batch)
-            return out
+    def route(self, state: Float[Tensor, "B S N D"], batch: Pass) -> Held:
+        """Where the tokens go, by what the streams say together."""
+        x_BSD, writing = self.ffn_hc(state)
+        return replace(self.held(state, x_BSD, batch), writing=writing)
 
-        def experts(x_BSD: Tensor) -> Tensor:
-            out: Tensor = self.mlp(self.post_attention_layernorm(x_BSD), batch.tokens_BS)
-            return out
-
-        out_BSND: Tensor = self.ffn_hc(self.attn_hc(x_BSND, attention), experts)
-        return out_BSND
+    def join(self, held: Held, out_BSD: Float[Tensor, "B S D"]) -> Float[Tensor, "B S N D"]:
+        """The streams after the experts."""
+        assert held.writing is not None
+        return held.writing.write(out_BSD)
 
 
 class HyperMtpLayer(HyperLayer):
@@ -138,7 +139,7 @@ class HyperMtpLayer(HyperLayer):
     given, and one of each stream. Embedding and output head are the main model's.
     """
 
-    def __init__(self, config: V4Config, numerics: Numerics, dispatcher: TokenDispatcher) -> None:
+    def __init__(self, config: V4Config, numerics: Numerics, dispatcher: Dispatcher) -> None:
         super().__init__(config, config.num_hidden_layers, numerics, dispatcher)
         width = config.hidden_size
         self.enorm = RMSNorm(width, config.rms_norm_eps)
@@ -153,12 +154,12 @@ class HyperMtpLayer(HyperLayer):
         hidden_BSND: Float[Tensor, "B S N D"],
         following_BSD: Float[Tensor, "B S D"],
         batch: Whole,
-    ) -> Float[Tensor, "B S D"]:
+    ) -> tuple[Float[Tensor, "B S D"], LayerReport]:
         """The state that the output head reads, from the streams and the embedding of token i + 1.
 
         `hidden` are the streams as the main model's last layer leaves them.
         """
         next_BSD = self.e_proj(self.enorm(following_BSD))
         joined_BSND = next_BSD.unsqueeze(2) + self.h_proj(self.hnorm(hidden_BSND))
-        out: Tensor = self.norm(self.hc_head(self(joined_BSND, batch)))
-        return out
+        state_BSND, report = self(joined_BSND, batch)
+        return self.norm(self.hc_head(state_BSND)), report

@@ -15,12 +15,15 @@ from torch.nn import functional as F
 
 from configs.model import ModelConfig
 from configs.seed import derive
-from model.dispatch import Dispatched, TokenDispatcher, counts_of
+from model.balance import sequence_balance_loss
+from model.dispatch import Dispatched, Dispatcher, Routed, counts_of
 from model.fp8.experts import fp8_grouped_swiglu
 from model.fp8.linear import fp8_linears
+from model.fp8.quantized import Quantized
 from model.fp8.scheme import HIGH, Fp8, Numerics
 from model.grouped import experts_swiglu
 from model.layers import SwiGLU
+from model.passes import LayerReport, Pass, Whole
 from model.weight_cache import cast
 from model.widening import widened
 
@@ -104,14 +107,22 @@ class HashGate(Gate):
 class RoutedExperts(nn.Module):
     """The routed experts that live on this device, stacked."""
 
-    def __init__(self, config: ModelConfig, local: range, scheme: Fp8 | None) -> None:
+    def __init__(self, config: ModelConfig, local: tuple[int, ...], scheme: Fp8 | None) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(len(local), 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(len(local), width, inner))
         self.local = local
+        """Their global numbers, in the order in which they are stacked."""
         self.scheme = scheme
         self.limit = config.activation_limit
+
+    def quantized(self, x_TD: Float[Tensor, "T D"]) -> Quantized | None:
+        """The tokens as these experts read them in FP8, if each row is quantised by itself."""
+        if self.scheme is None or not self.scheme.by_row:
+            return None
+        with torch.no_grad():
+            return self.scheme.activations(x_TD)
 
     def forward(self, sent: Dispatched) -> Float[Tensor, "R D"]:
         """Each row's sum of what its visits give: an expert's SwiGLU times the visit's gate."""
@@ -123,60 +134,61 @@ class RoutedExperts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Shared experts for every token plus K routed ones.
-
-    After a forward in training mode `load_E` counts the copies that it sent to each expert, those
-    of padding included, and `routing` holds (experts_TK, scores_TE) for the balance loss; with
-    `keep_routing`, `routing` is there in evaluation mode too. Both are of the last forward alone:
-    one that is computed again for its backward pass says the same a second time.
-    """
-
-    load_E: Tensor
+    """Shared experts for every token plus K routed ones."""
 
     def __init__(
         self,
         config: ModelConfig,
         layer: int,
         numerics: Numerics,
-        dispatcher: TokenDispatcher,
+        dispatcher: Dispatcher,
     ) -> None:
         super().__init__()
         self.config = config
         self.dispatcher = dispatcher
-        local = dispatcher.local_experts(config.n_routed_experts)
+        self.layer = layer_name(layer)
         self.gate = (HashGate if config.routes_by_hash(layer) else Gate)(config, numerics)
-        self.experts = RoutedExperts(config, local, numerics.of("routed_experts"))
+        self.experts = RoutedExperts(
+            config, dispatcher.experts(self.layer), numerics.of("routed_experts")
+        )
         self.shared_experts = SwiGLU(
             config.hidden_size,
             config.n_shared_experts * config.moe_intermediate_size,
             numerics.of("shared_experts"),
             limit=self.experts.limit,
         )
-        # Of integers: a model cast to a narrow type must still count.
-        counts_E = torch.zeros(config.n_routed_experts, dtype=torch.int64)
-        self.register_buffer("load_E", counts_E, persistent=False)
-        self.keep_routing = False
-        self.routing: tuple[Tensor, Tensor] | None = None
 
     @property
     def bias_E(self) -> Tensor | None:
         """The routing bias, which balancing moves; none where a table routes."""
         return None if isinstance(self.gate, HashGate) else self.gate.e_score_correction_bias
 
-    def forward(
-        self, x_BSD: Float[Tensor, "B S D"], tokens_BS: Int[Tensor, "B S"] | None = None
-    ) -> Float[Tensor, "B S D"]:
-        """Route, visit, combine, add the shared experts."""
+    def route(self, x_BSD: Float[Tensor, "B S D"], batch: Pass) -> tuple[Routed, LayerReport]:
+        """Choose each token's experts. The report counts tokens of padding too."""
         x_TD = x_BSD.flatten(0, 1)
-        experts_TK, gates_TK, scores_TE = self.gate(
-            x_TD, None if tokens_BS is None else tokens_BS.flatten()
-        )
+        experts_TK, gates_TK, scores_TE = self.gate(x_TD, batch.tokens_BS.flatten())
         counts_E = counts_of(experts_TK, self.config.n_routed_experts)
-        if self.training:
-            self.load_E.copy_(counts_E)
-        if self.training or self.keep_routing:
-            self.routing = (experts_TK, scores_TE)
-        sent = self.dispatcher.dispatch(x_TD, experts_TK, gates_TK, counts_E)
-        routed_TD = self.dispatcher.combine(self.experts(sent), gates_TK, sent)
+        balance = None
+        if isinstance(batch, Whole) and batch.balance and self.bias_E is not None:
+            scores_BSE = scores_TE.unflatten(0, x_BSD.shape[:2])
+            balance = sequence_balance_loss(scores_BSE, experts_TK.shape[1]).sum()
+        routed = Routed(
+            self.layer, x_TD, experts_TK, gates_TK, counts_E, self.experts.quantized(x_TD)
+        )
+        routing = experts_TK if batch.routing else None
+        return routed, LayerReport(self.layer, counts_E, routing, balance)
+
+    def forward(
+        self, x_BSD: Float[Tensor, "B S D"], batch: Pass
+    ) -> tuple[Float[Tensor, "B S D"], LayerReport]:
+        """Route, visit, add the shared experts: a layer's calls in a row, without its stream."""
+        routed, report = self.route(x_BSD, batch)
+        flight = self.dispatcher.send(routed)
         shared_BSD: Tensor = self.shared_experts(x_BSD)
-        return routed_TD.view_as(x_BSD) + shared_BSD
+        routed_TD = flight.back(self.experts(flight.rows())).home()
+        return routed_TD.view_as(x_BSD) + shared_BSD, report
+
+
+def layer_name(index: int) -> str:
+    """The module name of a model's layer."""
+    return f"model.layers.{index}"

@@ -7,14 +7,16 @@ either, so that layers are written once.
 Axes: B rows, S positions, L positions that the longest row has reached.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+
+from configs.parallel import Recompute
 
 Cache = dict[str, Tensor]
 """What one module remembers of each row: tensors whose first axis is the row."""
@@ -51,8 +53,12 @@ class Whole:
     lengths_B: Int[Tensor, " B"] | None = None
     """Given with `caches`: the tokens of each row, the rest of which is padding."""
     indexer: IndexerPhase = "off"
-    indexer_losses: list[Tensor] = field(default_factory=list)
-    """One scalar a sparse attention: the mean over queries of its indexer's KL, in nats."""
+    balance: bool = False
+    """Whether layers report the sequence-wise balance loss of their routing."""
+    routing: bool = False
+    """Whether layers report which experts each token went to."""
+    recompute: Recompute = "none"
+    """What is computed again for the backward pass, in place of being kept."""
     blocks: BlockMask | None = None
     """What `model.documents` makes of the segments for CUDA, once a pass."""
     ends: list[int] | None = None
@@ -85,6 +91,8 @@ class Step:
     positions_B: Int[Tensor, " B"]
     """How many tokens each row had before."""
     caches: Caches
+    routing: bool = False
+    """As in `Whole`."""
     longest: int | None = None
     """At least the tokens of the longest row, this one included, and no more than caches have room
     for; the device is asked if none is given. Rounded up, steps of growing rows have one shape."""
@@ -106,3 +114,22 @@ class Step:
 
 
 Pass = Whole | Step
+Attended = tuple[Tensor, Tensor | None]
+"""What an attention returns: its output [B, S, D] and its indexer's loss, if the pass teaches it:
+the mean over queries of its KL, in nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """What one layer has to tell of a pass, beside the state that it hands on."""
+
+    layer: str
+    """Its module's name in the model, as `model.layers.3`."""
+    load_E: Int[Tensor, " E"] | None = None
+    """How often each routed expert was chosen for tokens of this device; none without experts."""
+    routing: Int[Tensor, "T K"] | None = None
+    """Each token's experts, if the pass asks."""
+    balance: Float[Tensor, ""] | None = None
+    """The balance losses of the sequences, summed, if the pass asks and scores route."""
+    indexer: Float[Tensor, ""] | None = None
+    """The mean over queries of its indexer's KL, in nats, if the pass teaches it."""

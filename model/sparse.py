@@ -38,7 +38,7 @@ from model.fp8.linear import Linear
 from model.fp8.scheme import Numerics
 from model.gathering import over_chosen
 from model.indexer import NONE, choose, divergence, index_scores
-from model.passes import Cache, Pass, Step, Whole
+from model.passes import Attended, Cache, Pass, Step, Whole
 from model.rope import rotate_halves
 from model.weight_cache import cast
 from model.widening import widened
@@ -120,17 +120,17 @@ class SparseLatentAttention(LatentAttention):
         self.indexer = LightningIndexer(config, numerics)
         self.keep = config.index_topk
 
-    def forward(self, x_BSD: Float[Tensor, "B S D"], batch: Pass) -> Float[Tensor, "B S D"]:
+    def forward(self, x_BSD: Float[Tensor, "B S D"], batch: Pass) -> Attended:
         """Attend to what is chosen of each row's own past; `batch.indexer` says what is learnt."""
         if isinstance(batch, Step):
-            return self._step(x_BSD, batch)
+            return self._step(x_BSD, batch), None
         length = x_BSD.shape[1]
         positions_S = torch.arange(length, device=x_BSD.device)
         table_PR = self.rotary(length, x_BSD.device)
         seen = self.project(x_BSD, table_PR, positions_S)
         dense = length <= self.keep or batch.indexer == "dense"
         if batch.caches is None and batch.indexer == "off" and dense:
-            return self.attend_in_documents(self.expand(seen), batch)
+            return self.attend_in_documents(self.expand(seen), batch), None
         key_BSI = self.indexer.keys(x_BSD, table_PR, positions_S)
         if batch.caches is not None:
             batch.caches[self]["latent_BLW"][:, :length] = seen.entries()
@@ -143,9 +143,10 @@ class SparseLatentAttention(LatentAttention):
             return self._attend_gathered(seen, index, batch)
         mask_B1SS = batch.mask_B1SS if dense else self._chosen_mask(index, batch)
         heads = self.expand(seen)
+        missed = None
         if batch.indexer != "off":
-            batch.indexer_losses.append(self._loss(heads, index, batch, mask_B1SS))
-        return self.attend(heads, mask_B1SS)
+            missed = self._loss(heads, index, batch, mask_B1SS)
+        return self.attend(heads, mask_B1SS), missed
 
     def new_cache(self, rows: int, tokens: int) -> Cache:
         """Latents and shared keys, and the indexer's rotated keys."""
@@ -197,9 +198,7 @@ class SparseLatentAttention(LatentAttention):
             )
         return total / max(1, rows * length)
 
-    def _attend_gathered(
-        self, seen: Projected, index: Index, batch: Whole
-    ) -> Float[Tensor, "B S D"]:
+    def _attend_gathered(self, seen: Projected, index: Index, batch: Whole) -> Attended:
         """Absorbed attention over gathered latents; time and memory grow with S * K.
 
         The expansion that is absorbed runs in the attention operator's precision, not in
@@ -224,9 +223,8 @@ class SparseLatentAttention(LatentAttention):
             queries=[query.flatten(0, 1) for query in queries],
             shared=self.absorption(),
         )
-        batch.indexer_losses += [missed_T.sum() / max(1, rows * length) for missed_T in missed]
         out: Tensor = self.o_proj(out_THV.flatten(1).unflatten(0, (rows, length)))
-        return out
+        return out, missed[0].sum() / max(1, rows * length) if missed else None
 
     def _step(self, x_B1D: Float[Tensor, "B 1 D"], batch: Step) -> Float[Tensor, "B 1 D"]:
         positions_B1 = batch.positions_B[:, None]

@@ -9,6 +9,7 @@ lines.
 Axes: T tokens, N streams, D width, X = N * D, M mixing weights.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.widening import widened
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """The streams in front of a sublayer, and how they take up its output."""
+
+    x_BSND: Tensor
+    post_TN: Tensor
+    mix_TNN: Tensor
+
+    def write(self, out_BSD: Float[Tensor, "B S D"]) -> Float[Tensor, "B S N D"]:
+        """Stream k becomes post_k out + sum_j mix_jk x_j."""
+        x_TND = self.x_BSND.flatten(0, 1)
+        written_TND = write(x_TND, out_BSD.flatten(0, 1), self.post_TN, self.mix_TNN)
+        return written_TND.view_as(self.x_BSND)
 
 
 def connection_weights(

@@ -15,7 +15,7 @@ Initial values (all from one seed, by parameter name, so that no layout of machi
 Axes: B sequences, S positions, D width, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +26,13 @@ from configs.errors import DataError
 from configs.model import Family, ModelConfig, V4Config
 from configs.train import Precision
 from model.decoder import DecoderLayer, MtpLayer
-from model.dispatch import LocalDispatcher, TokenDispatcher
+from model.dispatch import Dispatcher, LocalDispatcher
 from model.fp8.linear import Linear
 from model.fp8.scheme import Numerics
 from model.hyper import HyperHead, HyperLayer, HyperMtpLayer
 from model.layers import RMSNorm, seeded_normal
 from model.moe import HashGate, MoE, RoutedExperts
-from model.passes import Caches, IndexerPhase, Pass, Remembering, Whole
+from model.passes import Caches, IndexerPhase, LayerReport, Pass, Remembering, Whole
 from model.widening import wide_linear, widened
 
 
@@ -48,8 +48,18 @@ class Predictions:
     after_next_BSD: Tensor | None
     """From the MTP layer: position i predicts token i + 2; the last position has no input."""
     head: Linear
-    indexer_loss: Tensor | None
-    """Sum over sparse attentions of the mean KL of a query, in nats; none if not asked for."""
+    reports: tuple[LayerReport, ...]
+    """What each layer told, in order, the MTP layer's last."""
+
+    @property
+    def indexer_loss(self) -> Float[Tensor, ""] | None:
+        """Sum over sparse attentions of the mean KL of a query, in nats; none if not asked for."""
+        return _sum(report.indexer for report in self.reports)
+
+    @property
+    def balance_loss(self) -> Float[Tensor, ""] | None:
+        """Sum over layers and sequences of the balance loss; none if not asked for."""
+        return _sum(report.balance for report in self.reports)
 
     @property
     def next_BSV(self) -> Float[Tensor, "B S V"]:
@@ -73,9 +83,7 @@ _LAYERS: Mapping[Family, tuple[type[nn.Module], type[nn.Module]]] = {
 class Decoder(nn.Module):
     """Embedding, layers (the MTP layer last, if any) and final norm."""
 
-    def __init__(
-        self, config: ModelConfig, numerics: Numerics, dispatcher: TokenDispatcher
-    ) -> None:
+    def __init__(self, config: ModelConfig, numerics: Numerics, dispatcher: Dispatcher) -> None:
         super().__init__()
         self.config, self.compute = config, numerics.compute
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -92,14 +100,17 @@ class Decoder(nn.Module):
         rows_BSD: Tensor = self.embed_tokens(tokens_BS)
         return rows_BSD if self.compute is None else rows_BSD.to(self.compute)
 
-    def forward(self, batch: Pass) -> Tensor:
-        """The state after the last layer of the main model: [B, S, D], or [B, S, streams, D]."""
+    def forward(self, batch: Pass) -> tuple[Tensor, tuple[LayerReport, ...]]:
+        """The state after the last layer of the main model, [B, S, D] or [B, S, streams, D]; and
+        what its layers report."""
         hidden = self.embed(batch.tokens_BS)
         if self.hc_head is not None:
             hidden = hidden.unsqueeze(2).repeat(1, 1, self.config.streams, 1)
+        reports = []
         for layer in self.layers[: self.config.depth]:
-            hidden = layer(hidden, batch)
-        return hidden
+            hidden, report = layer(hidden, batch)
+            reports.append(report)
+        return hidden, tuple(reports)
 
     def collapse(self, hidden: Tensor) -> Float[Tensor, "B S D"]:
         """The normed state that the output head reads."""
@@ -121,12 +132,13 @@ class Transformer(nn.Module):
         config: ModelConfig,
         *,
         precision: Precision | Numerics = "high",
-        dispatcher: TokenDispatcher | None = None,
+        dispatcher: Dispatcher | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.numerics = precision if isinstance(precision, Numerics) else Numerics(precision)
-        self.model = Decoder(config, self.numerics, dispatcher or LocalDispatcher())
+        dispatcher = dispatcher or LocalDispatcher(config.n_routed_experts)
+        self.model = Decoder(config, self.numerics, dispatcher)
         scheme = self.numerics.of("head")
         self.lm_head = Linear(config.hidden_size, config.vocab_size, scheme)
 
@@ -170,26 +182,36 @@ class Transformer(nn.Module):
         indexer: IndexerPhase = "off",
     ) -> Predictions:
         """The next token and, with an MTP layer, the one after it."""
-        batch = Whole(tokens_BS, segments_BS, indexer=indexer)
-        hidden = self.model(batch)
+        return self.predictions(Whole(tokens_BS, segments_BS, indexer=indexer))
+
+    def predictions(self, batch: Whole, *, ahead: bool = True) -> Predictions:
+        """What `predict` gives, of a pass; not `ahead`, an MTP layer is left out."""
+        hidden, reports = self.model(batch)
         normed_BSD = self.model.collapse(hidden)
         ahead_BSD = None
-        if self.config.num_nextn_predict_layers:
+        if ahead and self.config.num_nextn_predict_layers:
+            tokens_BS = batch.tokens_BS
             mtp = self.model.layers[-1]
             assert isinstance(mtp, MtpLayer | HyperMtpLayer)
             # The last position joins with its own token for want of a next one; it is not scored.
             following_BS = torch.cat([tokens_BS[:, 1:], tokens_BS[:, -1:]], dim=1)
             following_BSD = self.model.embed(following_BS)
-            ahead_BSD = mtp.predict(
+            ahead_BSD, report = mtp.predict(
                 normed_BSD if isinstance(mtp, MtpLayer) else hidden, following_BSD, batch
             )
-        losses = batch.indexer_losses
-        indexer_loss = torch.stack(losses).sum() if losses else None
-        return Predictions(normed_BSD, ahead_BSD, self.lm_head, indexer_loss)
+            reports += (report,)
+        return Predictions(normed_BSD, ahead_BSD, self.lm_head, reports)
 
     def read(self, batch: Pass) -> Float[Tensor, "B S D"]:
         """The normed state after the main model; with caches in `batch`, they are brought up."""
-        return self.model.collapse(self.model(batch))
+        return self.read_and_report(batch)[0]
+
+    def read_and_report(
+        self, batch: Pass
+    ) -> tuple[Float[Tensor, "B S D"], tuple[LayerReport, ...]]:
+        """What `read` gives, and what the layers report."""
+        hidden, reports = self.model(batch)
+        return self.model.collapse(hidden), reports
 
     def logits(self, normed_BSD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
         """What the output head makes of states that `read` gave; in float32 at least."""
@@ -222,6 +244,12 @@ def _check_tokens(tokens_BS: Tensor, vocabulary: int) -> None:
                 f"tokens are {low} to {high}, but the model's are 0 to {vocabulary - 1}; encode "
                 "the text with the model's own tokenizer"
             )
+
+
+def _sum(losses: Iterable[Tensor | None]) -> Tensor | None:
+    """The sum of those that are there, if any are."""
+    found = [loss for loss in losses if loss is not None]
+    return torch.stack(found).sum() if found else None
 
 
 def _logits(normed_BSD: Tensor, head: Linear) -> Tensor:

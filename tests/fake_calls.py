@@ -21,6 +21,8 @@ from model.moe import MoE
 from model.transformer import Transformer
 from stages.pretrain.objective import PretrainLoss
 from tests.ledger import place
+from tests.losses import part_of
+from tests.references import reading
 
 DEVICE = "cuda"
 aten = torch.ops.aten
@@ -94,14 +96,15 @@ def calls_of(
 ) -> dict[str, Any]:
     """What one pass of a part calls, forward and backward: `calls` and `products` by name, `reads`.
 
-    `part` makes the module; it is given one tensor of this shape and type, which needs a gradient.
+    `part` makes the module; it is given one tensor of this shape and type, which needs a gradient,
+    and a pass.
     AssertionError if no gradient reaches a parameter, or one of another type than its own.
     """
     with fake_device(number) as seen:
         with torch.device(DEVICE):
             module, x = part(), torch.empty(shape, dtype=dtype, requires_grad=True)
         seen.calls.clear()
-        y = module(x)
+        y, _ = module(x, reading(x))
         y.backward(torch.empty_like(y))
         assert x.grad is not None and x.grad.device.type == DEVICE
         for name, parameter in module.named_parameters():
@@ -117,7 +120,7 @@ def calls_of_moe(experts: int, tokens: int = 4096) -> dict[str, Any]:
     )
     numerics = Numerics(compute=torch.bfloat16)
     return calls_of(
-        lambda: MoE(config, config.depth - 1, numerics, LocalDispatcher()),
+        lambda: MoE(config, config.depth - 1, numerics, LocalDispatcher(experts)),
         (1, tokens, config.hidden_size),
         number=tokens * config.num_experts_per_tok // experts,
         dtype=torch.bfloat16,
@@ -140,7 +143,7 @@ def calls_of_step(layers: int, tokens: int = 4096) -> dict[str, Any]:
             batch = {"tokens": torch.empty(1, tokens, dtype=torch.int64)}
         seen.calls.clear()
         totals = {"next": float(tokens), "after_next": float(tokens), "sequences": 1.0}
-        value, _ = loss(model, batch, totals)
+        value, _ = part_of(loss, model, batch, totals)
         value.backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, f"no gradient reaches {name}"

@@ -18,6 +18,7 @@ from model.fp8.quantized import Quantized
 from model.fp8.scheme import Numerics
 from model.moe import Gate, MoE
 from model.multiquery import Sight
+from model.passes import Whole
 from model.transformer import Transformer
 
 TINY = V3Config(
@@ -114,6 +115,12 @@ def random_tokens(*shape: int, seed: int = 0, config: ModelConfig = TINY) -> Ten
     """Uniform token ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(config.vocab_size, shape, generator=generator)
+
+
+def reading(x_BSD: Tensor, *, balance: bool = False, routing: bool = False) -> Whole:
+    """A pass for modules that read these rows and not their tokens, which are all 0."""
+    tokens_BS = torch.zeros(x_BSD.shape[:2], dtype=torch.int64, device=x_BSD.device)
+    return Whole(tokens_BS, balance=balance, routing=routing)
 
 
 def quantize_by_tiles(

@@ -52,7 +52,7 @@ def fp8_grouped_swiglu(
     nothing waits for the counts of visits.
     """
     groups = Groups.counted(sent.counts_E, len(sent.rows_N))
-    call = _Call(scheme, groups, sent.by_row(), limit, torch.is_grad_enabled())
+    call = _Call(scheme, groups, sent.by_row(), limit, torch.is_grad_enabled(), sent.x8_RD)
     result: Tensor = _Fp8Experts.apply(sent.x_RD, sent.gates_N, call, gate_up_EJD, down_EDI)
     return result
 
@@ -84,6 +84,8 @@ class _Call:
     limit: float | None
     learning: bool
     """Whether a backward pass may follow."""
+    x8_RD: Quantized | None = None
+    """The rows, if they are quantised already."""
 
     def visited(self, x_RD: Tensor) -> Tensor:
         """The row of each visit."""
@@ -111,7 +113,7 @@ class _Fp8Experts(torch.autograd.Function):
     ) -> Tensor:
         scheme, groups = call.scheme, call.groups
         backend = scheme.backend(x_RD.device)
-        x8_RD = scheme.activations(x_RD)
+        x8_RD = scheme.activations(x_RD) if call.x8_RD is None else call.x8_RD
         *gate_up, down = weights
         gate_up8 = _gate_up_weights(scheme, gate_up, call.learning)
         down8 = scheme.weights(down, learning=call.learning)

@@ -78,6 +78,10 @@ class Recorder:
         """Watch no longer; what was seen stays until the next start."""
         self.watching = False
 
+    def resting(self) -> "Resting":
+        """Watch nothing within: what is computed a second time was seen the first."""
+        return Resting(self)
+
     def forget(self) -> None:
         """Free the scales that were seen; tallies stay."""
         self._scales = []
@@ -109,6 +113,19 @@ class Recorder:
     def role(self, place: int) -> str:
         """The role of the operand that was seen as number `place` since the start, from 0."""
         return self._scales[place][0]
+
+
+class Resting:
+    """A context that can be entered again, as those of a recomputation may be."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder, self._watching = recorder, False
+
+    def __enter__(self) -> None:
+        self._watching, self._recorder.watching = self._recorder.watching, False
+
+    def __exit__(self, *_: object) -> None:
+        self._recorder.watching = self._watching
 
 
 def tally(x: Tensor | Quantized, q: Quantized) -> Tally:

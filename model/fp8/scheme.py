@@ -73,6 +73,11 @@ class Fp8:
         """What casts and multiplies tensors on `device`; MachineError if nothing can."""
         return backend_for(device, self.backend_name)
 
+    @property
+    def by_row(self) -> bool:
+        """Whether each row of an input is quantised by itself, whatever stands beside it."""
+        return self.config.scaling != "tensor"
+
     def activations(self, x: Tensor) -> Quantized:
         """x [T, I] for the forward product, by tiles of 1 x 128."""
         return self._quantize("activations", x, ACTIVATION)

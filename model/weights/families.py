@@ -4,7 +4,7 @@ A checkpoint is any mapping from stored names to tensors; `StoredTensors` reads 
 they are asked for, so that a model is never in memory twice.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -49,7 +49,7 @@ def assemble(
     config: ModelConfig,
     layout: Mapping[str, Tensor],
     stored: Mapping[str, Tensor],
-    experts: Mapping[str, range] | None = None,
+    experts: Mapping[str, Sequence[int]] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Each tensor of `layout`, newly made of what is stored, one at a time.
 
@@ -145,13 +145,15 @@ def _assembled(
     return made
 
 
-def _of_experts(pieces: Iterable[tuple[str, Part]], local: range) -> Iterator[tuple[str, Part]]:
+def _of_experts(
+    pieces: Iterable[tuple[str, Part]], local: Sequence[int]
+) -> Iterator[tuple[str, Part]]:
     """The parts of some of a stack's experts, where they lie in a stack of these alone."""
     for name, part in pieces:
         expert, *rest = part.index
         assert isinstance(expert, int)
         if expert in local:
-            yield name, replace(part, index=(expert - local.start, *rest))
+            yield name, replace(part, index=(local.index(expert), *rest))
 
 
 def _begun_by(table: Table, name: str) -> Iterator[tuple[str, ...]]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from cluster.pool import Score
 from cluster.trainer import LossSpec
 from configs.rl import GrpoConfig, PosttrainConfig
-from model.transformer import Transformer
+from model.passes import Whole
+from model.transformer import Predictions, Transformer
 from stages.framing import EOS_ID
 from stages.posttrain.objective import advantages, grpo_loss, require_finite, token_logprobs
 from stages.posttrain.rollout import ScoredRollout, collate
@@ -44,11 +45,22 @@ class GrpoLoss:
                 require_finite(name, batch[name], batch["mask"])
         return {"sequences": float(batch["tokens"].shape[0])}
 
+    @property
+    def ahead(self) -> bool:
+        """Answers are drawn one token at a time."""
+        return False
+
+    def reads(self, batch: Mapping[str, Tensor]) -> Whole:
+        """Prompts with their answers."""
+        return Whole(batch["tokens"])
+
     def __call__(
-        self, model: Transformer, batch: Mapping[str, Tensor], totals: Mapping[str, float]
+        self, predicted: Predictions, batch: Mapping[str, Tensor], totals: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's part of the loss and of its metrics."""
-        logprobs_NT = NextTokenLogprobs(self.temperature)(model, batch)
+        logprobs_NT = token_logprobs(
+            predicted.next_BSV, batch["tokens"], temperature=self.temperature
+        )
         behaviour_NT = batch["behaviour_logprobs"]
         loss, metrics = grpo_loss(
             logprobs_NT,

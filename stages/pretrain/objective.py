@@ -10,11 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from model.balance import sequence_balance_loss
 from model.fp8.linear import Linear
 from model.loss import UNSCORED, cross_entropy
 from model.passes import IndexerPhase, Whole
-from model.transformer import Transformer
+from model.transformer import Predictions, Transformer
 from stages.framing import BOS_ID
 from stages.segments import segments_of
 
@@ -50,13 +49,22 @@ class PretrainLoss:
             "sequences": float(batch["tokens"].shape[0]),
         }
 
+    @property
+    def ahead(self) -> bool:
+        """Two tokens are predicted."""
+        return True
+
+    def reads(self, batch: Mapping[str, Tensor]) -> Whole:
+        """Rows of documents, whose balance is reported."""
+        tokens_BS = batch["tokens"]
+        segments_BS = None if self.attend_across_documents else segments_of(tokens_BS)
+        return Whole(tokens_BS, segments_BS, indexer=self.indexer, balance=True)
+
     def __call__(
-        self, model: Transformer, batch: Mapping[str, Tensor], totals: Mapping[str, float]
+        self, predicted: Predictions, batch: Mapping[str, Tensor], totals: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's part of the loss; `next_token_loss` and the others are parts too."""
         tokens_BS = batch["tokens"]
-        segments_BS = None if self.attend_across_documents else segments_of(tokens_BS)
-        predicted = model.predict(tokens_BS, segments_BS, indexer=self.indexer)
         next_BS, after_BS = scored_targets(tokens_BS)
         main = (
             _cross_entropy(predicted.next_BSD, predicted.head, tokens_BS, next_BS) / totals["next"]
@@ -74,7 +82,8 @@ class PretrainLoss:
             indexer = predicted.indexer_loss * share
             loss = loss + self.indexer_weight * indexer
             metrics["indexer_loss"] = indexer.detach()
-        balance = self._balance(model, tokens_BS.shape) / totals["sequences"]
+        found = predicted.balance_loss
+        balance = main.new_zeros(()) if found is None else found / totals["sequences"]
         metrics["balance_loss"] = balance.detach()
         return loss + self.balance_weight * balance, metrics
 
@@ -92,17 +101,6 @@ class PretrainLoss:
         next_BS, _ = scored_targets(tokens_BS)
         rows = zip(normed_BSD.split(1), tokens_BS.split(1), next_BS.split(1), strict=True)
         return torch.stack([_cross_entropy(n, model.lm_head, t, s) for n, t, s in rows])
-
-    def _balance(self, model: Transformer, shape: torch.Size) -> Tensor:
-        total = torch.zeros((), device=model.lm_head.weight.device)
-        for block in model.moe_layers().values():
-            if block.bias_E is None:
-                continue
-            assert block.routing is not None
-            experts_TK, scores_TE = block.routing
-            scores_BSE = scores_TE.unflatten(0, shape)
-            total = total + sequence_balance_loss(scores_BSE, experts_TK.shape[1]).sum()
-        return total
 
 
 def scored_targets(

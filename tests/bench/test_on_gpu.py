@@ -22,6 +22,7 @@ from tests.bench.gpu import conversion, models, profile, repeats, setting, waits
 from tests.bench.gpu.rows import FAILED, Row, as_json, attempted, cell, from_json, line, ratio, why
 from tests.bench.gpu.setting import Setting, interleaved
 from tests.bench.on_gpu import Part, apart
+from tests.losses import part_of
 
 HERE = Setting(torch.device("cpu"), short=True)
 ELSEWHERE = Setting(torch.device("cuda"))
@@ -282,7 +283,7 @@ def test_a_step_of_each_model_has_all_its_gradients(config: Any) -> None:
         model = Transformer(config, precision=numerics).train()
     batch, loss = models.batch_of(config, (1, 64), documents=1)
     there = {"tokens": batch["tokens"].to("meta")}
-    loss(model, there, loss.counts(batch))[0].backward()
+    part_of(loss, model, there, loss.counts(batch))[0].backward()
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
 
 

@@ -15,6 +15,7 @@ from configs.reading import load_recipe
 from configs.train import Precision
 from stages.pretrain.objective import PretrainLoss
 from tests.bench import machine
+from tests.references import reading
 
 pytestmark = pytest.mark.slow
 
@@ -131,7 +132,7 @@ def kept_by(one: Trainer, part: str, sequences: int) -> int:
     tokens, width = TINY.data.sequence_tokens, model.config.hidden_size
     dtype = model.lm_head.weight.dtype
     x_BSD = torch.randn(sequences, tokens, width, dtype=dtype, requires_grad=True)
-    return kept_bytes(block, lambda: block(x_BSD))
+    return kept_bytes(block, lambda: block(x_BSD, reading(x_BSD))[0])
 
 
 @pytest.mark.parametrize("part", ["model", "MoE block"])

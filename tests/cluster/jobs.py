@@ -14,7 +14,8 @@ from cluster.fit import FitJob
 from cluster.output import Output
 from cluster.trainer import LossSpec
 from configs.train import BalanceConfig, OptimConfig
-from model.transformer import Transformer
+from model.passes import Whole
+from model.transformer import Predictions, Transformer
 from stages.telemetry import open_metrics
 from tests.references import TINY
 from tests.supplies import saves_of
@@ -35,12 +36,20 @@ class NextToken:
         """Sequences on this rank."""
         return {"sequences": float(len(batch["tokens"]))}
 
+    @property
+    def ahead(self) -> bool:
+        """Two tokens are predicted."""
+        return True
+
+    def reads(self, batch: Mapping[str, Tensor]) -> Whole:
+        """The rows."""
+        return Whole(batch["tokens"])
+
     def __call__(
-        self, model: Transformer, batch: Mapping[str, Tensor], totals: Mapping[str, float]
+        self, predicted: Predictions, batch: Mapping[str, Tensor], totals: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, float]]:
         """This rank's part."""
         tokens = batch["tokens"]
-        predicted = model.predict(tokens)
         assert predicted.after_next_BSV is not None
         parts = [
             F.cross_entropy(
@@ -79,6 +88,16 @@ def next_logprobs(model: Transformer, batch: Mapping[str, Tensor]) -> Tensor:
     tokens = batch["tokens"]
     logprobs = (model(tokens)[:, :-1] / 0.7).log_softmax(-1)
     return F.pad(logprobs.gather(-1, tokens[:, 1:, None]).squeeze(-1), (0, 1))
+
+
+def repeatable(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step tells that is the same whenever it is taken from the same state."""
+    return {
+        name: value
+        for name, value in report.items()
+        # Weights were sent before, if the step is not the first of its process.
+        if not name.endswith("_seconds") and name != "reduction/weight_bytes"
+    }
 
 
 def allowed() -> None:

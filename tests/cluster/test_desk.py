@@ -11,6 +11,7 @@ import torch
 from cluster.checkpoint import save_shard, step_folder
 from cluster.desk import Desk, FarDesk, open_desk
 from cluster.files import COMPLETE
+from cluster.save_state import SaveState
 from configs.errors import DataError, MachineError
 from configs.parallel import ClusterConfig
 from stages.steps import read_metrics
@@ -55,7 +56,7 @@ def test_steps_marks_and_failures_are_written_before_a_call_returns(
     (builder / "earlier").mkdir()
     for step in (3, 6, 9):
         save_shard(step_folder(saves, step), {"any": torch.ones(1)}, {}, rank=0, world=1)
-        desk.complete(step)
+        desk.complete(SaveState(step))
     assert sorted(saves.glob("step-*")) == [step_folder(saves, step) for step in (6, 9)]
     assert (step_folder(saves, 9) / COMPLETE).is_file()
     assert not (builder / "earlier").exists()

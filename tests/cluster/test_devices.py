@@ -26,14 +26,18 @@ from cluster.fit import fit
 from cluster.output import Output
 from cluster.places import Places, deadlines, share_out, timeout_env
 from cluster.pool import TrainerPool
+from cluster.save_state import SaveState
 from cluster.session import ray_for, worker_env
 from cluster.supply import Supply
+from cluster.trainer import build_trainer
 from cluster.workers import Worker, WorkerDied, gather, open_workers
 from configs.errors import MachineError
 from configs.parallel import ClusterConfig
-from tests.cluster.jobs import NextToken, job
+from configs.train import BalanceConfig
+from tests.cluster.jobs import OPTIM, NextToken, job
 from tests.cluster.standins import found, stand_in
 from tests.ranks import on_ranks
+from tests.references import TINY
 from tests.supplies import local
 
 LISTS = ("CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
@@ -322,7 +326,7 @@ def test_a_save_is_not_continued_in_another_type(
     folder = begun.saves.root / "step-00000002"
     folder.mkdir(parents=True)
     (folder / "rank-0-of-1.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
-    begun.saves.complete(2)
+    begun.saves.complete(SaveState(2))
     narrow = stand_in(compute=torch.bfloat16)
     monkeypatch.setattr(session, "backend_of", lambda machines: narrow)
     told = (
@@ -338,13 +342,28 @@ def test_a_save_is_not_continued_in_another_type(
     TrainerPool([], machines, begun.output, stand_in()).load(folder, step=2)
 
 
-def test_a_pool_marks_its_saves_with_the_type(machines: ClusterConfig, tmp_path: Path) -> None:
-    begun = job(tmp_path, NextToken())
-    pool = TrainerPool([], machines, begun.output, stand_in(compute=torch.bfloat16))
+def test_a_pool_marks_its_saves_with_the_type(
+    machines: ClusterConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, narrow = job(tmp_path, NextToken()), stand_in(compute=torch.bfloat16)
+    pool = TrainerPool([], machines, begun.output, narrow)
+    one = build_trainer(
+        TINY, optim=OPTIM, balance=BalanceConfig(), precision="high", seed=0, backend=narrow
+    )
+
+    def asked(verb: str, folder: Path, *more: object) -> list[SaveState]:
+        """What the only worker would answer."""
+        if verb == "save":
+            one.save(folder)
+        return [one.save_state()]
+
+    monkeypatch.setattr(pool, "_all", asked)
     folder = begun.saves.root / "step-00000002"
-    folder.mkdir(parents=True)
     pool.save(begun.saves, step=2)
+    assert begun.saves.newest() == (folder, 2)
     pool.load(folder, step=2)
+    with pytest.raises(MachineError, match="was computed in bfloat16, and cuda computes in float3"):
+        TrainerPool([], machines, begun.output, stand_in()).load(folder, step=2)
 
 
 @pytest.mark.parametrize("backend", [CPU, stand_in()], ids=["host", "device"])

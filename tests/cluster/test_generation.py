@@ -10,7 +10,9 @@ import ray
 import torch
 from torch import Tensor
 
-from cluster.generation import GenerationPool, Sample, Sampling, merge_shards, open_generation
+from cluster.checkpoint import by_expert, merged
+from cluster.generation import GenerationPool, Sample, Sampling, open_generation
+from cluster.models import experts_here
 from cluster.output import Output
 from cluster.workers import WorkerDied
 from configs.errors import DataError, IngotError, MachineError
@@ -83,16 +85,20 @@ def assert_drawn_from(model: Transformer, found: list[Sample], count: int, versi
 
 def shards(model: Transformer) -> list[dict[str, Tensor]]:
     """What two trainer ranks would hand over."""
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    second = {name: state[name][4:] for name in state if ".experts." in name}
-    return [state | {name: state[name][:4] for name in second}, second]
+    state, experts = model.state_dict(), experts_here(model)
+    odd, even = (1, 3, 5, 7), (6, 4, 2, 0)
+    stacks = {name: state.pop(name) for name in list(state) if ".experts." in name}
+    return [
+        by_expert({n: t[list(own)] for n, t in stacks.items()} | rest, dict.fromkeys(experts, own))
+        for own, rest in ((odd, {}), (even, state))
+    ]
 
 
-def test_shards_of_experts_are_stacked_in_rank_order() -> None:
+def test_shards_of_experts_are_stacked_by_number() -> None:
     model = random_model(seed=3)
-    merged = merge_shards(shards(model))
-    assert set(merged) == set(model.state_dict())
-    assert all(torch.equal(merged[n], t) for n, t in model.state_dict().items())
+    whole = merged(shards(model))
+    assert set(whole) == set(model.state_dict())
+    assert all(torch.equal(whole[n], t) for n, t in model.state_dict().items())
 
 
 def test_a_pool_draws_what_one_model_draws(pool: GenerationPool) -> None:

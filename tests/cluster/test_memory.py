@@ -23,7 +23,7 @@ from cluster.trainer import Trainer, build_trainer
 from configs.errors import MachineError
 from configs.parallel import ClusterConfig
 from configs.train import BalanceConfig
-from model.transformer import Transformer
+from model.transformer import Predictions, Transformer
 from model.weights.files import save_pretrained
 from stages.steps import read_metrics
 from tests.cluster.jobs import OPTIM, STEPS, NextToken, RandomBatches, job, saves
@@ -48,17 +48,18 @@ class Full(NextToken):
     device: bool = False
 
     def __call__(
-        self, model: Transformer, batch: Mapping[str, Tensor], totals: Mapping[str, float]
+        self, predicted: Predictions, batch: Mapping[str, Tensor], totals: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, float]]:
         """As ever, until the moment."""
-        calls = getattr(model, "calls", 0) + 1
-        model.calls = calls  # type: ignore[assignment]
+        # The head is of the process's model; the loss itself is another with every call.
+        calls = getattr(predicted.head, "calls", 0) + 1
+        predicted.head.calls = calls  # type: ignore[assignment]
         is_last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
         if is_last and calls >= self.begin:
             if self.device:
                 raise torch.OutOfMemoryError(CUDA_SAYS)
             asks_for_too_much()
-        return super().__call__(model, batch, totals)
+        return super().__call__(predicted, batch, totals)
 
 
 def trainer() -> Trainer:

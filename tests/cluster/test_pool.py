@@ -13,8 +13,7 @@ import torch
 
 from cluster import pool as pool_module
 from cluster.backend import CPU
-from cluster.checkpoint import step_folder
-from cluster.generation import merge_shards
+from cluster.checkpoint import merged, step_folder
 from cluster.output import Output
 from cluster.pool import TrainerPool, TrainerSpec, _TrainWorker, open_trainers
 from cluster.trainer import build_trainer
@@ -23,7 +22,7 @@ from configs.errors import ConfigError, MachineError, TrainingError
 from configs.parallel import ClusterConfig
 from configs.train import BalanceConfig
 from model.weights.files import save_pretrained
-from tests.cluster.jobs import OPTIM, NextToken, RandomBatches, next_logprobs
+from tests.cluster.jobs import OPTIM, NextToken, RandomBatches, next_logprobs, repeatable
 from tests.references import TINY, random_model
 from tests.supplies import local, saves_of
 
@@ -69,10 +68,10 @@ def test_a_pool_trains_as_one_trainer_does(pool: TrainerPool, tmp_path: Path) ->
         found_report, report = pool.optim_step(RATE), alone.optim_step(RATE)
         assert found_report["grad_norm"] == pytest.approx(report["grad_norm"], rel=1e-4)
         assert found_report["expert_load"] == report["expert_load"]
-    merged = merge_shards(ray.get(pool.weights()))
-    assert set(merged) == set(alone.model.state_dict())
+    whole = merged(ray.get(pool.weights()))
+    assert set(whole) == set(alone.model.state_dict())
     for name, tensor in alone.model.state_dict().items():
-        torch.testing.assert_close(merged[name], tensor, rtol=0, atol=5e-5, msg=name)
+        torch.testing.assert_close(whole[name], tensor, rtol=0, atol=5e-5, msg=name)
 
     # The reference stays where the pool began.
     tokens = batch(9)["tokens"]
@@ -96,7 +95,8 @@ def test_a_pool_trains_as_one_trainer_does(pool: TrainerPool, tmp_path: Path) ->
     saved = saves.newest()
     assert saved == (step_folder(saves.root, 2), 2)
     pool.load(saved[0], step=2)
-    assert pool.forward_backward(batch(3), NextToken()) | pool.optim_step(RATE) == after
+    again = pool.forward_backward(batch(3), NextToken()) | pool.optim_step(RATE)
+    assert repeatable(again) == repeatable(after)
 
     # An error in a rank is raised here as itself, and no step can follow it.
     with pytest.raises(TrainingError, match="not finite"):
@@ -122,9 +122,13 @@ def test_copies_of_experts_train_and_tell_as_one_trainer_does(
         first, second = ray.get(copies.weights())
         tokens = batch(9)["tokens"]
         reference_NT = copies.reference({"tokens": tokens}, next_logprobs)
-    assert not second
-    for name, tensor in alone.model.state_dict().items():
-        torch.testing.assert_close(first[name], tensor, rtol=0, atol=5e-5, msg=name)
+    # Each tells what it owns, experts whole, and nothing is told twice.
+    assert not first.keys() & second.keys()
+    told, expected = merged([first, second]), alone.model.state_dict()
+    assert told.keys() == expected.keys()
+    assert first and second
+    for name, tensor in expected.items():
+        torch.testing.assert_close(told[name], tensor, rtol=0, atol=5e-5, msg=name)
     with torch.no_grad():
         logprobs_NTV = (model(tokens)[:, :-1] / 0.7).log_softmax(-1)
     wanted_NT = logprobs_NTV.gather(-1, tokens[:, 1:, None]).squeeze(-1)

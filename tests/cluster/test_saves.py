@@ -11,6 +11,7 @@ from cluster import checkpoint, place
 from cluster.checkpoint import mark_complete, save_shard, step_folder
 from cluster.files import COMPLETE
 from cluster.mirror import Mirror
+from cluster.save_state import SaveState
 from cluster.saves import Saves
 from cluster.supply import Supply
 from pipeline.carrier import Carrier
@@ -45,7 +46,7 @@ def test_shards_of_other_machines_come_to_where_a_save_is_marked(saves: Saves) -
     shard(saves, 8, 0)
     shard(saves, 8, 1, 5.0, far=True)
     assert saves.newest() is None
-    saves.complete(8)
+    saves.complete(SaveState(8))
     assert saves.newest() == (step_folder(saves.root, 8), 8)
     assert checkpoint.load_shards(step_folder(saves.root, 8))["of1"].tolist() == [5.0] * 4
 
@@ -54,7 +55,7 @@ def test_a_save_is_in_the_store_for_all_before_anybody_continues_from_it(saves: 
     """Whatever the driver's machine has not sent yet by itself."""
     shard(saves, 8, 0)
     shard(saves, 8, 1, far=True)
-    saves.complete(8)
+    saves.complete(SaveState(8))
     assert set(stored(saves)) == {"step-00000008/rank-1-of-2.safetensors"}
     assert saves.choose() == (step_folder(saves.root, 8), 8)
     assert len(stored(saves)) == 3
@@ -72,7 +73,7 @@ def test_shards_of_two_attempts_are_never_joined(saves: Saves) -> None:
     """The first attempt at step 16 wrote rank 0 here and rank 1 elsewhere, and no mark."""
     for rank in (0, 1):
         shard(saves, 8, rank)
-    saves.complete(8)
+    saves.complete(SaveState(8))
     shard(saves, 16, 0, 1.0)
     shard(saves, 16, 1, 1.0, far=True)
     assert saves.choose() == (step_folder(saves.root, 8), 8)
@@ -81,7 +82,7 @@ def test_shards_of_two_attempts_are_never_joined(saves: Saves) -> None:
     # The second one has its ranks the other way round.
     shard(saves, 16, 0, 2.0, far=True)
     shard(saves, 16, 1, 2.0)
-    saves.complete(16)
+    saves.complete(SaveState(16))
     assert saves.newest() == (step_folder(saves.root, 16), 16)
     found = checkpoint.load_shards(step_folder(saves.root, 16))
     assert found["of0"].tolist() == found["of1"].tolist() == [2.0] * 4
@@ -91,7 +92,7 @@ def test_a_save_whose_shard_is_gone_is_passed_over_for_the_one_before_it(saves: 
     for step in (8, 16):
         shard(saves, step, 0)
         shard(saves, step, 1, far=True)
-        saves.complete(step)
+        saves.complete(SaveState(step))
     address = saves.supply.mirror.address(step_folder(saves.root, 16))
     place.delete(f"{address}/rank-1-of-2.safetensors")
     assert saves.choose() == (step_folder(saves.root, 8), 8)
@@ -103,7 +104,7 @@ def test_old_saves_leave_the_store_with_the_shards_of_other_machines(saves: Save
         for step in (8, 16, 24, 32):
             shard(saves, step, 0)
             shard(saves, step, 1, far=True)
-            saves.complete(step)
+            saves.complete(SaveState(step))
             carrier.carry()
         assert {name.partition("/")[0] for name in stored(saves)} == {
             "step-00000024",
@@ -134,7 +135,7 @@ def test_what_was_deleted_here_before_its_mark_was_sent_leaves_the_store_too(sav
         for step in (8, 16, 24, 32):
             shard(saves, step, 0)
             shard(saves, step, 1, far=True)
-            saves.complete(step)
+            saves.complete(SaveState(step))
         shard(saves, 40, 1, far=True)
         assert "step-00000008/rank-1-of-2.safetensors" in stored(saves)
         carrier.carry()
@@ -154,7 +155,7 @@ def test_of_several_saves_the_newest_is_sent_first(
         for step in (8, 16):
             for rank in (0, 1):
                 shard(saves, step, rank)
-            saves.complete(step)
+            saves.complete(SaveState(step))
         monkeypatch.setattr(place, "send", lambda path, address: sent.append(address))
         carrier.carry()
         names = ("rank-0-of-2.safetensors", "rank-1-of-2.safetensors", COMPLETE)
@@ -180,7 +181,7 @@ def test_state_that_is_no_save_stays_in_the_store_beside_marks(saves: Saves) -> 
         assert set(place.sizes(mirror.address(saves.root.parent))) == beside | sent
         for rank in (0, 1):
             shard(saves, 8, rank)
-        saves.complete(8)
+        saves.complete(SaveState(8))
         carrier.carry()
         assert beside | sent < set(place.sizes(mirror.address(saves.root.parent)))
     finally:
@@ -212,7 +213,7 @@ def test_the_only_whole_save_in_the_store_stays_while_newer_ones_come_and_go(
         step = next(steps)
         for rank in (0, 1):
             shard(saves, step, rank)
-        saves.complete(step)
+        saves.complete(SaveState(step))
 
     def slow(path: Path, address: str) -> None:
         if path.name.startswith("rank-0"):
@@ -223,7 +224,7 @@ def test_the_only_whole_save_in_the_store_stays_while_newer_ones_come_and_go(
     try:
         for rank in (0, 1):
             shard(saves, 8, rank)
-        saves.complete(8)
+        saves.complete(SaveState(8))
         carrier.carry()
         make()
         monkeypatch.setattr(place, "send", slow)

@@ -31,7 +31,8 @@ def test_attention_is_the_papers_head_by_head(q_lora_rank: int | None, masked: b
     segments_BS = torch.zeros(2, 9, dtype=torch.int64)
     segments_BS[1, 5:] = 1
     tokens_BS = torch.zeros(2, 9, dtype=torch.int64)
-    found = block(x_BSD, Whole(tokens_BS, segments_BS if masked else None))
+    found, loss = block(x_BSD, Whole(tokens_BS, segments_BS if masked else None))
+    assert loss is None
     for row in range(2):
         expected, _ = latent_attention(block, x_BSD[row], mask_BSS[row])
         torch.testing.assert_close(found[row].double(), expected, rtol=1e-4, atol=1e-5)

@@ -61,9 +61,9 @@ def test_long_and_short_ways_agree_in_output_gradients_and_losses(
     for chunk, gather_factor in ((1, 0), (1000, 1000)):
         batch = whole(x_BSD, segments, indexer=phase)
         with chunked(block, chunk, gather_factor):
-            out = block(x_BSD, batch)
-        losses = batch.indexer_losses
-        assert len(losses) == (kind == "csa" and phase != "off")
+            out, loss = block(x_BSD, batch)
+        assert (loss is not None) == (kind == "csa" and phase != "off")
+        losses = [] if loss is None else [loss]
         (out.square().sum() + sum(losses)).backward()
         gradients = {n: p.grad for n, p in block.named_parameters()} | {"x": x_BSD.grad}
         found.append((out.detach(), [loss.detach() for loss in losses], gradients))
@@ -104,7 +104,7 @@ def test_documents_do_not_see_each_other_wherever_they_are_cut(kind: str) -> Non
     block = attention(kind)
     segments = documents(5, 9, 13, 1, 12)
     x_BSD = normal(1, 40, 32).float().requires_grad_()
-    out_BSD = block(x_BSD, whole(x_BSD, segments))
+    out_BSD, _ = block(x_BSD, whole(x_BSD, segments))
     for i in range(5):
         (gradient,) = torch.autograd.grad(out_BSD[segments == i].sum(), x_BSD, retain_graph=True)
         assert gradient[segments == i].any(-1).all()
@@ -118,8 +118,8 @@ def test_a_document_reads_the_same_wherever_whole_blocks_put_it(kind: str, yarn:
     scaling = {"factor": 16.0, "original_max_position_embeddings": 32}
     block = attention(kind, rope_scaling=scaling if yarn else None)
     x_BSD = normal(1, 50, 32).float()
-    packed = block(x_BSD, whole(x_BSD, documents(16, 34)))
-    alone = block(x_BSD[:, 16:], whole(x_BSD[:, 16:]))
+    packed, _ = block(x_BSD, whole(x_BSD, documents(16, 34)))
+    alone, _ = block(x_BSD[:, 16:], whole(x_BSD[:, 16:]))
     torch.testing.assert_close(packed[:, 16:], alone, rtol=1e-4, atol=1e-4)
 
 
@@ -127,7 +127,7 @@ def test_a_document_reads_the_same_wherever_whole_blocks_put_it(kind: str, yarn:
 def test_nothing_depends_on_later_tokens(kind: str) -> None:
     block = attention(kind)
     x_BSD = normal(1, 40, 32).float().requires_grad_()
-    out_BSD = block(x_BSD, whole(x_BSD))
+    out_BSD, _ = block(x_BSD, whole(x_BSD))
     for t in (0, 7, 8, 22):
         (gradient,) = torch.autograd.grad(out_BSD[0, t].sum(), x_BSD, retain_graph=True)
         assert not gradient[0, t + 1 :].any()
@@ -151,7 +151,7 @@ def test_an_indexer_learns_how_attention_spreads_over_blocks(phase: str) -> None
     assert isinstance(block.compressor, PickingCompressor)
     indexer, sight = block.compressor.indexer, Sight(window=8, ratio=4)
     batch = whole(x_BSD, indexer=phase)
-    block(x_BSD, batch)
+    _, loss = block(x_BSD, batch)
 
     positions, table = torch.arange(40), block._rotary(40, x_BSD.device)
     latent = block.q_a_norm(block.q_a_proj(x_BSD))
@@ -167,7 +167,7 @@ def test_an_indexer_learns_how_attention_spreads_over_blocks(phase: str) -> None
         mass = plain_block_mass(block, x_BSD, sight)
     assert not seen[:, 0].any(), "some query must see nothing"
     expected = divergence(scores, mass, seen).sum() / 40
-    torch.testing.assert_close(batch.indexer_losses[0], expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("phase", ["dense", "sparse"])
@@ -175,12 +175,13 @@ def test_language_and_indexer_losses_train_parameters_apart(phase: str) -> None:
     block = attention("csa")
     x_BSD = normal(2, 40, 32).float().requires_grad_()
     batch = whole(x_BSD, indexer=phase)
-    block(x_BSD, batch).square().sum().backward(retain_graph=True)
+    out_BSD, loss = block(x_BSD, batch)
+    out_BSD.square().sum().backward(retain_graph=True)
     reached = {name for name, p in block.named_parameters() if p.grad is not None}
     assert not any("indexer" in name for name in reached)
     block.zero_grad()
     x_BSD.grad = None
-    batch.indexer_losses[0].backward()
+    loss.backward()
     taught = {name for name, p in block.named_parameters() if p.grad is not None and p.grad.any()}
     assert taught == {n for n, _ in block.named_parameters()} - reached
     assert x_BSD.grad is None
@@ -198,8 +199,8 @@ def test_gradients_of_the_indexer_loss_are_those_of_finite_differences(phase: st
         moved = zip(parameters.items(), directions, strict=True)
         values = {name: p + step * direction for (name, p), direction in moved}
         batch = whole(x_BSD, indexer=phase)
-        torch.func.functional_call(block, values, (x_BSD, batch))
-        return batch.indexer_losses[0]
+        missed: Tensor = torch.func.functional_call(block, values, (x_BSD, batch))[1]
+        return missed
 
     found = torch.autograd.grad(loss(0.0), list(parameters.values()))
     slope = sum((g * d).sum() for g, d in zip(found, directions, strict=True))
@@ -211,10 +212,10 @@ def test_gradients_of_the_indexer_loss_are_those_of_finite_differences(phase: st
 def test_texts_of_few_blocks_need_no_indexer_and_give_what_choosing_all_gives() -> None:
     few, all_of_them = attention("csa", index_topk=5), attention("csa", index_topk=100)
     x_BSD = normal(2, 23, 32).float()
-    torch.testing.assert_close(few(x_BSD, whole(x_BSD)), all_of_them(x_BSD, whole(x_BSD)))
+    torch.testing.assert_close(few(x_BSD, whole(x_BSD))[0], all_of_them(x_BSD, whole(x_BSD))[0])
     x_BSD = normal(2, 24, 32).float()
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(few(x_BSD, whole(x_BSD)), all_of_them(x_BSD, whole(x_BSD)))
+        torch.testing.assert_close(few(x_BSD, whole(x_BSD))[0], all_of_them(x_BSD, whole(x_BSD))[0])
 
 
 @pytest.mark.parametrize("scheme", [None, Fp8("attention")], ids=["high", "fp8"])
@@ -244,7 +245,7 @@ def test_projections_run_in_fp8_but_compressors_gates_and_head_weights_do_not(ki
     rough = random_model(config, precision="fp8").model.layers[KINDS[kind]].self_attn
     assert isinstance(rough, CompressedAttention)
     x_BSD = normal(2, 20, 32).float().requires_grad_()
-    found, exact = rough(x_BSD, whole(x_BSD)), attention(kind)(x_BSD, whole(x_BSD))
+    found, exact = (block(x_BSD, whole(x_BSD))[0] for block in (rough, attention(kind)))
     # Five roundings of 2^-4 at most each, most of which cancel; but rounded they must be.
     error = float((found - exact).norm().detach() / exact.norm().detach())
     assert 1e-3 < error < 0.2
@@ -257,7 +258,7 @@ def test_window_layers_turn_by_their_own_frequencies_without_yarn() -> None:
     x_BSD = normal(1, 30, 32).float()
 
     def out(kind: str, **changes: object) -> Tensor:
-        read: Tensor = attention(kind, **changes)(x_BSD, whole(x_BSD))
+        read: Tensor = attention(kind, **changes)(x_BSD, whole(x_BSD))[0]
         return read
 
     for kind in KINDS:
@@ -280,9 +281,9 @@ def test_window_layers_turn_by_their_own_frequencies_without_yarn() -> None:
 def test_magnitudes_are_not_scaled_whatever_the_scaling_says_of_them() -> None:
     scaling = {"factor": 16.0, "original_max_position_embeddings": 32}
     x_BSD = normal(1, 30, 32).float()
-    plain = attention("csa", rope_scaling=scaling)(x_BSD, whole(x_BSD))
+    plain, _ = attention("csa", rope_scaling=scaling)(x_BSD, whole(x_BSD))
     zeros = scaling | {"mscale": 0.0, "mscale_all_dim": 0.0}
-    assert torch.equal(attention("csa", rope_scaling=zeros)(x_BSD, whole(x_BSD)), plain)
+    assert torch.equal(attention("csa", rope_scaling=zeros)(x_BSD, whole(x_BSD))[0], plain)
 
 
 def test_a_text_shorter_than_any_block_is_read_by_the_window_alone() -> None:
@@ -290,8 +291,7 @@ def test_a_text_shorter_than_any_block_is_read_by_the_window_alone() -> None:
     for kind in KINDS:
         block = attention(kind)
         for phase in ("off", "dense", "sparse"):
-            batch = whole(x_BSD, indexer=phase)
-            assert torch.isfinite(block(x_BSD, batch)).all()
-            assert [float(loss) for loss in batch.indexer_losses] == [0.0] * len(
-                batch.indexer_losses
-            )
+            out_BSD, loss = block(x_BSD, whole(x_BSD, indexer=phase))
+            assert torch.isfinite(out_BSD).all()
+            assert (loss is not None) == (kind == "csa" and phase != "off")
+            assert loss is None or float(loss) == 0.0

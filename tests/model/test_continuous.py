@@ -12,6 +12,7 @@ from configs.model import ModelConfig, V3Config, V4Config, YarnConfig
 from model.decode import Sample, Session, generate, sample
 from model.drawing import Drawing
 from model.moe import MoE
+from model.passes import Whole
 from model.transformer import Transformer
 from tests.model.test_v4 import twin as v4_twin
 from tests.model.transformers_twin import continued_greedily, transformers_twin
@@ -164,21 +165,20 @@ def test_any_of_several_stop_tokens_ends_an_answer(model: Transformer) -> None:
 def test_experts_on_request_are_those_of_a_whole_pass(model: Transformer) -> None:
     answers = draw(model, [2, 0, 6], keep_experts=True, max_rows=2)
     blocks = [m for m in model.model.layers[: model.config.depth].modules() if isinstance(m, MoE)]
-    assert not any(block.keep_routing for block in blocks)
     for number, answer in zip([2, 0, 6], answers, strict=True):
         read = prompts()[number] + answer.token_ids[:-1]
         assert answer.experts is not None
-        for block in blocks:
-            block.keep_routing = True
-        whole_logits(model, read)
-        for layer, block in enumerate(blocks):
-            assert block.routing is not None
+        with torch.inference_mode():
+            _, reports = model.read_and_report(Whole(torch.tensor([read]), routing=True))
+        routings = {one.layer: one.routing for one in reports if one.load_E is not None}
+        assert list(routings) == [block.layer for block in blocks]
+        for layer, routing_TK in enumerate(routings.values()):
+            assert routing_TK is not None
             # The order of a token's experts means nothing.
-            expected = block.routing[0].sort(-1).values
+            expected = routing_TK.sort(-1).values
             assert torch.equal(
                 torch.from_numpy(answer.experts[:, layer]).long().sort(-1).values, expected
             )
-            block.keep_routing, block.routing = False, None
         shape = len(read), len(blocks), model.config.num_experts_per_tok
         assert answer.experts.shape == shape
 
@@ -242,8 +242,29 @@ def test_experts_of_a_model_without_any_are_refused() -> None:
         )
 
 
+def everything(model: Transformer) -> dict[str, Tensor]:
+    """All tensors that lie in modules, whether a save has them or not."""
+    return {
+        f"{name}.{attribute}": value
+        for name, module in model.named_modules()
+        for attribute, value in (vars(module) | module._parameters | module._buffers).items()
+        if isinstance(value, Tensor)
+    }
+
+
 def test_sampling_leaves_a_training_model_as_it_was() -> None:
     model = random_model().train()
-    sample(model, [[1, 2]], max_new_tokens=3, drawing=Drawing(), stop_tokens=(), seeds=[0])
+    before = {name: tensor.clone() for name, tensor in everything(model).items()}
+    sample(
+        model,
+        [[1, 2]],
+        max_new_tokens=3,
+        drawing=Drawing(),
+        stop_tokens=(),
+        seeds=[0],
+        keep_experts=True,
+    )
     assert all(module.training for module in model.modules())
-    assert all(not block.load_E.any() for block in model.moe_layers().values())
+    after = everything(model)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())

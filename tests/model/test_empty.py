@@ -11,7 +11,7 @@ from configs.engram import EngramConfig
 from configs.model import ModelConfig
 from configs.train import Precision
 from model.passes import IndexerPhase
-from model.transformer import Transformer
+from model.transformer import Predictions, Transformer
 from tests.references import random_model, random_tokens, tiny, tiny_v4, tiny_v32
 
 ENGRAM = EngramConfig(
@@ -31,8 +31,9 @@ CASES: dict[str, tuple[ModelConfig, IndexerPhase]] = {
 
 def learnt(
     config: ModelConfig, phase: IndexerPhase, precision: Precision, *shape: int, segments: bool
-) -> Transformer:
-    """A model after the backward pass of a loss in which everything that can learn has a part."""
+) -> tuple[Transformer, Predictions]:
+    """A model after the backward pass of a loss in which everything that can learn has a part; and
+    what that was a loss of."""
     model = random_model(config, precision=precision).train()
     tokens_BS = random_tokens(*shape, config=config)
     segments_BS = torch.zeros_like(tokens_BS) if segments else None
@@ -42,7 +43,7 @@ def learnt(
     if predicted.indexer_loss is not None:
         loss = loss + predicted.indexer_loss
     loss.backward()
-    return model
+    return model, predicted
 
 
 @pytest.mark.parametrize("precision", ["high", "fp8"])
@@ -51,19 +52,21 @@ def test_a_rank_without_rows_has_gradients_of_zero_where_others_have_some(
     case: str, precision: Precision
 ) -> None:
     config, phase = CASES[case]
-    full = learnt(config, phase, precision, 2, 24, segments=True)
+    full, _ = learnt(config, phase, precision, 2, 24, segments=True)
     for segments in (True, False):
-        empty = learnt(config, phase, precision, 0, 24, segments=segments)
+        empty, predicted = learnt(config, phase, precision, 0, 24, segments=segments)
         for (name, a), b in zip(full.named_parameters(), empty.parameters(), strict=True):
             assert (a.grad is None) == (b.grad is None), name
             assert b.grad is None or not b.grad.any(), name
-        assert all(not block.load_E.any() for block in empty.moe_layers().values())
+        loads = [one.load_E for one in predicted.reports if one.load_E is not None]
+        assert len(loads) == len(empty.moe_layers())
+        assert not any(load_E.any() for load_E in loads)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_rows_without_tokens_are_read(case: str) -> None:
     config, phase = CASES[case]
-    model = learnt(config, phase, "high", 2, 0, segments=False)
+    model, _ = learnt(config, phase, "high", 2, 0, segments=False)
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
     with torch.no_grad():
         assert model.eval()(random_tokens(3, 0)).shape == (3, 0, config.vocab_size)

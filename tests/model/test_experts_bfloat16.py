@@ -51,7 +51,7 @@ def visited(counts: list[int]) -> Tensor:
 def run(leaves: list[Tensor], counts: list[int], limit: float | None = None) -> list[Tensor]:
     """The result and all gradients, by C."""
     x, gate_up, down, gates = learnt = [leaf.detach().requires_grad_() for leaf in leaves]
-    sent = Dispatched(x, visited(counts), torch.tensor(counts), gates, None)
+    sent = Dispatched(x, visited(counts), torch.tensor(counts), gates)
     y = swiglu_on_cpu(sent, gate_up, down, limit)
     return [y.detach(), *torch.autograd.grad(y, learnt, normal(*y.shape, seed=5).to(BF16))]
 
@@ -113,7 +113,7 @@ def test_sums_are_float32() -> None:
     counts, leaves = [10_000], [torch.ones(1, 2), torch.ones(1, 4, 2), torch.ones(1, 2, 2)]
     x, gate_up, down = (leaf.to(BF16).requires_grad_() for leaf in leaves)
     rows_N = torch.zeros(10_000, dtype=torch.int64)
-    sent = Dispatched(x, rows_N, torch.tensor(counts), None, None)
+    sent = Dispatched(x, rows_N, torch.tensor(counts), None)
     swiglu_on_cpu(sent, gate_up, down, None).sum().backward()
     active = narrow(2 * 2 * torch.sigmoid(torch.tensor(2.0, dtype=torch.float64)))
     assert down.grad is not None
@@ -136,7 +136,7 @@ def test_a_row_that_is_not_finite_spoils_no_other() -> None:
 def test_it_serves_even_widths() -> None:
     def served(width: int, inner: int) -> bool:
         x, gate_up, down, gates = rounded([3] * 8, width, inner)
-        sent = Dispatched(x, torch.arange(24) % ROWS, torch.tensor([3] * 8), gates, None)
+        sent = Dispatched(x, torch.arange(24) % ROWS, torch.tensor([3] * 8), gates)
         experts_swiglu(sent, gate_up, down, None)
         return serves(sent, gate_up, down)
 

@@ -63,7 +63,7 @@ def run(
     """The result and all gradients: by C in float32, else by the twin. Row 8 has no visit."""
     x, gate_up, down, gates = cast = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
     rows_N = torch.randint(ROWS - 1, (len(gates),), generator=torch.Generator().manual_seed(4))
-    sent = Dispatched(x, rows_N, torch.tensor(counts), gates if weighted else None, None)
+    sent = Dispatched(x, rows_N, torch.tensor(counts), gates if weighted else None)
     compute = swiglu_on_cpu if dtype == torch.float32 else grouped_swiglu
     y = compute(sent, gate_up, down, limit)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_operands_may_lie_in_any_way() -> None:
 
 def test_training_keeps_the_rows_and_gate_and_up_of_each_visit() -> None:
     x, gate_up, down, gates = (leaf.requires_grad_() for leaf in leaves_of([30, 50], 6, 5))
-    sent = Dispatched(x, torch.arange(80) % ROWS, torch.tensor([30, 50]), gates, None)
+    sent = Dispatched(x, torch.arange(80) % ROWS, torch.tensor([30, 50]), gates)
     with saved_tensors() as kept:
         with torch.no_grad():
             experts_swiglu(sent, gate_up, down, None)
@@ -190,7 +190,7 @@ def test_it_serves_two_types_with_an_expert_for_each_thread(threads: None) -> No
     rows_N, counts_E = torch.arange(7), torch.tensor([3, 4])
 
     def served(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor) -> bool:
-        return serves(Dispatched(x, rows_N, counts_E, gates, None), gate_up, down)
+        return serves(Dispatched(x, rows_N, counts_E, gates), gate_up, down)
 
     torch.set_num_threads(2)
     assert served(x, gates, gate_up, down)
@@ -212,7 +212,7 @@ def test_a_layer_computes_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Kernels, "_run", counted)
     x, gate_up, down, gates = (leaf.requires_grad_() for leaf in leaves_of([3, 4], 8, 8))
-    sent = Dispatched(x, torch.arange(7), torch.tensor([3, 4]), gates, None)
+    sent = Dispatched(x, torch.arange(7), torch.tensor([3, 4]), gates)
     y = experts_swiglu(sent, gate_up, down, None)
     torch.testing.assert_close(y, grouped_swiglu(sent, gate_up, down, None))
     y.sum().backward()
@@ -231,7 +231,7 @@ def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch) -> N
     assert missing == (None, "eager: no C compiler (/nowhere/cc); install one, as gcc")
     monkeypatch.setattr(module, "cpu_kernels", lambda dtype: missing)
     x, gate_up, down, gates = leaves_of([3, 4], 8, 8)
-    sent = Dispatched(x, torch.arange(7), torch.tensor([3, 4]), gates, None)
+    sent = Dispatched(x, torch.arange(7), torch.tensor([3, 4]), gates)
     assert not serves(sent, gate_up, down)
     y, twin = (f(sent, gate_up, down, None) for f in (experts_swiglu, grouped_swiglu))
     assert torch.equal(y, twin)

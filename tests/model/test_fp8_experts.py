@@ -71,7 +71,7 @@ class Case:
         return [tensor.clone().requires_grad_() for tensor in chosen]
 
     def sent(self, x: Tensor, gates: Tensor | None) -> Dispatched:
-        return Dispatched(x, self.rows, torch.tensor(self.counts), gates, None)
+        return Dispatched(x, self.rows, torch.tensor(self.counts), gates)
 
     def found(self, scheme: Fp8) -> list[Tensor]:
         """y and the gradients of x, gate and up, down and, if there are any, gates."""

@@ -85,7 +85,7 @@ def layer(kind: str, recorder: Recorder | None = None) -> Layer:
         return fp8_swiglu(x, gate, up, down, None, scheme)
 
     def experts(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        sent = Dispatched(x, torch.arange(len(x)), torch.tensor(COUNTS), None, None)
+        sent = Dispatched(x, torch.arange(len(x)), torch.tensor(COUNTS), None)
         return fp8_grouped_swiglu(sent, gate_up, down, None, scheme)
 
     def heads(x: Tensor, weight: Tensor) -> Tensor:

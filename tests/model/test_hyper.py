@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,6 +32,15 @@ def connection(*, seed: int = 0, **changes: object) -> HyperConnection:
 def streams(rows: int, tokens: int, *, width: int = 6, count: int = 4, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, tokens, count, width, generator=generator, dtype=torch.float64)
+
+
+def around(
+    block: HyperConnection, x_BSND: Tensor, sublayer: Callable[[Tensor], Tensor] = torch.tanh
+) -> Tensor:
+    """The next streams, where `sublayer` makes its output of what the connection reads."""
+    x_BSD, writing = block(x_BSND)
+    next_BSND: Tensor = writing.write(sublayer(x_BSD))
+    return next_BSND
 
 
 def sigmoid(x: float) -> float:
@@ -77,7 +87,7 @@ def one_token(block: HyperConnection, x_ND: Tensor) -> Tensor:
 
 def test_streams_are_read_mixed_and_written_as_the_released_code_does() -> None:
     block, x_BSND = connection(), streams(2, 3)
-    found = block(x_BSND, torch.tanh)
+    found = around(block, x_BSND)
     expected = torch.stack([one_token(block, x_ND) for x_ND in x_BSND.flatten(0, 1)])
     torch.testing.assert_close(found.flatten(0, 1), expected, rtol=1e-9, atol=1e-9)
 
@@ -101,7 +111,7 @@ def test_the_released_form_is_that_of_the_paper_but_for_its_epsilons() -> None:
         residual = residual / residual.sum(-1, keepdim=True)
     inner = (pre.unsqueeze(-1) * x_BSND).sum(2)
     expected = residual @ x_BSND + post.unsqueeze(-1) * inner.tanh().unsqueeze(2)
-    torch.testing.assert_close(block(x_BSND, torch.tanh), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(around(block, x_BSND), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_mix_is_doubly_stochastic_and_stays_so_over_many_layers() -> None:
@@ -130,7 +140,7 @@ def test_one_stream_with_weights_of_one_is_the_plain_residual() -> None:
         block.scale.zero_()
         block.base.copy_(torch.tensor([40.0, 0.0, 0.0]))
     x_BSND = streams(2, 3, count=1)
-    torch.testing.assert_close(block(x_BSND, torch.tanh), x_BSND + x_BSND.tanh(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(around(block, x_BSND), x_BSND + x_BSND.tanh(), rtol=0, atol=1e-5)
 
 
 def test_gradients_of_a_connection_are_those_of_finite_differences() -> None:
@@ -139,7 +149,8 @@ def test_gradients_of_a_connection_are_those_of_finite_differences() -> None:
 
     def run(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> Tensor:
         values = {"fn": fn, "base": base, "scale": scale}
-        out: Tensor = torch.func.functional_call(block, values, (x, torch.tanh))
+        inner, writing = torch.func.functional_call(block, values, (x,))
+        out: Tensor = writing.write(inner.tanh())
         return out
 
     inputs = (x_BSND, parameters["fn"], parameters["base"], parameters["scale"])
@@ -170,10 +181,10 @@ class _Weights(torch.nn.Module):
 
 def test_bfloat16_streams_are_weighed_in_float32() -> None:
     block, x_BSND = connection().float(), streams(2, 9).float()
-    rough = block(x_BSND.bfloat16(), torch.tanh)
+    rough = around(block, x_BSND.bfloat16())
     assert rough.dtype == torch.bfloat16
     # Of its eight bits, the sum of five rounded terms loses two at most.
-    exact = block(x_BSND.bfloat16().float(), torch.tanh)
+    exact = around(block, x_BSND.bfloat16().float())
     torch.testing.assert_close(rough.float(), exact, rtol=2**-6, atol=2**-6)
     for weights in block.weights(x_BSND[0].bfloat16()):
         assert weights.dtype == torch.float32
@@ -228,12 +239,12 @@ def test_memory_is_read_in_front_of_attention() -> None:
     assert with_memory.engram is not None
     x_BSND = hidden_of(config, tokens_BS)
     weights = {k: v for k, v in with_memory.state_dict().items() if not k.startswith("engram.")}
-    plain = HyperLayer(tiny_v4(), 1, HIGH, LocalDispatcher()).eval()
+    plain = HyperLayer(tiny_v4(), 1, HIGH, LocalDispatcher(8)).eval()
     plain.load_state_dict(weights)
     after = with_memory.engram(x_BSND, Whole(tokens_BS))
     assert not torch.allclose(after, x_BSND, atol=1e-3)
-    expected = plain(after, Whole(tokens_BS))
-    torch.testing.assert_close(with_memory(x_BSND, Whole(tokens_BS)), expected)
+    expected, _ = plain(after, Whole(tokens_BS))
+    torch.testing.assert_close(with_memory(x_BSND, Whole(tokens_BS))[0], expected)
 
 
 def test_the_mtp_layer_joins_each_stream_with_the_next_embedding() -> None:
@@ -253,15 +264,15 @@ def test_the_mtp_layer_joins_each_stream_with_the_next_embedding() -> None:
         for k in range(4)
     ]
     block = HyperLayer(
-        tiny_v4(num_hidden_layers=5, compress_ratios=(0, 4, 8, 4, 0)), 4, HIGH, LocalDispatcher()
+        tiny_v4(num_hidden_layers=5, compress_ratios=(0, 4, 8, 4, 0)), 4, HIGH, LocalDispatcher(8)
     ).eval()
     missing, unexpected = block.load_state_dict(layer.state_dict(), strict=False)
     assert not missing
     own = {"enorm", "hnorm", "e_proj", "h_proj", "norm", "hc_head"}
     assert {name.split(".")[0] for name in unexpected} == own
-    out = layer.hc_head(block(torch.stack(joined, dim=2), Whole(tokens_BS)))
+    out = layer.hc_head(block(torch.stack(joined, dim=2), Whole(tokens_BS))[0])
     expected = norm(out, layer.norm)
-    found = layer.predict(hidden, following, Whole(tokens_BS))
+    found, _ = layer.predict(hidden, following, Whole(tokens_BS))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -272,7 +283,8 @@ def test_a_layer_of_any_kind_trains_every_parameter_that_the_language_loss_reach
     model = random_model(tiny_v4(max_position_embeddings=64)).train()
     tokens_BS = random_tokens(2, 24, config=TINY_V4)
     block = model.model.layers[layer]
-    block(hidden_of(TINY_V4, tokens_BS), Whole(tokens_BS)).square().mean().backward()
+    out_BSND, _ = block(hidden_of(TINY_V4, tokens_BS), Whole(tokens_BS))
+    out_BSND.square().mean().backward()
     silent = {n for n, p in block.named_parameters() if p.grad is None or not p.grad.any()}
     # Choosing passes no gradient: indexers learn from a loss of their own.
     assert silent == {n for n, _ in block.named_parameters() if "indexer" in n}

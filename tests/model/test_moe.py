@@ -7,14 +7,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from configs.model import V3Config
+from configs.parallel import Recompute
 from model import moe as module
+from model.balance import sequence_balance_loss
+from model.decoder import DecoderLayer
 from model.dispatch import LocalDispatcher, counts_of
 from model.fp8.scheme import HIGH
 from model.moe import Gate, HashGate, MoE
-from tests.references import moe_by_token, route, tiny, tiny_v4
+from model.passes import LayerReport, Whole
+from tests.references import (
+    moe_by_token,
+    random_model,
+    random_tokens,
+    reading,
+    route,
+    tiny,
+    tiny_v4,
+)
 
 CONFIGS = [
     tiny(),
@@ -25,7 +36,7 @@ CONFIGS = [
 
 
 def moe(config: V3Config) -> MoE:
-    made = MoE(config, config.num_hidden_layers, HIGH, LocalDispatcher())
+    made = MoE(config, config.num_hidden_layers, HIGH, LocalDispatcher(config.n_routed_experts))
     generator = torch.Generator().manual_seed(0)
     for tensor in made.state_dict().values():
         nn.init.normal_(tensor, std=0.3, generator=generator)
@@ -36,13 +47,26 @@ def tokens(count: int) -> Tensor:
     return torch.randn(count, 32, generator=torch.Generator().manual_seed(1))
 
 
+def through(block: MoE, x_BSD: Tensor) -> Tensor:
+    """What the block makes of rows."""
+    out_BSD: Tensor = block(x_BSD, reading(x_BSD))[0]
+    return out_BSD
+
+
+def told(block: MoE, x_BSD: Tensor, *, balance: bool = False, routing: bool = False) -> LayerReport:
+    """What it reports of them."""
+    report: LayerReport = block(x_BSD, reading(x_BSD, balance=balance, routing=routing))[1]
+    return report
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_block_and_its_gradients_are_a_sum_over_each_tokens_experts(
     config: V3Config,
 ) -> None:
     block, x_TD = moe(config), tokens(24).requires_grad_()
     dy = torch.randn(24, 32, generator=torch.Generator().manual_seed(2))
-    found, expected = block(x_TD.view(4, 6, 32)).flatten(0, 1), moe_by_token(block, x_TD)
+    found = through(block, x_TD.view(4, 6, 32)).flatten(0, 1)
+    expected = moe_by_token(block, x_TD)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     leaves = [x_TD, *block.parameters()]
     grads = [torch.autograd.grad(y, leaves, dy) for y in (found, expected)]
@@ -60,7 +84,7 @@ def test_without_gradients_few_and_many_tokens_give_the_same_sum(
         assert block.bias_E is not None
         block.bias_E[5] = 10
     with torch.inference_mode():
-        found = block(x_TD.unsqueeze(1)).squeeze(1)
+        found = through(block, x_TD.unsqueeze(1)).squeeze(1)
         torch.testing.assert_close(found, moe_by_token(block, x_TD), rtol=1e-4, atol=1e-5)
 
 
@@ -136,17 +160,24 @@ def test_the_routing_bias_is_state_and_not_a_parameter() -> None:
 
 
 def test_what_was_counted_is_no_part_of_a_saved_model() -> None:
-    assert "load_E" not in moe(tiny()).state_dict()
+    block = moe(tiny()).train()
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    told(block, tokens(30).view(5, 6, 32), balance=True, routing=True)
+    after = block.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert {name for name, _ in block.named_buffers()} <= before.keys()
 
 
 def test_a_model_of_a_narrow_type_counts_as_exactly() -> None:
     """bfloat16 holds whole numbers up to 256."""
     block = moe(tiny(n_group=1, topk_group=1)).bfloat16()
     x_TD = tokens(3000).bfloat16()
-    block(x_TD.view(50, 60, 32))
+    load_E = told(block, x_TD.view(50, 60, 32)).load_E
     counts_E = torch.bincount(block.gate(x_TD)[0].flatten(), minlength=8)
     assert int(counts_E.max()) > 512
-    assert block.load_E.tolist() == counts_E.tolist()
+    assert load_E is not None
+    assert load_E.tolist() == counts_E.tolist()
 
 
 def test_an_expert_far_out_of_the_question_leaves_all_slopes_finite() -> None:
@@ -169,13 +200,39 @@ def test_an_expert_far_out_of_the_question_leaves_all_slopes_finite() -> None:
         assert bool(slope.any())
 
 
-def test_a_layer_that_is_computed_again_for_its_backward_pass_counts_once() -> None:
-    block, x_BSD = moe(tiny()).train(), tokens(30).view(5, 6, 32).requires_grad_()
-    y_BSD = checkpoint(block, x_BSD, use_reentrant=False)
-    once = block.load_E.clone()
-    y_BSD.square().sum().backward()
+@pytest.mark.parametrize("recompute", ["attention", "all"])
+def test_a_layer_that_is_computed_again_for_its_backward_pass_counts_once(
+    recompute: Recompute,
+) -> None:
+    layer = random_model().train().model.layers[1]
+    assert isinstance(layer, DecoderLayer) and isinstance(layer.mlp, MoE)
+    calls = collections.Counter[str]()
+    for name in ("self_attn", "mlp.gate", "mlp.shared_experts", "mlp.experts"):
+        # In front of a call: the second ends as soon as all is there that was kept of the first.
+        layer.get_submodule(name).register_forward_pre_hook(
+            lambda *_, name=name: calls.update([name])
+        )
+    tokens_BS = random_tokens(5, 6)
+    rows = tokens(30).view(5, 6, 32)
+
+    def run(how: Recompute) -> tuple[Tensor, list[Tensor]]:
+        """What is reported of each expert, and all gradients."""
+        x_BSD = rows.clone().requires_grad_()
+        y_BSD, report = layer(x_BSD, Whole(tokens_BS, recompute=how))
+        once = report.load_E.clone()
+        slopes = torch.autograd.grad(y_BSD.square().sum(), [x_BSD, *layer.parameters()])
+        assert torch.equal(report.load_E, once)
+        return once, list(slopes)
+
+    once, expected = run("none")
     assert int(once.sum()) == 30 * 2
-    assert torch.equal(block.load_E, once)
+    assert set(calls.values()) == {1}
+    calls.clear()
+    again, slopes = run(recompute)
+    assert torch.equal(again, once)
+    assert all(torch.equal(a, b) for a, b in zip(slopes, expected, strict=True))
+    twice = {"self_attn"} if recompute == "attention" else calls.keys() - {"mlp.gate"}
+    assert calls == {name: 1 + (name in twice) for name in calls}
 
 
 def test_one_histogram_serves_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +244,7 @@ def test_one_histogram_serves_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
         return counts_of(chosen, experts)
 
     monkeypatch.setattr(module, "counts_of", counted)
-    moe(tiny()).train()(tokens(30).view(5, 6, 32))
+    told(moe(tiny()).train(), tokens(30).view(5, 6, 32))
     assert calls == 1
 
 
@@ -214,17 +271,31 @@ def test_a_table_gives_each_token_distinct_experts_and_all_sets_are_as_likely() 
         assert not torch.equal(gate.tid2eid, first)
 
 
-def test_training_counts_every_copy_and_evaluation_none() -> None:
-    block = moe(tiny())
-    block.eval()
-    block(tokens(30).view(5, 6, 32))
-    counted, routing = block.load_E.clone(), block.routing
-    assert not counted.any()
-    assert routing is None
-    block.train()
-    block(tokens(30).view(5, 6, 32))
+@pytest.mark.parametrize("training", [True, False])
+def test_a_report_counts_every_copy_and_holds_what_the_pass_asks_for(training: bool) -> None:
+    block, x_BSD = moe(tiny()).train(training), tokens(30).view(5, 6, 32)
     experts_TK, _, scores_TE = block.gate(tokens(30))
-    assert torch.equal(block.load_E, torch.bincount(experts_TK.flatten(), minlength=8))
-    assert block.routing is not None
-    assert torch.equal(block.routing[0], experts_TK)
-    assert torch.equal(block.routing[1], scores_TE)
+    counts_E = torch.bincount(experts_TK.flatten(), minlength=8)
+    balance = sequence_balance_loss(scores_TE.view(5, 6, 8), 2).sum()
+    for asks_balance, asks_routing in itertools.product((False, True), repeat=2):
+        report = told(block, x_BSD, balance=asks_balance, routing=asks_routing)
+        assert report.layer == "model.layers.2"
+        assert report.load_E is not None
+        assert torch.equal(report.load_E, counts_E)
+        assert (report.routing is not None) == asks_routing
+        assert report.routing is None or torch.equal(report.routing, experts_TK)
+        assert (report.balance is not None) == asks_balance
+        assert report.balance is None or torch.equal(report.balance, balance)
+        assert report.indexer is None
+
+
+def test_where_a_table_routes_there_is_nothing_to_balance() -> None:
+    config = tiny_v4()
+    block = MoE(config, 0, HIGH, LocalDispatcher(config.n_routed_experts))
+    assert isinstance(block.gate, HashGate)
+    block.gate.draw(0, "layer")
+    nn.init.normal_(block.gate.weight)
+    report = told(block, tokens(30).view(5, 6, 32), balance=True, routing=True)
+    assert report.balance is None
+    assert report.routing is not None
+    assert torch.equal(report.routing, block.gate.tid2eid[0].expand(30, -1))

@@ -48,7 +48,7 @@ def test_results_and_gradients_are_those_of_the_twin(
             normal(*shape, seed=i, dtype=dtype).requires_grad_() for i, shape in enumerate(shapes)
         ]
         x, gate_up, down, gates = leaves
-        sent = Dispatched(x, rows_N, torch.tensor(counts), gates if weighted else None, None)
+        sent = Dispatched(x, rows_N, torch.tensor(counts), gates if weighted else None)
         y_RD = compute(sent, gate_up, down, limit)
         learnt = leaves if weighted else leaves[:3]
         return [y_RD, *torch.autograd.grad(y_RD, learnt, normal(rows, 8, seed=9, dtype=dtype))]
@@ -60,7 +60,7 @@ def test_results_and_gradients_are_those_of_the_twin(
 
 def test_nothing_is_kept_where_nothing_is_learnt() -> None:
     x, counts = normal(6, 8, seed=0), torch.tensor([4, 2])
-    sent = Dispatched(x, torch.arange(6), counts, None, None)
+    sent = Dispatched(x, torch.arange(6), counts, None)
     weights = normal(2, 32, 8, seed=1), normal(2, 8, 16, seed=2)
     with saved_tensors() as kept, torch.no_grad():
         y_RD = swiglu_by_offsets(sent, *weights, None)

@@ -2,7 +2,7 @@
 
 import torch
 
-from model.dispatch import LocalDispatcher, sort_by_expert
+from model.dispatch import LocalDispatcher, Routed, sort_by_expert
 from model.rows import ByRow, _Take, add_rows, inverse, take_rows
 
 
@@ -26,7 +26,8 @@ def test_what_a_dispatcher_knows_of_rows_is_what_sorting_finds() -> None:
     experts_TK = torch.rand(9, 8).topk(3).indices
     gates_TK = torch.rand(9, 3)
     counts_E = torch.bincount(experts_TK.flatten(), minlength=8)
-    sent = LocalDispatcher().dispatch(torch.randn(9, 4), experts_TK, gates_TK, counts_E)
+    routed = Routed("model.layers.1", torch.randn(9, 4), experts_TK, gates_TK, counts_E)
+    sent = LocalDispatcher(8).send(routed).rows()
     found, wanted = sent.by_row(), ByRow.of(sent.rows_N, 9)
     assert sent.home is found
     assert torch.equal(found.begin_R, wanted.begin_R)

@@ -117,15 +117,14 @@ def test_outputs_and_losses_are_the_papers_query_by_query(
     block, x_BSD = attention(), inputs()
     segments_BS = SEGMENTS_BS if segmented else torch.zeros_like(SEGMENTS_BS)
     batch = whole(x_BSD, phase, segments_BS if segmented else None)
-    found_BSD = block(x_BSD, batch)
+    found_BSD, loss = block(x_BSD, batch)
     rows = [by_query(block, x_BSD[row], segments_BS[row], phase) for row in range(2)]
     # The block's rotary table is of float32.
     for found_SD, (expected_SD, _) in zip(found_BSD, rows, strict=True):
         torch.testing.assert_close(found_SD, expected_SD, rtol=1e-4, atol=1e-5)
     if phase == "off":
-        assert batch.indexer_losses == []
+        assert loss is None
     else:
-        (loss,) = batch.indexer_losses
         expected = float(torch.cat([missed_S for _, missed_S in rows]).mean())
         assert float(loss) == pytest.approx(expected, rel=1e-4)
 
@@ -141,7 +140,9 @@ def test_the_two_ways_of_sparse_attention_agree_in_every_gradient(
         block, x_BSD = attention(), inputs().requires_grad_()
         batch = whole(x_BSD, phase, SEGMENTS_BS if segmented else None)
         taste_BSD = torch.sin(torch.arange(x_BSD.numel(), dtype=torch.float64)).view_as(x_BSD)
-        value = (block(x_BSD, batch) * taste_BSD).sum() + 3 * sum(batch.indexer_losses)
+        out_BSD, loss = block(x_BSD, batch)
+        assert (loss is None) == (phase == "off")
+        value = (out_BSD * taste_BSD).sum() + (0 if loss is None else 3 * loss)
         leaves = {
             name: p
             for name, p in block.named_parameters()
@@ -163,8 +164,8 @@ def test_the_indexers_gradient_is_the_slope_of_its_loss(
 
     def loss() -> Tensor:
         batch = whole(x_BSD, phase, SEGMENTS_BS)
-        block(x_BSD, batch)
-        return batch.indexer_losses[0]
+        missed: Tensor = block(x_BSD, batch)[1]
+        return missed
 
     slopes = torch.autograd.grad(loss(), list(leaves.values()))
     generator = torch.Generator().manual_seed(2)
@@ -189,12 +190,12 @@ def test_either_loss_trains_its_own_half_and_nothing_else(
     take(way, monkeypatch)
     block, x_BSD = attention(), inputs().requires_grad_()
     batch = whole(x_BSD, phase)
-    out_BSD = block(x_BSD, batch)
+    out_BSD, loss = block(x_BSD, batch)
     indexer = list(block.indexer.parameters())
     main = [x_BSD, *(p for n, p in block.named_parameters() if not n.startswith("indexer."))]
     for value, own, other in (
         (out_BSD.square().sum(), main, indexer),
-        (batch.indexer_losses[0], indexer, main),
+        (loss, indexer, main),
     ):
         slopes = torch.autograd.grad(value, [*own, *other], retain_graph=True, allow_unused=True)
         assert all(slope is not None and slope.any() for slope in slopes[: len(own)])
@@ -206,10 +207,11 @@ def test_a_text_that_is_chosen_whole_is_attended_to_densely() -> None:
     batches = {phase: whole(x_BSD, phase) for phase in ("off", "dense", "sparse")}
     found = {phase: block(x_BSD, batch) for phase, batch in batches.items()}
     for phase in ("dense", "sparse"):
-        assert torch.equal(found[phase], found["off"])
-    assert batches["dense"].indexer_losses == batches["sparse"].indexer_losses
+        assert torch.equal(found[phase][0], found["off"][0])
+    assert torch.equal(found["dense"][1], found["sparse"][1])
+    assert found["off"][1] is None
     shorter, batch = attention(index_topk=LENGTH - 1), whole(x_BSD, "sparse")
-    assert not torch.allclose(shorter(x_BSD, batch)[:, -1], found["off"][:, -1])
+    assert not torch.allclose(shorter(x_BSD, batch)[0][:, -1], found["off"][0][:, -1])
 
 
 def test_long_texts_make_no_tensor_of_all_pairs_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +222,8 @@ def test_long_texts_make_no_tensor_of_all_pairs_of_tokens(monkeypatch: pytest.Mo
     segments_BS = torch.zeros(1, length, dtype=torch.int64)
     with LargestTensor() as made:
         batch = whole(x_BSD.requires_grad_(), "sparse", segments_BS)
-        (block(x_BSD, batch).sum() + batch.indexer_losses[0]).backward()
+        out_BSD, loss = block(x_BSD, batch)
+        (out_BSD.sum() + loss).backward()
     assert made.values < length * length / 4
     monkeypatch.setattr(sparse, "GATHER_FROM", 1 + length // block.keep)
     with LargestTensor() as made:

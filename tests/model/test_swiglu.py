@@ -101,7 +101,7 @@ def test_a_row_gets_the_sum_of_its_visits_by_gate(
     # Row 3 is never visited.
     generator = torch.Generator().manual_seed(4)
     rows_N = torch.randint(rows - 1, (visits,), generator=generator)
-    sent = Dispatched(x, rows_N, torch.tensor(counts), gates if weighted else None, None)
+    sent = Dispatched(x, rows_N, torch.tensor(counts), gates if weighted else None)
 
     def expected() -> Tensor:
         sums = [torch.zeros(6, dtype=torch.float64) for _ in range(rows)]
@@ -130,7 +130,7 @@ def test_without_gradients_few_visits_or_many_give_the_same(
     x, gates = normal(9, 6, seed=0), normal(visits, seed=1)
     gate_up, down = normal(experts, 10, 6, seed=2), normal(experts, 6, 5, seed=3)
     rows_N = torch.randint(9, (visits,), generator=torch.Generator().manual_seed(4))
-    sent = Dispatched(x, rows_N, torch.tensor(counts), gates if weighted else None, None)
+    sent = Dispatched(x, rows_N, torch.tensor(counts), gates if weighted else None)
     learning = grouped_swiglu(sent, gate_up, down, limit)
     with torch.no_grad():
         torch.testing.assert_close(grouped_swiglu(sent, gate_up, down, limit), learning.detach())
@@ -156,7 +156,7 @@ def test_reading_needs_room_for_one_group_of_visits_alone(monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "GROUP_ROWS", 100)
     x = torch.randn(1000, 6)
     gate_up, down = torch.randn(20, 2 * 50, 6), torch.randn(20, 6, 50)
-    sent = Dispatched(x, torch.arange(2000) % 1000, torch.tensor([100] * 20), None, None)
+    sent = Dispatched(x, torch.arange(2000) % 1000, torch.tensor([100] * 20), None)
 
     def largest() -> int:
         return largest_allocation(lambda: grouped_swiglu(sent, gate_up, down, None))
@@ -172,7 +172,7 @@ def test_training_keeps_the_input_and_one_product_for_each_visit() -> None:
     x, down = normal(40, 6, seed=0), normal(2, 6, 5, seed=2)
     gate_up = normal(2, 10, 6, seed=1)
     rows_N = torch.arange(80) % 40
-    sent = Dispatched(x, rows_N, torch.tensor([30, 50]), None, None)
+    sent = Dispatched(x, rows_N, torch.tensor([30, 50]), None)
     with saved_tensors() as kept:
         grouped_swiglu(sent, gate_up, down, None)
     shapes = sorted(tuple(tensor.shape) for tensor in kept)
@@ -198,7 +198,7 @@ def test_two_runs_give_the_same_bits(threads: None) -> None:
     experts_TK = torch.rand(300, 8, generator=torch.Generator().manual_seed(3)).topk(4).indices
     order_N = experts_TK.flatten().argsort(stable=True)
     counts_E = torch.bincount(experts_TK.flatten(), minlength=8)
-    sent = Dispatched(x, order_N // 4, counts_E, None, None)
+    sent = Dispatched(x, order_N // 4, counts_E, None)
     runs = []
     for _ in range(3):
         y = grouped_swiglu(sent, gate_up, down, None)

@@ -14,6 +14,7 @@ from configs.errors import DataError
 from configs.model import V3Config
 from configs.train import Precision
 from model.decoder import MtpLayer
+from model.dispatch import Flight, Routed
 from model.transformer import Transformer
 from model.weights.files import load_pretrained, save_pretrained
 from tests.model.transformers_twin import loaded
@@ -157,18 +158,14 @@ def test_predict_and_forward_agree_on_the_next_token() -> None:
 class Slice:
     """A dispatcher that only says which experts are here."""
 
-    def __init__(self, local: range) -> None:
+    def __init__(self, local: tuple[int, ...]) -> None:
         self.local = local
 
-    def local_experts(self, num_experts: int) -> range:
-        """The range it was made with."""
+    def experts(self, layer: str) -> tuple[int, ...]:
+        """Those it was made with, of every layer."""
         return self.local
 
-    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int) -> None:
-        """Never called."""
-        raise NotImplementedError
-
-    def combine(self, y_ND: Tensor, gates_TK: Tensor, sent: object) -> None:
+    def send(self, routed: Routed) -> Flight:
         """Never called."""
         raise NotImplementedError
 
@@ -193,10 +190,10 @@ def test_tokens_that_are_no_rows_are_refused() -> None:
 
 def test_initial_values_are_the_same_however_experts_are_divided() -> None:
     whole = Transformer(tiny()).initialize(3).state_dict()
-    for local in (range(4), range(4, 8), range(6, 8)):
-        part = Transformer(tiny(), dispatcher=Slice(local)).initialize(3).state_dict()  # type: ignore[arg-type]
+    for local in ((0, 1, 2, 3), (4, 5, 6, 7), (6, 7), (5, 0, 3)):
+        part = Transformer(tiny(), dispatcher=Slice(local)).initialize(3).state_dict()
         for name, tensor in part.items():
-            expected = whole[name][local.start : local.stop] if ".experts." in name else whole[name]
+            expected = whole[name][list(local)] if ".experts." in name else whole[name]
             assert torch.equal(tensor, expected), name
 
 

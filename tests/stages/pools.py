@@ -7,7 +7,7 @@ what the equations say; there is no Ray and there are no other processes.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from cluster import checkpoint
-from cluster.generation import Sample, Sampling, merge_shards
+from cluster.checkpoint import merged
+from cluster.generation import Sample, Sampling
 from cluster.pool import Score, TrainerSpec
 from cluster.saves import Saves
 from cluster.supply import Supply
@@ -146,7 +147,7 @@ class LocalTrainers:
     def save(self, saves: Saves, *, step: int) -> None:
         self.book.begin("save")
         self.trainer.save(checkpoint.step_folder(saves.root, step))
-        saves.complete(step)
+        saves.complete(replace(self.trainer.save_state(), step=step, phase="posttrain"))
         self._note("save", {"root": saves.root, "step": step, "earlier": saves.earlier})
 
     def load(self, folder: Path, *, step: int) -> None:
@@ -200,7 +201,7 @@ class LocalSamplers:
         self._note("update_weights", {"version": version})
 
     def _take(self, version: int, shards: Sequence[Mapping[str, Tensor]]) -> None:
-        self.model.load_state_dict(merge_shards([dict(shard) for shard in shards]))
+        self.model.load_state_dict(merged([dict(shard) for shard in shards]))
         self.version = version
 
     def _note(self, verb: str, arguments: Mapping[str, Any], result: Any = None) -> None:

@@ -19,6 +19,7 @@ from stages.posttrain.objective import token_logprobs
 from stages.posttrain.rollout import Rollout, ScoredRollout
 from stages.prompts import Prompt
 from stages.verifiers import Problem, Verdict
+from tests.losses import part_of
 from tests.references import random_model
 from tests.stages.rl_paper import Answered, logprobs_of, objective
 
@@ -72,7 +73,7 @@ def test_a_step_makes_good_answers_likelier_and_bad_ones_rarer() -> None:
     model = random_model()
     batch = batch_of(rollouts(model))
     before = answer_logprobs(model, batch)
-    loss, _ = LOSS(model, batch, LOSS.counts(batch))
+    loss, _ = part_of(LOSS, model, batch)
     loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -88,7 +89,7 @@ def test_a_step_makes_good_answers_likelier_and_bad_ones_rarer() -> None:
 def test_the_policy_that_sampled_has_ratio_one_and_masks_nothing() -> None:
     model = random_model()
     batch = batch_of(rollouts(model))
-    _, metrics = LOSS(model, batch, LOSS.counts(batch))
+    _, metrics = part_of(LOSS, model, batch)
     assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-3)
     assert metrics["clip_share"] == metrics["masked_share"] == 0
     assert "ratio_max" not in metrics  # it would not add up over ranks
@@ -98,7 +99,7 @@ def test_another_temperature_is_another_policy() -> None:
     model = random_model()
     batch = batch_of(rollouts(model))
     other = GrpoLoss(config=LOSS.config, temperature=2 * TEMPERATURE)
-    _, metrics = other(model, batch, other.counts(batch))
+    _, metrics = part_of(other, model, batch)
     assert abs(metrics["ratio_mean"] - 1) > 0.05
 
 
@@ -109,10 +110,10 @@ def test_ranks_parts_add_up_to_the_whole() -> None:
     batch = batch_of(rollouts(model))
     batch["reference_logprobs"] = batch["behaviour_logprobs"] - 0.1
     totals = loss.counts(batch)
-    whole, metrics = loss(model, batch, totals)
+    whole, metrics = part_of(loss, model, batch, totals)
     parts = [{name: t[part] for name, t in batch.items()} for part in (slice(5), slice(5, None))]
     assert sum(loss.counts(part)["sequences"] for part in parts) == totals["sequences"] == 12
-    values, reports = zip(*(loss(model, part, totals) for part in parts), strict=True)
+    values, reports = zip(*(part_of(loss, model, part, totals) for part in parts), strict=True)
     assert float(sum(values)) == pytest.approx(float(whole.detach()), rel=1e-4, abs=1e-6)
     assert metrics["kl"] > 0
     for name in metrics:
@@ -125,7 +126,7 @@ def test_a_group_of_equal_rewards_contributes_no_gradient() -> None:
     model = random_model()
     batch = batch_of(rollouts(model))
     batch["advantages"] = torch.zeros_like(batch["advantages"])
-    loss, _ = LOSS(model, batch, LOSS.counts(batch))
+    loss, _ = part_of(LOSS, model, batch)
     loss.backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert grads
@@ -190,7 +191,7 @@ def off_policy_case() -> tuple[Transformer, dict[str, Tensor], list[list[Answere
 def test_the_loss_and_its_gradient_are_those_of_the_papers_objective() -> None:
     policy, batch, groups = off_policy_case()
     loss = GrpoLoss(CONFIG, TEMPERATURE)
-    value, metrics = loss(policy, batch, loss.counts(batch))
+    value, metrics = part_of(loss, policy, batch)
     value.backward()
     assert 0 < metrics["clip_share"] < 1
     assert 0 < metrics["masked_share"] < 0.5
@@ -225,7 +226,7 @@ def test_what_stands_in_padding_changes_neither_loss_nor_gradient() -> None:
 
     def gradient(batch: dict[str, Tensor]) -> tuple[float, Tensor]:
         policy.zero_grad()
-        value, _ = loss(policy, batch, loss.counts(batch))
+        value, _ = part_of(loss, policy, batch)
         value.backward()
         grads = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
         return value.item(), torch.cat(grads)

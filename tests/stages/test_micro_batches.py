@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.trainer import Batch, Trainer, build_trainer, parted
+from cluster.trainer import Batch, LossSpec, Trainer, build_trainer, parted
 from configs.errors import ConfigError
 from configs.model import ModelConfig
 from configs.reading import load_recipe
 from configs.train import BalanceConfig, OptimConfig, Precision
 from model.passes import IndexerPhase
-from model.transformer import Transformer
 from stages.pretrain.objective import PretrainLoss
 from tests.memory import saved_tensors
 from tests.ranks import on_ranks
@@ -99,36 +98,35 @@ def test_ranks_take_parts_together(tmp_path: Path) -> None:
 
 
 class Watching:
-    """A loss that looks, when a part begins, whether anything of the part before is left."""
+    """A trainer's forward pass that looks, when a part begins, whether anything of the part before
+    is left."""
 
-    def __init__(self, model: Transformer) -> None:
-        self.of_model = {id(one) for one in (*model.parameters(), *model.buffers())}
+    def __init__(self, one: Trainer) -> None:
+        self.forward = one._forward
+        self.of_model = {id(own) for own in (*one.model.parameters(), *one.model.buffers())}
         self.before: list[weakref.ref[Tensor]] = []
         self.kept: list[int] = []
 
-    def counts(self, batch: Batch) -> dict[str, float]:
-        """The loss's own."""
-        return loss("off").counts(batch)
-
     def __call__(
-        self, model: Transformer, batch: Batch, totals: Mapping[str, float]
+        self, part: Batch, loss: LossSpec, totals: Mapping[str, float]
     ) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        """The loss's own."""
+        """The trainer's own."""
         assert not any(one() is not None for one in self.before)
         with saved_tensors() as tensors:
-            found = loss("off")(model, batch, totals)
+            found = self.forward(part, loss, totals)
         own = [one for one in tensors if one.is_floating_point() and id(one) not in self.of_model]
         self.before = [weakref.ref(one) for one in own]
         self.kept.append(sum(one.numel() for one in own))
         return found
 
 
-def test_one_part_is_kept_at_a_time() -> None:
+def test_one_part_is_kept_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
     for parts in (1, 4):
         one = trainer(TINY)
-        watching = Watching(one.model)
-        one.train_step(batch(), watching, 1e-2, micro_batches=parts)
+        watching = Watching(one)
+        monkeypatch.setattr(one, "_forward", watching)
+        one.train_step(batch(), loss("off"), 1e-2, micro_batches=parts)
         assert len(watching.kept) == parts
         kept.append(max(watching.kept))
     assert kept[1] < 0.3 * kept[0]

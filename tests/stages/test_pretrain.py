@@ -1,7 +1,8 @@
 """Pretraining: the loss by a loop over positions, batches by their step, the rate by its config."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from configs.parallel import ClusterConfig
 from configs.rl import PosttrainConfig, PosttrainSpec
 from configs.train import Fp8Config, IndexerConfig, OptimConfig, PretrainConfig, PretrainSpec
 from model.balance import sequence_balance_loss
-from model.moe import HashGate
+from model.moe import Gate, HashGate
 from model.passes import IndexerPhase
 from model.transformer import Transformer
 from stages.artifacts import Checkpoint, Corpus
@@ -36,6 +37,7 @@ from stages.segments import segments_of
 from stages.shards import consumed_rows, write_rows
 from stages.telemetry import MetricsFile
 from tests.conftest import Recorder
+from tests.losses import part_of
 from tests.references import TINY, random_model, random_tokens, tiny_v4, tiny_v32
 
 LOSS = PretrainLoss(mtp_weight=0.3, balance_weight=0.05, attend_across_documents=False)
@@ -143,6 +145,23 @@ def model() -> Transformer:
     return random_model().train()
 
 
+@contextmanager
+def scoring(one: Transformer) -> Iterator[list[tuple[Gate, Tensor]]]:
+    """Within it, the list fills with gates that are called, and their scores [T, E]."""
+    seen: list[tuple[Gate, Tensor]] = []
+
+    def note(gate: Gate, given: object, made: tuple[Tensor, ...]) -> None:
+        seen.append((gate, made[2]))
+
+    gates = [module for module in one.modules() if isinstance(module, Gate)]
+    handles = [gate.register_forward_hook(note) for gate in gates]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def position_by_position(
     one: Transformer, tokens_BS: Tensor, loss: PretrainLoss
 ) -> dict[str, float]:
@@ -154,7 +173,8 @@ def position_by_position(
             document += token == BOS_ID
             segments.append(document)
         given = None if loss.attend_across_documents else torch.tensor([segments])
-        predicted = one.predict(row[None], given)
+        with scoring(one) as seen:
+            predicted = one.predict(row[None], given)
         assert predicted.after_next_BSV is not None
         for i in range(len(row)):
             if i + 1 < len(row) and row[i + 1] != BOS_ID:
@@ -162,9 +182,8 @@ def position_by_position(
             if i + 2 < len(row) and BOS_ID not in row[i + 1 : i + 3].tolist():
                 after = predicted.after_next_BSV[0, i].log_softmax(-1)
                 after_terms.append(float(-after[row[i + 2]]))
-        for block in one.moe_layers().values():
-            assert block.routing is not None
-            _, scores_TE = block.routing
+        assert len(seen) == len(one.moe_layers())
+        for _, scores_TE in seen:
             for e in range(TINY.n_routed_experts):
                 best = scores_TE.argsort(dim=1, descending=True)[:, :2]
                 frequency = float((best == e).sum()) * 8 / (2 * len(row))
@@ -184,7 +203,7 @@ def position_by_position(
 def test_the_loss_is_its_definition(across: bool) -> None:
     loss = PretrainLoss(mtp_weight=0.3, balance_weight=0.05, attend_across_documents=across)
     one, batch = model(), {"tokens": rows()}
-    value, metrics = loss(one, batch, loss.counts(batch))
+    value, metrics = part_of(loss, one, batch)
     expected = position_by_position(one, rows(), loss)
     assert metrics | {"loss": float(value)} == pytest.approx(expected, rel=1e-4)
 
@@ -196,8 +215,8 @@ def test_ranks_parts_add_up_to_the_whole() -> None:
     counted = [LOSS.counts(part) for part in parts]
     totals = {name: sum(count[name] for count in counted) for name in counted[0]}
     assert totals == LOSS.counts(whole)
-    value, metrics = LOSS(one, whole, totals)
-    values, reports = zip(*(LOSS(one, part, totals) for part in parts), strict=True)
+    value, metrics = part_of(LOSS, one, whole, totals)
+    values, reports = zip(*(part_of(LOSS, one, part, totals) for part in parts), strict=True)
     assert float(sum(values)) == pytest.approx(float(value), rel=1e-5)
     for name in metrics:
         found = sum(read(r)[name] for r in reports)
@@ -215,7 +234,7 @@ def test_a_target_that_begins_a_document_is_never_scored() -> None:
     padding = torch.cat([tokens, torch.full((1, 12), BOS_ID)])
     grads = []
     for batch in ({"tokens": tokens}, {"tokens": padding}):
-        value, _ = loss(one, batch, loss.counts(batch))
+        value, _ = part_of(loss, one, batch)
         grads.append(torch.autograd.grad(value, leaf)[0])
     torch.testing.assert_close(*grads)
 
@@ -260,16 +279,17 @@ def test_a_memorys_vocabulary_reaches_over_gaps_to_the_highest_id(tmp_path: Path
 @torch.no_grad()
 def test_layers_that_route_by_hash_are_not_balanced() -> None:
     one, batch = random_model(tiny_v4(num_hash_layers=2)).train(), {"tokens": rows()}
-    _, metrics = LOSS(one, batch, LOSS.counts(batch))
+    with scoring(one) as seen:
+        _, metrics = part_of(LOSS, one, batch)
     expected, hashed = 0.0, 0
-    for block in one.moe_layers().values():
-        assert block.routing is not None
-        if isinstance(block.gate, HashGate):
+    for gate, scores_TE in seen:
+        if isinstance(gate, HashGate):
             hashed += 1
             continue
-        scores_BSE = block.routing[1].unflatten(0, (4, 12))
+        scores_BSE = scores_TE.unflatten(0, (4, 12))
         expected += float(sequence_balance_loss(scores_BSE, 2).mean())
     assert hashed == 2
+    assert len(seen) == len(one.moe_layers()) > 2
     assert metrics["balance_loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -284,19 +304,19 @@ def test_an_indexers_loss_is_added_as_a_mean_over_all_ranks_queries(
     plain = PretrainLoss(0.3, 0.05, False)
     loss = PretrainLoss(0.3, 0.05, False, indexer=phase, indexer_weight=0.25)
     totals = loss.counts(batch)
-    value, terms = loss(one, batch, totals)
+    value, terms = part_of(loss, one, batch, totals)
     metrics = read(terms)
     seen = one.predict(rows(), segments_of(rows()), indexer=phase).indexer_loss
     assert seen is not None
     assert metrics["indexer_loss"] == pytest.approx(float(seen), rel=1e-6)
     rest = metrics["next_token_loss"] + 0.3 * metrics["mtp_loss"] + 0.05 * metrics["balance_loss"]
     assert float(value) == pytest.approx(rest + 0.25 * float(seen), rel=1e-5)
-    parts = [loss(one, {"tokens": part}, totals) for part in (rows()[:1], rows()[1:])]
+    parts = [part_of(loss, one, {"tokens": part}, totals) for part in (rows()[:1], rows()[1:])]
     assert float(sum(part for part, _ in parts)) == pytest.approx(float(value), rel=1e-5)
     added = sum(read(report)["indexer_loss"] for _, report in parts)
     assert added == pytest.approx(metrics["indexer_loss"], rel=1e-5)
-    assert "indexer_loss" not in plain(one, batch, totals)[1]
-    assert "indexer_loss" not in loss(model(), batch, totals)[1]
+    assert "indexer_loss" not in part_of(plain, one, batch, totals)[1]
+    assert "indexer_loss" not in part_of(loss, model(), batch, totals)[1]
 
 
 @pytest.mark.parametrize("phase", ["off", "dense", "sparse"])
@@ -318,7 +338,7 @@ def test_next_token_nats_are_the_terms_of_the_loss_row_by_row(
         expected.append(-terms[scored].sum())
     found = loss.next_token_nats(one, rows())
     torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=1e-5)
-    _, metrics = loss(one.train(), batch, counts)
+    _, metrics = part_of(loss, one.train(), batch, counts)
     mean = float(found.sum()) / counts["next"]
     assert mean == pytest.approx(float(metrics["next_token_loss"]), rel=1e-5)
 

@@ -27,6 +27,7 @@ from model.transformer import Transformer
 from stages.framing import BOS_ID
 from stages.pretrain.objective import PretrainLoss
 from stages.segments import segments_of
+from tests.losses import part_of
 from tests.references import (
     attend_by_query,
     latent_attention,
@@ -235,7 +236,7 @@ def gradients(
     model: Transformer, loss: PretrainLoss, batch: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     named = dict(model.named_parameters())
-    value, _ = loss(model, batch, loss.counts(batch))
+    value, _ = part_of(loss, model, batch)
     slopes = torch.autograd.grad(value, list(named.values()), allow_unused=True)
     return {n: s for n, s in zip(named, slopes, strict=True) if s is not None and bool(s.any())}
 
@@ -271,7 +272,7 @@ def test_every_term_and_its_gradient_are_the_papers(family: str, phase: IndexerP
     batch = {"tokens": texts(config)}
 
     whole = PretrainLoss(0.3, 0.05, False, phase, 0.25)
-    value, metrics = whole(model, batch, whole.counts(batch))
+    value, metrics = part_of(whole, model, batch)
     expected = by_the_papers(model, batch["tokens"], phase)
     names = {"next": "next_token_loss", "mtp": "mtp_loss", "balance": "balance_loss"}
     if config.has_indexer:

@@ -117,5 +117,5 @@ def measure_on_rank(corpus: Corpus) -> dict[str, float]:
     batches = list(text.batches(rank=trainer.rank, world=trainer.world))
     sums = trainer.measure(batches, partial(text.sums, step=0))
     assert trainer.model.training
-    assert not any(bool(moe.load_E.any()) for moe in trainer.model.moe_layers().values())
+    assert not trainer.load_LE.any()
     return {"batches": float(len(batches)), **sums, **text.figures(sums)}

@@ -74,5 +74,5 @@ def _run(compute: Compute, counts: tuple[int, ...], leaves: list[Tensor]) -> lis
     generator = torch.Generator().manual_seed(1)
     rows_N = torch.randint(len(x_RD), (sum(counts),), generator=generator).to(x_RD.device)
     counts_E = torch.tensor(counts, device=x_RD.device)
-    y_RD = compute(Dispatched(x_RD, rows_N, counts_E, gates_N, None), gate_up, down, None)
+    y_RD = compute(Dispatched(x_RD, rows_N, counts_E, gates_N), gate_up, down, None)
     return [y_RD.detach(), *torch.autograd.grad(y_RD, learnt, slope.detach())]

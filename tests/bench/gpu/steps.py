@@ -29,6 +29,7 @@ from tests.bench.gpu.models import (
 from tests.bench.gpu.profile import Work, work_of
 from tests.bench.gpu.rows import SKIPPED, Figure, Row, attempted, ratio, share
 from tests.bench.gpu.setting import Setting, best_rate
+from tests.losses import part_of
 
 ROUNDS, FIRST = 7, 2
 TOP = 6
@@ -122,9 +123,9 @@ def _memory(
     resident = setting.allocated()
     totals, placed = loss.counts(batch), trainer.backend.place(batch)
     with torch.no_grad():
-        loss(trainer.model, placed, totals)
+        part_of(loss, trainer.model, placed, totals)
     copies = setting.allocated() - resident
-    value = loss(trainer.model, placed, totals)[0]
+    value = part_of(loss, trainer.model, placed, totals)[0]
     kept = setting.allocated() - resident - copies
     del value
     setting.reset_peak()

@@ -1,0 +1,178 @@
+"""Gradients to their owners during the backward pass, and weights from their owners after a step.
+
+What all parameters of one layer have for one owner travels together, as soon as the backward pass
+is through the layer, while it goes on with the next. Afterwards only owners hold gradients.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cluster.groups import Groups
+from cluster.mesh import AxisName
+from cluster.owners import Owners
+
+_AHEAD = 2
+"""Layers whose weights are on their way at a time."""
+
+
+@dataclass(slots=True)
+class _Travelling:
+    """Gradients of one layer on the way to one owner."""
+
+    names: list[str]
+    flat: Tensor
+    work: Any
+    mine: bool
+
+
+class Reduction:
+    """The collectives of one rank's dense parameters and experts' copies."""
+
+    def __init__(self, named: Mapping[str, nn.Parameter], owners: Owners, groups: Groups) -> None:
+        self.named, self.owners, self.groups = named, owners, groups
+        self.bytes: dict[str, int] = {"gradients": 0, "weights": 0}
+        """Of this rank's parameters, handed to others since the count was last emptied: what it is
+        asked for, whatever way a collective takes."""
+        self.layers: dict[str, list[str]] = {}
+        """The parameters of each layer that have copies."""
+        self._armed = False
+        self.learnt: set[str] = set()
+        """Parameters with copies that have had a gradient since weights were last shared."""
+        self._waiting: dict[str, set[str]] = {}
+        self._travelling: list[_Travelling] = []
+        for name, parameter in named.items():
+            if groups.mesh.axis(owners.axis(name)).size > 1:
+                self.layers.setdefault(_layer_of(name), []).append(name)
+                parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))
+
+    @contextmanager
+    def within_backward(self) -> Iterator[None]:
+        """Reduce the gradients of the backward pass within; they are with their owners at its end.
+
+        RuntimeError if a peer does not take part.
+        """
+        self._armed = True
+        self._waiting = {layer: set(names) for layer, names in self.layers.items()}
+        try:
+            yield
+            # What a loss does not reach has no gradient, and its layer was never complete.
+            for layer in list(self._waiting):
+                self._send(layer)
+            for one in self._travelling:
+                self._take(one)
+        finally:
+            self._armed, self._travelling = False, []
+
+    def share(self, narrow: Mapping[str, torch.dtype]) -> None:
+        """Send the weights whose gradients were reduced since the last time, in the types of
+        `narrow` or their own.
+
+        An owner keeps its weight as it is.
+        """
+        learnt, self.learnt = self.learnt, set()
+        under_way: list[tuple[list[str], Tensor, Any, bool]] = []
+        with torch.no_grad():
+            for layer in self.layers.values():
+                begun = len(under_way)
+                for (axis, place, dtype), names in self._by_owner(layer, narrow).items():
+                    present = [name for name in names if name in learnt]
+                    if present:
+                        under_way.append(self._begin_share(axis, place, dtype, present))
+                while len(under_way) > _AHEAD * max(1, len(under_way) - begun):
+                    self._end_share(*under_way.pop(0))
+            for one in under_way:
+                self._end_share(*one)
+
+    def _arrived(self, name: str, _: Tensor) -> None:
+        if not self._armed:
+            return
+        layer = _layer_of(name)
+        if layer in self._waiting:
+            self._waiting[layer].discard(name)
+            if not self._waiting[layer]:
+                self._send(layer)
+
+    def _send(self, layer: str) -> None:
+        del self._waiting[layer]
+        for (axis, place, _), names in self._by_owner(self.layers[layer], {}).items():
+            present = [name for name in names if self.named[name].grad is not None]
+            if not present:
+                continue
+            flat = torch.cat([self._grad(name).flatten() for name in present])
+            over = self.groups.mesh.axis(axis)
+            mine = over.index == place
+            if not mine:
+                self.bytes["gradients"] += flat.numel() * flat.element_size()
+            self.learnt.update(present)
+            for name in present:
+                self.named[name].grad = None
+            work = dist.reduce(flat, over.ranks[place], group=self.groups[axis], async_op=True)
+            self._travelling.append(_Travelling(present, flat, work, mine))
+            if len(self._travelling) > _AHEAD:
+                self._take(self._travelling.pop(0))
+
+    def _take(self, one: _Travelling) -> None:
+        """Wait for gradients; the owner keeps them."""
+        one.work.wait()
+        if one.mine:
+            self._fill(one.names, one.flat)
+
+    def _fill(self, names: Sequence[str], flat: Tensor) -> None:
+        sizes = [self.named[name].numel() for name in names]
+        for name, part in zip(names, flat.split(sizes), strict=True):
+            # A tensor of its own: a part of `flat` would keep all of it.
+            self.named[name].grad = part.view_as(self.named[name]).clone()
+
+    def _grad(self, name: str) -> Tensor:
+        grad = self.named[name].grad
+        assert grad is not None
+        return grad
+
+    def _by_owner(
+        self, names: Sequence[str], narrow: Mapping[str, torch.dtype]
+    ) -> dict[tuple[AxisName, int, torch.dtype], list[str]]:
+        """Names by the axis of their copies, the owner's place on it, and the type they travel in.
+
+        Sorted, so that all ranks begin the same collectives in the same order.
+        """
+        found: dict[tuple[AxisName, int, torch.dtype], list[str]] = {}
+        for name in names:
+            dtype = narrow.get(name, self.named[name].dtype)
+            key = self.owners.axis(name), self.owners.places[name], dtype
+            found.setdefault(key, []).append(name)
+        return dict(sorted(found.items(), key=lambda item: str(item[0])))
+
+    def _begin_share(
+        self, axis: AxisName, place: int, dtype: torch.dtype, names: list[str]
+    ) -> tuple[list[str], Tensor, Any, bool]:
+        over = self.groups.mesh.axis(axis)
+        mine = over.index == place
+        count = sum(self.named[name].numel() for name in names)
+        if mine:
+            flat = torch.cat([self.named[name].detach().flatten().to(dtype) for name in names])
+            self.bytes["weights"] += (over.size - 1) * count * flat.element_size()
+        else:
+            flat = torch.empty(count, dtype=dtype, device=self.named[names[0]].device)
+        work = dist.broadcast(flat, over.ranks[place], group=self.groups[axis], async_op=True)
+        return names, flat, work, mine
+
+    def _end_share(self, names: list[str], flat: Tensor, work: Any, mine: bool) -> None:
+        work.wait()
+        if mine:
+            return
+        sizes = [self.named[name].numel() for name in names]
+        for name, part in zip(names, flat.split(sizes), strict=True):
+            self.named[name].copy_(part.view_as(self.named[name]))
+
+
+def _layer_of(name: str) -> str:
+    """`model.layers.3` of what is in it; what is in no layer goes by its own module."""
+    parts = name.split(".")
+    return ".".join(parts[:3]) if parts[:2] == ["model", "layers"] else ".".join(parts[:2])
