@@ -452,8 +452,9 @@ def fitted(machines: ClusterConfig) -> ClusterConfig:
     if backend.is_host:
         return machines
     trainers = min(machines.trainers, int(there[backend.resource]))
-    ep = None if machines.ep is None else math.gcd(machines.ep, trainers)
-    return machines.model_copy(update={"trainers": trainers, "ep": ep})
+    pp = math.gcd(machines.pp, trainers)
+    ep = None if machines.ep is None else math.gcd(machines.ep, trainers // pp)
+    return machines.model_copy(update={"trainers": trainers, "pp": pp, "ep": ep})
 
 
 def own(wanted: Device) -> Backend:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.errors import ConfigError
+from configs.parallel import degrees_fault
 
 AxisName = Literal["pp", "dp", "ep", "data"]
 
@@ -44,17 +45,15 @@ class Mesh:
             )
 
     @classmethod
-    def of(cls, world: int, rank: int, ep: int | None = None) -> "Mesh":
-        """A mesh of `world` ranks in one stage; without `ep` all of them share out the experts.
+    def of(cls, world: int, rank: int, ep: int | None = None, pp: int = 1) -> "Mesh":
+        """A mesh of `world` ranks in `pp` stages; without `ep` all of a stage share its experts.
 
-        ConfigError if `ep` does not divide the world.
+        ConfigError if `pp` times `ep` does not divide the world.
         """
-        ep = world if ep is None else ep
-        if ep < 1 or world % ep:
-            raise ConfigError(
-                f"cluster.ep = {ep} does not divide cluster.trainers = {world}; choose a divisor"
-            )
-        return cls(ep=ep, dp=world // ep, rank=rank)
+        if fault := degrees_fault(world, pp, ep):
+            raise ConfigError(fault)
+        ep = world // pp if ep is None else ep
+        return cls(ep=ep, dp=world // (pp * ep), pp=pp, rank=rank)
 
     @property
     def world(self) -> int:

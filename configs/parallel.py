@@ -20,10 +20,15 @@ class ClusterConfig(Frozen):
     address: str | None = None
     """A running Ray cluster; none starts a local one for the run."""
     trainers: PositiveInt = 2
-    """Training workers; rows of a batch are divided over them, and experts as `ep` says."""
+    """Training workers. Layers are divided over them as `pp` says, experts as `ep`, and a batch's
+    rows over those that hold the same layers."""
+    pp: PositiveInt = 1
+    """Into how many pipeline stages the model's layers are divided, each held by `trainers` / `pp`
+    trainers; 1 leaves every trainer all layers. More can be planned, but not trained yet."""
     ep: PositiveInt | None = None
-    """Over how many trainers a layer's experts are divided; none is all of them. With fewer, every
-    `ep` trainers hold all experts between them: tokens stay nearer, and gradients travel more."""
+    """Over how many trainers a layer's experts are divided; none is all that hold the layer. With
+    fewer, every `ep` trainers hold all experts between them: tokens stay nearer, and gradients
+    travel more."""
     micro_batches: PositiveInt = 1
     """In how many parts, one after another, each trainer takes its rows of a step of pretraining.
     Their gradients add up to those of the whole, but for rounding, of which FP8 has most; only one
@@ -62,13 +67,29 @@ class ClusterConfig(Frozen):
     """How many nodes of the line that do not need each other are built at a time; none means as
     many as the driver's cores bear: one below 8, then one for every 4, 4 at most."""
 
+    @property
+    def stage_trainers(self) -> int:
+        """How many trainers hold the same layers."""
+        return self.trainers // self.pp
+
+    @property
+    def stage_settings(self) -> str:
+        """The settings that `stage_trainers` is made of, for messages."""
+        return "cluster.trainers" if self.pp == 1 else "cluster.trainers / cluster.pp"
+
+    def misfit(self, experts: int) -> str | None:
+        """Why a layer of so many experts is not divided evenly; none if it is."""
+        ranks = self.ep or self.stage_trainers
+        if experts % ranks == 0:
+            return None
+        over = self.stage_settings if self.ep is None else "cluster.ep"
+        without = ", which leaves some without any" if ranks > experts else ""
+        return f"does not divide over {over} = {ranks}{without}"
+
     @model_validator(mode="after")
     def _divides_ranks(self) -> Self:
-        if self.ep is not None and self.trainers % self.ep:
-            raise ValueError(
-                f"cluster.ep = {self.ep} does not divide cluster.trainers = {self.trainers}; "
-                "choose a divisor"
-            )
+        if fault := degrees_fault(self.trainers, self.pp, self.ep):
+            raise ValueError(fault)
         return self
 
     @field_validator("address")
@@ -77,6 +98,20 @@ class ClusterConfig(Frozen):
         if address is not None and address != "auto" and ":" not in address:
             raise ValueError("names no port; write it as HOST:6379, or auto on the cluster itself")
         return address
+
+
+def degrees_fault(trainers: int, pp: int, ep: int | None) -> str | None:
+    """Why so many trainers do not divide into these degrees; none if they do."""
+    if pp < 1 or trainers % pp:
+        return f"cluster.pp = {pp} does not divide cluster.trainers = {trainers}; choose a divisor"
+    if ep is None or (ep > 0 and trainers // pp % ep == 0):
+        return None
+    if pp == 1:
+        return f"cluster.ep = {ep} does not divide cluster.trainers = {trainers}; choose a divisor"
+    return (
+        f"cluster.pp * cluster.ep = {pp} * {ep} does not divide cluster.trainers = {trainers}; "
+        f"set cluster.ep to a divisor of cluster.trainers / cluster.pp = {trainers // pp}"
+    )
 
 
 def nodes_at_once(asked: int | None, cores: int) -> int:

@@ -171,7 +171,7 @@ class Recipe(Frozen):
 
     def _check_posttraining(self) -> None:
         """What must agree where the model is post-trained."""
-        workers = self.cluster.trainers
+        workers = self.cluster.stage_trainers
         for owner, phase in self.posttraining.items():
             table = _table(owner)
             self._require_model(table)
@@ -180,7 +180,7 @@ class Recipe(Frozen):
                 raise ValueError(
                     f"{table}.prompts_per_step / minibatches * group_size = "
                     f"{minibatch * phase.group_size} answers do not divide over "
-                    f"cluster.trainers = {workers}; choose a multiple"
+                    f"{self.cluster.stage_settings} = {workers}; choose a multiple"
                 )
             self._require_problems(table, self._corpus_of(table, phase.corpus))
 
@@ -190,7 +190,7 @@ class Recipe(Frozen):
             for owner, posttrained in self.posttraining.items():
                 check_fp8(_table(owner), posttrained, self.model)
         tokenizer = self.data.tokenizer
-        self._check_experts()
+        self._check_degrees()
         for owner, phase in self.pretraining.items():
             check_fp8(_table(owner), phase, self.model)
             check_indexer(_table(owner), phase, self.model)
@@ -207,26 +207,29 @@ class Recipe(Frozen):
                     "first"
                 )
 
-    def _check_experts(self) -> None:
-        workers, ep = self.cluster.trainers, self.cluster.ep
-        if self.model.n_routed_experts % (ep or workers):
-            over, remedy = f"cluster.ep = {ep}", "choose a divisor"
-            if ep is None:
-                over = f"cluster.trainers = {workers}"
-                remedy = "choose a divisor, or set cluster.ep to one that divides the trainers too"
+    def _check_degrees(self) -> None:
+        """Whether each pipeline stage has a layer, and each trainer as many experts as another."""
+        cluster, layers = self.cluster, self.model.num_hidden_layers
+        if cluster.pp > layers:
             raise ValueError(
-                f"model.n_routed_experts = {self.model.n_routed_experts} does not divide over "
-                f"{over}; {remedy}"
+                f"cluster.pp = {cluster.pp} is above model.num_hidden_layers = {layers}, which "
+                "leaves pipeline stages without a layer; lower the first"
             )
+        experts = self.model.n_routed_experts
+        if fault := cluster.misfit(experts):
+            remedy = "choose a divisor"
+            if cluster.ep is None:
+                remedy += ", or set cluster.ep to one that divides these trainers too"
+            raise ValueError(f"model.n_routed_experts = {experts} {fault}; {remedy}")
 
     def _check_batch(self, table: str, phase: PretrainPhase) -> None:
-        workers, parts = self.cluster.trainers, self.cluster.micro_batches
+        workers, parts = self.cluster.stage_trainers, self.cluster.micro_batches
         if phase.batch_sequences % (workers * parts):
             each = f" * cluster.micro_batches = {workers * parts}" if parts > 1 else f" = {workers}"
             lower = ", or lower cluster.micro_batches" if parts > 1 else ""
             raise ValueError(
                 f"{table}.batch_sequences = {phase.batch_sequences} does not divide over "
-                f"cluster.trainers{each}; choose a multiple{lower}"
+                f"{self.cluster.stage_settings}{each}; choose a multiple{lower}"
             )
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from configs.data import ArithmeticSource, DataConfig
 from configs.delivery import EvaluateSection, EvaluateSpec
 from configs.errors import ConfigError
 from configs.model import ModelConfig, V3Config, V4Config
+from configs.parallel import ClusterConfig
 from configs.recipe import Recipe
 from configs.shape import FP8_BLOCK
 from pipeline.phases import said_in
@@ -22,6 +23,12 @@ _LATENTS = (320, 512, 576)
 """Widths of a latent, its rotary part included, that vLLM 0.32 has attention for."""
 _V4_SIZES = {"head_dim": 512, "index_head_dim": 128}
 """What servers of V4 were written for."""
+
+_ONE_STAGE = {
+    "pretrain": "pretraining over several pipeline stages is not built yet",
+    "posttrain": "the losses of post-training need all layers in one process",
+}
+"""Stages of the line that hold the whole depth of a model, and why."""
 
 
 def model_of(recipe: Recipe) -> ModelConfig:
@@ -60,6 +67,19 @@ def unserved(recipe: Recipe) -> Iterator[str]:
                 )
 
 
+def unpipelined(machines: ClusterConfig, stages: Iterable[str]) -> str | None:
+    """Why one of these stages of the line cannot train in pipeline stages; none if all can."""
+    if machines.pp == 1:
+        return None
+    why = next((_ONE_STAGE[name] for name in stages if name in _ONE_STAGE), None)
+    if why is None:
+        return None
+    return (
+        f"cluster.pp = {machines.pp}: {why}; set cluster.pp = 1 and cluster.trainers = "
+        f"{machines.stage_trainers}, which divide rows and experts as these do"
+    )
+
+
 def check_line(recipe: Recipe, model: ModelConfig) -> None:
     """ConfigError, naming both numbers, if parts of a recipe cannot go together."""
     if recipe.base is not None:
@@ -79,11 +99,16 @@ def check_base(recipe: Recipe, base: str, model: ModelConfig) -> None:
                 f"base = {base!r}: its max_position_embeddings = {model.max_position_embeddings} "
                 f"is below {name}.sequence_tokens = {corpus.sequence_tokens}; lower the second"
             )
-    if model.n_routed_experts % (cluster.ep or cluster.trainers):
-        over = f"trainers = {cluster.trainers}" if cluster.ep is None else f"ep = {cluster.ep}"
+    if cluster.pp > model.num_hidden_layers:
         raise ConfigError(
-            f"base = {base!r}: its n_routed_experts = {model.n_routed_experts} does not divide "
-            f"over cluster.{over}; change the second to a divisor"
+            f"base = {base!r}: its num_hidden_layers = {model.num_hidden_layers} is below "
+            f"cluster.pp = {cluster.pp}, which leaves pipeline stages without a layer; lower the "
+            "second"
+        )
+    if fault := cluster.misfit(model.n_routed_experts):
+        raise ConfigError(
+            f"base = {base!r}: its n_routed_experts = {model.n_routed_experts} {fault}; change the "
+            "second to a divisor"
         )
 
 

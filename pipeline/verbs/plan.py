@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.decide import Build, Decision, Judged, Recheck, Refuse, Reuse, decide, in_words
-from pipeline.feasible import unserved
+from pipeline.feasible import unpipelined, unserved
 from pipeline.figures import show_bytes, show_seconds
 from pipeline.graph import Graph, Node
 from pipeline.states import Examiner
@@ -41,6 +41,13 @@ def plan(args: argparse.Namespace) -> int:
             print(line)
         for told in unserved(asked.recipe):
             print(f"  note: {told}")
+        due = (
+            node.planned.stage.name
+            for node in graph
+            if isinstance(judged[node.name].decision, Build | Recheck)
+        )
+        if refusal := unpipelined(asked.recipe.cluster, due):
+            print(f"  note: a run would end at once: {refusal}")
     return 1 if any(isinstance(one.decision, Refuse) for one in judged.values()) else 0
 
 

@@ -14,11 +14,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from configs.errors import IngotError, StoreError
+from configs.errors import ConfigError, IngotError, StoreError
 from configs.parallel import StoreConfig
 from configs.profile import PROFILED, parse_profile
 from pipeline.channels import open_channels
 from pipeline.decide import Build, Recheck, decide, in_use
+from pipeline.feasible import unpipelined
 from pipeline.graph import Graph
 from pipeline.lease import this_process
 from pipeline.loading import load_body
@@ -53,12 +54,14 @@ def run(args: argparse.Namespace) -> int:
     store.prepare()
     examiner = Examiner(store, recipe.name)
     judged = decide(graph, chosen, examiner)
-    if any(isinstance(one.decision, Build | Recheck) for one in judged.values()):
+    due = [node for node in graph if isinstance(judged[node.name].decision, Build | Recheck)]
+    if refusal := unpipelined(recipe.cluster, (node.planned.stage.name for node in due)):
+        raise ConfigError(refusal)
+    if due:
         database = sqlite_path(tracking_uri(recipe.tracking, store.root))
         require_machine(recipe.cluster, database, display.note)
     # A body that cannot be loaded is told of before anything starts. And large libraries import
     # each other in circles: threads that came into one from two sides would find it half made.
-    due = [node for node in graph if isinstance(judged[node.name].decision, Build | Recheck)]
     for node in due:
         load_body(node.planned.stage)
     if due and recipe.cluster.address is not None:

@@ -304,6 +304,7 @@ def test_the_default_of_trainers_fits_the_devices_and_a_number_that_was_asked_fo
     assert default > 1
     assert backend.fitted(ClusterConfig()).trainers == 1
     assert backend.fitted(ClusterConfig(ep=2)).ep == 1
+    assert backend.fitted(ClusterConfig(pp=2)).pp == 1
     assert backend.fitted(ClusterConfig()).ep is None
     assert backend.fitted(ClusterConfig(device="cpu")).trainers == default
     assert backend.fitted(ClusterConfig(trainers=2)).trainers == 2

@@ -1,5 +1,6 @@
 """How ranks are divided, and what training makes of it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,25 @@ def test_degrees_that_do_not_fit_are_named_with_both_numbers() -> None:
     assert Mesh.of(6, 5) == Mesh(ep=6, dp=1, rank=5)
     with pytest.raises(ConfigError, match=r"cluster\.ep = 4 does not divide cluster\.trainers = 6"):
         Mesh.of(6, 0, 4)
+    with pytest.raises(ConfigError, match=r"cluster\.ep = 0 does not divide"):
+        Mesh.of(6, 0, 0)
     with pytest.raises(ConfigError, match="rank 6 is none of the 6 of a mesh of pp 1 \\* dp 2"):
         Mesh(ep=3, dp=2, rank=6)
     with pytest.raises(ConfigError, match="dp = 0 is below 1"):
         Mesh(dp=0)
+
+
+def test_a_world_is_divided_into_stages_first() -> None:
+    assert Mesh.of(2048, 130, ep=64, pp=16) == Mesh(ep=64, dp=2, pp=16, rank=130)
+    assert Mesh.of(2048, 130, ep=64, pp=16).axis("pp").index == 1
+    assert Mesh.of(12, 5, pp=2) == Mesh(ep=6, dp=1, pp=2, rank=5)
+    for pp in (0, 5):
+        with pytest.raises(
+            ConfigError, match=rf"cluster\.pp = {pp} does not divide cluster\.trainers = 12; choose"
+        ):
+            Mesh.of(12, 0, pp=pp)
+    with pytest.raises(ConfigError, match=r"2 \* 4 does not divide cluster\.trainers = 12; set"):
+        Mesh.of(12, 0, ep=4, pp=2)
 
 
 @pytest.mark.parametrize(
@@ -64,13 +80,52 @@ def test_degrees_that_do_not_fit_are_named_with_both_numbers() -> None:
         (["cluster.trainers=3"], "over cluster.trainers = 3; choose a divisor, or set cluster.ep"),
         (["cluster.trainers=4", "cluster.ep=3"], "cluster.ep = 3 does not divide cluster.trainers"),
         (["cluster.trainers=3", "cluster.ep=3"], "does not divide over cluster.ep = 3"),
-        (["cluster.trainers=32", "cluster.ep=32"], "does not divide over cluster.ep = 32"),
+        (
+            ["cluster.trainers=32", "cluster.ep=32"],
+            "n_routed_experts = 16 does not divide over cluster.ep = 32, which leaves some without",
+        ),
+        (["cluster.trainers=4", "cluster.pp=3"], "cluster.pp = 3 does not divide cluster.trainers"),
+        (
+            ["cluster.trainers=6", "cluster.pp=2", "cluster.ep=2"],
+            "cluster.pp * cluster.ep = 2 * 2 does not divide cluster.trainers = 6; set cluster.ep "
+            "to a divisor of cluster.trainers / cluster.pp = 3",
+        ),
+        (
+            ["cluster.trainers=6", "cluster.pp=2"],
+            "over cluster.trainers / cluster.pp = 3; choose a divisor, or set cluster.ep",
+        ),
+        (
+            ["cluster.trainers=64", "cluster.pp=64"],
+            "cluster.pp = 64 is above model.num_hidden_layers = 3, which leaves",
+        ),
+        (
+            ["cluster.trainers=4", "cluster.pp=2", "pretrain.batch_sequences=33"],
+            "batch_sequences = 33 does not divide over cluster.trainers / cluster.pp = 2; choose",
+        ),
+        (
+            [
+                *("cluster.trainers=4", "cluster.pp=2", "posttrain.group_size=3"),
+                *("posttrain.prompts_per_step=3", "posttrain.minibatches=1"),
+            ],
+            "9 answers do not divide over cluster.trainers / cluster.pp = 2; choose",
+        ),
     ],
 )
 def test_recipes_are_refused_when_they_are_read(sets: list[str], told: str) -> None:
     load_recipe("tiny", sets=["cluster.trainers=4", "cluster.ep=2"])
-    with pytest.raises(ConfigError, match=told):
+    load_recipe("tiny", sets=["cluster.trainers=3", "cluster.pp=3"])
+    with pytest.raises(ConfigError, match=re.escape(told)):
         load_recipe("tiny", sets=sets)
+
+
+def test_rows_and_experts_are_divided_over_the_trainers_of_a_stage() -> None:
+    """In one stage 32 are too many for 16 experts, and for 16 rows."""
+    sets = ["cluster.trainers=32", "pretrain.batch_sequences=16"]
+    assert load_recipe("tiny", sets=[*sets, "cluster.pp=2"]).cluster.stage_trainers == 16
+    with pytest.raises(ConfigError, match=r"n_routed_experts = 16 does not divide over"):
+        load_recipe("tiny", sets=sets)
+    with pytest.raises(ConfigError, match=r"batch_sequences = 16 does not divide over"):
+        load_recipe("tiny", sets=[*sets, "cluster.ep=16"])
 
 
 def fit_on_rank(builder: str) -> list[Any]:

@@ -299,6 +299,22 @@ def test_a_device_that_is_not_there_ends_a_run_before_anything_is_built(
     assert made == 0
 
 
+def test_pipeline_stages_end_a_run_before_anything_is_built_and_are_noted_by_a_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stages = ("--set", "cluster.trainers=4", "--set", "cluster.pp=2")
+    assert ingot("plan", "smoke", *stages) == 0
+    told = "cluster.pp = 2: pretraining over several pipeline stages is not built yet; set"
+    (note,) = [one for one in capsys.readouterr().out.splitlines() if "cluster.pp" in one]
+    assert note.startswith(f"  note: a run would end at once: {told}")
+    assert ingot("run", "smoke", *stages) == 2
+    assert f"error: {told}" in capsys.readouterr().err
+    assert not list((tmp_path / ".ingot").rglob("manifest.json"))
+    assert ingot("plan", "smoke", "--only", "data", *stages) == 0
+    assert "cluster.pp" not in capsys.readouterr().out
+
+
 def test_status_and_why_tell_what_waits_for_another_node(
     line: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

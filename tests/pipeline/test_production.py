@@ -69,7 +69,9 @@ def test_a_comparison_trains_what_the_line_trains() -> None:
 
 def test_machines_store_and_tracking_change_no_identity() -> None:
     sets = [
-        "cluster.trainers=1",
+        "cluster.trainers=4",
+        "cluster.pp=2",
+        "cluster.ep=1",
         "cluster.parallel_nodes=3",
         "store.url='/x'",
         "tracking.experiment='y'",
@@ -200,8 +202,17 @@ def test_what_a_recipe_says_of_a_tokenizer_of_its_own_means_nothing_beside_a_bas
 
 def test_a_base_is_divided_as_far_as_experts_are(base: Path) -> None:
     assert based_on(base, "cluster.trainers=16", "cluster.ep=8")
-    with pytest.raises(ConfigError, match=r"8 does not divide over cluster\.ep = 16; change"):
+    with pytest.raises(ConfigError, match=r"8 does not divide over cluster\.ep = 16, .*; change"):
         based_on(base, "cluster.trainers=16", "cluster.ep=16")
+
+
+def test_a_base_is_divided_into_no_more_stages_than_it_has_layers(base: Path) -> None:
+    assert based_on(base, "cluster.trainers=4", "cluster.pp=2")
+    with pytest.raises(
+        ConfigError,
+        match=r"its num_hidden_layers = 2 is below cluster\.pp = 4, .*; lower the second",
+    ):
+        based_on(base, "cluster.trainers=4", "cluster.pp=4")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +224,8 @@ def test_a_base_is_divided_as_far_as_experts_are(base: Path) -> None:
         ),
         (
             "cluster.trainers=16",
-            "n_routed_experts = 8 does not divide over cluster.trainers = 16; change the second",
+            "n_routed_experts = 8 does not divide over cluster.trainers = 16, which leaves some "
+            "without any; change the second",
         ),
     ],
 )
