@@ -147,6 +147,17 @@ def test_a_full_size_recipe_has_the_released_shape(name: str) -> None:
     assert set(type(model).model_fields) - said <= {"csa_ratio", "hca_ratio"}
 
 
+@pytest.mark.parametrize(
+    ("name", "degrees"), [("deepseek-v3", (16, 64, 2)), ("deepseek-v3.2", (16, 32, 1))]
+)
+def test_v3_and_its_successor_are_divided_into_the_papers_stages(
+    name: str, degrees: tuple[int, int, int]
+) -> None:
+    cluster = load_recipe(name).cluster
+    assert cluster.ep is not None
+    assert (cluster.pp, cluster.ep, cluster.stage_trainers // cluster.ep) == degrees
+
+
 def test_the_articles_shape_has_the_articles_size_and_a_fifth_of_it_in_tables() -> None:
     model = load_recipe("article-v4").model
     assert isinstance(model, V4Config)

@@ -8,7 +8,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from configs.errors import ConfigError, PlanError
 from configs.reading import load_recipe
-from pipeline.feasible import unserved
+from pipeline.feasible import unpipelined, unserved
 from pipeline.graph import Graph, make_graph
 from pipeline.phases import rows_before
 from pipeline.production import production
@@ -207,6 +207,25 @@ def test_a_plan_notes_which_sizes_servers_refuse() -> None:
     assert "head_dim = 32: servers of V4 want 512" in small
     assert "compress_ratios holds 16" in small
     assert list(unserved(load_recipe("tiny", sets=["export=false"]))) == []
+
+
+def test_stages_that_train_are_refused_over_pipeline_stages_each_in_its_own_words() -> None:
+    """The remedy is a recipe that loads, and divides rows and experts as before."""
+    recipe = load_recipe("deepseek-v3")
+    told = unpipelined(recipe.cluster, ["data", "pretrain", "posttrain"])
+    assert told is not None
+    assert told.startswith("cluster.pp = 16: pretraining over several pipeline stages is not built")
+    remedy = ["cluster.pp=1", "cluster.trainers=128"]
+    assert told.endswith(
+        "set cluster.pp = 1 and cluster.trainers = 128, which divide rows and experts as these do"
+    )
+    other = unpipelined(recipe.cluster, ["evaluate", "posttrain"])
+    assert other is not None
+    assert other.startswith("cluster.pp = 16: the losses of post-training need all layers in one")
+    assert unpipelined(recipe.cluster, ["data", "evaluate", "export"]) is None
+    one = load_recipe("deepseek-v3", sets=remedy).cluster
+    assert (one.stage_trainers, one.ep) == (recipe.cluster.stage_trainers, recipe.cluster.ep)
+    assert unpipelined(one, ["pretrain", "posttrain"]) is None
 
 
 def test_a_gate_stands_between_the_report_and_the_bundles(shaped: Path) -> None:
