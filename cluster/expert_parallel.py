@@ -433,10 +433,9 @@ class _Flight(_Journey):
             rows_W = _reached(rank_TK, placement.ranks)
             rows_N = _reached(rank_TK // placement.devices, placement.nodes)
         own = torch.cat([counts_S, rows_W, rows_N])
-        table = own.new_empty(placement.ranks * len(own))
+        table = own.new_empty(placement.ranks, len(own))
         with _told(self.over.all, f"counts of {layer}"):
-            dist.all_gather_into_tensor(table, own, group=self.over.all.group)
-        table = table.view(placement.ranks, -1)
+            dist.all_gather(list(table), own, group=self.over.all.group)
         # The host sizes by them what comes, and waits for the device and its peers here alone.
         counts, rows, nodes = table.cpu().split([len(counts_S), len(rows_W), len(rows_N)], 1)
         first = self.over.index * placement.slots_each

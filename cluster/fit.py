@@ -42,6 +42,7 @@ from cluster.gathered import gathered
 from cluster.groups import Groups, this_node
 from cluster.head import require_reachable
 from cluster.memory import LESS_MEMORY, Room
+from cluster.mesh import Mesh
 from cluster.output import RESTART, Output
 from cluster.places import Places, deadlines
 from cluster.saves import Saves
@@ -154,6 +155,7 @@ def fit(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
     TrainingError if the steps were not done; an Ingot error of a rank is raised as itself;
     MachineError once workers died more than `machines.max_restarts` times.
     """
+    Mesh.of_machines(machines)
     Path(notes).mkdir(parents=True, exist_ok=True)
     desk = desk_of(job)
     desk.begin()

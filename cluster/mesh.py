@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.errors import ConfigError
-from configs.parallel import degrees_fault
+from configs.parallel import ClusterConfig, degrees_fault
 
 AxisName = Literal["pp", "dp", "ep", "data"]
 
@@ -54,6 +54,16 @@ class Mesh:
             raise ConfigError(fault)
         ep = world // pp if ep is None else ep
         return cls(ep=ep, dp=world // (pp * ep), pp=pp, rank=rank)
+
+    @classmethod
+    def of_machines(cls, machines: ClusterConfig) -> "Mesh":
+        """That of a cluster's trainers; ConfigError for pipeline stages, which cannot train yet."""
+        if machines.pp > 1:
+            raise ConfigError(
+                f"cluster.pp = {machines.pp}: training over several pipeline stages is not built "
+                "yet; set it to 1"
+            )
+        return cls.of(machines.trainers, 0, machines.ep)
 
     @property
     def world(self) -> int:

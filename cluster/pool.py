@@ -16,6 +16,7 @@ from cluster.backend import CPU, Backend
 from cluster.expert_parallel import join_group, require_equal_cards
 from cluster.groups import Groups, this_node
 from cluster.memory import LESS_MEMORY, Room
+from cluster.mesh import Mesh
 from cluster.models import frozen
 from cluster.output import TRAINER, Output
 from cluster.places import deadlines
@@ -165,6 +166,7 @@ def open_trainers(
 
     What its workers print goes to files in the folder `logs`.
     """
+    Mesh.of_machines(machines)
     output = Output(str(logs), TRAINER)
     with (
         ray_for(

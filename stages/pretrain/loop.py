@@ -137,7 +137,7 @@ def _job(config: PretrainSpec, work: Workspace, corpus: Corpus, base: Checkpoint
 
 def _less_memory(train: PretrainConfig, corpus: Corpus, machines: ClusterConfig) -> str:
     """Which settings lower what a rank holds; all but those of the cluster begin anew."""
-    divides = train.batch_sequences > machines.trainers * machines.micro_batches
+    divides = train.batch_sequences > machines.stage_trainers * machines.micro_batches
     narrower = ", or set pretrain.optim.moments = 'bfloat16'"
     moments = narrower if train.optim.moments == "float32" else ""
     more = less_memory(machines.ep, "cluster.micro_batches or " if divides else "")

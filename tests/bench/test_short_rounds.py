@@ -19,6 +19,7 @@ from configs.v3 import V3Config
 from pipeline.provenance import processor
 from tests.bench import (
     attention_cost,
+    layouts,
     machine,
     on_gpu,
     store_calls,
@@ -137,8 +138,14 @@ def count_the_calls_of_a_store(patch: pytest.MonkeyPatch, folder: Path) -> None:
     assert store_calls.table(calls).count("\n") > 5
 
 
+def train_in_layouts(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """One rank and two, a step each."""
+    layouts.main(short=True)
+
+
 ROUNDS = {
     "attention_cost": draw_the_attention_curves,
+    "layouts": train_in_layouts,
     "on_gpu": measure_what_a_gpu_would,
     "store_calls": count_the_calls_of_a_store,
     "test_against_transformers": train_beside_transformers,

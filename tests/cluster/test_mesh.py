@@ -11,17 +11,18 @@ from cluster.backend import CPU
 from cluster.groups import Groups, nodes_spanned
 from cluster.mesh import Mesh
 from cluster.places import Places
+from cluster.pool import TrainerSpec, open_trainers
 from cluster.trainer import Trainer
 from configs.errors import ConfigError
 from configs.parallel import ClusterConfig
 from configs.reading import load_recipe
 from configs.train import BalanceConfig
 from stages.steps import METRICS, read_metrics
-from tests.cluster.jobs import NextToken, job
+from tests.cluster.jobs import OPTIM, NextToken, job
 from tests.ranks import on_ranks
+from tests.supplies import local
 
-RATE = 0.01
-BALANCE = BalanceConfig(bias_update_speed=0.01)
+SPEC = TrainerSpec(OPTIM, BalanceConfig(), "high", seed=0, reference=False)
 
 
 def test_ep_is_fastest_and_pp_slowest() -> None:
@@ -206,3 +207,15 @@ def test_an_axis_spans_nodes_where_all_have_equal_runs_of_it(
 def test_an_axis_that_its_nodes_do_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match="ep axis of 4 ranks does not divide over 3 nodes"):
         Groups(Mesh(ep=4), 60, nodes=3)
+
+
+def test_nobody_trains_in_pipeline_stages_unasked(tmp_path: Path) -> None:
+    staged = ClusterConfig(trainers=2, pp=2)
+    told = r"cluster\.pp = 2: training over several pipeline stages is not built yet"
+    with pytest.raises(ConfigError, match=told):
+        fit.fit(job(tmp_path, NextToken()), staged, str(tmp_path), str(tmp_path))
+    with (
+        pytest.raises(ConfigError, match=told),
+        open_trainers(staged, tmp_path, SPEC, logs=tmp_path, supply=local(tmp_path)),
+    ):
+        pass
