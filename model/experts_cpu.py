@@ -29,6 +29,7 @@ from model.compiled import compiled
 from model.dispatch import Dispatched
 from model.rows import ByRow
 from model.swiglu import grouped_swiglu
+from model.weight_gradients import is_left
 
 SOURCE = Path(__file__).with_name("experts_cpu.c")
 FLAGS = {torch.float32: ("-O2",), torch.bfloat16: ("-O2", "-DBFLOAT16")}
@@ -173,6 +174,8 @@ def serves(sent: Dispatched, gate_up_EJD: Tensor, down_EDI: Tensor) -> bool:
     dtype = sent.x_RD.dtype
     return (
         dtype in FLAGS
+        # One call makes all gradients.
+        and not is_left()
         and all(one.dtype == dtype for one in (gate_up_EJD, down_EDI))
         and (sent.gates_N is None or sent.gates_N.dtype in (dtype, torch.float32))
         and all(one.device.type == "cpu" for one in (sent.x_RD, gate_up_EJD, down_EDI))

@@ -25,6 +25,7 @@ from model.dispatch import Dispatched
 from model.experts_cpu import serves, swiglu_on_cpu
 from model.rows import ByRow
 from model.swiglu import activation, activation_backward, grouped_swiglu, halves
+from model.weight_gradients import gradients
 
 _STRIDE_BYTES = 16
 """Of what the device's kernels read, every row begins at a multiple of so many bytes."""
@@ -88,7 +89,7 @@ class _ByOffsets(torch.autograd.Function):
         y_ND = each_mm(inner_NI, down_EDI.mT, ends_E)
         if learning:
             ctx.save_for_backward(x_RD, gates_N, gate_up_EJD, down_EDI, ends_E, inner_NJ)
-            ctx.by_row, ctx.limit = by_row, limit
+            ctx.by_row, ctx.limit, ctx.weights = by_row, limit, (gate_up_EJD, down_EDI)
         return by_row.sum(y_ND)
 
     @staticmethod
@@ -99,11 +100,17 @@ class _ByOffsets(torch.autograd.Function):
         dy_ND = grads[0].index_select(0, by_row.rows_N)
         d_inner_NI = each_mm(dy_ND, down_EDI, ends_E)
         found = activation_backward(inner_NJ, d_inner_NI, ctx.limit, gates_N)
-        d_down_EDI = each_outer(dy_ND, found.y_NI, ends_E)
-        x_ND = x_RD.index_select(0, by_row.rows_N)
-        d_gate_up_EJD = each_outer(found.d_inner_NJ, x_ND, ends_E)
         dx_RD = by_row.sum(each_mm(found.d_inner_NJ, gate_up_EJD, ends_E))
-        return dx_RD, found.d_weight_N, d_gate_up_EJD, d_down_EDI, None, None, None, None
+
+        def make() -> list[Tensor]:
+            x_ND = x_RD.index_select(0, by_row.rows_N)
+            return [
+                each_outer(found.d_inner_NJ, x_ND, ends_E),
+                each_outer(dy_ND, found.y_NI, ends_E),
+            ]
+
+        made = gradients(ctx.weights, make)
+        return dx_RD, found.d_weight_N, *made, None, None, None, None
 
 
 def each_mm(

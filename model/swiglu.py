@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from model.dispatch import Dispatched
+from model.weight_gradients import gradients, is_left
 from model.widening import widened
 
 GROUP_ROWS = 2**11
@@ -158,7 +159,7 @@ class _SwiGLU(torch.autograd.Function):
         gate_up_JD = torch.cat([gate_ID, up_ID])
         inner_NJ = x @ gate_up_JD.T
         ctx.save_for_backward(x, inner_NJ, gate_ID, up_ID, down_DI)
-        ctx.limit = limit
+        ctx.limit, ctx.weights = limit, (gate_ID, up_ID, down_DI)
         return activation(*halves(inner_NJ), limit) @ down_DI.T
 
     @staticmethod
@@ -167,9 +168,13 @@ class _SwiGLU(torch.autograd.Function):
         x, inner_NJ, gate_ID, up_ID, down_DI = ctx.saved_tensors
         (dy,) = grads
         found = activation_backward(inner_NJ, dy @ down_DI, ctx.limit)
-        d_gate_ID, d_up_ID = (found.d_inner_NJ.T @ x).split([len(gate_ID), len(up_ID)])
         dx = found.d_inner_NJ @ torch.cat([gate_ID, up_ID])
-        return dx, d_gate_ID, d_up_ID, dy.T @ found.y_NI, None
+
+        def make() -> list[Tensor]:
+            d_gate_up = (found.d_inner_NJ.T @ x).split([len(gate_ID), len(up_ID)])
+            return [*d_gate_up, dy.T @ found.y_NI]
+
+        return dx, *gradients(ctx.weights, make), None
 
 
 class _Grouped(torch.autograd.Function):
@@ -203,7 +208,7 @@ class _Grouped(torch.autograd.Function):
             y_CD = group.each_mm(inner_CI, down[group.experts].mT, x_CD)
             y_RD.index_add_(0, rows_C, widened(y_CD))
         ctx.save_for_backward(x_RD, gates_N, gate_up, down, rows_N, inner_NJ)
-        ctx.counts, ctx.limit = counts, limit
+        ctx.counts, ctx.limit, ctx.weights = counts, limit, (gate_up, down)
         return y_RD.to(x_RD.dtype)
 
     @staticmethod
@@ -211,8 +216,11 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, gates_N, gate_up, down, rows_N, inner_NJ = ctx.saved_tensors
         dx_RD = torch.zeros_like(widened(x_RD))
-        d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
+        leaving = is_left()
+        left: list[_Outer] = []
         d_gates: list[Tensor] = []
+        if not leaving:
+            d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
         for group in _groups(ctx.counts):
             rows_C, inner_CJ = rows_N[group.visits], inner_NJ[group.visits]
             dy_CD, x_CD = grads[0].index_select(0, rows_C), x_RD.index_select(0, rows_C)
@@ -222,12 +230,26 @@ class _Grouped(torch.autograd.Function):
             found = activation_backward(inner_CJ, d_inner_CI, ctx.limit, gates_C)
             if found.d_weight_N is not None:
                 d_gates.append(found.d_weight_N)
-            group.each_outer(dy_CD, found.y_NI, d_down[group.experts])
-            group.each_outer(found.d_inner_NJ, x_CD, d_gate_up[group.experts])
+            outer = _Outer(group, dy_CD, found.y_NI, found.d_inner_NJ, x_CD)
+            if leaving:
+                left.append(outer)
+                dy_CD = torch.empty_like(dy_CD)
+            else:
+                outer.into(d_gate_up, d_down)
             dx_CD = group.each_mm(found.d_inner_NJ, gate_up[group.experts], dy_CD)
             dx_RD.index_add_(0, rows_C, widened(dx_CD))
         d_gates_N = torch.cat(d_gates) if d_gates else None
-        return dx_RD.to(x_RD.dtype), d_gates_N, d_gate_up, d_down, None, None, None, None
+
+        def make() -> list[Tensor]:
+            if not leaving:
+                return [d_gate_up, d_down]
+            made = [torch.empty_like(gate_up), torch.empty_like(down)]
+            for outer in left:
+                outer.into(*made)
+            return made
+
+        dx_RD = dx_RD.to(x_RD.dtype)
+        return dx_RD, d_gates_N, *gradients(ctx.weights, make), None, None, None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +272,22 @@ class _Group:
         split = (tensor.split(self.counts) for tensor in (left_CA, right_CB))
         for left, right, out in zip(*split, out_EAB, strict=True):
             torch.mm(left.T, right, out=out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outer:
+    """What the gradients of a group's weights are made of."""
+
+    group: _Group
+    dy_CD: Tensor
+    y_CI: Tensor
+    d_inner_CJ: Tensor
+    x_CD: Tensor
+
+    def into(self, d_gate_up: Tensor, d_down: Tensor) -> None:
+        """Make them, at the group's place among all experts'."""
+        self.group.each_outer(self.dy_CD, self.y_CI, d_down[self.group.experts])
+        self.group.each_outer(self.d_inner_CJ, self.x_CD, d_gate_up[self.group.experts])
 
 
 def _groups(counts: list[int]) -> Iterator[_Group]:

@@ -71,6 +71,8 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if not (torch.is_grad_enabled() and weight.requires_grad):
         return copy
     made: Tensor = _Cast.apply(weight, copy)
+    # For gradients that are made later (`model.weight_gradients`).
+    made.leaf = weight  # type: ignore[attr-defined]
     return made
 
 
@@ -80,9 +82,10 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
         ctx.dtype = weight.dtype
+        ctx.set_materialize_grads(False)
         return copy.view_as(copy)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0].to(ctx.dtype), None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None if grads[0] is None else grads[0].to(ctx.dtype), None

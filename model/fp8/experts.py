@@ -37,6 +37,7 @@ from model.fp8.quantized import Quantized, from_tensors, to_tensors
 from model.fp8.scheme import Fp8
 from model.rows import ByRow
 from model.swiglu import activation, activation_backward, halves
+from model.weight_gradients import gradients
 
 
 def fp8_grouped_swiglu(
@@ -129,7 +130,7 @@ class _Fp8Experts(torch.autograd.Function):
             inner8_XI = backend.quantize(inner_XI, x8_RD.tile, multiplied=False)
             tensors, ctx.layouts = to_tensors([x8_RD, inner8_XI, down8, *gate_up8])
             ctx.save_for_backward(gates_N, *tensors)
-            ctx.call, ctx.num_gate_up = call, len(gate_up)
+            ctx.call, ctx.weights = call, weights
         return call.summed(y_ND)
 
     @staticmethod
@@ -145,14 +146,18 @@ class _Fp8Experts(torch.autograd.Function):
         da_NI = dgrad(backend, dy8_ND, down8, groups)
         inner_NJ = backend.dequantize(inner8_XI).view(len(da_NI), 2 * da_NI.shape[1])
         found = activation_backward(inner_NJ.to(da_NI.dtype), da_NI, call.limit, gates_N)
-        d_down = _weight_gradient(call, call.visited(dy_RD), found.y_NI)
-        dx_ND, d_gate_up = _gate_up_gradients(
-            call, found.d_inner_NJ, call.visited8(x8_RD), gate_up8
-        )
+        dx_ND = _input_gradient(call, found.d_inner_NJ, gate_up8)
         dx_RD = call.summed(dx_ND.to(dy_RD.dtype))
-        # The rows of a dense block's gate, then of its up.
-        parts = d_gate_up.chunk(ctx.num_gate_up)
-        return dx_RD, found.d_weight_N, None, *parts, d_down
+
+        def make() -> list[Tensor]:
+            d_down = _weight_gradient(call, call.visited(dy_RD), found.y_NI)
+            d_gate_up = _gate_up_gradient(
+                call, found.d_inner_NJ, call.visited8(x8_RD), len(gate_up8)
+            )
+            # The rows of a dense block's gate, then of its up.
+            return [*d_gate_up.chunk(len(ctx.weights) - 1), d_down]
+
+        return dx_RD, found.d_weight_N, None, *gradients(ctx.weights, make)
 
 
 def _gate_up_weights(scheme: Fp8, gate_up: Sequence[Tensor], learning: bool) -> list[Quantized]:
@@ -172,22 +177,33 @@ def _weight_gradient(call: _Call, dy_NO: Tensor, x_NI: Tensor) -> Tensor:
     return wgrad(call.scheme.backend(dy_NO.device), dy_tokens_NO, x_tokens_NI, call.groups)
 
 
-def _gate_up_gradients(
-    call: _Call, d_inner_NJ: Tensor, x8_ND: Quantized, gate_up8: Sequence[Quantized]
-) -> tuple[Tensor, Tensor]:
-    """(dx [N, D], dW [.., J, D]) of inner = x W^T, for W as one operand or as two."""
+def _input_gradient(call: _Call, d_inner_NJ: Tensor, gate_up8: Sequence[Quantized]) -> Tensor:
+    """dx [N, D] of inner = x W^T, for W as one operand or as two."""
+    scheme, groups = call.scheme, call.groups
+    backend = scheme.backend(d_inner_NJ.device)
+    dx_ND = None
+    for w8, columns in zip(gate_up8, d_inner_NJ.chunk(len(gate_up8), 1), strict=True):
+        part_ND = dgrad(backend, scheme.gradients(columns.contiguous(), groups), w8, groups)
+        dx_ND = part_ND if dx_ND is None else dx_ND.add_(part_ND)
+    assert dx_ND is not None
+    return dx_ND
+
+
+def _gate_up_gradient(call: _Call, d_inner_NJ: Tensor, x8_ND: Quantized, operands: int) -> Tensor:
+    """dW [.., J, D] of the same, for W as so many operands."""
     scheme, groups = call.scheme, call.groups
     backend = scheme.backend(d_inner_NJ.device)
     x_tokens_ND = scheme.activations_along_tokens(x8_ND, groups)
-    dx_ND, dw = None, list[Tensor]()
-    for w8, columns in zip(gate_up8, d_inner_NJ.chunk(len(gate_up8), 1), strict=True):
-        d_part = columns.contiguous()
-        part_ND = dgrad(backend, scheme.gradients(d_part, groups), w8, groups)
-        dx_ND = part_ND if dx_ND is None else dx_ND.add_(part_ND)
-        d_tokens = scheme.gradients_along_tokens(d_part, groups)
-        dw.append(wgrad(backend, d_tokens, x_tokens_ND, groups))
-    assert dx_ND is not None
-    return dx_ND, _joined(dw, -2)
+    parts = [
+        wgrad(
+            backend,
+            scheme.gradients_along_tokens(columns.contiguous(), groups),
+            x_tokens_ND,
+            groups,
+        )
+        for columns in d_inner_NJ.chunk(operands, 1)
+    ]
+    return _joined(parts, -2)
 
 
 def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:

@@ -17,6 +17,7 @@ from model.fp8.groups import Groups
 from model.fp8.products import dgrad, fprop, wgrad
 from model.fp8.quantized import from_tensors, to_tensors
 from model.fp8.scheme import Fp8
+from model.weight_gradients import gradients
 
 
 def fp8_grouped_linear(
@@ -52,7 +53,7 @@ class _Fp8Grouped(torch.autograd.Function):
         if learning:
             tensors, ctx.layouts = to_tensors([scheme.input_to_save(x_NI, x8_NI), weight8_GOI])
             ctx.save_for_backward(*tensors)
-            ctx.groups, ctx.scheme = groups, scheme
+            ctx.groups, ctx.scheme, ctx.weight = groups, scheme, weight_YI
         return fprop(scheme.backend(x_NI.device), x8_NI, weight8_GOI, groups).to(x_NI.dtype)
 
     @staticmethod
@@ -63,7 +64,10 @@ class _Fp8Grouped(torch.autograd.Function):
         saved_NI, weight8_GOI = from_tensors(ctx.saved_tensors, ctx.layouts)
         dy8_NO = scheme.gradients(dy_NO.contiguous(), groups)
         dx_NI = dgrad(backend, dy8_NO, weight8_GOI, groups).to(dy_NO.dtype)
-        x_tokens_NI = scheme.activations_along_tokens(saved_NI, groups)
-        dy_tokens_NO = scheme.gradients_along_tokens(dy_NO, groups)
-        dw_GOI = wgrad(backend, dy_tokens_NO, x_tokens_NI, groups)
-        return dx_NI, dw_GOI.flatten(0, 1), None, None, None
+
+        def make() -> list[Tensor]:
+            x_tokens_NI = scheme.activations_along_tokens(saved_NI, groups)
+            dy_tokens_NO = scheme.gradients_along_tokens(dy_NO, groups)
+            return [wgrad(backend, dy_tokens_NO, x_tokens_NI, groups).flatten(0, 1)]
+
+        return dx_NI, *gradients([ctx.weight], make), None, None, None

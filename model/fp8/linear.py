@@ -23,6 +23,7 @@ from model.fp8.products import dgrad, fprop, wgrad
 from model.fp8.quantized import from_tensors, to_tensors
 from model.fp8.scheme import Fp8
 from model.weight_cache import cast
+from model.weight_gradients import gradients, is_left
 
 
 class Linear(nn.Module):
@@ -44,7 +45,8 @@ def together(x: Float[Tensor, "*B I"], *linears: Linear) -> tuple[Tensor, ...]:
     scheme = linears[0].scheme
     assert all(linear.scheme == scheme for linear in linears), "one quantisation serves one scheme"
     if scheme is None:
-        return tuple(F.linear(x, cast(linear.weight, x.dtype)) for linear in linears)
+        multiply = _parted if is_left() and torch.is_grad_enabled() else F.linear
+        return tuple(multiply(x, cast(linear.weight, x.dtype)) for linear in linears)
     outputs = fp8_linears(x, scheme, *(linear.weight for linear in linears))
     return tuple(outputs)
 
@@ -66,7 +68,7 @@ class _Fp8Linears(torch.autograd.Function):
         backend = scheme.backend(x_TI.device)
         x8_TI = scheme.activations(x_TI)
         weights8 = [scheme.weights(w_OI, learning=learning) for w_OI in weights]
-        ctx.scheme = scheme
+        ctx.scheme, ctx.weights = scheme, weights
         if learning:
             saved = [scheme.input_to_save(x_TI, x8_TI), *weights8]
             tensors, ctx.layouts = to_tensors(saved)
@@ -79,15 +81,45 @@ class _Fp8Linears(torch.autograd.Function):
         scheme: Fp8 = ctx.scheme
         backend = scheme.backend(grads[0].device)
         saved_TI, *weights8 = from_tensors(ctx.saved_tensors, ctx.layouts)
-        x_tokens_TI = scheme.activations_along_tokens(saved_TI)
         x_learns, _, _, *weights_learn = ctx.needs_input_grad
-        dx_TI, dw = None, list[Tensor | None]()
-        for dy_TO, w8_OI, w_learns in zip(grads, weights8, weights_learn, strict=True):
-            if x_learns:
+        dx_TI = None
+        if x_learns:
+            for dy_TO, w8_OI in zip(grads, weights8, strict=True):
                 part_TI = dgrad(backend, scheme.gradients(dy_TO), w8_OI).to(dy_TO.dtype)
                 dx_TI = part_TI if dx_TI is None else dx_TI.add_(part_TI)
-            dw_OI = None
-            if w_learns:
-                dw_OI = wgrad(backend, scheme.gradients_along_tokens(dy_TO), x_tokens_TI)
-            dw.append(dw_OI)
-        return dx_TI, None, None, *dw
+        pairs = zip(ctx.weights, grads, weights_learn, strict=True)
+        learning = [(w_OI, dy_TO) for w_OI, dy_TO, learns in pairs if learns]
+
+        def make() -> list[Tensor]:
+            x_tokens_TI = scheme.activations_along_tokens(saved_TI)
+            return [
+                wgrad(backend, scheme.gradients_along_tokens(dy_TO), x_tokens_TI)
+                for _, dy_TO in learning
+            ]
+
+        made = iter(gradients([w_OI for w_OI, _ in learning], make) if learning else ())
+        return dx_TI, None, None, *(next(made) if learns else None for learns in weights_learn)
+
+
+def _parted(x: Float[Tensor, "*B I"], w_OI: Float[Tensor, "O I"]) -> Float[Tensor, "*B O"]:
+    """x W^T whose weight gradient can be left."""
+    y_TO: Tensor = _Parted.apply(x.reshape(-1, x.shape[-1]), w_OI)
+    return y_TO.view(*x.shape[:-1], len(w_OI))
+
+
+class _Parted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, w_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TI, w_OI)
+        ctx.weight = w_OI
+        return x_TI @ w_OI.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, w_OI = ctx.saved_tensors
+        (dy_TO,) = grads
+        dx_TI = dy_TO @ w_OI if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx_TI, None
+        return dx_TI, *gradients([ctx.weight], lambda: [dy_TO.T @ x_TI])
