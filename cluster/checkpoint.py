@@ -76,10 +76,11 @@ def merged(shards: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
                 pieces.setdefault(name, {})[int(expert)] = tensor
             else:
                 found[name] = tensor
-    return found | {
-        name: torch.stack([rows[expert] for expert in sorted(rows)])
-        for name, rows in pieces.items()
-    }
+    for name, rows in pieces.items():
+        if missing := set(range(max(rows) + 1)) - rows.keys():
+            raise MachineError(f"no rank told expert {min(missing)} of {name}; run again")
+        found[name] = torch.stack([rows[expert] for expert in sorted(rows)])
+    return found
 
 
 def load_shards(

@@ -110,13 +110,13 @@ class _Leg:
                 self.arrived, rows, received, sent, group=self.where.group, async_op=True
             )
 
-    def end(self) -> Tensor:
+    def end(self, *, back: bool = False) -> Tensor:
         """What arrived."""
         assert self.arrived is not None, "nothing was sent"
         waiting = time.perf_counter()
         with _told(self.where, f"rows of {self.layer} ({self.kind})"):
             self.work.wait()
-        for traffic in (self.traffic, self.own):
+        for traffic in (self.traffic,) if back else (self.traffic, self.own):
             traffic.hidden_seconds += waiting - self.started
             traffic.exposed_seconds += time.perf_counter() - waiting
         arrived, self.arrived, self.work = self.arrived, None, None
@@ -128,6 +128,8 @@ def _told(where: _Group, what: str) -> Iterator[None]:
     """Say of a collective that fails whom this rank waited for."""
     try:
         yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # This rank's own.
     except RuntimeError as error:
         rank = where.ranks[where.me]
         others = [str(one) for one in where.ranks if one != rank]
@@ -201,7 +203,8 @@ class _Out:
         if self.mine_NK is None:
             flat = of_NK.new_zeros(shape.numel())
             return flat.index_copy_(0, self.order_N, of_NK.squeeze(1)).view(shape)
-        return self.by_token.sum(of_NK.masked_fill(~self.mine_NK, 0))
+        # What is not a row's has no visit, and so a gradient of 0.
+        return self.by_token.sum(of_NK)
 
 
 class _BeginOut(torch.autograd.Function):
@@ -221,7 +224,7 @@ class _BeginOut(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         out: _Out = ctx.out
         (_, width), shape = ctx.shapes
-        d_x_ND, d_gates_NK = out.leg.end().tensor_split((width,), dim=1)
+        d_x_ND, d_gates_NK = out.leg.end(back=True).tensor_split((width,), dim=1)
         return out.by_token.sum(d_x_ND.contiguous()), out.spread(d_gates_NK, shape), None, None
 
 
@@ -278,7 +281,7 @@ class _BeginHome(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.home.leg.end(), None
+        return ctx.home.leg.end(back=True), None
 
 
 class _EndHome(torch.autograd.Function):
@@ -308,10 +311,10 @@ class ExpertParallel:
         ConfigError unless the placement is for as many ranks as the axis has.
         """
         axis = groups.mesh.axis("ep")
-        if placement.ranks != axis.size:
+        if (placement.ranks, placement.nodes) != (axis.size, groups.nodes):
             raise ConfigError(
-                f"a placement over {placement.ranks} ranks for an ep axis of {axis.size}; make it "
-                "for the axis"
+                f"a placement over {placement.ranks} ranks on {placement.nodes} nodes for an ep "
+                f"axis of {axis.size} on {groups.nodes}; make it for the axis"
             )
         self.placement, self.copies, self.narrow = placement, copies, narrow
         self.index = axis.index
@@ -380,7 +383,10 @@ class _Flight(_Journey):
 
     def __init__(self, over: ExpertParallel, routed: Routed) -> None:
         self.over, self.tokens = over, len(routed.x_TD)
-        traffic = over.traffic.setdefault(routed.layer, Traffic())
+        # What is only asked, as of held-out text, is no part of a step.
+        traffic = Traffic()
+        if torch.is_grad_enabled():
+            traffic = over.traffic.setdefault(routed.layer, traffic)
         slot_E, expert_E = over.slots(routed.layer, routed.x_TD.device)
         slots_TK = slot_E[routed.experts_TK].to(torch.int32)
         self._tell(slots_TK, routed.counts_E.index_select(0, expert_E), routed.layer)

@@ -39,10 +39,11 @@ from cluster.device_errors import out_of_memory
 from cluster.expert_parallel import require_equal_cards
 from cluster.feeding import batches
 from cluster.gathered import gathered
-from cluster.groups import Groups, this_node
+from cluster.groups import Groups
 from cluster.head import require_reachable
 from cluster.memory import LESS_MEMORY, Room
 from cluster.mesh import Mesh
+from cluster.nodes import this_node
 from cluster.output import RESTART, Output
 from cluster.places import Places, deadlines
 from cluster.saves import Saves

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from itertools import groupby
 
-import ray
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -30,12 +29,15 @@ class Groups:
         """
         self.mesh, self.nodes = mesh, nodes
         names: Iterable[AxisName] = ("dp", "ep", "data")
-        self._made: dict[str, dist.ProcessGroup] = {
-            name: made for name in names if (made := _own(mesh, mesh.lines(name), seconds))
-        }
-        for name, lines in zip(_HOPS, _hops(mesh, nodes), strict=False):
-            if (made := _own(mesh, lines, seconds)) is not None:
+        self._made: dict[str, dist.ProcessGroup] = {}
+        for name in names:
+            # Reductions must not queue before exchanges of tokens, though both be over all ranks.
+            apart = name == "data" and seconds is not None
+            if (made := _own(mesh, mesh.lines(name), seconds, apart=apart)) is not None:
                 self._made[name] = made
+        for hop, lines in zip(_HOPS, _hops(mesh, nodes), strict=False):
+            if (made := _own(mesh, lines, seconds)) is not None:
+                self._made[hop] = made
 
     @classmethod
     def of_world(
@@ -73,11 +75,6 @@ class Groups:
         if dist.is_initialized():
             for group in (None, *self._made.values()):
                 _set_pg_timeout(timedelta(seconds=seconds), group)
-
-
-def this_node() -> str | None:
-    """What Ray calls the machine of this process; none outside Ray."""
-    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
 
 
 def nodes_spanned(mesh: Mesh, node_of_rank: Sequence[object]) -> int:
@@ -119,13 +116,14 @@ def _hops(mesh: Mesh, nodes: int) -> list[list[tuple[int, ...]]]:
 
 
 def _own(
-    mesh: Mesh, lines: Sequence[tuple[int, ...]], seconds: float | None
+    mesh: Mesh, lines: Sequence[tuple[int, ...]], seconds: float | None, *, apart: bool = False
 ) -> dist.ProcessGroup | None:
-    """This rank's group among those of `lines`, none where it is alone in one or all ranks are.
+    """This rank's group among those of `lines`, none where it is alone in one, nor where all ranks
+    are in one, unless that is to be `apart` from the process's own.
 
     Every rank makes all groups, in the same order.
     """
-    if len(lines[0]) in (1, mesh.world):
+    if len(lines[0]) == 1 or (len(lines[0]) == mesh.world and not apart):
         return None
     if seconds is None:
         raise ValueError(f"groups of {len(lines[0])} of {mesh.world} ranks need a deadline")

@@ -95,3 +95,8 @@ def _digest(root: Path) -> str:
         for path in sorted((root / floor).rglob("*.py")):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def this_node() -> str | None:
+    """What Ray calls the machine of this process; none outside Ray."""
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else None

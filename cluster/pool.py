@@ -14,10 +14,11 @@ from torch import Tensor
 from cluster import checkpoint
 from cluster.backend import CPU, Backend
 from cluster.expert_parallel import join_group, require_equal_cards
-from cluster.groups import Groups, this_node
+from cluster.groups import Groups
 from cluster.memory import LESS_MEMORY, Room
 from cluster.mesh import Mesh
 from cluster.models import frozen
+from cluster.nodes import this_node
 from cluster.output import TRAINER, Output
 from cluster.places import deadlines
 from cluster.save_state import SaveState

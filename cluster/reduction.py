@@ -4,6 +4,7 @@ What all parameters of one layer have for one owner travels together, as soon as
 is through the layer, while it goes on with the next. Afterwards only owners hold gradients.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from cluster.groups import Groups
 from cluster.mesh import AxisName
 from cluster.owners import Owners
+from configs.errors import TrainingError
 
+_ELSEWHERE = "parameters on another device"
 _AHEAD = 2
-"""Layers whose weights are on their way at a time."""
+"""Layers that are on their way at a time."""
 
 
 @dataclass(slots=True)
@@ -33,7 +36,11 @@ class _Travelling:
 
 
 class Reduction:
-    """The collectives of one rank's dense parameters and experts' copies."""
+    """The collectives of one rank's dense parameters and experts' copies.
+
+    All ranks begin the same ones in the same order: which gradients travel is decided by which ones
+    a backward pass has reached, and that is the same on all of them.
+    """
 
     def __init__(self, named: Mapping[str, nn.Parameter], owners: Owners, groups: Groups) -> None:
         self.named, self.owners, self.groups = named, owners, groups
@@ -41,16 +48,27 @@ class Reduction:
         """Of this rank's parameters, handed to others since the count was last emptied: what it is
         asked for, whatever way a collective takes."""
         self.layers: dict[str, list[str]] = {}
-        """The parameters of each layer that have copies."""
-        self._armed = False
+        """The parameters of each layer that learn and have copies. Those that lie on another device
+        than most are a layer of their own: the backward pass comes to them on another thread."""
         self.learnt: set[str] = set()
         """Parameters with copies that have had a gradient since weights were last shared."""
+        self._armed = False
+        self._reached: set[str] = set()
+        """Those that a backward pass has come to since their gradients last travelled."""
+        self._last: set[str] | None = None
+        """Those that the last pass with a reduction came to."""
+        self._seen: set[str] = set()
         self._waiting: dict[str, set[str]] = {}
-        self._travelling: list[_Travelling] = []
+        self._travelling: list[list[_Travelling]] = []
+        devices = Counter(parameter.device for parameter in named.values())
+        ((most, _),) = devices.most_common(1)
         for name, parameter in named.items():
-            if groups.mesh.axis(owners.axis(name)).size > 1:
-                self.layers.setdefault(_layer_of(name), []).append(name)
-                parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))
+            if not parameter.requires_grad or groups.mesh.axis(owners.axis(name)).size == 1:
+                continue
+            layer = _layer_of(name) if parameter.device == most else _ELSEWHERE
+            self.layers.setdefault(layer, []).append(name)
+            parameter.register_hook(partial(self._coming, name))
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, name, layer))
 
     @contextmanager
     def within_backward(self) -> Iterator[None]:
@@ -58,17 +76,43 @@ class Reduction:
 
         RuntimeError if a peer does not take part.
         """
-        self._armed = True
-        self._waiting = {layer: set(names) for layer, names in self.layers.items()}
+        self._armed, self._seen = True, set()
+        # A layer is complete when all has arrived that arrived the last time.
+        self._waiting = {
+            layer: {name for name in names if self._last is None or name in self._last}
+            for layer, names in self.layers.items()
+            if layer != _ELSEWHERE
+        }
         try:
             yield
-            # What a loss does not reach has no gradient, and its layer was never complete.
-            for layer in list(self._waiting):
+            # What was not foreseen, and what is elsewhere.
+            for layer in self.layers:
                 self._send(layer)
-            for one in self._travelling:
-                self._take(one)
+            while self._travelling:
+                self._take(self._travelling.pop(0))
+            self._last = self._seen
         finally:
             self._armed, self._travelling = False, []
+
+    def require_reduced(self) -> None:
+        """TrainingError if this rank holds a gradient that is another's, and would be lost."""
+        for names in self.layers.values():
+            for name in names:
+                if self.named[name].grad is not None and not self.owners.mine(name):
+                    raise TrainingError(
+                        f"the gradient of {name} is on a rank that does not own it; make gradients "
+                        "within the backward pass that reduces them"
+                    )
+
+    def due(self, narrow: Mapping[str, torch.dtype]) -> int:
+        """Bytes of weights that this rank will hand to others in `share`."""
+        mine = [name for name in self.learnt if self.owners.mine(name)]
+        return sum(
+            (self.groups.mesh.axis(self.owners.axis(name)).size - 1)
+            * self.named[name].numel()
+            * narrow.get(name, self.named[name].dtype).itemsize
+            for name in mine
+        )
 
     def share(self, narrow: Mapping[str, torch.dtype]) -> None:
         """Send the weights whose gradients were reduced since the last time, in the types of
@@ -90,39 +134,48 @@ class Reduction:
             for one in under_way:
                 self._end_share(*one)
 
-    def _arrived(self, name: str, _: Tensor) -> None:
-        if not self._armed:
+    def _coming(self, name: str, gradient: Tensor | None) -> None:
+        # Where a backward pass left a gradient for later, or has none, it comes with nothing; on
+        # the owner the parameter may have one of an earlier pass.
+        if gradient is not None:
+            self._reached.add(name)
+
+    def _arrived(self, name: str, layer: str, _: Tensor) -> None:
+        if not self._armed or name not in self._reached:
             return
-        layer = _layer_of(name)
-        if layer in self._waiting:
-            self._waiting[layer].discard(name)
-            if not self._waiting[layer]:
+        self._seen.add(name)
+        if (left := self._waiting.get(layer)) is not None and name in left:
+            left.remove(name)
+            if not left:
                 self._send(layer)
 
     def _send(self, layer: str) -> None:
-        del self._waiting[layer]
-        for (axis, place, _), names in self._by_owner(self.layers[layer], {}).items():
-            present = [name for name in names if self.named[name].grad is not None]
-            if not present:
-                continue
-            flat = torch.cat([self._grad(name).flatten() for name in present])
+        """Begin to reduce what has been reached of a layer."""
+        reached = [name for name in self.layers[layer] if name in self._reached]
+        self._reached.difference_update(reached)
+        self.learnt.update(reached)
+        sent = []
+        for (axis, place, _), names in self._by_owner(reached, {}).items():
+            flat = torch.cat([self._grad(name).flatten() for name in names])
             over = self.groups.mesh.axis(axis)
             mine = over.index == place
             if not mine:
                 self.bytes["gradients"] += flat.numel() * flat.element_size()
-            self.learnt.update(present)
-            for name in present:
+            for name in names:
                 self.named[name].grad = None
             work = dist.reduce(flat, over.ranks[place], group=self.groups[axis], async_op=True)
-            self._travelling.append(_Travelling(present, flat, work, mine))
-            if len(self._travelling) > _AHEAD:
-                self._take(self._travelling.pop(0))
+            sent.append(_Travelling(names, flat, work, mine))
+        if sent:
+            self._travelling.append(sent)
+        if len(self._travelling) > _AHEAD:
+            self._take(self._travelling.pop(0))
 
-    def _take(self, one: _Travelling) -> None:
-        """Wait for gradients; the owner keeps them."""
-        one.work.wait()
-        if one.mine:
-            self._fill(one.names, one.flat)
+    def _take(self, layer: list[_Travelling]) -> None:
+        """Wait for a layer's gradients; owners keep them."""
+        for one in layer:
+            one.work.wait()
+            if one.mine:
+                self._fill(one.names, one.flat)
 
     def _fill(self, names: Sequence[str], flat: Tensor) -> None:
         sizes = [self.named[name].numel() for name in names]
@@ -144,6 +197,7 @@ class Reduction:
         """
         found: dict[tuple[AxisName, int, torch.dtype], list[str]] = {}
         for name in names:
+            # No layer has parameters on two devices.
             dtype = narrow.get(name, self.named[name].dtype)
             key = self.owners.axis(name), self.owners.places[name], dtype
             found.setdefault(key, []).append(name)

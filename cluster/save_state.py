@@ -19,7 +19,7 @@ class SaveState:
     compute: str = "float32"
     """The type that the training computes in."""
     tokens: int = 0
-    """Read so far, by all ranks."""
+    """Read so far, by all ranks; 0 in post-training, which counts answers."""
     phase: Phase = "pretrain"
     mesh: Mapping[str, int] = field(default_factory=dict)
     """Degrees by axis."""

@@ -164,13 +164,17 @@ class Trainer:
             dtype=torch.int64,
             device=model.lm_head.weight.device,
         )
+        self.numbers = {
+            name: torch.tensor(local, device=self.load_LE.device)
+            for name, local in self.experts_here().items()
+        }
+        """By stack: int64, the number of each expert. Made once, for a copy is waited for."""
         self.load_average_LE = np.zeros(tuple(self.load_LE.shape))
         """A running mean of each expert's share of its layer's choices; 0 before the first step."""
         self.telemetry: dict[str, float] = {}
         """Of the last step, what may differ when it is repeated: `exchange/` and `reduction/` are
-        bytes that all ranks together sent (weights: since the step before), and seconds of a mean
-        rank; `imbalance/` is the largest over the mean load of each layer that can be balanced,
-        less one."""
+        bytes that all ranks together sent, and seconds of a mean rank; `imbalance/` is the largest
+        over the mean load of each layer that can be balanced, less one."""
         self.room = Room()
         self.given: tuple[Sequence[Batch], LossSpec, Mapping[str, float]] | None = None
         """What the gradients were last made of, while there are any."""
@@ -307,6 +311,7 @@ class Trainer:
     def _gradients(self) -> dict[str, float | Tensor]:
         """What clipping and balancing need, of this rank, where it was computed: the norms of the
         gradients that it owns, of experts one by one, and the load of the experts."""
+        self.reduction.require_reduced()
         grads = self._grads()
         dense = [name for name in grads if name not in self.sharded]
         norms: dict[str, float | Tensor] = dict.fromkeys((_SQUARE + n for n in self.named), 0.0)
@@ -315,13 +320,12 @@ class Trainer:
             norms[_SQUARE + name] = self.load_LE.new_zeros(experts, dtype=torch.float32)
         for name, norm in zip(dense, _norms([grads[name] for name in dense]), strict=True):
             norms[_SQUARE + name] = norm
-        local = self.experts_here()
         for name in self.sharded & grads.keys():
             rows = grads[name].flatten(1)
             norm_E = torch.linalg.vector_norm(rows, dim=1, dtype=_wide(rows))
             # By logical number: sums must not depend on where an expert lives.
-            place_E = torch.tensor(local[name.rpartition(".")[0]], device=rows.device)
-            norms[_SQUARE + name] = norm_E.new_zeros(experts).index_copy_(0, place_E, norm_E)
+            numbers_E = self.numbers[name.rpartition(".")[0]]
+            norms[_SQUARE + name] = norm_E.new_zeros(experts).index_copy_(0, numbers_E, norm_E)
         return norms | {_LOAD: self.load_LE} | self._traffic()
 
     def _traffic(self) -> dict[str, float | Tensor]:
@@ -339,7 +343,7 @@ class Trainer:
             "exchange/exposed_seconds": sum(one.exposed_seconds for one in layers) / self.world,
             "exchange/hidden_seconds": sum(one.hidden_seconds for one in layers) / self.world,
             "reduction/gradient_bytes": sent["gradients"],
-            "reduction/weight_bytes": sent["weights"],
+            "reduction/weight_bytes": self.reduction.due(self.narrow),
         }
         for kind in KINDS:
             for across, where in ((False, "within"), (True, "across")):
@@ -537,8 +541,12 @@ class Trainer:
             self.telemetry[f"imbalance/layer_{number}"] = one
         self.load_LE.zero_()
         share_LE = load_LE / load_LE.sum(1, keepdims=True).clip(min=1)
-        weight = _AVERAGED if self.load_average_LE.any() else 0.0
-        self.load_average_LE = weight * self.load_average_LE + (1 - weight) * share_LE
+        # A layer at rest, as the MTP layer where one token is predicted, says nothing.
+        used_L1 = load_LE.any(1, keepdims=True)
+        begun_L1 = self.load_average_LE.any(1, keepdims=True)
+        weight_L1 = np.where(begun_L1, _AVERAGED, 0.0)
+        moved_LE = weight_L1 * self.load_average_LE + (1 - weight_L1) * share_LE
+        self.load_average_LE = np.where(used_L1, moved_LE, self.load_average_LE)
         return {
             "imbalance": float(by_layer.max(initial=0.0)),
             "expert_load": share_LE.round(5).tolist(),

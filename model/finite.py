@@ -6,7 +6,7 @@ again, with the same weights, under hooks on every module. A good step has none 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 
 import torch
@@ -57,7 +57,7 @@ def watched(model: nn.Module) -> Iterator[Sighting]:
 
 
 def is_finite(made: object) -> bool:
-    """Whether all numbers in a tensor, or in a nest of sequences and mappings of them, are."""
+    """Whether all numbers are, in a tensor or in a nest of sequences, mappings and dataclasses."""
     match made:
         case Tensor():
             return not made.is_floating_point() or bool(torch.isfinite(made).all())
@@ -65,6 +65,8 @@ def is_finite(made: object) -> bool:
             return all(map(is_finite, made.values()))
         case list() | tuple():
             return all(map(is_finite, made))
+        case _ if is_dataclass(made):
+            return all(is_finite(getattr(made, one.name)) for one in fields(made))
     return True
 
 

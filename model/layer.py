@@ -15,6 +15,7 @@ Axes: B sequences, S positions, D width, T tokens (B * S), R rows received.
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from jaxtyping import Float
@@ -99,10 +100,11 @@ class Layer(nn.Module):
             out_BSD = self._again(whole, self.aside, held)
         else:
             assert isinstance(self.mlp, MoE)
-            flight = self.mlp.dispatcher.send(held.routed)
-            aside_BSD = self._again(whole, self.aside, held)
-            returning = flight.back(self._again(whole, self.experts, flight.rows()))
-            out_BSD = returning.home().view_as(aside_BSD) + aside_BSD
+            out_BSD = self.mlp.carry(
+                held.routed,
+                partial(self._again, whole, self.aside, held),
+                partial(self._again, whole, self.experts),
+            )
         return self.join(held, out_BSD), replace(held.report, indexer=missed)
 
     def _again(self, recompute: bool, call: Callable[..., T], *arguments: Any) -> T:

@@ -8,6 +8,9 @@ Axes: T tokens, D width, E routed experts, G groups, K choices, N token copies, 
 V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -181,12 +184,21 @@ class MoE(nn.Module):
     def forward(
         self, x_BSD: Float[Tensor, "B S D"], batch: Pass
     ) -> tuple[Float[Tensor, "B S D"], LayerReport]:
-        """Route, visit, add the shared experts: a layer's calls in a row, without its stream."""
+        """Route, visit, add the shared experts: a layer without its stream."""
         routed, report = self.route(x_BSD, batch)
+        return self.carry(routed, partial(self.shared_experts, x_BSD), self.experts), report
+
+    def carry(
+        self,
+        routed: Routed,
+        aside: Callable[[], Tensor],
+        experts: Callable[[Dispatched], Tensor],
+    ) -> Float[Tensor, "B S D"]:
+        """Send tokens to `experts` and back, and add what is computed `aside` meanwhile."""
         flight = self.dispatcher.send(routed)
-        shared_BSD: Tensor = self.shared_experts(x_BSD)
-        routed_TD = flight.back(self.experts(flight.rows())).home()
-        return routed_TD.view_as(x_BSD) + shared_BSD, report
+        aside_BSD = aside()
+        returning = flight.back(experts(flight.rows()))
+        return returning.home().view_as(aside_BSD) + aside_BSD
 
 
 def layer_name(index: int) -> str:

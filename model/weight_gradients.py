@@ -25,14 +25,14 @@ class Left:
 
     waiting: list[tuple[list[Tensor], Make]] = field(default_factory=list)
 
-    @torch.no_grad()
     def flush(self) -> None:
-        """Make all of them, and add each to its weight's."""
-        for weights, make in self.waiting:
-            for weight, gradient in zip(weights, make(), strict=True):
-                gradient = gradient.to(weight.dtype)
-                weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
-        self.waiting.clear()
+        """Make all of them, and add each to its weight's, as the backward pass would have."""
+        waiting, self.waiting = self.waiting, []
+        for weights, make in waiting:
+            with torch.no_grad():
+                made = [g.to(w.dtype) for w, g in zip(weights, make(), strict=True)]
+            # Whoever waits for a weight's gradient is told, which an assignment would not.
+            torch.autograd.backward(weights, made)
 
 
 _left: list[Left] = []

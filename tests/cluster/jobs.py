@@ -92,12 +92,7 @@ def next_logprobs(model: Transformer, batch: Mapping[str, Tensor]) -> Tensor:
 
 def repeatable(report: Mapping[str, Any]) -> dict[str, Any]:
     """What a step tells that is the same whenever it is taken from the same state."""
-    return {
-        name: value
-        for name, value in report.items()
-        # Weights were sent before, if the step is not the first of its process.
-        if not name.endswith("_seconds") and name != "reduction/weight_bytes"
-    }
+    return {name: value for name, value in report.items() if not name.endswith("_seconds")}
 
 
 def allowed() -> None:

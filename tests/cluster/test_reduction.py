@@ -1,6 +1,6 @@
 """Gradients reach their owners and weights come back, whatever a backward pass reaches."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,13 @@ import torch
 
 from cluster.backend import CPU
 from cluster.groups import Groups
+from cluster.models import build_model
 from cluster.trainer import Trainer, build_trainer, cast_only
+from configs.errors import TrainingError
 from model.transformer import Transformer
-from tests.cluster.jobs import OPTIM, NextToken, RandomBatches
+from model.weight_gradients import later
+from stages.pretrain.objective import PretrainLoss
+from tests.cluster.jobs import OPTIM
 from tests.layouts import BALANCE, MODELS, Layout, loss, rows
 from tests.ranks import on_ranks
 from tests.references import TINY
@@ -44,7 +48,7 @@ def narrow_and_wide(name: str) -> list[dict[str, Any]]:
     return told
 
 
-@pytest.mark.parametrize("name", ["v3", "v4"])
+@pytest.mark.parametrize("name", ["v3", pytest.param("v4", marks=pytest.mark.slow)])
 def test_narrow_copies_of_weights_change_no_bit(name: str, tmp_path: Path) -> None:
     for narrow, wide in on_ranks(2, tmp_path, narrow_and_wide, name):
         assert narrow["reports"] == wide["reports"]
@@ -61,7 +65,8 @@ def test_what_fp8_quantises_and_gates_read_is_sent_as_it_is() -> None:
     assert not any("mlp" in name or "self_attn" in name or "norm" in name for name in sent)
 
 
-class Half(NextToken):
+@dataclass(frozen=True)
+class NextAlone(PretrainLoss):
     """Only the next token, so that the MTP layer learns nothing."""
 
     @property
@@ -69,44 +74,131 @@ class Half(NextToken):
         """Not predicted."""
         return False
 
-    def __call__(self, predicted: Any, batch: Any, totals: Any) -> Any:
-        """The mean square of the logits."""
-        return predicted.next_BSV.square().mean((1, 2)).sum() / totals["sequences"], {}
+
+LOSSES = {
+    "all": loss("v3.2"),
+    "next": NextAlone(0.3, 0.05, attend_across_documents=False, indexer="sparse"),
+    "idle": NextAlone(0.3, 0.05, attend_across_documents=False, indexer="off"),
+}
+"""`idle` reaches some parameters of each layer and not others: its indexer's."""
+CALLS = [("all",), ("idle",), ("all", "idle"), ("next", "all"), ("idle", "all", "all"), ("idle",)]
+"""The losses of each step, whose gradients add up."""
 
 
-def in_turn(of: int) -> list[dict[str, Any]]:
-    """Steps of two losses in turn, in halves and at once, and what this rank owns then."""
-
-    def trained(one: Trainer, *, halves: bool) -> dict[str, Any]:
-        reports = []
-        for step in range(1, 5):
-            batch = RandomBatches().batch(step, rank=one.rank, world=one.world)
-            asked = Half() if step % 2 else NextToken()
-            if halves:
-                # As post-training does: the gradients of two calls add up.
-                one.forward_backward(batch, asked)
-                one.forward_backward(batch, asked)
-                reports.append(one.optim_step(1e-3))
-            else:
-                reports.append(one.train_step(batch, asked, 1e-3))
-        held = {n: p.grad is not None for n, p in one.named.items()}
-        assert not any(held.values())
-        return {"reports": reports, "state": {n: t.clone() for n, t in one.state().items()}}
-
-    settings: dict[str, Any] = {"optim": OPTIM, "balance": BALANCE, "precision": "high", "seed": 0}
-    groups = Groups.of_world(1, seconds=60) if of > 1 else None
-    return [
-        trained(build_trainer(TINY, groups=groups, **settings), halves=halves)
-        for halves in (False, True)
-    ]
+def in_turn(of: int) -> dict[str, Any]:
+    """Steps of several losses, and what this rank owns then."""
+    layout = Layout(of, ep=1)
+    one = build_trainer(
+        MODELS["v3.2"][0],
+        optim=OPTIM,
+        balance=BALANCE,
+        precision="high",
+        seed=0,
+        groups=Groups.of_world(1, seconds=60) if of > 1 else None,
+    )
+    reports = []
+    for step, calls in enumerate(CALLS, 1):
+        for name in calls:
+            one.forward_backward(rows(step, layout, one.rank), LOSSES[name])
+            held = {n for n, p in one.named.items() if p.grad is not None}
+            assert all(one.owners.mine(n) for n in held)
+        reports.append(one.optim_step(1e-3))
+        assert not any(p.grad is not None for p in one.named.values())
+        assert not one.reduction.learnt
+    return {"reports": reports, "state": {n: t.clone() for n, t in one.state().items()}}
 
 
-def test_layers_that_learn_in_turn_and_gradients_of_two_calls(tmp_path: Path) -> None:
+def test_losses_that_reach_different_parameters_in_turn_and_together(tmp_path: Path) -> None:
+    alone = in_turn(1)
     ranks = on_ranks(2, tmp_path, in_turn, 2)
-    for number, alone in enumerate(in_turn(1)):
-        found = {n: t for rank in ranks for n, t in rank[number]["state"].items()}
-        assert found.keys() == alone["state"].keys()
-        for report, wanted in zip(ranks[0][number]["reports"], alone["reports"], strict=True):
-            assert report["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
-        for name, tensor in alone["state"].items():
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=5e-5, msg=name)
+    found = {n: t for rank in ranks for n, t in rank["state"].items()}
+    assert found.keys() == alone["state"].keys()
+    for report, wanted in zip(ranks[0]["reports"], alone["reports"], strict=True):
+        assert report["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
+        assert report.get("indexer_grad_norm", 0.0) == pytest.approx(
+            wanted.get("indexer_grad_norm", 0.0), rel=1e-5
+        )
+    for name, tensor in alone["state"].items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=5e-5, msg=name)
+
+
+def when_sent() -> list[list[str]]:
+    """The layers whose reduction began within a backward pass without an indexer's loss, in the
+    first and in the second; then all that travel."""
+    one = build_trainer(
+        MODELS["v3.2"][0],
+        optim=OPTIM,
+        balance=BALANCE,
+        precision="high",
+        seed=0,
+        groups=Groups.of_world(1, seconds=60),
+    )
+    told = []
+    for step in (1, 2):
+        batch = rows(step, Layout(2, ep=1), one.rank)
+        counts = LOSSES["idle"].counts(batch)
+        value, _ = one._forward(batch, LOSSES["idle"], counts)
+        with one.reduction.within_backward():
+            value.backward()
+            told.append([layer for layer, left in one.reduction._waiting.items() if not left])
+        one.optimizer.zero_grad()
+        one.reduction.learnt = set()
+    return told
+
+
+def test_layers_travel_within_the_pass_though_a_part_of_them_learns_nothing(
+    tmp_path: Path,
+) -> None:
+    for first, second in on_ranks(2, tmp_path, when_sent):
+        assert not any("layers" in layer for layer in first)
+        assert {"model.layers.0", "model.layers.1", "model.embed_tokens"} <= set(second)
+
+
+def left_for_later(within: bool) -> list[Any]:
+    """Whether gradients that were left reach their owners when they are made."""
+    one = build_trainer(
+        TINY,
+        optim=OPTIM,
+        balance=BALANCE,
+        precision="high",
+        seed=0,
+        groups=Groups.of_world(1, seconds=60),
+    )
+    batch = rows(1, Layout(2, ep=1), one.rank)
+    with later() as left:
+        value, _ = one._forward(batch, loss("v3"), {"next": 9.0, "after_next": 9.0, "sequences": 8})
+        with one.reduction.within_backward():
+            value.backward()
+            if within:
+                left.flush()
+    left.flush()
+    try:
+        one._gradients()
+    except TrainingError as error:
+        return [str(error), 0]
+    return ["", sum(p.grad is not None for p in one.named.values())]
+
+
+def test_gradients_that_are_made_too_late_are_refused(tmp_path: Path) -> None:
+    good = on_ranks(2, tmp_path / "good", left_for_later, True)
+    names = dict(Transformer(TINY).named_parameters())
+    assert [told for told, _ in good] == ["", ""]
+    assert sum(count for _, count in good) == len(names)
+    for told, _ in on_ranks(2, tmp_path / "late", left_for_later, False):
+        assert "is on a rank that does not own it" in told
+
+
+def test_what_does_not_learn_is_let_alone(tmp_path: Path) -> None:
+    assert on_ranks(2, tmp_path, with_a_frozen_part) == [True, True]
+
+
+def with_a_frozen_part() -> bool:
+    """Whether a training of a model with a frozen embedding leaves it as it is, on this rank."""
+    groups = Groups.of_world(1, seconds=60)
+    model, computing = build_model(TINY, precision="high", groups=groups)
+    model.initialize(0).train()
+    frozen = model.model.embed_tokens.weight.requires_grad_(False)
+    before = frozen.clone()
+    one = Trainer(model, computing, optim=OPTIM, balance=BALANCE, groups=groups)
+    one.train_step(rows(1, Layout(2, ep=1), one.rank), loss("v3"), 1e-2)
+    return torch.equal(frozen, before)

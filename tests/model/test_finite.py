@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from configs.model import ModelConfig
 from model.finite import in_backward_order, is_finite, watched
-from model.passes import IndexerPhase
+from model.passes import IndexerPhase, LayerReport
 from model.transformer import Transformer
 from tests.references import TINY, TINY_V4, TINY_V32, random_model, random_tokens
 
@@ -68,6 +68,18 @@ def test_the_module_that_gave_it_is_named_and_not_those_that_passed_it_on(name: 
     assert seen.ended[seen.first] == name
 
 
+@pytest.mark.parametrize("part", [slice(0, 4), slice(4, 8), slice(8, 24)])
+def test_weights_of_streams_are_looked_at_where_they_are_made(part: slice) -> None:
+    """Of reading, writing and mixing: the last two are used behind the sublayer."""
+    model = random_model(TINY_V4).train()
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.attn_hc.base")[part] = math.nan
+    with watched(model) as seen:
+        model.predict(random_tokens(2, 12, config=TINY_V4))
+    assert seen.first is not None
+    assert seen.ended[seen.first] == "model.layers.1.attn_hc"
+
+
 @pytest.mark.parametrize(
     ("made", "finite"),
     [
@@ -77,6 +89,8 @@ def test_the_module_that_gave_it_is_named_and_not_those_that_passed_it_on(name: 
         ((torch.ones(2), [torch.tensor(math.nan)]), False),
         ({"a": torch.ones(1), "b": None}, True),
         ({"a": {"b": torch.tensor(math.inf)}}, False),
+        (LayerReport("one", balance=torch.tensor(1.0)), True),
+        (LayerReport("one", balance=torch.tensor(math.nan)), False),
         (None, True),
     ],
 )
