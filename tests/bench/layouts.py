@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from cluster.expert_parallel import ExpertParallel
 from cluster.groups import Groups
 from cluster.trainer import build_trainer
 from configs.reading import load_recipe
@@ -27,7 +28,7 @@ LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 """Ranks, and over how many of them experts are divided."""
 
 
-def steps(ep: int, count: int) -> dict[str, Any]:
+def steps(ep: int, count: int, copies: bool = False, narrow: bool = True) -> dict[str, Any]:
     """Seconds of each step but the first, and what the last exchanged."""
     recipe = load_recipe("tiny")
     assert recipe.model is not None
@@ -40,6 +41,8 @@ def steps(ep: int, count: int) -> dict[str, Any]:
         seed=0,
         groups=Groups.of_world(ep, 300),
     )
+    if isinstance(one.dispatcher, ExpertParallel):
+        one.dispatcher.copies, one.dispatcher.narrow = copies, narrow
     loss = PretrainLoss(phase.mtp_loss_weight, 1e-4, attend_across_documents=False)
     generator = torch.Generator().manual_seed(0)
     shape = phase.batch_sequences, recipe.data.sequence_tokens
@@ -69,6 +72,10 @@ def main(short: bool) -> None:
                 )
                 found[world, ep] += ranks[0]["seconds"]
                 told[world, ep] = ranks[0]["told"]
+        plain, saved = told[2, 2], {}
+        for what, settings in (("copies", (True, True)), ("wide", (False, False))):
+            ranks = on_ranks(2, Path(folder, what), steps, 2, 1, *settings, seconds=600)
+            saved[what] = ranks[0]["told"]
     alone = statistics.median(found[1, 1])
     for (world, ep), seconds in found.items():
         middle = statistics.median(seconds)
@@ -78,6 +85,17 @@ def main(short: bool) -> None:
             f"{world} ranks, ep {ep}: {middle:.3f} s a step, {alone / middle:.2f} times as fast as "
             f"one; waits for the exchange {exposed:.3f} s, {sent / 1e6:.1f} MB sent"
         )
+    rows, dispatch = (
+        {what: seen[name] for what, seen in {"plain": plain, **saved}.items()}
+        for name in ("exchange/rows", "exchange/dispatch_bytes_within")
+    )
+    fewer = rows["copies"] / rows["plain"]
+    print(
+        f"on 2 ranks a row for each rank in place of each expert: {rows['copies']:,.0f} rows -> "
+        f"{rows['plain']:,.0f} ({fewer:.2f} times fewer); dispatch with gradients "
+        f"{dispatch['copies']:,.0f} bytes -> {dispatch['plain']:,.0f}; with wide rows in place of "
+        f"FP8's {dispatch['wide']:,.0f}"
+    )
     print(machine.describe())
 
 
