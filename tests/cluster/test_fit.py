@@ -21,7 +21,7 @@ from configs.errors import LeaseLost, MachineError, TrainingError
 from configs.parallel import ClusterConfig
 from stages.steps import read_metrics
 from stages.telemetry import MetricsFile
-from tests.cluster.jobs import STEPS, NextToken, job, saves
+from tests.cluster.jobs import STEPS, NextToken, job, repeatable, saves
 from tests.supplies import saves_of
 
 pytestmark = [
@@ -93,7 +93,7 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     """The step log without the rate, which is measured, and what each process says of itself."""
     own = {"tokens_per_second", "mfu", "tags", RESTART}
     return [
-        {name: value for name, value in line.items() if name not in own}
+        {name: value for name, value in repeatable(line).items() if name not in own}
         for line in read_metrics(folder / "metrics.jsonl")
     ]
 
