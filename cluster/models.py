@@ -13,6 +13,7 @@ from cluster.placement import Placement
 from configs.model import ModelConfig
 from configs.train import Precision
 from model.dispatch import Dispatcher, LocalDispatcher
+from model.fp8.linear import Linear
 from model.fp8.recorder import Recorder
 from model.fp8.scheme import Numerics, schemes, settle
 from model.moe import RoutedExperts, layer_name
@@ -108,4 +109,28 @@ def experts_here(model: Transformer) -> dict[str, tuple[int, ...]]:
         name: module.local
         for name, module in model.named_modules()
         if isinstance(module, RoutedExperts)
+    }
+
+
+def expert_parameter_names(model: Transformer) -> set[str]:
+    """Names of the parameters that are sharded over the expert axis."""
+    return {
+        f"{name}.{leaf}"
+        for name, module in model.named_modules()
+        if isinstance(module, RoutedExperts)
+        for leaf, _ in module.named_parameters()
+    }
+
+
+def cast_only(model: Transformer) -> dict[str, torch.dtype]:
+    """Parameters that are read only in a narrower type than their own, and that type: copies of
+    them may be of it. What FP8 quantises, gates and norms read in full is not among them."""
+    compute = model.numerics.compute
+    if compute is None:
+        return {}
+    return {
+        f"{name}.{leaf}": compute
+        for name, module in model.named_modules()
+        if isinstance(module, RoutedExperts | Linear) and module.scheme is None
+        for leaf, _ in module.named_parameters(recurse=False)
     }

@@ -7,7 +7,7 @@ update, and sends the others the weight.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,15 @@ from cluster.expert_parallel import KINDS, ExpertParallel, Traffic
 from cluster.figures import Figures, fetch, summed
 from cluster.groups import Groups
 from cluster.memory import Room, telling_of_model, telling_when_full
-from cluster.models import Computing, build_model, experts_here, take_part
+from cluster.models import (
+    Computing,
+    build_model,
+    cast_only,
+    expert_parameter_names,
+    experts_here,
+    take_part,
+)
+from cluster.norms import SQUARE, clip_group, grad_norms, not_finite, own_norms
 from cluster.owners import Owners
 from cluster.placement import Placement
 from cluster.reduction import Reduction
@@ -38,11 +46,9 @@ from configs.train import BalanceConfig, OptimConfig, Precision
 from model.balance import imbalance, updated_bias
 from model.engram import set_vocabulary
 from model.finite import in_backward_order, is_finite, watched
-from model.fp8.linear import Linear
 from model.fp8.recorder import Tally
 from model.fp8.scheme import Numerics
-from model.moe import RoutedExperts
-from model.optim import adamw, moments, rate_group, restore_moments, set_rates
+from model.optim import adamw, moments, restore_moments, set_rates
 from model.passes import Whole
 from model.transformer import Predictions, Transformer
 from model.weight_cache import forget, keep
@@ -51,7 +57,7 @@ _AVERAGE = "average/load"
 """The name of the loads' running mean in a save."""
 _AVERAGED = 0.95
 """How much of that mean is left after a step."""
-_SQUARE, _LOAD, _TOLD = "square of the norm of ", "load", "telemetry of "
+_LOAD, _TOLD = "load", "telemetry of "
 """Names of what is read at the end of a step beside the loss's own figures."""
 Batch = Mapping[str, Tensor]
 """This rank's part of a batch, by field name."""
@@ -312,20 +318,8 @@ class Trainer:
         """What clipping and balancing need, of this rank, where it was computed: the norms of the
         gradients that it owns, of experts one by one, and the load of the experts."""
         self.reduction.require_reduced()
-        grads = self._grads()
-        dense = [name for name in grads if name not in self.sharded]
-        norms: dict[str, float | Tensor] = dict.fromkeys((_SQUARE + n for n in self.named), 0.0)
-        experts = self.model.config.n_routed_experts
-        for name in self.sharded:
-            norms[_SQUARE + name] = self.load_LE.new_zeros(experts, dtype=torch.float32)
-        for name, norm in zip(dense, _norms([grads[name] for name in dense]), strict=True):
-            norms[_SQUARE + name] = norm
-        for name in self.sharded & grads.keys():
-            rows = grads[name].flatten(1)
-            norm_E = torch.linalg.vector_norm(rows, dim=1, dtype=_wide(rows))
-            # By logical number: sums must not depend on where an expert lives.
-            numbers_E = self.numbers[name.rpartition(".")[0]]
-            norms[_SQUARE + name] = norm_E.new_zeros(experts).index_copy_(0, numbers_E, norm_E)
+        stacks = {name: self.numbers[name.rpartition(".")[0]] for name in self.sharded}
+        norms = own_norms(self.named, stacks, self.model.config.n_routed_experts)
         return norms | {_LOAD: self.load_LE} | self._traffic()
 
     def _traffic(self) -> dict[str, float | Tensor]:
@@ -361,11 +355,11 @@ class Trainer:
             if name.startswith(_TOLD)
         }
         norms = grad_norms(found, self._learnt())
-        norms = self._finite(norms, [n.removeprefix(_SQUARE) for n in found if _is_bad(n, found)])
+        norms = self._finite(norms, not_finite(found))
         grads = self._grads()
         for group, norm in norms.items():
             factor = min(1.0, self.optim.max_grad_norm / (norm + 1e-6))
-            clipped = [grad for name, grad in grads.items() if _norm_of(name) == group]
+            clipped = [grad for name, grad in grads.items() if clip_group(name) == group]
             if factor < 1 and clipped:
                 torch._foreach_mul_(clipped, factor)
         set_rates(
@@ -555,7 +549,7 @@ class Trainer:
     def _over_ranks(self, values: Mapping[str, float | Tensor]) -> Figures:
         """The sums over ranks, read at once; of norms their squares'."""
         found = fetch(values)
-        squares = {name: one**2 for name, one in found.items() if name.startswith(_SQUARE)}
+        squares = {name: one**2 for name, one in found.items() if name.startswith(SQUARE)}
         return summed(found | squares, over_ranks=self.parallel)
 
 
@@ -583,60 +577,3 @@ def read_sums(values: Mapping[str, float], parallel: bool) -> dict[str, float]:
 def _named(values: Mapping[str, float]) -> str:
     """`loss nan, mtp_loss inf`: those that are not finite."""
     return ", ".join(f"{name} {one}" for name, one in values.items() if not math.isfinite(one))
-
-
-def _is_bad(name: str, found: Figures) -> bool:
-    """Whether it is the square of a norm, and not finite."""
-    return name.startswith(_SQUARE) and not bool(np.isfinite(found[name]).all())
-
-
-def _norms(grads: list[Tensor]) -> Sequence[Tensor]:
-    """The Euclidean norm of each; in float64 on CPUs, where kernels add in the type they are in."""
-    if not grads:
-        return ()
-    return torch._foreach_norm(grads, dtype=_wide(grads[0]))
-
-
-def _wide(x: Tensor) -> torch.dtype | None:
-    """The type that norms are added up in, if it is not the tensor's own."""
-    return torch.float64 if x.device.type == "cpu" else None
-
-
-def grad_norms(found: Figures, learnt: Set[str]) -> dict[str, float]:
-    """The norm of each clip group, of the squares of what was `learnt`; `found` has each once.
-
-    Added up exactly, so that the order of ranks and of experts on them decides nothing.
-    """
-    squares: dict[str, list[float]] = {"grad_norm": []}
-    for name in sorted(learnt):
-        squares.setdefault(_norm_of(name), []).extend(found[_SQUARE + name].ravel().tolist())
-    return {group: math.fsum(several) ** 0.5 for group, several in squares.items()}
-
-
-def _norm_of(parameter: str) -> str:
-    """The name of the norm that the parameter's gradient is clipped by."""
-    return "indexer_grad_norm" if rate_group(parameter) == "indexer" else "grad_norm"
-
-
-def expert_parameter_names(model: Transformer) -> set[str]:
-    """Names of the parameters that are sharded over the expert axis."""
-    return {
-        f"{name}.{leaf}"
-        for name, module in model.named_modules()
-        if isinstance(module, RoutedExperts)
-        for leaf, _ in module.named_parameters()
-    }
-
-
-def cast_only(model: Transformer) -> dict[str, torch.dtype]:
-    """Parameters that are read only in a narrower type than their own, and that type: copies of
-    them may be of it. What FP8 quantises, gates and norms read in full is not among them."""
-    compute = model.numerics.compute
-    if compute is None:
-        return {}
-    return {
-        f"{name}.{leaf}": compute
-        for name, module in model.named_modules()
-        if isinstance(module, RoutedExperts | Linear) and module.scheme is None
-        for leaf, _ in module.named_parameters(recurse=False)
-    }

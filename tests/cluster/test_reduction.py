@@ -9,8 +9,8 @@ import torch
 
 from cluster.backend import CPU
 from cluster.groups import Groups
-from cluster.models import build_model
-from cluster.trainer import Trainer, build_trainer, cast_only
+from cluster.models import build_model, cast_only
+from cluster.trainer import Trainer, build_trainer
 from configs.errors import TrainingError
 from model.transformer import Transformer
 from model.weight_gradients import later

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cluster.checkpoint import consolidate
-from cluster.trainer import Trainer, build_trainer, expert_parameter_names
+from cluster.models import expert_parameter_names
+from cluster.trainer import Trainer, build_trainer
 from configs.engram import EngramConfig
 from configs.errors import TrainingError
 from configs.model import ModelConfig
