@@ -91,6 +91,11 @@ class Reduction:
             while self._travelling:
                 self._take(self._travelling.pop(0))
             self._last = self._seen
+        except BaseException:
+            # What was under way is lost; whoever goes on begins with a new backward pass.
+            self._reached.clear()
+            self.learnt.clear()
+            raise
         finally:
             self._armed, self._travelling = False, []
 
@@ -139,11 +144,12 @@ class Reduction:
         # the owner the parameter may have one of an earlier pass.
         if gradient is not None:
             self._reached.add(name)
+            if self._armed:
+                self._seen.add(name)
 
     def _arrived(self, name: str, layer: str, _: Tensor) -> None:
-        if not self._armed or name not in self._reached:
+        if not self._armed or name not in self._seen:
             return
-        self._seen.add(name)
         if (left := self._waiting.get(layer)) is not None and name in left:
             left.remove(name)
             if not left:
@@ -180,8 +186,13 @@ class Reduction:
     def _fill(self, names: Sequence[str], flat: Tensor) -> None:
         sizes = [self.named[name].numel() for name in names]
         for name, part in zip(names, flat.split(sizes), strict=True):
-            # A tensor of its own: a part of `flat` would keep all of it.
-            self.named[name].grad = part.view_as(self.named[name]).clone()
+            parameter = self.named[name]
+            if parameter.grad is None:
+                # A tensor of its own: a part of `flat` would keep all of it.
+                parameter.grad = part.view_as(parameter).clone()
+            else:
+                # More has come since this was sent.
+                parameter.grad += part.view_as(parameter)
 
     def _grad(self, name: str) -> Tensor:
         grad = self.named[name].grad

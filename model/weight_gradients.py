@@ -5,8 +5,9 @@ what the layer below, or another machine, waits for. A schedule that fills its p
 gradients (zero bubble, arXiv 2401.10241; DualPipe, DeepSeek-V3, section 3.2.1) runs forward and
 backward passes within `later`, and makes them when it likes. Outside of it they are made at once.
 
-What is left are products of matrices: Linears, SwiGLUs and experts. Gates, norms, embeddings,
-hyper-connections and the output head are small or part of the loss, and are made at once always.
+What is left are products of matrices: Linears, SwiGLUs and experts. In high precision gates and
+V4's grouped projection are made at once always, and so are norms, embeddings, hyper-connections and
+the output head, which is part of the loss.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +28,13 @@ class Left:
 
     def flush(self) -> None:
         """Make all of them, and add each to its weight's, as the backward pass would have."""
-        waiting, self.waiting = self.waiting, []
-        for weights, make in waiting:
+        while self.waiting:
+            weights, make = self.waiting.pop(0)
             with torch.no_grad():
-                made = [g.to(w.dtype) for w, g in zip(weights, make(), strict=True)]
+                made = zip(weights, make(), strict=True)
+                learning = [(one, grad.to(one.dtype)) for one, grad in made if one.requires_grad]
             # Whoever waits for a weight's gradient is told, which an assignment would not.
-            torch.autograd.backward(weights, made)
+            torch.autograd.backward([one for one, _ in learning], [grad for _, grad in learning])
 
 
 _left: list[Left] = []
@@ -60,5 +62,7 @@ def gradients(weights: Sequence[Tensor], make: Make) -> Sequence[Tensor | None]:
     gave: what `make` gives for them, or nothing yet."""
     if not _left:
         return make()
-    _left[-1].waiting.append(([getattr(one, "leaf", one) for one in weights], make))
+    leaves = [getattr(one, "leaf", one) for one in weights]
+    if any(one.requires_grad for one in leaves):
+        _left[-1].waiting.append((leaves, make))
     return [None] * len(weights)

@@ -10,7 +10,7 @@ import torch
 from cluster.backend import CPU
 from cluster.groups import Groups
 from cluster.models import build_model, cast_only
-from cluster.trainer import Trainer, build_trainer
+from cluster.trainer import Trainer, build_trainer, parted
 from configs.errors import TrainingError
 from model.transformer import Transformer
 from model.weight_gradients import later
@@ -81,7 +81,15 @@ LOSSES = {
     "idle": NextAlone(0.3, 0.05, attend_across_documents=False, indexer="off"),
 }
 """`idle` reaches some parameters of each layer and not others: its indexer's."""
-CALLS = [("all",), ("idle",), ("all", "idle"), ("next", "all"), ("idle", "all", "all"), ("idle",)]
+CALLS = [
+    ("all",),
+    ("idle",),
+    ("all",),
+    ("all", "idle"),
+    ("next", "all"),
+    ("idle", "all", "all"),
+    ("idle",),
+]
 """The losses of each step, whose gradients add up."""
 
 
@@ -98,6 +106,11 @@ def in_turn(of: int) -> dict[str, Any]:
     )
     reports = []
     for step, calls in enumerate(CALLS, 1):
+        if calls == ("all",):
+            # In parts: layers are complete before the last part has come to all of them.
+            batch = rows(step, layout, one.rank)
+            reports.append(one.train_step(batch, LOSSES["all"], 1e-3, micro_batches=2))
+            continue
         for name in calls:
             one.forward_backward(rows(step, layout, one.rank), LOSSES[name])
             held = {n for n, p in one.named.items() if p.grad is not None}
@@ -186,6 +199,41 @@ def test_gradients_that_are_made_too_late_are_refused(tmp_path: Path) -> None:
     assert sum(count for _, count in good) == len(names)
     for told, _ in on_ranks(2, tmp_path / "late", left_for_later, False):
         assert "is on a rank that does not own it" in told
+
+
+def parts_left_for_later(of: int) -> dict[str, torch.Tensor]:
+    """Gradients of two parts that are made when both have gone back, of what this rank owns."""
+    layout = Layout(of, ep=1)
+    one = build_trainer(
+        TINY,
+        optim=OPTIM,
+        balance=BALANCE,
+        precision="high",
+        seed=0,
+        groups=Groups.of_world(1, seconds=60) if of > 1 else None,
+    )
+    one.model.double()
+    totals = {"next": 90.0, "after_next": 90.0, "sequences": 8.0}
+    first, second = parted(rows(1, layout, one.rank), 2)
+    with later() as left:
+        one._forward(first, loss("v3"), totals)[0].backward()
+        value, _ = one._forward(second, loss("v3"), totals)
+        with one.reduction.within_backward():
+            value.backward()
+            left.flush()
+    return {n: p.grad for n, p in one.named.items() if p.grad is not None}
+
+
+def test_what_several_parts_left_is_added_up_by_owners(tmp_path: Path) -> None:
+    found: dict[str, torch.Tensor] = {}
+    for rank in on_ranks(2, tmp_path, parts_left_for_later, 2):
+        assert not found.keys() & rank.keys()
+        found |= rank
+    wanted = parts_left_for_later(1)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        bound = 1e-9 * float(tensor.abs().max())
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=bound, msg=name)
 
 
 def test_what_does_not_learn_is_let_alone(tmp_path: Path) -> None:

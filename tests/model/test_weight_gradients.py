@@ -109,3 +109,18 @@ def test_a_copy_knows_its_weight() -> None:
     left.flush()
     assert weight.grad is not None
     assert torch.equal(weight.grad, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("kind", ["float64", "fp8"])
+def test_what_does_not_learn_is_not_left(kind: str) -> None:
+    numerics, exact = NUMERICS[kind]
+    model = built("v3", numerics, exact=exact)  # type: ignore[arg-type]
+    frozen = [model.get_parameter("model.layers.1.mlp.experts.down_proj")]
+    frozen += list(model.get_submodule("model.layers.0.mlp").parameters())
+    for weight in frozen:
+        weight.requires_grad_(False)
+    with later() as left:
+        went_back(model, "v3")
+    left.flush()
+    assert not any(weight.grad is not None for weight in frozen)
+    assert model.get_parameter("model.layers.1.mlp.experts.gate_up_proj").grad is not None
