@@ -28,6 +28,7 @@ class Groups:
         `nodes` are those that one `ep` axis spans, with equally many neighbours of it on each.
         """
         self.mesh, self.nodes = mesh, nodes
+        parts = _hops(mesh, nodes)
         names: Iterable[AxisName] = ("dp", "ep", "data")
         self._made: dict[str, dist.ProcessGroup] = {}
         for name in names:
@@ -35,7 +36,7 @@ class Groups:
             apart = name == "data" and seconds is not None
             if (made := _own(mesh, mesh.lines(name), seconds, apart=apart)) is not None:
                 self._made[name] = made
-        for hop, lines in zip(_HOPS, _hops(mesh, nodes), strict=False):
+        for hop, lines in zip(_HOPS, parts, strict=False):
             if (made := _own(mesh, lines, seconds)) is not None:
                 self._made[hop] = made
 

@@ -31,7 +31,7 @@ LAYOUTS = [
     Layout(4, idle=True),
     Layout(4, permuted=5),
 ]
-QUICK = Layout(4, ep=2)
+QUICK = Layout(2, ep=1)
 COPIES = [
     Layout(4, copies=True),
     Layout(4, copies=True, permuted=1),

@@ -100,7 +100,7 @@ def _counted(one: Trainer) -> dict[str, Any]:
     return {"told": {k: v for k, v in one.telemetry.items() if not k.endswith("seconds")}}
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", ["v3", pytest.param("v4", marks=pytest.mark.slow)])
 def test_bytes_of_a_step_are_those_that_shapes_foretell(
     name: str, world: int, tmp_path: Path
