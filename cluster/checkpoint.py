@@ -106,15 +106,15 @@ def load_shards(
                     found[name] = file.get_tensor(key)
                 elif experts is None or int(expert) in (_experts_of(name, experts) or ()):
                     pieces.setdefault(name, {})[int(expert)] = file.get_tensor(key)
-    for name, by_expert in pieces.items():
-        order = range(len(by_expert)) if experts is None else _experts_of(name, experts) or ()
-        missing = [expert for expert in order if expert not in by_expert]
+    for name, rows in pieces.items():
+        order = range(len(rows)) if experts is None else _experts_of(name, experts) or ()
+        missing = [expert for expert in order if expert not in rows]
         if missing:
             raise ArtifactError(
                 f"{folder}: no file holds expert {missing[0]} of {name}; remove the folder and run "
                 "again"
             )
-        found[name] = torch.stack([by_expert[expert] for expert in order])
+        found[name] = torch.stack([rows[expert] for expert in order])
     return found
 
 

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -27,17 +26,14 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cluster.backend import CPU, Backend
 from cluster.device_errors import first_line
 from cluster.groups import Groups
 from cluster.placement import Placement
-from configs.errors import ConfigError, MachineError
+from configs.errors import ConfigError
 from model.dispatch import Dispatched, Routed, sort_by_expert
 from model.fp8.quantized import ACTIVATION, Quantized
 from model.rows import ByRow
 
-_NAME_BYTES = 64
-"""Of a device's name, as ranks tell each other."""
 Kind = Literal["dispatch", "combine"]
 """Of an exchange: rows on the way out, or their sums on the way home; gradients go the other way
 and count as what they are gradients of."""
@@ -132,9 +128,9 @@ def _told(where: _Group, what: str) -> Iterator[None]:
         raise  # This rank's own.
     except RuntimeError as error:
         rank = where.ranks[where.me]
-        others = [str(one) for one in where.ranks if one != rank]
+        others = ", ".join(str(one) for one in where.ranks if one != rank)
         raise ExchangeError(
-            f"rank {rank} waited for rank {', '.join(others)} of the ep axis of "
+            f"rank {rank} waited for rank {others} of the ep axis of "
             f"{len(where.ranks)}, and they did not exchange {what}: {first_line(error)}"
         ) from error
 
@@ -326,7 +322,7 @@ class ExpertParallel:
         self.all = _Group(groups["ep"], axis.ranks, axis.index, nodes)
         self.hops = [self.all]
         if placement.nodes > 1 and devices > 1:
-            across, within = groups.hops(placement.nodes)
+            across, within = groups.hops
             inside = slice(node * devices, (node + 1) * devices)
             self.hops = [
                 _Group(across, axis.ranks[device::devices], node, nodes[device::devices]),
@@ -511,49 +507,3 @@ def _cut(bytes_RB: Tensor, begin: int, end: int, dtype: torch.dtype) -> Tensor:
 
 def _as_bytes(x: Tensor) -> UInt8[Tensor, "N B"]:
     return x.contiguous().view(torch.uint8)
-
-
-def join_group(
-    rendezvous: str, rank: int, world: int, timeout_seconds: float, backend: Backend = CPU
-) -> None:
-    """Make this process rank `rank` of `world`; `rendezvous` is `tcp://host:port`.
-
-    Every later collective fails after `timeout_seconds` instead of hanging: in the rank that waits,
-    or on devices by the end of its process.
-    """
-    dist.init_process_group(
-        backend.group,
-        init_method=rendezvous,
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=timeout_seconds),
-        # A device that cannot be used is told of now, and not at the first collective.
-        device_id=None if backend.is_host else torch.device(backend.device),
-    )
-
-
-def require_equal_cards(card: str) -> None:
-    """MachineError, on every rank alike, unless all ranks' devices are called `card`.
-
-    The slowest would hold up the others, and the same weights would not give the same numbers.
-    """
-    own = torch.zeros(_NAME_BYTES, dtype=torch.uint8)
-    name = card.encode()[:_NAME_BYTES]
-    own[: len(name)] = torch.tensor(list(name), dtype=torch.uint8)
-    all_of_them = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(all_of_them, own)
-    found: dict[str, list[int]] = {}
-    for rank, one in enumerate(all_of_them):
-        found.setdefault(bytes(one.tolist()).rstrip(b"\0").decode(errors="replace"), []).append(
-            rank
-        )
-    if len(found) > 1:
-        kinds = " and ".join(f"{name} (rank {_listed(ranks)})" for name, ranks in found.items())
-        raise MachineError(
-            f"the trainers of one group compute on {kinds}; name a cluster of one kind in "
-            "cluster.address, or lower cluster.trainers until they find room on one"
-        )
-
-
-def _listed(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks))

@@ -36,13 +36,12 @@ from cluster.backend import CPU, Backend
 from cluster.checkpoint import require_compute
 from cluster.desk import Desk, FarDesk, StepLog, open_desk
 from cluster.device_errors import out_of_memory
-from cluster.expert_parallel import require_equal_cards
 from cluster.feeding import batches
 from cluster.gathered import gathered
-from cluster.groups import Groups
+from cluster.groups import Groups, require_equal_cards
 from cluster.head import require_reachable
 from cluster.memory import LESS_MEMORY, Room
-from cluster.mesh import Mesh
+from cluster.mesh import require_one_stage
 from cluster.nodes import this_node
 from cluster.output import RESTART, Output
 from cluster.places import Places, deadlines
@@ -156,7 +155,7 @@ def fit(job: FitJob, machines: ClusterConfig, home: str, notes: str) -> Path:
     TrainingError if the steps were not done; an Ingot error of a rank is raised as itself;
     MachineError once workers died more than `machines.max_restarts` times.
     """
-    Mesh.of_machines(machines)
+    require_one_stage(machines)
     Path(notes).mkdir(parents=True, exist_ok=True)
     desk = desk_of(job)
     desk.begin()

@@ -1,4 +1,4 @@
-"""The process groups of a mesh's axes."""
+"""Ranks that meet: the process's group, and those of a mesh's axes."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -9,9 +9,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from cluster.backend import CPU, Backend
 from cluster.mesh import AxisName, Mesh
-from configs.errors import ConfigError
+from configs.errors import ConfigError, MachineError
 
+_NAME_BYTES = 64
+"""Of a device's name, as ranks tell each other."""
 _HOPS = "across", "within"
 """Two parts of an `ep` axis that spans nodes."""
 
@@ -65,10 +68,10 @@ class Groups:
             raise ValueError(f"the {name} axis of {self.mesh} has no group")
         return self._made.get(name)
 
-    def hops(self, nodes: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    @property
+    def hops(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
         """The groups of this rank's part of the `ep` axis: across nodes, of the ranks in its place
-        on each, and within its node."""
-        assert nodes == self.nodes, "groups were made for other nodes"
+        on each, and within its node. Made where it spans several of several."""
         return self._made[_HOPS[0]], self._made[_HOPS[1]]
 
     def wait_at_most(self, seconds: float) -> None:
@@ -76,6 +79,52 @@ class Groups:
         if dist.is_initialized():
             for group in (None, *self._made.values()):
                 _set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def join_group(
+    rendezvous: str, rank: int, world: int, timeout_seconds: float, backend: Backend = CPU
+) -> None:
+    """Make this process rank `rank` of `world`; `rendezvous` is `tcp://host:port`.
+
+    Every later collective fails after `timeout_seconds` instead of hanging: in the rank that waits,
+    or on devices by the end of its process.
+    """
+    dist.init_process_group(
+        backend.group,
+        init_method=rendezvous,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout_seconds),
+        # A device that cannot be used is told of now, and not at the first collective.
+        device_id=None if backend.is_host else torch.device(backend.device),
+    )
+
+
+def require_equal_cards(card: str) -> None:
+    """MachineError, on every rank alike, unless all ranks' devices are called `card`.
+
+    The slowest would hold up the others, and the same weights would not give the same numbers.
+    """
+    own = torch.zeros(_NAME_BYTES, dtype=torch.uint8)
+    name = card.encode()[:_NAME_BYTES]
+    own[: len(name)] = torch.tensor(list(name), dtype=torch.uint8)
+    all_of_them = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_of_them, own)
+    found: dict[str, list[int]] = {}
+    for rank, one in enumerate(all_of_them):
+        found.setdefault(bytes(one.tolist()).rstrip(b"\0").decode(errors="replace"), []).append(
+            rank
+        )
+    if len(found) > 1:
+        kinds = " and ".join(f"{name} (rank {_listed(ranks)})" for name, ranks in found.items())
+        raise MachineError(
+            f"the trainers of one group compute on {kinds}; name a cluster of one kind in "
+            "cluster.address, or lower cluster.trainers until they find room on one"
+        )
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def nodes_spanned(mesh: Mesh, node_of_rank: Sequence[object]) -> int:

@@ -55,16 +55,6 @@ class Mesh:
         ep = world // pp if ep is None else ep
         return cls(ep=ep, dp=world // (pp * ep), pp=pp, rank=rank)
 
-    @classmethod
-    def of_machines(cls, machines: ClusterConfig) -> "Mesh":
-        """That of a cluster's trainers; ConfigError for pipeline stages, which cannot train yet."""
-        if machines.pp > 1:
-            raise ConfigError(
-                f"cluster.pp = {machines.pp}: training over several pipeline stages is not built "
-                "yet; set it to 1"
-            )
-        return cls.of(machines.trainers, 0, machines.ep)
-
     @property
     def world(self) -> int:
         """All ranks."""
@@ -94,3 +84,12 @@ class Mesh:
             for rank in range(self.world)
         )
         return list(dict.fromkeys(every))
+
+
+def require_one_stage(machines: ClusterConfig) -> None:
+    """ConfigError for pipeline stages, over which nobody trains yet."""
+    if machines.pp > 1:
+        raise ConfigError(
+            f"cluster.pp = {machines.pp}: training over several pipeline stages is not built yet; "
+            "set it to 1"
+        )

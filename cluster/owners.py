@@ -24,7 +24,7 @@ class Owners:
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]], sharded: Set[str], mesh: Mesh) -> "Owners":
-        """The largest parameters first, each to the rank that owns the fewest values so far.
+        """The largest parameters first, each to the first of the ranks that own the fewest values.
 
         A stack of experts counts for every rank of its owner's `ep` axis, of which each owns its
         own experts.
@@ -32,7 +32,6 @@ class Owners:
         held = [0] * (mesh.dp * mesh.ep)
         places: dict[str, int] = {}
         for name in sorted(shapes, key=lambda one: (-math.prod(shapes[one]), one)):
-            # Where tests of shapes tie, the order of ranks decides.
             groups = (
                 [range(copy * mesh.ep, (copy + 1) * mesh.ep) for copy in range(mesh.dp)]
                 if name in sharded

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from cluster import checkpoint
 from cluster.backend import CPU, Backend
-from cluster.expert_parallel import join_group, require_equal_cards
-from cluster.groups import Groups
+from cluster.groups import Groups, join_group, require_equal_cards
 from cluster.memory import LESS_MEMORY, Room
-from cluster.mesh import Mesh
+from cluster.mesh import require_one_stage
 from cluster.models import frozen
 from cluster.nodes import this_node
 from cluster.output import TRAINER, Output
@@ -167,7 +166,7 @@ def open_trainers(
 
     What its workers print goes to files in the folder `logs`.
     """
-    Mesh.of_machines(machines)
+    require_one_stage(machines)
     output = Output(str(logs), TRAINER)
     with (
         ray_for(

@@ -39,7 +39,7 @@ from cluster.owners import Owners
 from cluster.placement import Placement
 from cluster.reduction import Reduction
 from cluster.save_state import SaveState
-from configs.errors import ConfigError, TrainingError
+from configs.errors import ArtifactError, ConfigError, TrainingError
 from configs.model import ModelConfig
 from configs.parallel import Recompute
 from configs.train import BalanceConfig, OptimConfig, Precision
@@ -447,8 +447,12 @@ class Trainer:
         return save_shard(folder, tensors, self.experts_here(), rank=self.rank, world=self.world)
 
     def load(self, folder: Path, *, step: int) -> None:
-        """Read a sharded save, whatever number of ranks wrote it."""
+        """Read a sharded save, whatever number of ranks wrote it.
+
+        ArtifactError, before anything is changed, if another model was saved.
+        """
         tensors = load_shards(folder, self.experts_here(), wanted=self._reads)
+        self._require_own(folder, tensors)
         self.load_weights(tensors)
         mine = [(name, one) for name, one in self.named.items() if self.owners.mine(name)]
         restore_moments(self.optimizer, mine, tensors)
@@ -484,6 +488,18 @@ class Trainer:
         """Whether this rank has a place for a saved tensor: all weights, and moments it owns."""
         kind, _, parameter = name.rpartition("/")
         return not kind or parameter not in self.named or self.owners.mine(parameter)
+
+    def _require_own(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        state = self.model.state_dict()
+        saved = {name: tuple(one.shape) for name, one in tensors.items() if "/" not in name}
+        for name in sorted(state.keys() | saved.keys()):
+            own = tuple(state[name].shape) if name in state else None
+            if saved.get(name) != own:
+                raise ArtifactError(
+                    f"{folder} is the save of another model: {name} is {_shape(saved.get(name))} "
+                    f"there and {_shape(own)} here; delete the folder {folder.parent} to begin "
+                    "anew, or train the model that was saved"
+                )
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy weights by Ingot name; experts must be this rank's slice already."""
@@ -572,6 +588,10 @@ def read_sums(values: Mapping[str, float], parallel: bool) -> dict[str, float]:
     """Sums over ranks, in float64, by key."""
     sums = summed(fetch(values), over_ranks=parallel)
     return {name: float(one) for name, one in sums.items()}
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else f"of shape {list(shape)}"
 
 
 def _named(values: Mapping[str, float]) -> str:

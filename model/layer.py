@@ -12,6 +12,7 @@ meanwhile. Whoever overlaps several batches makes these calls itself; `forward` 
 Axes: B sequences, S positions, D width, T tokens (B * S), R rows received.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -46,7 +47,7 @@ class Held:
     """How streams take the output up."""
 
 
-class Layer(nn.Module):
+class Layer(nn.Module, ABC):
     """A decoder layer in the calls of this file's docstring, of which families write their own."""
 
     mlp: nn.Module
@@ -58,17 +59,17 @@ class Layer(nn.Module):
         super().__init__()
         self.layer, self.recorder = name, recorder
 
+    @abstractmethod
     def attention(self, state: Tensor, batch: Pass) -> Attended:
         """The state after attention, and the indexer's loss if the pass teaches it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def route(self, state: Tensor, batch: Pass) -> Held:
         """Where the tokens go."""
-        raise NotImplementedError
 
+    @abstractmethod
     def join(self, held: Held, out_BSD: Float[Tensor, "B S D"]) -> Tensor:
         """The next state, from all that the feed-forward gave."""
-        raise NotImplementedError
 
     def held(self, state: Tensor, x_BSD: Float[Tensor, "B S D"], batch: Pass) -> Held:
         """What `route` gives, of the feed-forward's input before its norm."""

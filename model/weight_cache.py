@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 _kept: Any = WeakIdKeyDictionary()
 """By weight: what was made of it, by form."""
+_of_copy: Any = WeakIdKeyDictionary()
+"""By copy with a gradient: its weight."""
 
 
 def keep(model: nn.Module) -> None:
@@ -71,9 +73,14 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if not (torch.is_grad_enabled() and weight.requires_grad):
         return copy
     made: Tensor = _Cast.apply(weight, copy)
-    # For gradients that are made later (`model.weight_gradients`).
-    made.leaf = weight  # type: ignore[attr-defined]
+    _of_copy[made] = weight
     return made
+
+
+def weight_of(copy: Tensor) -> Tensor:
+    """The weight that `cast` made `copy` of; what it did not make is a weight itself."""
+    weight: Tensor = _of_copy.get(copy, copy)
+    return weight
 
 
 class _Cast(torch.autograd.Function):

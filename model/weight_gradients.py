@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from model.weight_cache import weight_of
+
 Make = Callable[[], Sequence[Tensor]]
 
 
@@ -62,7 +64,7 @@ def gradients(weights: Sequence[Tensor], make: Make) -> Sequence[Tensor | None]:
     gave: what `make` gives for them, or nothing yet."""
     if not _left:
         return make()
-    leaves = [getattr(one, "leaf", one) for one in weights]
+    leaves = [weight_of(one) for one in weights]
     if any(one.requires_grad for one in leaves):
         _left[-1].waiting.append((leaves, make))
     return [None] * len(weights)

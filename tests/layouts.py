@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cluster.expert_parallel import ExpertParallel
@@ -150,13 +151,10 @@ def joined(ranks: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def saved(folder: Path) -> dict[str, Tensor]:
-    """All that a save holds, by global name."""
-    from safetensors import safe_open
-
+    """All that a save holds, by global name; each once."""
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("rank-*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                assert name not in found
-                found[name] = file.get_tensor(name)
+        shard = load_file(path)
+        assert not found.keys() & shard.keys()
+        found |= shard
     return found

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cluster.expert_parallel import join_group
+from cluster.groups import join_group
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(

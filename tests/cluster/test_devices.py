@@ -20,9 +20,9 @@ from torch import Tensor
 from cluster import session, workers
 from cluster.backend import CPU, CUDA, NPU, Backend
 from cluster.device_errors import device_lost, out_of_memory
-from cluster.expert_parallel import require_equal_cards
 from cluster.feeding import batches
 from cluster.fit import fit
+from cluster.groups import require_equal_cards
 from cluster.output import Output
 from cluster.places import Places, deadlines, share_out, timeout_env
 from cluster.pool import TrainerPool

@@ -16,11 +16,12 @@ from model.transformer import Transformer
 from model.weight_gradients import later
 from stages.pretrain.objective import PretrainLoss
 from tests.cluster.jobs import OPTIM
-from tests.layouts import BALANCE, MODELS, Layout, loss, rows
+from tests.layouts import BALANCE, MODELS, Layout, loss, rows, trainer
 from tests.ranks import on_ranks
 from tests.references import TINY
 
 PAIR = Layout(2)
+COPIES = Layout(2, ep=1)
 BFLOAT16 = replace(CPU, compute=torch.bfloat16)
 
 
@@ -96,14 +97,7 @@ CALLS = [
 def in_turn(of: int) -> dict[str, Any]:
     """Steps of several losses, and what this rank owns then."""
     layout = Layout(of, ep=1)
-    one = build_trainer(
-        MODELS["v3.2"][0],
-        optim=OPTIM,
-        balance=BALANCE,
-        precision="high",
-        seed=0,
-        groups=Groups.of_world(1, seconds=60) if of > 1 else None,
-    )
+    one = trainer("v3.2", layout)
     reports = []
     for step, calls in enumerate(CALLS, 1):
         if calls == ("all",):
@@ -138,17 +132,10 @@ def test_losses_that_reach_different_parameters_in_turn_and_together(tmp_path: P
 def when_sent() -> list[list[str]]:
     """The layers whose reduction began within a backward pass without an indexer's loss, in the
     first and in the second; then all that travel."""
-    one = build_trainer(
-        MODELS["v3.2"][0],
-        optim=OPTIM,
-        balance=BALANCE,
-        precision="high",
-        seed=0,
-        groups=Groups.of_world(1, seconds=60),
-    )
+    one = trainer("v3.2", COPIES)
     told = []
     for step in (1, 2):
-        batch = rows(step, Layout(2, ep=1), one.rank)
+        batch = rows(step, COPIES, one.rank)
         counts = LOSSES["idle"].counts(batch)
         value, _ = one._forward(batch, LOSSES["idle"], counts)
         with one.reduction.within_backward():
@@ -169,15 +156,8 @@ def test_layers_travel_within_the_pass_though_a_part_of_them_learns_nothing(
 
 def left_for_later(within: bool) -> list[Any]:
     """Whether gradients that were left reach their owners when they are made."""
-    one = build_trainer(
-        TINY,
-        optim=OPTIM,
-        balance=BALANCE,
-        precision="high",
-        seed=0,
-        groups=Groups.of_world(1, seconds=60),
-    )
-    batch = rows(1, Layout(2, ep=1), one.rank)
+    one = trainer("v3", COPIES)
+    batch = rows(1, COPIES, one.rank)
     with later() as left:
         value, _ = one._forward(batch, loss("v3"), {"next": 9.0, "after_next": 9.0, "sequences": 8})
         with one.reduction.within_backward():
@@ -204,15 +184,7 @@ def test_gradients_that_are_made_too_late_are_refused(tmp_path: Path) -> None:
 def parts_left_for_later(of: int) -> dict[str, torch.Tensor]:
     """Gradients of two parts that are made when both have gone back, of what this rank owns."""
     layout = Layout(of, ep=1)
-    one = build_trainer(
-        TINY,
-        optim=OPTIM,
-        balance=BALANCE,
-        precision="high",
-        seed=0,
-        groups=Groups.of_world(1, seconds=60) if of > 1 else None,
-    )
-    one.model.double()
+    one = trainer("v3", layout, exact=True)
     totals = {"next": 90.0, "after_next": 90.0, "sequences": 8.0}
     first, second = parted(rows(1, layout, one.rank), 2)
     with later() as left:
@@ -248,5 +220,5 @@ def with_a_frozen_part() -> bool:
     frozen = model.model.embed_tokens.weight.requires_grad_(False)
     before = frozen.clone()
     one = Trainer(model, computing, optim=OPTIM, balance=BALANCE, groups=groups)
-    one.train_step(rows(1, Layout(2, ep=1), one.rank), loss("v3"), 1e-2)
+    one.train_step(rows(1, COPIES, one.rank), loss("v3"), 1e-2)
     return torch.equal(frozen, before)

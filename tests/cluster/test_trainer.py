@@ -15,7 +15,7 @@ from cluster.checkpoint import consolidate
 from cluster.models import expert_parameter_names
 from cluster.trainer import Trainer, build_trainer
 from configs.engram import EngramConfig
-from configs.errors import TrainingError
+from configs.errors import ArtifactError, TrainingError
 from configs.model import ModelConfig
 from configs.train import BalanceConfig, Fp8Config, Precision
 from model.fp8 import scheme
@@ -154,6 +154,32 @@ def test_a_resumed_trainer_repeats_the_uninterrupted_one_bit_for_bit(
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], tensor), name
     assert reports[3]["loss"] < reports[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "told"),
+    [
+        ({}, {"hidden_size": 40}, r"is of shape \[.*\] there and of shape \[.*\] here"),
+        (
+            {},
+            {"num_nextn_predict_layers": 0},
+            r"layers\.2\..* there and absent here",
+        ),
+        ({"num_nextn_predict_layers": 0}, {}, r"layers\.2\..* is absent there and of shape"),
+    ],
+)
+def test_a_save_of_another_model_is_refused_and_changes_nothing(
+    saved: dict[str, int], here: dict[str, int], told: str, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"optim": OPTIM, "balance": BALANCE, "precision": "high"}
+    base = {"num_nextn_predict_layers": 1}
+    build_trainer(tiny(**base | saved), seed=0, **settings).save(tmp_path)
+    other = build_trainer(tiny(**base | here), seed=1, **settings)
+    before = {name: tensor.clone() for name, tensor in other.model.state_dict().items()}
+    with pytest.raises(ArtifactError, match=told):
+        other.load(tmp_path, step=2)
+    assert other.step == 0
+    assert all(torch.equal(before[n], t) for n, t in other.model.state_dict().items())
 
 
 def test_a_memory_is_saved_continued_and_delivered(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from cluster import fit as fit_module
-from cluster.expert_parallel import join_group
 from cluster.fit import FitJob
+from cluster.groups import join_group
 from cluster.trainer import build_trainer
 from configs.model import AnyModelConfig
 from configs.parallel import ClusterConfig
