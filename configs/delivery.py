@@ -9,7 +9,7 @@ from configs.base import Frozen
 from configs.names import ModelName, NodeName, Word
 
 Target = Literal["cuda", "ascend"]
-Variant = Literal["bf16", "fp8", "w8a8"]
+Variant = Literal["bf16", "fp8", "fp4", "w8a8", "w4a8"]
 
 
 class EvaluateConfig(Frozen):
@@ -53,8 +53,19 @@ class ExportConfig(Frozen):
     max_kl_nats: float = Field(default=0.05, gt=0)
     """Mean KL(source || bundle) per position."""
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = ("bf16", "fp8", "w8a8")
-    """Which of a target's variants to write; the order means nothing. `fp8` is one of cuda's alone,
-    `w8a8` one of ascend's."""
+    """Which of a target's variants to write; the order means nothing. `fp8` and `fp4` (V4 with its
+    experts in FP4, as released) are cuda's alone, `w8a8` and `w4a8` (experts in INT4) ascend's."""
+    fp8_scales: Literal["float32", "ue8m0"] | None = None
+    """Of FP8 blocks: any float32, or powers of two. None is what the family's released models
+    have."""
+    calibration_rows: NonNegativeInt = 64
+    """Rows of training text on which activations are measured, for the scales that ascend's
+    integer variants fix; 0 has all of them scaled token by token."""
+    smooth: bool = False
+    """Whether ascend's integer variants carry outlying channels of activations over into weights
+    first."""
+    mindie: bool = False
+    """Whether ascend's config.json has the keys that MindIE reads."""
     problems: NonNegativeInt = 200
     """Held-out problems that each variant is asked through its own tokenizer, chat template and
     generation config; 0 asks none."""

@@ -17,7 +17,15 @@ from configs.train import Fp8Config, IndexerConfig, OptimConfig, PretrainConfig
 ConfigT = TypeVar("ConfigT", bound=Frozen)
 OptimT = TypeVar("OptimT", bound=OptimConfig)
 
-_VARIANTS: dict[Target, tuple[Variant, ...]] = {"cuda": ("bf16", "fp8"), "ascend": ("bf16", "w8a8")}
+_VARIANTS: dict[Target, frozenset[Variant]] = {
+    "cuda": frozenset({"bf16", "fp8", "fp4"}),
+    "ascend": frozenset({"bf16", "w8a8", "w4a8"}),
+}
+_OF_ONE_TARGET: dict[Target, tuple[str, ...]] = {
+    "cuda": ("fp8_scales",),
+    "ascend": ("calibration_rows", "smooth", "mindie"),
+}
+"""Settings of `[export]` that mean nothing for the other target."""
 
 
 def meant_data(data: DataConfig) -> DataConfig:
@@ -63,12 +71,15 @@ def meant_posttrain(posttrain: PosttrainConfig, model: ModelConfig) -> Posttrain
 
 
 def meant_export(export: ExportConfig, target: Target) -> ExportConfig:
-    """With the variants of this target alone, and without how problems are asked if none are."""
-    own = _VARIANTS[target]
+    """With what concerns this target alone, and without how problems are asked if none are."""
+    own, usual = _VARIANTS[target], ExportConfig().variants
     variants = tuple(one for one in export.variants if one in own)
-    if variants == own:
-        variants = ExportConfig().variants
+    if set(variants) == own.intersection(usual):
+        variants = usual
     export = export.model_copy(update={"variants": variants})
+    for other, names in _OF_ONE_TARGET.items():
+        if other != target:
+            export = reset(export, *names)
     if not export.problems:
         export = reset(export, "samples_per_problem", "max_new_tokens", "max_accuracy_loss")
     return export

@@ -39,14 +39,18 @@ class Linear(nn.Module):
         """x W^T for each last-dim vector, in the dtype of `x`."""
         return together(x, self)[0]
 
+    def multiply(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
+        """x W^T where there is no scheme."""
+        multiply = _parted if is_left() and torch.is_grad_enabled() else F.linear
+        return multiply(x, cast(self.weight, x.dtype))
+
 
 def together(x: Float[Tensor, "*B I"], *linears: Linear) -> tuple[Tensor, ...]:
     """Each Linear's output [*B, O] for the same `x`, which is quantised once."""
     scheme = linears[0].scheme
     assert all(linear.scheme == scheme for linear in linears), "one quantisation serves one scheme"
     if scheme is None:
-        multiply = _parted if is_left() and torch.is_grad_enabled() else F.linear
-        return tuple(multiply(x, cast(linear.weight, x.dtype)) for linear in linears)
+        return tuple(linear.multiply(x) for linear in linears)
     outputs = fp8_linears(x, scheme, *(linear.weight for linear in linears))
     return tuple(outputs)
 

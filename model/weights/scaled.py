@@ -6,17 +6,20 @@
 | FP8 of V4 | E4M3 [R, C] | E8M0 [ceil(R / 128), ceil(C / 128)] | `X.scale` |
 | FP8 of a matrix | E4M3 [R, C] | float32 [], [1] | these, or `X.weight_scale` |
 | FP4 of V4's experts | int8 [R, H], two E2M1 codes each | E8M0 [R, ceil(C / 32)] | `X.scale` |
-| W8A8 of ModelSlim | int8 [R, C] | float32 [R, 1] or [R] | `X.weight_scale` |
+| W8A8_DYNAMIC of ModelSlim | int8 [R, C] | float32 [R, 1] or [R] | `X.weight_scale` |
+| W4A8_DYNAMIC | int8 [R / 2, C], two rows a byte | float32 [R, 1] or [R] | `X.weight_scale` |
+| W8A8 | int8 [R, C] | float32 [R] / float32 [1] | `X.deq_scale` / `X.input_scale` |
 
 A stored scale multiplies; blocks at the edge are cut short, not shifted. E8M0 is a power of two:
-its byte is the exponent + 127. W8A8 has offsets in the shape of its scales as well,
+its byte is the exponent + 127. ModelSlim's scales of rows come with offsets in the same shape,
 `X.weight_offset`, which are subtracted before. Both names of scales in blocks are read in every
-family. What tells packed FP4 from W8A8 is the scales that are there: both are bytes.
+family. Packed FP4 and integers are all bytes; the tensors beside them tell them apart, and those
+that say how activations are quantised are passed over.
 
 Axes: R rows (outputs of a Linear), C columns (inputs), H = C / 2 bytes.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from jaxtyping import Float
@@ -32,24 +35,29 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of the eight codes without the sign, which is the fourth bit."""
 FP8, INT8, UINT8 = "F8_E4M3", "I8", "U8"
 """What safetensors calls the types of quantised values."""
-READABLE = "float32, bfloat16, float16, FP8 (E4M3), packed FP4, and INT8 as ModelSlim's W8A8"
+READABLE = "float32, bfloat16, float16, FP8 (E4M3), packed FP4, and ModelSlim's W8A8 and W4A8"
 """Of each tensor, for messages."""
+STATIC = ("deq_scale", "input_scale", "input_offset", "quant_bias")
+"""Beside a weight whose activations have one scale; the first two say what the weight is."""
 _SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def scales_of(name: str, kind: str, stored: Collection[str]) -> tuple[str, ...]:
-    """Which of the names `stored` scale the weight `name` of the safetensors type `kind`.
+    """Which of the names `stored` say what the weight `name` of the safetensors type `kind` means.
 
-    One, or two if they are the scales and offsets of rows. ArtifactError names those that are
-    missing, or that cannot belong to one weight.
+    `widen` or, of more than one, `widen_integers` takes them in this order. ArtifactError names
+    those that are missing, or that cannot belong to one weight.
     """
-    in_blocks = (f"{name}_scale_inv", f"{name.removesuffix('.weight')}.scale")
+    stem = name.removesuffix("weight")
+    in_blocks = (f"{name}_scale_inv", f"{stem}scale")
     of_rows = (f"{name}_scale", f"{name}_offset")
     choices: list[tuple[str, ...]] = [(one,) for one in in_blocks]
     if kind == FP8:
         choices.append(of_rows[:1])
     if kind == INT8:
-        choices.append(of_rows)
+        packed = f"{stem}scale_bias"
+        choices.append((*of_rows, packed) if packed in stored else of_rows)
+        choices.append(tuple(f"{stem}{leaf}" for leaf in STATIC))
     there = {names: [one for one in names if one in stored] for names in choices}
     begun = [names for names, found in there.items() if found]
     if not begun:
@@ -102,27 +110,47 @@ def widen(
     return weight.mul_(spread[:, :columns])
 
 
-def widen_rows(name: str, values: Tensor, scales: Tensor, offsets: Tensor) -> Float[Tensor, "R C"]:
-    """(values - offsets) * scales, row by row: the float32 weight that W8A8 stands for.
+def widen_integers(
+    name: str, values: Tensor, names: Sequence[str], beside: Sequence[Tensor]
+) -> Float[Tensor, "R C"]:
+    """The float32 weight that ModelSlim's integers stand for, row by row.
 
-    ArtifactError names the scales or offsets if they are not one for each row, or not all finite.
+    `names` are those that `scales_of` gave, and `beside` their tensors: (values - offset) * scale
+    of rows, of unpacked values where there is a `scale_bias`; or values * deq_scale / input_scale.
+    ArtifactError names a tensor that is misshapen, or not finite.
     """
     _check_matrix(name, values)
-    columns_R1 = []
-    for which, given in ((f"{name}_scale", scales), (f"{name}_offset", offsets)):
-        rows = values.shape[0]
-        if tuple(given.shape) not in ((rows, 1), (rows,)):
+    if len(names) == 3:
+        values = torch.stack([(values << 4) >> 4, values >> 4], 1).flatten(0, 1)
+    if names[0].endswith(STATIC[0]):
+        rows = _column(name, values, names[0], beside[0])
+        inputs = _as_float(f"the values of {names[1]}", beside[1])
+        if inputs.numel() != 1 or float(inputs) == 0:
             raise ArtifactError(
-                f"{which} has shape {list(given.shape)}, but {name} of {list(values.shape)} needs "
-                f"one for each row, [{rows}, 1]; take the one that belongs to the weight"
+                f"{names[1]} has shape {list(inputs.shape)} and values {inputs.tolist()[:2]}, but "
+                f"{name} needs one scale that is not 0; take the one that belongs to the weight"
             )
-        if given.dtype not in _SCALE_TYPES:
-            raise ArtifactError(
-                f"{which} is stored as {given.dtype}, but float32 is expected; take the one that "
-                "belongs to the weight"
-            )
-        columns_R1.append(_as_float(f"the values of {which}", given).reshape(rows, 1))
-    return values.float().sub_(columns_R1[1]).mul_(columns_R1[0])
+        return values.float().mul_(rows / inputs)
+    scales, offsets = (_column(name, values, names[at], beside[at]) for at in (0, 1))
+    return values.float().sub_(offsets).mul_(scales)
+
+
+def _column(name: str, values: Tensor, which: str, given: Tensor) -> Float[Tensor, "R 1"]:
+    """One number for each row of `values`, as float32; `int64` holds the bits of float32."""
+    rows = values.shape[0]
+    if tuple(given.shape) not in ((rows, 1), (rows,)):
+        raise ArtifactError(
+            f"{which} has shape {list(given.shape)}, but {name} of {list(values.shape)} needs "
+            f"one for each row, [{rows}, 1]; take the one that belongs to the weight"
+        )
+    if given.dtype == torch.int64 and which.endswith(STATIC[0]):
+        given = given.to(torch.int32).view(torch.float32)
+    if given.dtype not in _SCALE_TYPES:
+        raise ArtifactError(
+            f"{which} is stored as {given.dtype}, but float32 is expected; take the one that "
+            "belongs to the weight"
+        )
+    return _as_float(f"the values of {which}", given).reshape(rows, 1)
 
 
 def unpack(packed: Tensor) -> Float[Tensor, "R C"]:

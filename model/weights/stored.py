@@ -23,7 +23,7 @@ from model.weights.reading import (
     require_not_pointer,
     require_safetensors,
 )
-from model.weights.scaled import FP8, INT8, UINT8, scales_of, widen, widen_rows
+from model.weights.scaled import FP8, INT8, UINT8, scales_of, widen, widen_integers
 
 _QUANTISED = frozenset({FP8, INT8, UINT8})
 _OF_ACTIVATIONS = ("activation_scale", "input_scale")
@@ -56,12 +56,13 @@ class StoredTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         """One tensor, as stored, or widened to float32 if it was stored with scales."""
         match self._scales_of.get(name, ()):
+            case ():
+                return self._read(name)
             case (scales,):
                 return widen(name, self._read(name), self._read(scales), self._tile)
-            case (scales, offsets):
-                return widen_rows(name, self._read(name), self._read(scales), self._read(offsets))
-            case _:
-                return self._read(name)
+            case names:
+                beside = [self._read(one) for one in names]
+                return widen_integers(name, self._read(name), names, beside)
 
     def __iter__(self) -> Iterator[str]:
         """Names, without those of scales."""

@@ -1,11 +1,15 @@
-"""Variants for Ascend NPUs (910B, 910C): bfloat16, and INT8 as ModelSlim describes it.
+"""Variants for Ascend NPUs (910B, 910C): bfloat16, and integers as ModelSlim describes them.
 
-Neither chip computes in FP8, so nothing here holds any. `w8a8` is the W8A8_DYNAMIC scheme: int8
-weight [R, C], `weight_scale` float32 [R, 1] = absmax / 127 of each row, `weight_offset` zeros; the
-server scales activations per token as they come, so no calibration text is needed.
+Neither chip computes in FP8, so nothing here holds any. Quantised is what ModelSlim's recipe for
+the family quantises, out of what the released models hold in FP8:
 
-Quantised is what ModelSlim's recipe for the family quantises, out of what the released models hold
-in FP8. Float stay, beside embeddings, head, norms and routers:
+| variant | V3, V3.2: attention's projections | experts | all else |
+|---|---|---|---|
+| `w8a8` | W8A8, by calibration | W8A8_DYNAMIC | W8A8_DYNAMIC |
+| `w4a8` | W8A8, by calibration | W4A8_DYNAMIC | W8A8_DYNAMIC |
+
+Without calibration attention is W8A8_DYNAMIC too, as it is in V4 always. Float stay, beside
+embeddings, head, norms and routers:
 
 | family | also float | why |
 |---|---|---|
@@ -14,60 +18,76 @@ in FP8. Float stay, beside embeddings, head, norms and routers:
 | V4 | `wo_a`, `wo_b` and compressors | the recipe leaves them out |
 | all | the MTP layer | vllm-ascend's loader takes it to be unquantised |
 
-The recipes rotate and smooth weights first, which needs calibration; nothing here does.
+`stages/export/schemes.py` says what each scheme stores.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from configs.delivery import Variant
+from configs.errors import ExportError
 from configs.model import ModelConfig, V4Config
 from model.weights.config import table_of
 from model.weights.families import narrowest
-from stages.export.formats import (
-    ARITHMETIC_SLACK,
-    INDEX,
-    VANISHING,
-    Bf16,
-    Read,
-)
+from stages.export.formats import INDEX, Bf16, Read
+from stages.export.schemes import CHUNKS, Dynamic4, Dynamic8, Scheme, Static8
 
 DESCRIPTION = "quant_model_description.json"
-INT8_MAX = 127
+KINDS = ("FLOAT", "W8A8_DYNAMIC", "W8A8", "W4A8_DYNAMIC")
+"""Of tensors. The last one that a model has is what the model is said to be."""
 _FLOAT = frozenset({"kv_b_proj", "wo_a", "wo_b"})
 """Modules that the released models quantise and ModelSlim's recipes do not."""
+_STATIC = frozenset({"q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"})
+"""Modules of attention whose activations ModelSlim's recipes calibrate."""
+_DOWN = frozenset({"down_proj", "w2"})
 
 
 @dataclass(frozen=True, slots=True)
-class Int8Rows:
-    """Linear weights of the layers before the MTP layer in int8; the rest as in `Bf16`."""
+class Integers:
+    """Linear weights of the layers before the MTP layer in integers; the rest as in `Bf16`."""
 
     model: ModelConfig
-    variant: str = "w8a8"
+    variant: Variant = "w8a8"
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Of weights by their released names: between what their inputs were seen to lie."""
+    mindie: bool = False
+    """Whether the config has MindIE's keys too."""
     stem: str = "quant_model_weights"
     index_names: tuple[str, ...] = (INDEX, "quant_model_weights.safetensors.index.json")
     """ModelSlim's documents disagree on the name; vLLM's loader reads the first."""
 
+    def __post_init__(self) -> None:
+        """ExportError if the experts have sizes that cannot be packed."""
+        inner, width = self.model.moe_intermediate_size, self.model.hidden_size
+        if self.variant == "w4a8" and (inner % CHUNKS or width % 2):
+            raise ExportError(
+                f"export.variants asks for w4a8, but of this model moe_intermediate_size = {inner} "
+                f"and hidden_size = {width}: the first must be a multiple of {CHUNKS} and the "
+                "second even; leave w4a8 out, or train a model of other sizes"
+            )
+
     @property
     def config_entries(self) -> Mapping[str, Any]:
-        """Nothing: with a `quantization_config` the server would not look for the description."""
-        return {}
+        """No `quantization_config`, with which the server would not look for the description."""
+        if not self.mindie:
+            return {}
+        attention = "w8a8" if self.ranges else "w8a8_dynamic"
+        return {"quantize": f"{self.variant}_dynamic", "mla_quantize": attention}
 
     def side_files(self, names: Sequence[str]) -> Mapping[str, Any]:
-        """The description by which vllm-ascend knows the scheme.
+        """The description by which vllm-ascend knows the schemes.
 
         One row for each stored tensor, all tensors of one Linear alike, then the global rows.
         """
         rows: dict[str, Any] = {}
         for name in names:
-            kind = "W8A8_DYNAMIC" if self._is_quantised(name) else "FLOAT"
-            rows |= dict.fromkeys(self.parts(name), kind)
+            rows |= dict.fromkeys(self.parts(name), self.kind(name))
         rows |= {
-            "model_quant_type": "W8A8_DYNAMIC",
+            "model_quant_type": max(rows.values(), key=KINDS.index),
             "version": "1.0.0",
             "group_size": 0,
             "metadata": {},
@@ -75,46 +95,65 @@ class Int8Rows:
         }
         return {DESCRIPTION: rows}
 
+    def kind(self, name: str) -> str:
+        """What the description says of the source tensor `name`."""
+        scheme = self.scheme(name)
+        return "FLOAT" if scheme is None else scheme.kind
+
     def parts(self, name: str) -> tuple[str, ...]:
-        """A Linear weight, its scale and its offset, or the tensor itself."""
-        if not self._is_quantised(name):
+        """A Linear weight and what its scheme puts beside it, or the tensor itself."""
+        scheme = self.scheme(name)
+        if scheme is None:
             return self._kept.parts(name)
-        return (name, f"{name}_scale", f"{name}_offset")
+        stem = name.removesuffix("weight")
+        return (name, *(f"{stem}{leaf}" for leaf in scheme.beside))
 
     def encode(self, name: str, x: Tensor) -> dict[str, Tensor]:
-        """Symmetric per row; a row that vanishes gives zeros and scale 1."""
-        if not self._is_quantised(name):
+        """As the scheme says."""
+        scheme = self.scheme(name)
+        if scheme is None:
             return self._kept.encode(name, x)
-        scale = x.abs().amax(1, keepdim=True) / INT8_MAX
-        scale = torch.where(scale < 2.0**-126, torch.ones_like(scale), scale)
-        weight = (x / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
-        values = (weight, scale, torch.zeros_like(scale))
-        return dict(zip(self.parts(name), values, strict=True))
+        return dict(zip(self.parts(name), scheme.encode(x), strict=True))
 
     def decode(self, name: str, read: Read) -> Tensor:
-        """(weight - offset) * scale."""
-        if not self._is_quantised(name):
+        """As the scheme says."""
+        scheme = self.scheme(name)
+        if scheme is None:
             return self._kept.decode(name, read)
-        weight, scale, offset = (read(part) for part in self.parts(name))
-        return (weight.float() - offset) * scale
+        return scheme.decode([read(part) for part in self.parts(name)])
 
     def error_bound(self, name: str, x: Tensor) -> Float[Tensor, "..."]:
-        """Half of each row's absmax / 127."""
-        if not self._is_quantised(name):
-            return self._kept.error_bound(name, x)
-        largest = torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True)).double()
-        return 0.5 * largest / INT8_MAX + x.abs() * ARITHMETIC_SLACK + VANISHING
+        """As the scheme says."""
+        scheme = self.scheme(name)
+        return self._kept.error_bound(name, x) if scheme is None else scheme.error_bound(x)
+
+    def scheme(self, name: str) -> Scheme | None:
+        """How the source tensor `name` is quantised; none if it is not."""
+        if narrowest(self.model, name) != "float8":
+            return None
+        *path, module, _ = name.split(".")
+        if "indexer" in path and not isinstance(self.model, V4Config):
+            return None
+        is_mtp = name.startswith(table_of(self.model).mtp_prefix(self.model))
+        if module in _FLOAT or is_mtp:
+            return None
+        if name in self.ranges:
+            return Static8(*self.ranges[name])
+        if self.variant == "w4a8" and "experts" in path:
+            return Dynamic4(CHUNKS if module in _DOWN else 1)
+        return Dynamic8()
+
+    def calibrated(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Of the source tensors `names`, the weights whose activations are to be measured."""
+        if isinstance(self.model, V4Config):
+            return ()
+        return tuple(
+            name
+            for name in names
+            if name.split(".")[-2] in _STATIC and self.scheme(name) is not None
+        )
 
     @property
     def _kept(self) -> Bf16:
-        """How this variant stores what it does not quantise."""
+        """How these variants store what they do not quantise."""
         return Bf16(self.model)
-
-    def _is_quantised(self, name: str) -> bool:
-        if narrowest(self.model, name) != "float8":
-            return False
-        *path, module, _ = name.split(".")
-        if "indexer" in path and not isinstance(self.model, V4Config):
-            return False
-        is_mtp = name.startswith(table_of(self.model).mtp_prefix(self.model))
-        return module not in _FLOAT and not is_mtp

@@ -1,4 +1,4 @@
-"""Variants for CUDA servers: Hugging Face layout, in bfloat16 and in DeepSeek's block FP8.
+"""Variants for CUDA servers: Hugging Face layout, in bfloat16, in DeepSeek's block FP8, and FP4.
 
 In `fp8`, every Linear weight [R, C] is float8_e4m3fn beside its scales [ceil(R / 128),
 ceil(C / 128)]: the multiplier that undoes each 128 x 128 block's scaling. Blocks at the edge count
@@ -11,7 +11,11 @@ SGLang read. It differs by family:
 | V3.2 | `<name>_scale_inv` | the power of two above | float32 |
 | V4 | `<module>.scale` | the power of two above | float8_e8m0fnu |
 
-The released V4 has its routed experts in FP4; here they are in FP8, as in its base models.
+`export.fp8_scales = "ue8m0"` gives V3 the powers of two of V3.2.
+
+The released V4 has its routed experts in FP4, its base models in FP8. `fp4` is the first: two E2M1
+values a byte [R, C / 2], the even column in the low bits, beside `<module>.scale` float8_e8m0fnu
+[R, ceil(C / 32)]; all else is as in `fp8`, which is the second.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,11 +26,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from configs.model import ModelConfig
-from model.fp8.format import E4M3_MAX, TILE
+from configs.delivery import Variant
+from configs.errors import ExportError
+from configs.model import ModelConfig, V4Config
+from model.fp8.format import E2M1_MAX, E4M3_MAX, TILE, from_e2m1, pack_e2m1, unpack_e2m1
+from model.fp8.fp4 import GROUP, to_fp4
 from model.weights.config import table_of
 from model.weights.families import narrowest
 from model.weights.scaled import narrow
+from model.weights.table import ScaleType
 from stages.export.formats import (
     ARITHMETIC_SLACK,
     INDEX,
@@ -42,17 +50,34 @@ class Fp8Blocks:
     """Linear weights in E4M3 by blocks of 128 x 128; the rest as in `Bf16`."""
 
     model: ModelConfig
-    variant: str = "fp8"
+    variant: Variant = "fp8"
+    scales: ScaleType | None = None
+    """Of the blocks; none are those of the family's released models."""
     stem: str = "model"
     index_names: tuple[str, ...] = (INDEX,)
+
+    @property
+    def scale_type(self) -> ScaleType:
+        """How the scales of the blocks are written."""
+        return self.scales or table_of(self.model).SCALES
 
     @property
     def config_entries(self) -> Mapping[str, Any]:
         """The released weights' own description of this scheme."""
         scheme = table_of(self.model).quantization()
-        # Of V4, transformers reads the experts' type in the scheme and servers read it beside it.
-        beside = {key: scheme[key] for key in ("expert_dtype",) if key in scheme}
+        scheme.pop("scale_fmt", None)
+        if self.scale_type != "float32":
+            scheme["scale_fmt"] = "ue8m0"
+        beside = {}
+        if "expert_dtype" in scheme:
+            # Of V4, transformers reads it in the scheme and servers read it beside it.
+            scheme["expert_dtype"] = beside["expert_dtype"] = self.expert_type
         return {"quantization_config": scheme, **beside}
+
+    @property
+    def expert_type(self) -> str:
+        """What the config says of the experts' type, if the family has a choice."""
+        return "fp8"
 
     def side_files(self, names: Sequence[str]) -> Mapping[str, Any]:
         """None."""
@@ -68,7 +93,7 @@ class Fp8Blocks:
         """Quantise by the training format's own definition."""
         if not self._is_quantised(name):
             return self._kept.encode(name, x)
-        return dict(zip(self.parts(name), narrow(x, table_of(self.model).SCALES), strict=True))
+        return dict(zip(self.parts(name), narrow(x, self.scale_type), strict=True))
 
     def decode(self, name: str, read: Read) -> Tensor:
         """Block times scale, as a server reads it: no code in common with the encoder."""
@@ -86,7 +111,7 @@ class Fp8Blocks:
         padded[:rows, :columns] = x.abs()
         amax = padded.view(padded.shape[0] // TILE, TILE, -1, TILE).amax((1, 3)).double()
         scale = (amax / E4M3_MAX).clamp_min(2.0**-126)
-        if table_of(self.model).SCALES != "float32":
+        if self.scale_type != "float32":
             mantissa, exponent = torch.frexp(scale)
             scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
         scale = _over_blocks(scale, x.shape)
@@ -100,6 +125,73 @@ class Fp8Blocks:
 
     def _is_quantised(self, name: str) -> bool:
         return narrowest(self.model, name) == "float8"
+
+
+@dataclass(frozen=True, slots=True)
+class Fp4Experts(Fp8Blocks):
+    """The routed experts of a V4 in FP4, in groups of 32 inputs; the rest as in `Fp8Blocks`."""
+
+    variant: Variant = "fp4"
+
+    def __post_init__(self) -> None:
+        """ExportError if the family has no such layout, or rows do not fill whole bytes."""
+        if not isinstance(self.model, V4Config):
+            raise ExportError(
+                f"export.variants asks for fp4, but the model is of family {self.model.family}: "
+                "servers read experts in FP4 of V4 alone; leave fp4 out"
+            )
+        sizes = {"hidden_size": self.model.hidden_size}
+        sizes["moe_intermediate_size"] = self.model.moe_intermediate_size
+        if odd := {name: size for name, size in sizes.items() if size % 2}:
+            raise ExportError(
+                f"export.variants asks for fp4, but of this model {odd}: two values share a byte; "
+                "leave fp4 out, or train a model of even sizes"
+            )
+
+    @property
+    def expert_type(self) -> str:
+        """What the config says of the experts' type."""
+        return "fp4"
+
+    def encode(self, name: str, x: Tensor) -> dict[str, Tensor]:
+        """Quantise by the training format's own definition."""
+        if not self._is_fp4(name):
+            return Fp8Blocks.encode(self, name, x)
+        codes, scales = to_fp4(x)
+        stored = (pack_e2m1(codes).view(torch.int8), scales.to(torch.float8_e8m0fnu))
+        return dict(zip(self.parts(name), stored, strict=True))
+
+    def decode(self, name: str, read: Read) -> Tensor:
+        """Group times scale, as a server reads it: no code in common with the encoder."""
+        if not self._is_fp4(name):
+            return Fp8Blocks.decode(self, name, read)
+        packed, scales = (read(part) for part in self.parts(name))
+        values = from_e2m1(unpack_e2m1(packed.view(torch.uint8)))
+        return values * scales.float().repeat_interleave(GROUP, 1)[:, : values.shape[1]]
+
+    def error_bound(self, name: str, x: Tensor) -> Float[Tensor, "..."]:
+        """Half a step of E2M1 (2 significant bits, down to 1) under each group's scale.
+
+        A group far smaller than the largest of its 128 x 128 block has a larger scale, at which its
+        values may vanish; that scale is the largest one's / 2^14.
+        """
+        if not self._is_fp4(name):
+            return Fp8Blocks.error_bound(self, name, x)
+        rows, columns = x.shape
+        padded = torch.zeros(-(-rows // TILE) * TILE, -(-columns // TILE) * TILE)
+        padded[:rows, :columns] = x.abs()
+        amax = padded.unflatten(1, (-1, GROUP)).amax(2).double()
+        mantissa, exponent = torch.frexp((amax / E2M1_MAX).clamp_min(2.0**-120))
+        exponent = exponent - (mantissa == 0.5).int()
+        blocks = exponent.unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE // GROUP)).amax((1, 3))
+        floor = blocks.repeat_interleave(TILE, 0).repeat_interleave(TILE // GROUP, 1) - 14
+        scale = torch.ldexp(torch.ones(1, dtype=torch.float64), torch.maximum(exponent, floor))
+        scale = scale[:rows].repeat_interleave(GROUP, 1)[:, :columns]
+        step = half_step(x.double() / scale, bits=2, smallest_exponent=0)
+        return step * scale + x.abs() * ARITHMETIC_SLACK + VANISHING
+
+    def _is_fp4(self, name: str) -> bool:
+        return ".experts." in name and self._is_quantised(name)
 
 
 def _over_blocks(grid: Tensor, shape: torch.Size) -> Tensor:

@@ -15,8 +15,8 @@ from model.weights.config import table_of
 from model.weights.families import narrowest, to_hf
 from model.weights.files import consolidate, load_pretrained, read_tensors
 from model.weights.reading import WEIGHTS
-from model.weights.scaled import widen_rows
-from stages.export.ascend import Int8Rows
+from model.weights.scaled import widen_integers
+from stages.export.ascend import Integers
 from tests.model.weights_folders import assert_loads_as, model_of, random_codes, write, write_config
 from tests.references import TINY, TINY_V4, TINY_V32, random_model
 
@@ -97,7 +97,7 @@ def test_w8a8_is_imported_as_float32(config: ModelConfig, tmp_path: Path) -> Non
 def test_what_the_ascend_variant_writes_is_what_is_read(
     config: ModelConfig, tmp_path: Path
 ) -> None:
-    form = Int8Rows(config)
+    form = Integers(config)
     source = to_hf(config, random_model(config).state_dict())
     stored = {part: x for name in source for part, x in form.encode(name, source[name]).items()}
     assert sum(x.dtype == torch.int8 for x in stored.values()) > 20
@@ -148,8 +148,9 @@ def with_nan(x: Tensor) -> Tensor:
             lambda t: [t.pop(f"{LINEAR}_scale"), t.pop(f"{LINEAR}_offset")],
             f"{LINEAR} is stored as I8, but its scales are missing: there is none of "
             f"{LINEAR}_scale_inv, {LINEAR.removesuffix('.weight')}.scale, {LINEAR}_scale with "
-            f"{LINEAR}_offset; complete the files, or take weights in a form that is read: "
-            r"float32, bfloat16, float16, FP8 \(E4M3\), packed FP4, and INT8 as ModelSlim's W8A8",
+            f"{LINEAR}_offset, {LINEAR.removesuffix('.weight')}.deq_scale with .*; complete the "
+            "files, or take weights in a form that is read: float32, bfloat16, float16, "
+            r"FP8 \(E4M3\), packed FP4, and ModelSlim's W8A8 and W4A8",
         ),
         (
             lambda t: t.update({f"{LINEAR}_scale_inv": torch.ones(1, 1)}),
@@ -198,4 +199,9 @@ def test_a_part_of_w8a8_that_does_not_fit_is_named(
 
 def test_only_matrices_have_rows() -> None:
     with pytest.raises(ArtifactError, match=r"^x has shape \[8\], but only matrices"):
-        widen_rows("x", torch.zeros(8, dtype=torch.int8), torch.ones(8), torch.zeros(8))
+        widen_integers(
+            "x",
+            torch.zeros(8, dtype=torch.int8),
+            ("x_scale", "x_offset"),
+            (torch.ones(8), torch.zeros(8)),
+        )

@@ -88,6 +88,7 @@ MODELS: dict[str, ModelConfig] = {"v3": MODEL, "v32": MODEL_V32, "v4": MODEL_V4}
 """One for each family, of equal vocabulary."""
 SEQUENCE_TOKENS = 32
 ROWS = 24
+TRAIN_ROWS = 100
 PROBLEMS = 10
 
 
@@ -193,12 +194,14 @@ def make_checkpoint(generation: Path, model: ModelConfig = MODEL) -> Checkpoint:
 
 
 def make_corpus(folder: Path, rows: int = ROWS) -> Corpus:
-    """Two held-out sources of random tokens; the last row of each ends in padding."""
+    """Training rows and two held-out sources of random tokens, whose last rows end in padding."""
     generator = np.random.default_rng(3)
     for source in ("sums", "text"):
         tokens = generator.integers(2, MODEL.vocab_size, (rows, SEQUENCE_TOKENS))
         tokens[-1, SEQUENCE_TOKENS // 2 :] = 0
         write_rows(folder / "held_out" / source, tokens)
+    tokens = generator.integers(2, MODEL.vocab_size, (TRAIN_ROWS, SEQUENCE_TOKENS))
+    write_rows(folder / "train", tokens)
     problems = [
         Problem(id=f"sums/{n}+1=", prompt=f"{n}+1=", answer=str(n + 1), source="arithmetic")
         for n in range(PROBLEMS)
@@ -211,7 +214,7 @@ def make_corpus(folder: Path, rows: int = ROWS) -> Corpus:
     (folder / "statistics.json").write_text(json.dumps({"sources": sources}))
     return Corpus(
         uri=str(folder),
-        train_rows=100,
+        train_rows=TRAIN_ROWS,
         held_out_rows={"sums": rows, "text": rows},
         sequence_tokens=SEQUENCE_TOKENS,
         vocab_size=MODEL.vocab_size,

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 
+from configs.delivery import ExportConfig
+from configs.errors import ExportError
 from configs.model import ModelConfig
 from model.transformer import Transformer
 from model.weights.files import load_pretrained
 from stages.export import parity
 from stages.export.bundle import formats
-from stages.export.cuda import Fp8Blocks
+from stages.export.cuda import Fp4Experts, Fp8Blocks
 from stages.export.tensors import TensorFolder
 from stages.framing import BOS_ID, EOS_TOKEN
 from stages.tokens import load_tokenizer
@@ -298,3 +300,84 @@ def test_a_scale_that_is_a_power_of_two_already_is_kept() -> None:
     assert form.decode(name, parts.__getitem__)[0, 1] == 2.0**-16
     # Half the smallest step of E4M3, 2^-9, under that scale.
     assert form.error_bound(name, x)[0, 1] == pytest.approx(2.0**-10 * 2.0**-7, rel=1e-5)
+
+
+def test_scales_may_be_powers_of_two_on_request(tmp_path: Path) -> None:
+    """Of V3, whose released models have any float32."""
+    settings: dict[str, Any] = {"min_top1_agreement": 0.3, "max_kl_nats": 0.1}
+    make_bundle(tmp_path, "cuda", variants=("fp8",), fp8_scales="ue8m0", **settings)
+    folder = files_of(tmp_path / "bundle") / "fp8"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"]["scale_fmt"] == "ue8m0"
+    stored = TensorFolder(folder)
+    scales = [stored.read(n) for n in stored.names if n.endswith("_scale_inv")]
+    assert scales
+    for scale in scales:
+        assert scale.dtype == torch.float32
+        assert torch.equal(scale.log2(), scale.log2().round())
+    assert load_pretrained(folder).config == MODELS["v3"]
+
+
+def test_v4_has_no_other_scales() -> None:
+    with pytest.raises(ExportError, match='export.fp8_scales = "float32", but V4'):
+        formats("cuda", MODELS["v4"], ExportConfig(fp8_scales="float32"))
+    (form,) = formats("cuda", MODELS["v4"], ExportConfig(variants=("fp8",), fp8_scales="ue8m0"))
+    assert form == Fp8Blocks(MODELS["v4"])
+
+
+@pytest.fixture(scope="module")
+def fp4(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp("fp4")
+    settings: dict[str, Any] = {"min_top1_agreement": 0.2, "max_kl_nats": 0.2}
+    make_bundle(root, "cuda", MODELS["v4"], variants=("fp4",), **settings)
+    return Made(root, MODELS["v4"])
+
+
+def test_experts_in_fp4_lie_as_released_ones_do(fp4: Made) -> None:
+    """Each code and scale against the definition, expert by expert, the MTP layer's too."""
+    stored, source = TensorFolder(fp4.folder("fp4")), TensorFolder(fp4.source)
+    magnitudes = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    values = torch.tensor([*magnitudes, *(-one for one in magnitudes)])
+    experts = [name for name in source.names if ".experts." in name]
+    assert any(name.startswith("mtp.") for name in experts)
+    for name in experts:
+        x, packed = source.read(name), stored.read(name)
+        scale = stored.read(f"{name.removesuffix('.weight')}.scale")
+        assert (packed.dtype, scale.dtype) == (torch.int8, torch.float8_e8m0fnu)
+        assert packed.shape == (x.shape[0], x.shape[1] // 2)
+        assert scale.shape == (x.shape[0], x.shape[1] // 32)
+        bytes_RH = packed.view(torch.uint8).int()
+        found = torch.empty_like(x)
+        found[:, ::2], found[:, 1::2] = values[bytes_RH & 15], values[bytes_RH >> 4]
+        groups = (x.abs() / scale.float().repeat_interleave(32, 1)).unflatten(1, (-1, 32)).amax(2)
+        assert ((groups > 3) & (groups <= 6)).all()
+        spread = scale.float().repeat_interleave(32, 1)
+        nearest = (values - (x / spread).unsqueeze(-1)).abs().amin(-1)
+        assert torch.equal((found - x / spread).abs(), nearest)
+
+
+def test_all_but_experts_is_as_in_fp8(fp4: Made, tmp_path: Path) -> None:
+    stored, form = TensorFolder(fp4.folder("fp4")), Fp8Blocks(fp4.model)
+    source = TensorFolder(fp4.source)
+    for name in source.names:
+        if ".experts." not in name:
+            x = source.read(name)
+            x = x.float() if x.is_floating_point() else x
+            for part, tensor in form.encode(name, x).items():
+                same = stored.read(part)
+                assert same.dtype == tensor.dtype
+                assert torch.equal(same.view(torch.uint8), tensor.view(torch.uint8)), part
+    config = json.loads((fp4.folder("fp4") / "config.json").read_text())
+    assert config["expert_dtype"] == config["quantization_config"]["expert_dtype"] == "fp4"
+
+
+def test_fp4_is_read_back(fp4: Made) -> None:
+    form = Fp4Experts(fp4.model)
+    proved = parity.reload(TensorFolder(fp4.folder("fp4")), form, TensorFolder(fp4.source).names)
+    read = load_pretrained(fp4.folder("fp4")).state_dict()
+    assert all(torch.equal(read[name], x) for name, x in proved.state_dict().items())
+
+
+def test_fp4_is_for_v4_alone() -> None:
+    with pytest.raises(ExportError, match="asks for fp4, but the model is of family v3"):
+        formats("cuda", MODELS["v3"], ExportConfig(variants=("fp4",)))
