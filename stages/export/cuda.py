@@ -185,7 +185,7 @@ class Fp4Experts(Fp8Blocks):
         exponent = exponent - (mantissa == 0.5).int()
         blocks = exponent.unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE // GROUP)).amax((1, 3))
         floor = blocks.repeat_interleave(TILE, 0).repeat_interleave(TILE // GROUP, 1) - 14
-        scale = torch.ldexp(torch.ones(1, dtype=torch.float64), torch.maximum(exponent, floor))
+        scale = torch.ldexp(torch.ones_like(amax), torch.maximum(exponent, floor))
         scale = scale[:rows].repeat_interleave(GROUP, 1)[:, :columns]
         step = half_step(x.double() / scale, bits=2, smallest_exponent=0)
         return step * scale + x.abs() * ARITHMETIC_SLACK + VANISHING
