@@ -3,10 +3,13 @@
 import json
 import shutil
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cluster.backend import own
+from cluster.generation import Sampling
 from configs.delivery import ExportSpec, Target, Variant
 from configs.errors import ExportError
 from configs.model import ModelConfig
@@ -16,12 +19,14 @@ from model.weights.files import load_pretrained
 from stages.artifacts import Asked, Bundle, Checkpoint, Corpus, Parity, Report
 from stages.contract import Workspace, fills
 from stages.conventions import Conventions, as_field, read_conventions
-from stages.export import face, parity, served
+from stages.export import blame, face, parity, proofs, served
 from stages.export.ascend import Int8Rows
 from stages.export.card import Served, render
 from stages.export.client import Client
+from stages.export.conversations import SourceChat, prove_conversations
 from stages.export.cuda import Fp8Blocks
 from stages.export.formats import Bf16, Format
+from stages.export.greedy import Continuations
 from stages.export.tensors import TensorFolder, write_json, write_weights
 from stages.names import GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from stages.shards import Int64
@@ -29,6 +34,8 @@ from stages.tokens import load_tokenizer, served_record, write_tokenizer
 
 ENGRAM_ARCHITECTURE = "IngotEngramForCausalLM"
 """Known to no server, which therefore refuses a model whose memory it could not read."""
+PARITY = "parity.json"
+"""Beside the variants: for each, by layer, the tensor whose weights come nearest to their bound."""
 PHASES = 4
 """Each variant is written, proved, compared and asked."""
 
@@ -94,7 +101,20 @@ def export(
         seed=config.seed,
     )
     work.tracker.start(steps=PHASES * len(forms), unit="steps")
-    proof = _Proof(config, work, source, reference, rows_NS, exam)
+    chat = SourceChat(checkpoint.path(), conventions)
+    sampling = Sampling(config.export.max_new_tokens, 0.0, conventions.end_tokens)
+    continued = Continuations(exam.longest, reference, chat, sampling)
+    proof = _Proof(
+        config,
+        work,
+        source,
+        reference,
+        rows_NS,
+        exam,
+        conventions=conventions,
+        continued=continued,
+        chat=chat,
+    )
     shortfall = None if report is None else report.shortfall
     figures: dict[str, Parity] = {}
     asked: dict[str, Asked] = {}
@@ -118,6 +138,7 @@ def export(
             conventions,
         )
         Path(work.out, form.variant, "README.md").write_text(card, encoding="utf-8")
+    write_json(Path(work.out, PARITY), proof.nearest)
     return Bundle(
         uri=work.out, target=config.target, parity=figures, asked=asked, shortfall=shortfall
     )
@@ -192,6 +213,11 @@ class _Proof:
     reference: Transformer
     rows_NS: Int64
     exam: served.Examination
+    chat: SourceChat
+    continued: Continuations
+    conventions: Conventions
+    nearest: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By variant and layer what `parity.prove_weights` found."""
 
 
 def _prove(proof: _Proof, form: Format, *, step: int) -> tuple[Parity, Asked | None]:
@@ -199,22 +225,39 @@ def _prove(proof: _Proof, form: Format, *, step: int) -> tuple[Parity, Asked | N
     work, config, variant = proof.work, proof.config.export, form.variant
     folder = Path(work.out, variant)
     stored = TensorFolder(folder)
-    share = parity.prove_weights(proof.source, stored, form)
+    layers = parity.prove_weights(proof.source, stored, form)
+    proof.nearest[variant] = {layer: asdict(one) for layer, one in layers.items()}
+    worst = max(layers.values(), key=lambda one: one.share)
     fused = parity.prove_fused(stored, form) if isinstance(form, Fp8Blocks) else 0
     work.tracker.log(
-        {f"{variant}/weight_error_of_bound": share, f"{variant}/fused_matrices": fused}, step=step
+        {
+            f"{variant}/weight_error_of_bound": worst.share,
+            f"{variant}/weight_error_by_layer": [one.relative_error for one in layers.values()],
+            f"{variant}/fused_matrices": fused,
+        },
+        step=step,
     )
+    client = _prove_files(proof, stored, form)
     model = parity.reload(stored, form, proof.source.names)
     model.to(parity.device_of(proof.reference))
-    measured = parity.compare(proof.reference, model, proof.rows_NS)
-    named = {f"{variant}/{name}": value for name, value in measured.model_dump().items()}
+    num_bytes = parity.bytes_of(proof.exam.tokenizer, proof.rows_NS)
+    measured = parity.compare(proof.reference, model, proof.rows_NS, num_bytes=num_bytes)
+    measured = measured.model_copy(
+        update={
+            "greedy_agreement": proof.continued.agreement(client, model),
+            "worst_tensor": worst.tensor,
+            "worst_share": worst.share,
+        }
+    )
+    named = {f"{variant}/{name}": value for name, value in measured.measured().items()}
     work.tracker.log(named, step=step + 1)
-    parity.require(measured, variant, config)
-    client = Client(folder)
-    served.prove_text(client, proof.exam, variant)
+    blamed = partial(blame.find_culprit, proof.source, stored, form, proof.reference, proof.rows_NS)
+    parity.require(measured, variant, config, lambda: str(blamed()))
     asked = served.ask_variant(client, model, proof.exam)
     told = f"{measured.top1_agreement:.2%} of {measured.positions:,} likeliest tokens as in the "
     told += f"source, KL {measured.mean_kl_nats:.2g} nats"
+    if (rise := measured.bits_per_byte_rise) is not None:
+        told += f", {rise:+.3%} bits per byte"
     if asked is not None:
         named = {f"{variant}/{name}": value for name, value in asked.model_dump().items()}
         work.tracker.log(named, step=step + 2)
@@ -227,3 +270,18 @@ def _prove(proof: _Proof, form: Format, *, step: int) -> tuple[Parity, Asked | N
         work.tracker.log({f"{variant}/problems": 0}, step=step + 2)
     work.tracker.note(f"{variant}: {told}")
     return measured, asked
+
+
+def _prove_files(proof: _Proof, stored: TensorFolder, form: Format) -> Client:
+    """Prove what stands beside the weights, down to text and conversations; who reads it so."""
+    folder, source = stored.folder, proof.source.folder
+    proofs.prove_indexes(folder, form)
+    if proofs.DESCRIPTION in form.side_files(proof.source.names):
+        proofs.prove_description(stored, form, proof.reference.config)
+    proofs.prove_tokenizer(folder, source, form.variant)
+    proofs.prove_configs(folder, form, source, proof.conventions)
+    client = Client(folder)
+    prove_conversations(client, proof.chat, form.variant)
+    proofs.prove_templates(folder, form, proof.conventions)
+    served.prove_text(client, proof.exam, form.variant)
+    return client

@@ -74,6 +74,11 @@ def _edit(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
         index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
 
 
+def largest(layers: dict[str, parity.Nearest]) -> float:
+    """How near any element comes to its bound."""
+    return max(one.share for one in layers.values())
+
+
 def _put(folder: Path, changed: dict[str, Tensor]) -> None:
     _edit(folder, lambda tensors: tensors.update(changed))
 
@@ -83,8 +88,7 @@ def test_rounding_comes_close_to_its_bound_and_never_beyond(
     copied: Callable[[str], tuple[TensorFolder, Path, Format]], variant: str
 ) -> None:
     source, folder, form = copied(variant)
-    share = parity.prove_weights(source, TensorFolder(folder), form)
-    assert 0.99 < share <= 1
+    assert 0.99 < largest(parity.prove_weights(source, TensorFolder(folder), form)) <= 1
 
 
 @pytest.mark.parametrize("family", [*MODELS, "engram"])
@@ -97,7 +101,7 @@ def test_every_tensor_of_every_family_is_proved(tmp_path: Path, family: str, var
     source, folder = TensorFolder(files_of(tmp_path / "checkpoint")), tmp_path / variant
     folder.mkdir()
     write_weights(source, form, folder, max_shard_bytes=10**9, before_write=lambda: None)
-    assert 0.98 < parity.prove_weights(source, TensorFolder(folder), form) <= 1
+    assert 0.98 < largest(parity.prove_weights(source, TensorFolder(folder), form)) <= 1
     # What is not rounded must be right to the last bit: the first such tensor of each type.
     exact: dict[torch.dtype, str] = {}
     for name in source.names:

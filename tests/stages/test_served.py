@@ -157,13 +157,15 @@ def examination(
     return served.Examination(corpus, files, source, (1,), rows, config, seed=1)
 
 
-def test_the_texts_of_rows_are_their_whole_documents(
+def test_the_texts_of_rows_are_their_documents_and_what_they_have_of_others(
     made: tuple[Path, Bundle, Checkpoint], tmp_path: Path
 ) -> None:
     source = load_pretrained(made[2].path())
     exam = examination(made, tmp_path, source)
     decode_ids = load_tokenizer(made[2].path("tokenizer.json")).decode
-    assert exam.texts[3:] == [decode_ids(ids) for ids in ([40, 41, 42], [50, 51], [70, 71, 72])]
+    pieces = ([40, 41, 42], [50, 51], [60], [70, 71, 72], [80, 81])
+    assert exam.texts[3:] == [decode_ids(ids) for ids in pieces]
+    assert exam.longest == [max(map(decode_ids, row), key=len) for row in (pieces[:2], pieces[2:])]
     assert [prompt.token_ids[0] for prompt in exam.prompts] == [0, 0, 0]
 
 
