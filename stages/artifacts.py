@@ -242,9 +242,9 @@ class Parity(Frozen):
     """The share of greedily taken tokens that are the source's, up to the first that is not. Texts
     are held-out ones, read by the variant's own tokenizer and chat template."""
     worst_tensor: str | None = None
-    """Of all weights, the one with an element nearest to the bound of its format."""
-    worst_share: float | None = None
-    """How near, as a share of the bound (<= 1)."""
+    """Which rounding changes most, for its size."""
+    worst_relative_error: float | None = None
+    """By how much: |stored - source| / |source| of that tensor."""
 
     @property
     def bits_per_byte_rise(self) -> float | None:

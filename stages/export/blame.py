@@ -52,7 +52,7 @@ def find_culprit(
 ) -> Culprit:
     """The culprit by the first rows of `rows_NS`, one batch of them; `reference` is the source."""
     copies = table_of(reference.config).copies(reference.config)
-    names = [name for name in source.names if name not in copies]
+    names = dict.fromkeys(name for name in source.names if name not in copies)
     mixed = Transformer(reference.config).to(parity.device_of(reference)).eval()
     rows_BS = rows_NS[: parity.BATCH_ROWS]
 
@@ -65,7 +65,7 @@ def find_culprit(
         layers.setdefault(parity.layer_of(name), []).append(name)
     layer = _heaviest(list(layers), lambda some: kl([n for one in some for n in layers[one]]))
     tensor = _heaviest(layers[layer], kl)
-    return Culprit(layer, tensor, kl([tensor]), kl(layers[layer]), kl(names))
+    return Culprit(layer, tensor, kl([tensor]), kl(layers[layer]), kl([*names]))
 
 
 def _heaviest(candidates: Sequence[str], weigh: Callable[[Sequence[str]], float]) -> str:
@@ -80,7 +80,7 @@ def _heaviest(candidates: Sequence[str], weigh: Callable[[Sequence[str]], float]
 class _Mixed(Mapping[str, Tensor]):
     """The source's tensors, some as the variant has them, read when they are asked for."""
 
-    names: Sequence[str]
+    names: Mapping[str, None]
     swapped: frozenset[str]
     source: TensorFolder
     stored: TensorFolder
@@ -93,6 +93,9 @@ class _Mixed(Mapping[str, Tensor]):
             return self.form.decode(name, self.stored.read)
         x = self.source.read(name)
         return x.float() if x.is_floating_point() else x
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

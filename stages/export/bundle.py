@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from stages.tokens import load_tokenizer, served_record, write_tokenizer
 ENGRAM_ARCHITECTURE = "IngotEngramForCausalLM"
 """Known to no server, which therefore refuses a model whose memory it could not read."""
 PARITY = "parity.json"
-"""Beside the variants: for each, by layer, the tensor whose weights come nearest to their bound."""
+"""Beside the variants: for each, by layer, which tensors rounding changed most."""
 PHASES = 4
 """Each variant is written, proved, compared and asked."""
 
@@ -227,7 +227,7 @@ def _prove(proof: _Proof, form: Format, *, step: int) -> tuple[Parity, Asked | N
     stored = TensorFolder(folder)
     layers = parity.prove_weights(proof.source, stored, form)
     proof.nearest[variant] = {layer: asdict(one) for layer, one in layers.items()}
-    worst = max(layers.values(), key=lambda one: one.share)
+    worst = reduce(parity.LayerErrors.worse, layers.values())
     fused = parity.prove_fused(stored, form) if isinstance(form, Fp8Blocks) else 0
     work.tracker.log(
         {
@@ -245,8 +245,8 @@ def _prove(proof: _Proof, form: Format, *, step: int) -> tuple[Parity, Asked | N
     measured = measured.model_copy(
         update={
             "greedy_agreement": proof.continued.agreement(client, model),
-            "worst_tensor": worst.tensor,
-            "worst_share": worst.share,
+            "worst_tensor": worst.coarsest,
+            "worst_relative_error": worst.relative_error,
         }
     )
     named = {f"{variant}/{name}": value for name, value in measured.measured().items()}

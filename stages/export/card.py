@@ -138,9 +138,8 @@ quantisation of activations adds is not in these figures.
 | mean KL(source, this) | {parity.mean_kl_nats:.3g} nats |
 | largest logit error | {parity.max_abs_logit_error:.3g} |
 {_as_text(parity)}{_answers(served.asked, conventions)}
-Each single weight was also held to half a rounding step of its format{_nearest(parity)}. Rounding
-can tip a token between two nearly tied experts, so the largest logit error may be far above the
-usual one.
+Each single weight was also held to half a rounding step of its format. Rounding can tip a token
+between two nearly tied experts, so the largest logit error may be far above the usual one.
 
 ## How to serve it
 
@@ -167,14 +166,12 @@ def _as_text(parity: Parity) -> str:
             "| tokens taken greedily, from text through these files, that are the source's up to "
             f"the first that is not | {parity.greedy_agreement:.2%} |"
         )
+    if parity.worst_tensor is not None:
+        lines.append(
+            f"| error of the tensor that rounding changes most, {code(parity.worst_tensor)} | "
+            f"{parity.worst_relative_error:.2%} of its length |"
+        )
     return "".join(f"{line}\n" for line in lines)
-
-
-def _nearest(parity: Parity) -> str:
-    """Which weights come nearest to their bound."""
-    if parity.worst_tensor is None:
-        return ""
-    return f";\nnearest to it comes {code(parity.worst_tensor)}, with {parity.worst_share:.1%}"
 
 
 def _answers(asked: Asked | None, conventions: Conventions) -> str:

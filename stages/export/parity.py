@@ -71,18 +71,29 @@ def held_out_rows(corpus: Corpus, count: int, *, seed: int) -> Int64:
 
 
 @dataclass(frozen=True, slots=True)
-class Nearest:
-    """Of one layer, the tensor with an element nearest to the bound of its format."""
+class LayerErrors:
+    """Of one layer, the tensors that are worst off."""
 
-    tensor: str
+    nearest: str
+    """Has the element that comes nearest to the bound of its format."""
     share: float
     """The error of that element as a share of its bound (<= 1)."""
+    coarsest: str
+    """Is changed most, for its size."""
     relative_error: float
-    """|stored - source| / |source|, lengths of the whole tensor."""
+    """|stored - source| / |source|, lengths of that whole tensor."""
+
+    def worse(self, other: "LayerErrors") -> "LayerErrors":
+        """The worst of both."""
+        near = max(self, other, key=lambda one: one.share)
+        coarse = max(self, other, key=lambda one: one.relative_error)
+        return LayerErrors(near.nearest, near.share, coarse.coarsest, coarse.relative_error)
 
 
-def prove_weights(source: TensorFolder, stored: TensorFolder, form: Format) -> dict[str, Nearest]:
-    """Hold every element to the bound that `form` states; by layer, the tensor nearest to its.
+def prove_weights(
+    source: TensorFolder, stored: TensorFolder, form: Format
+) -> dict[str, LayerErrors]:
+    """Hold every element to the bound that `form` states; by layer, its worst tensors.
 
     ExportError names the first tensor that is missing, unknown, misshapen or beyond its bound.
     """
@@ -91,13 +102,11 @@ def prove_weights(source: TensorFolder, stored: TensorFolder, form: Format) -> d
     if strange := sorted(expected ^ set(stored.names)):
         state = "is missing" if strange[0] in expected else "stands for no tensor of the source"
         raise ExportError(f"{form.variant}: tensor {strange[0]} {state}; export again")
-    nearest: dict[str, Nearest] = {}
+    layers: dict[str, LayerErrors] = {}
     for name in source.names:
-        found = _prove_tensor(name, source, stored, form)
-        layer = layer_of(name)
-        if layer not in nearest or found.share > nearest[layer].share:
-            nearest[layer] = found
-    return nearest
+        layer, found = layer_of(name), _prove_tensor(name, source, stored, form)
+        layers[layer] = layers[layer].worse(found) if layer in layers else found
+    return layers
 
 
 def layer_of(name: str) -> str:
@@ -107,7 +116,9 @@ def layer_of(name: str) -> str:
     return ".".join(path[: next(numbers, len(path) - 1) + 1])
 
 
-def _prove_tensor(name: str, source: TensorFolder, stored: TensorFolder, form: Format) -> Nearest:
+def _prove_tensor(
+    name: str, source: TensorFolder, stored: TensorFolder, form: Format
+) -> LayerErrors:
     """How near one tensor comes to its bound; ExportError if it is beyond, or of another shape."""
     x = source.read(name)
     x = x.float() if x.is_floating_point() else x
@@ -133,7 +144,7 @@ def _prove_tensor(name: str, source: TensorFolder, stored: TensorFolder, form: F
         )
     share = float(torch.where(error == 0, 0.0, error / bound).max())
     length = float(x.double().norm())
-    return Nearest(name, share, float(error.norm()) / length if length else 0.0)
+    return LayerErrors(name, share, name, float(error.norm()) / length if length else 0.0)
 
 
 def _parts_of(name: str, form: Format) -> str:
