@@ -52,6 +52,13 @@ class ExportConfig(Frozen):
     """Positions where source and quantised bundle agree on the likeliest next token."""
     max_kl_nats: float = Field(default=0.05, gt=0)
     """Mean KL(source || bundle) per position."""
+    max_bits_per_byte_rise: float = Field(default=0.01, gt=0)
+    """How many more bits per byte of held-out text a bundle may need than its source, as a share of
+    what the source needs. A hundredth is what vendors of INT8 conversions take for no loss."""
+    min_greedy_agreement: float = Field(default=0.5, ge=0, le=1)
+    """Share of tokens that source and bundle both take where each goes on by itself, greedily, from
+    openings of held-out texts, up to the first that differs. A near tie that rounding turns ends
+    that text's agreement, so this is far below `min_top1_agreement`."""
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = ("bf16", "fp8", "w8a8")
     """Which of a target's variants to write; the order means nothing. `fp8` and `fp4` (V4 with its
     experts in FP4, as released) are cuda's alone, `w8a8` and `w4a8` (experts in INT4) ascend's."""

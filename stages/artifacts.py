@@ -225,12 +225,39 @@ class Report(Artifact):
 
 
 class Parity(Frozen):
-    """How closely one variant of a bundle reproduces its source on fixed prompts."""
+    """How closely one variant of a bundle reproduces its source on fixed prompts.
+
+    Where nothing but logits was compared, the figures from `source_bits_per_byte` on are none.
+    """
 
     positions: int
     max_abs_logit_error: float
     top1_agreement: float
     mean_kl_nats: float
+    source_bits_per_byte: float | None = None
+    """Of held-out text, which the source needs."""
+    bits_per_byte: float | None = None
+    """The same, which the variant needs."""
+    greedy_agreement: float | None = None
+    """The share of greedily taken tokens that are the source's, up to the first that is not. Texts
+    are held-out ones, read by the variant's own tokenizer and chat template."""
+    worst_tensor: str | None = None
+    """Which rounding changes most, for its size."""
+    worst_relative_error: float | None = None
+    """By how much: |stored - source| / |source| of that tensor."""
+
+    @property
+    def bits_per_byte_rise(self) -> float | None:
+        """How many more bits a byte the variant needs, as a share of the source's."""
+        if self.bits_per_byte is None or self.source_bits_per_byte is None:
+            return None
+        return self.bits_per_byte / self.source_bits_per_byte - 1
+
+    def measured(self) -> dict[str, float]:
+        """Every figure that there is, by name."""
+        rise = self.bits_per_byte_rise
+        found = self.model_dump(exclude={"worst_tensor"}, exclude_none=True)
+        return found if rise is None else found | {"bits_per_byte_rise": rise}
 
 
 class Asked(Frozen):

@@ -40,7 +40,7 @@ from stages.templates import (
 PROVENANCE = "imported.json"
 """What was taken of a folder made elsewhere, and what was not: see `Brought`."""
 _ADDED = "added_tokens_decoder"
-_LEFT_TO_TOKENIZER = frozenset(
+LEFT_TO_TOKENIZER = frozenset(
     {
         *("add_bos_token", "add_eos_token", "add_prefix_space", "auto_map", "from_slow", "legacy"),
         *("name_or_path", "sp_model_kwargs", "tokenizer_file", "tokenizer_object", "vocab_file"),
@@ -229,7 +229,7 @@ def _settled(path: Path, tokenizer: Tokenizer, said: list[str]) -> dict[str, Any
             settled[name] = kept(value, name)
         elif name == _ADDED and isinstance(value, Mapping):
             kept({number: token for number, token in value.items() if spelling(token)}, name)
-        elif name not in _LEFT_TO_TOKENIZER:
+        elif name not in LEFT_TO_TOKENIZER:
             named = name in (*TOKEN_GROUPS, *SPECIAL_TOKENS) or name.endswith("_token")
             is_token = named and not isinstance(value, bool)
             settled |= kept({name: value}) if is_token else {name: value}

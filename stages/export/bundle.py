@@ -2,86 +2,40 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial, reduce
 from pathlib import Path
+from typing import Any
 
 from cluster.backend import own
-from configs.delivery import ExportConfig, ExportSpec, Target
+from cluster.generation import Sampling
+from configs.delivery import ExportSpec
 from configs.errors import ExportError
-from configs.model import ModelConfig
-from configs.shape import FP8_BLOCK
 from model.transformer import Transformer
-from model.weights.config import table_of
 from model.weights.files import load_pretrained
-from model.weights.table import ScaleType
 from stages.artifacts import Asked, Bundle, Checkpoint, Corpus, Parity, Report
 from stages.contract import Workspace, fills
 from stages.conventions import Conventions, as_field, read_conventions
-from stages.export import face, npu, parity, served
+from stages.export import blame, face, npu, parity, proofs, served
 from stages.export.ascend import Integers
-from stages.export.calibration import Range, calibration_rows, measure, of_weight
 from stages.export.card import Served, render
 from stages.export.client import Client
-from stages.export.cuda import Fp4Experts, Fp8Blocks
-from stages.export.formats import Bf16, Format
-from stages.export.smoothing import smoothed
+from stages.export.conversations import SourceChat, prove_conversations
+from stages.export.cuda import Fp8Blocks
+from stages.export.formats import Format
+from stages.export.greedy import Continuations
 from stages.export.tensors import TensorFolder, write_json, write_weights
+from stages.export.variants import calibrated, formats, seen
 from stages.names import GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from stages.shards import Int64
 from stages.tokens import load_tokenizer, served_record, write_tokenizer
 
 ENGRAM_ARCHITECTURE = "IngotEngramForCausalLM"
 """Known to no server, which therefore refuses a model whose memory it could not read."""
-_USUAL = ExportConfig()
+PARITY = "parity.json"
+"""Beside the variants: for each, by layer, which tensors rounding changed most."""
 PHASES = 4
 """Each variant is written, proved, compared and asked."""
-
-
-def formats(
-    target: Target, model: ModelConfig, config: ExportConfig = _USUAL
-) -> tuple[Format, ...]:
-    """The variants that a bundle for `target` holds, of those asked for.
-
-    ExportError if FP8 is among them and servers would read this model's wrongly, if the model has
-    no such variant, or if none is asked for.
-    """
-    makers: dict[str, Callable[[], Format]] = {"bf16": lambda: Bf16(model)}
-    if target == "cuda":
-        makers["fp8"] = lambda: Fp8Blocks(model, scales=_scales(model, config))
-        makers["fp4"] = lambda: Fp4Experts(model)
-    else:
-        makers["w8a8"] = lambda: Integers(model, mindie=config.mindie)
-        makers["w4a8"] = lambda: Integers(model, "w4a8", mindie=config.mindie)
-    forms = tuple(make() for variant, make in makers.items() if variant in config.variants)
-    if not forms:
-        raise ExportError(
-            f"export.variants = {sorted(config.variants)}: none of them is one for {target}, which "
-            f"has {', '.join(makers)}; name one of these"
-        )
-    in_blocks = [form for form in forms if isinstance(form, Fp8Blocks)]
-    if in_blocks and (ragged := model.ragged_rows):
-        shown = ", ".join(f"{name} = {rows}" for name, rows in ragged.items())
-        raise ExportError(
-            f"export.variants asks for {in_blocks[0].variant}, but of this model {shown} is no "
-            f"multiple of {FP8_BLOCK}: servers load matrices of so many rows into one with those "
-            "that follow, and would scale rows by another block's scale without a word; leave it "
-            'out (export.variants = ["bf16", "w8a8"]), or train a model of other sizes'
-        )
-    return forms
-
-
-def _scales(model: ModelConfig, config: ExportConfig) -> ScaleType | None:
-    """Of FP8 blocks, if they are not to be the family's own."""
-    own = table_of(model).SCALES
-    if config.fp8_scales is None or own == "e8m0":
-        if config.fp8_scales == "float32":
-            raise ExportError(
-                'export.fp8_scales = "float32", but V4 has its scales in a byte, and servers read '
-                'no others of it; leave it out, or set "ue8m0"'
-            )
-        return None
-    return "float32" if config.fp8_scales == "float32" else "powers"
 
 
 @fills(face.export)
@@ -120,14 +74,26 @@ def export(
         seed=config.seed,
     )
     work.tracker.start(steps=PHASES * len(forms), unit="steps")
-    ranges = _ranges(config, corpus, forms, reference)
-    proof = _Proof(config, work, reference, rows_NS, exam)
+    ranges = seen(config, corpus, forms, reference)
+    chat = SourceChat(checkpoint.path(), conventions)
+    sampling = Sampling(config.export.max_new_tokens, 0.0, conventions.end_tokens)
+    continued = Continuations(exam.longest, reference, chat, sampling)
+    proof = _Proof(
+        config,
+        work,
+        reference,
+        rows_NS,
+        exam,
+        conventions=conventions,
+        continued=continued,
+        chat=chat,
+    )
     shortfall = None if report is None else report.shortfall
     figures: dict[str, Parity] = {}
     asked: dict[str, Asked] = {}
     for number, form in enumerate(forms):
         first = number * PHASES + 1
-        form, read = _calibrated(config.export, source, form, ranges)
+        form, read = calibrated(config.export, source, form, ranges)
         weight_bytes = _write(config, work, read, form, checkpoint, conventions, step=first)
         figures[form.variant], answers = _prove(proof, read, form, step=first + 1)
         if answers is not None:
@@ -146,31 +112,10 @@ def export(
             conventions,
         )
         Path(work.out, form.variant, "README.md").write_text(card, encoding="utf-8")
+    write_json(Path(work.out, PARITY), proof.nearest)
     return Bundle(
         uri=work.out, target=config.target, parity=figures, asked=asked, shortfall=shortfall
     )
-
-
-def _ranges(
-    config: ExportSpec, corpus: Corpus, forms: Sequence[Format], reference: Transformer
-) -> dict[str, Range]:
-    """What activations come to on training text, if a variant needs to know."""
-    count = config.export.calibration_rows
-    if not count or not any(isinstance(form, Integers) for form in forms):
-        return {}
-    return measure(reference, calibration_rows(corpus, count, seed=config.seed))
-
-
-def _calibrated(
-    config: ExportConfig, source: TensorFolder, form: Format, ranges: Mapping[str, Range]
-) -> tuple[Format, TensorFolder]:
-    """The variant that knows the ranges of its activations, and the weights that it is to hold."""
-    if not isinstance(form, Integers) or not ranges:
-        return form, source
-    if config.smooth:
-        source, ranges = smoothed(source, form, ranges)
-    known = {name: of_weight(ranges, name).whole for name in form.calibrated(source.names)}
-    return replace(form, ranges=known), source
 
 
 def _check_disk(source: TensorFolder, forms: tuple[Format, ...], out: Path) -> None:
@@ -241,6 +186,11 @@ class _Proof:
     reference: Transformer
     rows_NS: Int64
     exam: served.Examination
+    chat: SourceChat
+    continued: Continuations
+    conventions: Conventions
+    nearest: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By variant and layer what `parity.prove_weights` found."""
 
 
 def _prove(
@@ -250,25 +200,42 @@ def _prove(
     work, config, variant = proof.work, proof.config.export, form.variant
     folder = Path(work.out, variant)
     stored = TensorFolder(folder)
-    share = parity.prove_weights(source, stored, form)
+    layers = parity.prove_weights(source, stored, form)
+    proof.nearest[variant] = {layer: asdict(one) for layer, one in layers.items()}
+    worst = reduce(parity.LayerErrors.worse, layers.values())
     fused = parity.prove_fused(stored, form) if isinstance(form, Fp8Blocks) else 0
     work.tracker.log(
-        {f"{variant}/weight_error_of_bound": share, f"{variant}/fused_matrices": fused}, step=step
+        {
+            f"{variant}/weight_error_of_bound": worst.share,
+            f"{variant}/weight_error_by_layer": [one.relative_error for one in layers.values()],
+            f"{variant}/fused_matrices": fused,
+        },
+        step=step,
     )
+    client = _prove_files(proof, source, stored, form)
     model = parity.reload(stored, form, source.names)
     if isinstance(form, Integers):
         npu.prove(source, stored, form, seed=proof.config.seed)
         npu.emulate(model, form, stored)
     model.to(parity.device_of(proof.reference))
-    measured = parity.compare(proof.reference, model, proof.rows_NS)
-    named = {f"{variant}/{name}": value for name, value in measured.model_dump().items()}
+    num_bytes = parity.bytes_of(proof.exam.tokenizer, proof.rows_NS)
+    measured = parity.compare(proof.reference, model, proof.rows_NS, num_bytes=num_bytes)
+    measured = measured.model_copy(
+        update={
+            "greedy_agreement": proof.continued.agreement(client, model),
+            "worst_tensor": worst.coarsest,
+            "worst_relative_error": worst.relative_error,
+        }
+    )
+    named = {f"{variant}/{name}": value for name, value in measured.measured().items()}
     work.tracker.log(named, step=step + 1)
-    parity.require(measured, variant, config)
-    client = Client(folder)
-    served.prove_text(client, proof.exam, variant)
+    blamed = partial(blame.find_culprit, source, stored, form, proof.reference, proof.rows_NS)
+    parity.require(measured, variant, config, lambda: str(blamed()))
     asked = served.ask_variant(client, model, proof.exam)
     told = f"{measured.top1_agreement:.2%} of {measured.positions:,} likeliest tokens as in the "
     told += f"source, KL {measured.mean_kl_nats:.2g} nats"
+    if (rise := measured.bits_per_byte_rise) is not None:
+        told += f", {rise:+.3%} bits per byte"
     if asked is not None:
         named = {f"{variant}/{name}": value for name, value in asked.model_dump().items()}
         work.tracker.log(named, step=step + 2)
@@ -281,3 +248,18 @@ def _prove(
         work.tracker.log({f"{variant}/problems": 0}, step=step + 2)
     work.tracker.note(f"{variant}: {told}")
     return measured, asked
+
+
+def _prove_files(proof: _Proof, source: TensorFolder, stored: TensorFolder, form: Format) -> Client:
+    """Prove what stands beside the weights, down to text and conversations; who reads it so."""
+    folder = stored.folder
+    proofs.prove_indexes(folder, form)
+    if proofs.DESCRIPTION in form.side_files(source.names):
+        proofs.prove_description(stored, form, proof.reference.config)
+    proofs.prove_tokenizer(folder, source.folder, form.variant)
+    proofs.prove_configs(folder, form, source.folder, proof.conventions)
+    client = Client(folder)
+    prove_conversations(client, proof.chat, form.variant)
+    proofs.prove_templates(folder, form, proof.conventions)
+    served.prove_text(client, proof.exam, form.variant)
+    return client

@@ -137,7 +137,7 @@ quantisation of activations adds is not in these figures.
 | positions with the same likeliest token | {parity.top1_agreement:.2%} |
 | mean KL(source, this) | {parity.mean_kl_nats:.3g} nats |
 | largest logit error | {parity.max_abs_logit_error:.3g} |
-{_answers(served.asked, conventions)}
+{_as_text(parity)}{_answers(served.asked, conventions)}
 Each single weight was also held to half a rounding step of its format. Rounding can tip a token
 between two nearly tied experts, so the largest logit error may be far above the usual one.
 
@@ -151,6 +151,27 @@ between two nearly tied experts, so the largest logit error may be far above the
 ## Limits
 
 {_limits(model, variant)}"""
+
+
+def _as_text(parity: Parity) -> str:
+    """What was measured beside logits."""
+    lines = []
+    if (rise := parity.bits_per_byte_rise) is not None:
+        lines.append(
+            "| bits per byte of held-out text, in the source and here | "
+            f"{parity.source_bits_per_byte:.4f}, {parity.bits_per_byte:.4f} ({rise:+.2%}) |"
+        )
+    if parity.greedy_agreement is not None:
+        lines.append(
+            "| tokens taken greedily, from text through these files, that are the source's up to "
+            f"the first that is not | {parity.greedy_agreement:.2%} |"
+        )
+    if parity.worst_tensor is not None:
+        lines.append(
+            f"| error of the tensor that rounding changes most, {code(parity.worst_tensor)} | "
+            f"{parity.worst_relative_error:.2%} of its length |"
+        )
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _answers(asked: Asked | None, conventions: Conventions) -> str:

@@ -30,8 +30,15 @@ class Client:
         self._splitting = Tokenizer.from_str(self.tokenizer.to_str())
         self._splitting.encode_special_tokens = True
         self._drawing = read_drawing(self.generation, folder / GENERATION_CONFIG)
-        text, self._place = _template_of(folder, self._config)
-        self._template = compile_template(text, self._place)
+        found = template_of(folder, self._config)
+        if found is None:
+            raise ArtifactError(
+                f"{folder / TOKENIZER_CONFIG}: chat_template holds no default, and there is no "
+                f"{CHAT_TEMPLATE}; give one"
+            )
+        text, self.place = found
+        """Where its chat template stands."""
+        self._template = compile_template(text, self.place)
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -51,13 +58,14 @@ class Client:
         return ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The ids of a conversation, up to where the model is to go on.
-
-        ExportError if the template refuses it.
-        """
-        text = render(self._template, messages, self._config, self._place)
+        """The ids of a conversation, up to where the model is to go on; errors as of `render`."""
+        text = self.render(messages)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text of a conversation; ExportError if the template refuses it."""
+        return render(self._template, messages, self._config, self.place)
 
     def sampling(self, max_new_tokens: int) -> Sampling:
         """How servers sample by default, by the generation config."""
@@ -67,12 +75,13 @@ class Client:
         )
 
 
-def _template_of(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
-    """The default chat template, and where it stands; transformers takes that of the file first."""
+def template_of(folder: Path, config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The default chat template and where it stands; transformers takes that of the file first.
+
+    `config` is the tokenizer's. None if there is no default.
+    """
     if (folder / CHAT_TEMPLATE).is_file():
         return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8"), str(folder / CHAT_TEMPLATE)
     place = f"{folder / TOKENIZER_CONFIG}: chat_template"
     found = named_templates(config.get("chat_template"), place)
-    if DEFAULT not in found:
-        raise ArtifactError(f"{place} holds no default, and there is no {CHAT_TEMPLATE}; give one")
-    return found[DEFAULT], place
+    return (found[DEFAULT], place) if DEFAULT in found else None

@@ -6,7 +6,7 @@ from stages.contract import Face
 
 export = Face(
     name="export",
-    revision=3,
+    revision=4,
     config=ExportSpec,
     takes={"corpus": Corpus, "checkpoint": Checkpoint},
     may_take={"report": Report},

@@ -3,7 +3,9 @@
 1. `prove_weights` reads every stored tensor back and holds every element to the bound that the
    format states, half a rounding step; and every source tensor must be there exactly once.
    `prove_fused` reads FP8 again as servers do that put several matrices into one.
-2. `compare` runs source and reloaded variant on the same held-out rows in float32.
+   Of each layer the tensor that comes nearest to its bound is reported.
+2. `compare` runs source and reloaded variant on the same held-out rows in float32. `proofs.py` and
+   `served.py` prove that these rows are what the variant's own tokenizer makes of their text.
 
 What is compared are weights: activations stay float32 on both sides. A server that quantises
 activations too (FP8 per 1 x 128, W8A8 per token) adds an error of its own, which these figures do
@@ -17,12 +19,13 @@ Axes: N rows, S tokens of a row, B rows of a batch, V vocabulary, P positions.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from configs.delivery import ExportConfig
@@ -38,6 +41,7 @@ from stages.export.cuda import Fp8Blocks
 from stages.export.formats import Format
 from stages.export.tensors import TensorFolder
 from stages.framing import BOS_ID
+from stages.segments import segments_of
 from stages.shards import Int64, Rows
 
 BATCH_ROWS = 8
@@ -66,8 +70,30 @@ def held_out_rows(corpus: Corpus, count: int, *, seed: int) -> Int64:
     return np.concatenate(parts)
 
 
-def prove_weights(source: TensorFolder, stored: TensorFolder, form: Format) -> float:
-    """The largest error of any element, as a share of the bound that `form` states (<= 1).
+@dataclass(frozen=True, slots=True)
+class LayerErrors:
+    """Of one layer, the tensors that are worst off."""
+
+    nearest: str
+    """Has the element that comes nearest to the bound of its format."""
+    share: float
+    """The error of that element as a share of its bound (<= 1)."""
+    coarsest: str
+    """Is changed most, for its size."""
+    relative_error: float
+    """|stored - source| / |source|, lengths of that whole tensor."""
+
+    def worse(self, other: "LayerErrors") -> "LayerErrors":
+        """The worst of both."""
+        near = max(self, other, key=lambda one: one.share)
+        coarse = max(self, other, key=lambda one: one.relative_error)
+        return LayerErrors(near.nearest, near.share, coarse.coarsest, coarse.relative_error)
+
+
+def prove_weights(
+    source: TensorFolder, stored: TensorFolder, form: Format
+) -> dict[str, LayerErrors]:
+    """Hold every element to the bound that `form` states; by layer, its worst tensors.
 
     ExportError names the first tensor that is missing, unknown, misshapen or beyond its bound.
     """
@@ -76,26 +102,55 @@ def prove_weights(source: TensorFolder, stored: TensorFolder, form: Format) -> f
     if strange := sorted(expected ^ set(stored.names)):
         state = "is missing" if strange[0] in expected else "stands for no tensor of the source"
         raise ExportError(f"{form.variant}: tensor {strange[0]} {state}; export again")
-    worst = 0.0
+    layers: dict[str, LayerErrors] = {}
     for name in source.names:
-        x = source.read(name)
-        x = x.float() if x.is_floating_point() else x
+        layer, found = layer_of(name), _prove_tensor(name, source, stored, form)
+        layers[layer] = layers[layer].worse(found) if layer in layers else found
+    return layers
+
+
+def layer_of(name: str) -> str:
+    """The layer whose tensor `name` is, as the front of its name; what is in none is by itself."""
+    path = name.split(".")
+    numbers = (place for place, part in enumerate(path) if part.isdigit())
+    return ".".join(path[: next(numbers, len(path) - 1) + 1])
+
+
+def _prove_tensor(
+    name: str, source: TensorFolder, stored: TensorFolder, form: Format
+) -> LayerErrors:
+    """How near one tensor comes to its bound; ExportError if it is beyond, or of another shape."""
+    x = source.read(name)
+    x = x.float() if x.is_floating_point() else x
+    try:
         decoded = form.decode(name, stored.read)
-        if decoded.shape != x.shape:
-            raise ExportError(
-                f"{form.variant}: tensor {name} is {tuple(decoded.shape)} on disk but "
-                f"{tuple(x.shape)} in the source; export again"
-            )
-        error, bound = _error(decoded, x), form.error_bound(name, x)
-        if not (error <= bound).all():
-            at = int((error / bound).nan_to_num(math.inf).argmax())
-            raise ExportError(
-                f"{form.variant}: tensor {name}, element {at}: source {x.flatten()[at]:.6g}, on "
-                f"disk {decoded.flatten()[at]:.6g}, apart by more than the format's "
-                f"{bound.flatten()[at]:.3g}; export again"
-            )
-        worst = max(worst, float(torch.where(error == 0, 0.0, error / bound).max()))
-    return worst
+    except (RuntimeError, IndexError, ValueError) as cause:
+        raise ExportError(
+            f"{form.variant}: tensor {_parts_of(name, form)} cannot be read as the format has it "
+            f"({cause}); export again"
+        ) from None
+    if decoded.shape != x.shape:
+        raise ExportError(
+            f"{form.variant}: tensor {_parts_of(name, form)} is {tuple(decoded.shape)} on disk but "
+            f"{tuple(x.shape)} in the source; export again"
+        )
+    error, bound = _error(decoded, x), form.error_bound(name, x)
+    if not (error <= bound).all():
+        at = int((error / bound).nan_to_num(math.inf).argmax())
+        raise ExportError(
+            f"{form.variant}: tensor {_parts_of(name, form)}, element {at}: source "
+            f"{x.flatten()[at]:.6g}, on disk {decoded.flatten()[at]:.6g}, apart by more than the "
+            f"format's {bound.flatten()[at]:.3g}; export again"
+        )
+    share = float(torch.where(error == 0, 0.0, error / bound).max())
+    length = float(x.double().norm())
+    return LayerErrors(name, share, name, float(error.norm()) / length if length else 0.0)
+
+
+def _parts_of(name: str, form: Format) -> str:
+    """The tensor with what else of it is stored, any of which may be at fault."""
+    others = [part for part in form.parts(name) if part != name]
+    return f"{name} (with {' and '.join(others)})" if others else name
 
 
 def prove_fused(stored: TensorFolder, form: Fp8Blocks) -> int:
@@ -146,35 +201,55 @@ def reload(stored: TensorFolder, form: Format, names: Iterable[str]) -> Transfor
     return model.eval()
 
 
+def bytes_of(tokenizer: Tokenizer, rows_NS: Int64) -> int:
+    """Bytes of text that the scored tokens of the rows spell; special tokens spell none.
+
+    A character of which the end of a row cuts off a part counts three, as its replacement has.
+    """
+    targets = (row_S[1:][row_S[1:] != BOS_ID].tolist() for row_S in rows_NS)
+    return sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in targets)
+
+
 @dataclass(slots=True)
 class _Sums:
     positions: int = 0
     agreeing: int = 0
     kl_nats: float = 0.0
     max_error: float = 0.0
+    source_nats: float = 0.0
+    """What the tokens that came next cost the source."""
+    variant_nats: float = 0.0
 
 
 @torch.no_grad()
-def compare(source: Transformer, variant: Transformer, rows_NS: Int64) -> Parity:
+def compare(
+    source: Transformer, variant: Transformer, rows_NS: Int64, *, num_bytes: int = 0
+) -> Parity:
     """Logits of both on the rows, at every position whose target counts (is not BOS).
 
-    ExportError if there is no such position, or a logit is not finite.
+    Documents of a row do not see each other. `num_bytes` is how long the text of these targets is;
+    without it there are no bits per byte. ExportError if there is no such position, or a logit is
+    not finite.
     """
     sums = _Sums()
     for start in range(0, len(rows_NS), BATCH_ROWS):
         tokens_BS = torch.from_numpy(rows_NS[start : start + BATCH_ROWS])
         scored_BS = tokens_BS[:, 1:] != BOS_ID
-        inputs_BS = tokens_BS[:, :-1]
-        _add(sums, _ask(source, inputs_BS)[scored_BS], _ask(variant, inputs_BS)[scored_BS])
+        inputs_BS, targets_P = tokens_BS[:, :-1], tokens_BS[:, 1:][scored_BS]
+        source_PV, variant_PV = (_ask(one, inputs_BS)[scored_BS] for one in (source, variant))
+        _add(sums, source_PV, variant_PV, targets_P)
     if sums.positions == 0:
         raise ExportError("the held-out rows hold nothing but padding; rebuild the corpus")
     if not math.isfinite(sums.max_error + sums.kl_nats):
         raise ExportError("source or variant gives logits that are not finite; train again")
+    bits = math.log(2) * num_bytes
     return Parity(
         positions=sums.positions,
         max_abs_logit_error=sums.max_error,
         top1_agreement=sums.agreeing / sums.positions,
         mean_kl_nats=sums.kl_nats / sums.positions,
+        source_bits_per_byte=sums.source_nats / bits if bits else None,
+        bits_per_byte=sums.variant_nats / bits if bits else None,
     )
 
 
@@ -185,26 +260,54 @@ def device_of(model: Transformer) -> torch.device:
 
 def _ask(model: Transformer, tokens_BS: Tensor) -> Tensor:
     """Logits on the host, where they are compared in float64, which not every device has."""
-    logits_BSV: Tensor = model(tokens_BS.to(device_of(model)))
+    logits_BSV: Tensor = model(
+        tokens_BS.to(device_of(model)), segments_of(tokens_BS).to(device_of(model))
+    )
     return logits_BSV.cpu()
 
 
-def require(parity: Parity, variant: str, config: ExportConfig) -> None:
-    """ExportError if the variant agrees with its source less than the config asks."""
+def require(
+    parity: Parity, variant: str, config: ExportConfig, blame: Callable[[], str] = str
+) -> None:
+    """ExportError if the variant agrees with its source less than the config asks.
+
+    Weights are within their bounds by then, so `blame` is asked which tensor's rounding it is.
+    """
+    rise, greedy = parity.bits_per_byte_rise, parity.greedy_agreement
+    told = None
     if parity.top1_agreement < config.min_top1_agreement:
-        raise ExportError(
-            f"{variant}: top-1 agreement with the source is {parity.top1_agreement:.4f}, below "
-            f"export.min_top1_agreement = {config.min_top1_agreement}; train the model further, or "
-            "accept less"
+        told = (
+            f"top-1 agreement with the source is {parity.top1_agreement:.4f}, below "
+            f"export.min_top1_agreement = {config.min_top1_agreement}"
         )
-    if parity.mean_kl_nats > config.max_kl_nats:
+    elif parity.mean_kl_nats > config.max_kl_nats:
+        told = (
+            f"mean KL from the source is {parity.mean_kl_nats:.4g} nats, above "
+            f"export.max_kl_nats = {config.max_kl_nats}"
+        )
+    elif rise is not None and rise > config.max_bits_per_byte_rise:
+        told = (
+            f"held-out text takes {parity.bits_per_byte:.4f} bits per byte, in the source "
+            f"{parity.source_bits_per_byte:.4f}: more by {rise:.2%}, above "
+            f"export.max_bits_per_byte_rise = {config.max_bits_per_byte_rise}"
+        )
+    elif greedy is not None and greedy < config.min_greedy_agreement:
+        told = (
+            f"of the tokens that it takes greedily {greedy:.4f} are the source's, below "
+            f"export.min_greedy_agreement = {config.min_greedy_agreement}"
+        )
+    if told is not None:
         raise ExportError(
-            f"{variant}: mean KL from the source is {parity.mean_kl_nats:.4g} nats, above "
-            f"export.max_kl_nats = {config.max_kl_nats}; train the model further, or accept more"
+            f"{variant}: {told}{blame()}; train the model further, or change that setting"
         )
 
 
-def _add(sums: _Sums, source_PV: Float[Tensor, "P V"], variant_PV: Float[Tensor, "P V"]) -> None:
+def _add(
+    sums: _Sums,
+    source_PV: Float[Tensor, "P V"],
+    variant_PV: Float[Tensor, "P V"],
+    targets_P: Int[Tensor, " P"],
+) -> None:
     """Count one batch. KL(source || variant) in float64: it is the difference of near equals."""
     sums.positions += len(source_PV)
     if not len(source_PV):
@@ -215,3 +318,5 @@ def _add(sums: _Sums, source_PV: Float[Tensor, "P V"], variant_PV: Float[Tensor,
     sums.agreeing += int((source_PV.argmax(-1) == variant_PV.argmax(-1)).sum())
     log_p, log_q = source_PV.log_softmax(-1), variant_PV.log_softmax(-1)
     sums.kl_nats += float((log_p.exp() * (log_p - log_q)).sum())
+    sums.source_nats -= float(log_p.gather(-1, targets_P[:, None]).sum())
+    sums.variant_nats -= float(log_q.gather(-1, targets_P[:, None]).sum())

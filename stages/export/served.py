@@ -64,8 +64,11 @@ class Examination:
         }
         self.prompts = [one for one in fitting if one.problem.id in chosen]
         questions = (one.problem.prompt for one in self.prompts)
-        self.texts = [*questions, *_documents(self.tokenizer, rows_NS)]
+        pieces = [list(_pieces(self.tokenizer, row)) for row in rows_NS.tolist()]
+        self.texts = [*questions, *(text for row in pieces for text in row)]
         """Documents and questions that must be encoded as training encodes them."""
+        self.longest = [max(row, key=len) for row in pieces if row]
+        """Of each row the longest document, or part of one."""
 
     def ids(self, text: str) -> tuple[int, ...]:
         """A text as training has it, up to where it goes on."""
@@ -203,15 +206,12 @@ def _pass_at_1(answered: Sequence[Answered]) -> float:
     return sum(rates) / len(rates)
 
 
-def _documents(tokenizer: Tokenizer, rows_NS: Int64) -> Iterator[str]:
-    """The text of each document that begins and ends in one of the rows."""
-    for row_S in rows_NS.tolist():
-        body: list[int] | None = None
-        for token in row_S:
-            if token == BOS_ID:
-                body = []
-            elif token == EOS_ID and body:
-                yield tokenizer.decode(body, skip_special_tokens=False)
-                body = None
-            elif body is not None:
-                body.append(token)
+def _pieces(tokenizer: Tokenizer, row_S: list[int]) -> Iterator[str]:
+    """The text of each document of a row, also of those whose begin or end is in another row."""
+    body: list[int] = []
+    for token in (*row_S, EOS_ID):
+        if token not in (BOS_ID, EOS_ID):
+            body.append(token)
+        elif body:
+            yield tokenizer.decode(body, skip_special_tokens=False)
+            body = []

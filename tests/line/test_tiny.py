@@ -22,9 +22,9 @@ from model.transformer import Transformer
 from model.weights.files import load_pretrained, save_pretrained
 from stages.answers import choose
 from stages.export import parity
-from stages.export.bundle import formats
 from stages.export.cuda import Fp8Blocks
 from stages.export.tensors import TensorFolder
+from stages.export.variants import formats
 from stages.framing import BOS_ID, EOS_ID
 from stages.prompts import answer_text
 from stages.shards import Rows

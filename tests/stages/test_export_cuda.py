@@ -17,9 +17,9 @@ from configs.model import ModelConfig
 from model.transformer import Transformer
 from model.weights.files import load_pretrained
 from stages.export import parity
-from stages.export.bundle import formats
 from stages.export.cuda import Fp4Experts, Fp8Blocks
 from stages.export.tensors import TensorFolder
+from stages.export.variants import formats
 from stages.framing import BOS_ID, EOS_TOKEN
 from stages.tokens import load_tokenizer
 from tests.stages.bundles import MODELS, chat_ids, files_of, lines, make_bundle, unquantised_dtype

@@ -17,11 +17,13 @@ from configs.model import V3Config
 from model.transformer import Transformer
 from model.weights.files import load_pretrained
 from stages.artifacts import Parity
+from stages.evaluate.text import byte_lengths, score_text
 from stages.export import parity
-from stages.export.bundle import formats
 from stages.export.cuda import Fp8Blocks
 from stages.export.formats import Bf16, Format, half_step
 from stages.export.tensors import TensorFolder, write_weights
+from stages.export.variants import formats
+from stages.tokens import load_tokenizer
 from tests.stages.bundles import (
     MODEL,
     MODEL_ENGRAM,
@@ -32,6 +34,7 @@ from tests.stages.bundles import (
     make_bundle,
     make_checkpoint,
     make_corpus,
+    make_tokenizer,
 )
 
 VARIANTS = {form.variant: form for target in ("cuda", "ascend") for form in formats(target, MODEL)}
@@ -74,6 +77,11 @@ def _edit(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
         index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
 
 
+def largest(layers: dict[str, parity.LayerErrors]) -> float:
+    """How near any element comes to its bound."""
+    return max(one.share for one in layers.values())
+
+
 def _put(folder: Path, changed: dict[str, Tensor]) -> None:
     _edit(folder, lambda tensors: tensors.update(changed))
 
@@ -83,8 +91,7 @@ def test_rounding_comes_close_to_its_bound_and_never_beyond(
     copied: Callable[[str], tuple[TensorFolder, Path, Format]], variant: str
 ) -> None:
     source, folder, form = copied(variant)
-    share = parity.prove_weights(source, TensorFolder(folder), form)
-    assert 0.99 < share <= 1
+    assert 0.99 < largest(parity.prove_weights(source, TensorFolder(folder), form)) <= 1
 
 
 @pytest.mark.parametrize("family", [*MODELS, "engram"])
@@ -97,7 +104,7 @@ def test_every_tensor_of_every_family_is_proved(tmp_path: Path, family: str, var
     source, folder = TensorFolder(files_of(tmp_path / "checkpoint")), tmp_path / variant
     folder.mkdir()
     write_weights(source, form, folder, max_shard_bytes=10**9, before_write=lambda: None)
-    assert 0.98 < parity.prove_weights(source, TensorFolder(folder), form) <= 1
+    assert 0.98 < largest(parity.prove_weights(source, TensorFolder(folder), form)) <= 1
     # What is not rounded must be right to the last bit: the first such tensor of each type.
     exact: dict[torch.dtype, str] = {}
     for name in source.names:
@@ -216,6 +223,83 @@ def test_figures_equal_those_computed_position_by_position(root: Path, tmp_path:
     assert measured.max_abs_logit_error == pytest.approx(max(errors), rel=1e-4)
     assert measured.top1_agreement == pytest.approx(np.mean(agree))
     assert measured.mean_kl_nats == pytest.approx(np.mean(kls), rel=1e-4)
+
+
+def test_bits_per_byte_are_those_that_evaluation_measures(tmp_path: Path) -> None:
+    source, variant = (Transformer(MODEL).initialize(seed).eval() for seed in (1, 2))
+    make_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    text = [tokenizer.encode(f"{n}+{n}={2 * n}", add_special_tokens=False).ids for n in range(90)]
+    tokens = [token for ids in text for token in (0, *ids, 1)]
+    rows_NS = np.array(tokens[: len(tokens) // 40 * 40]).reshape(-1, 40)
+    lengths_V = byte_lengths(tmp_path / "tokenizer.json")
+    num_bytes = parity.bytes_of(tokenizer, rows_NS)
+    measured = parity.compare(source, variant, rows_NS, num_bytes=num_bytes)
+    for found, model in (
+        (measured.source_bits_per_byte, source),
+        (measured.bits_per_byte, variant),
+    ):
+        expected = score_text(model, rows_NS, lengths_V)
+        assert expected.bytes == num_bytes
+        assert found == pytest.approx(expected.bits_per_byte, rel=1e-5)
+    rise = measured.bits_per_byte_rise
+    assert rise is not None
+    assert rise == pytest.approx(measured.measured()["bits_per_byte_rise"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"top1_agreement": 0.8}, r"agreement .* 0\.8000, below export\.min_top1_agreement = 0\.9"),
+        ({"mean_kl_nats": 0.2}, r"KL .* 0\.2 nats, above export\.max_kl_nats = 0\.05"),
+        (
+            {"bits_per_byte": 2.05},
+            r"2\.0500 bits per byte, in the source 2\.0000: more by 2\.50%, above "
+            r"export\.max_bits_per_byte_rise = 0\.01",
+        ),
+        (
+            {"greedy_agreement": 0.4},
+            r"greedily 0\.4000 .*below export\.min_greedy_agreement = 0\.5",
+        ),
+    ],
+)
+def test_a_figure_beyond_its_threshold_is_said_with_value_setting_and_tensor(
+    changed: dict[str, float], said: str
+) -> None:
+    figures = {
+        "positions": 9,
+        "max_abs_logit_error": 0.1,
+        "top1_agreement": 0.95,
+        "mean_kl_nats": 0.01,
+        "source_bits_per_byte": 2.0,
+        "bits_per_byte": 2.01,
+        "greedy_agreement": 0.6,
+    }
+    config = ExportConfig()
+    parity.require(Parity.model_validate(figures), "fp8", config, lambda: "; never asked")
+    measured = Parity.model_validate(figures | changed)
+    with pytest.raises(ExportError, match=rf"^fp8: .*{said}; up_proj; train .* that setting$"):
+        parity.require(measured, "fp8", config, lambda: "; up_proj")
+
+
+def test_the_worst_tensors_of_each_layer_are_known(
+    copied: Callable[[str], tuple[TensorFolder, Path, Format]],
+) -> None:
+    source, folder, form = copied("w8a8")
+    stored = TensorFolder(folder)
+    layers = parity.prove_weights(source, stored, form)
+    assert {"model.layers.0", "model.layers.2", "lm_head.weight"} < layers.keys()
+    within = [name for name in source.names if name.startswith("model.layers.2.")]
+    lengths = {name: float(source.read(name).norm()) for name in within}
+    errors = {
+        name: float((form.decode(name, stored.read) - source.read(name)).norm()) / lengths[name]
+        for name in within
+    }
+    worst = layers["model.layers.2"]
+    assert worst.coarsest == max(errors, key=errors.__getitem__)
+    assert worst.relative_error == pytest.approx(max(errors.values()), rel=1e-5)
+    assert 0.002 < worst.relative_error < 0.02
+    assert parity.layer_of("mtp.0.norm.weight") == "mtp.0"
 
 
 def test_a_model_agrees_wholly_with_itself(tmp_path: Path) -> None:

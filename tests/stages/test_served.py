@@ -17,9 +17,11 @@ from model import decode
 from model.transformer import Transformer
 from model.weights.files import load_pretrained
 from stages.artifacts import Asked, Bundle, Checkpoint, Corpus
-from stages.conventions import PLAIN_TEMPLATE, read_conventions
+from stages.conventions import PLAIN_TEMPLATE, Conventions, read_conventions
 from stages.export import served
 from stages.export.client import Client
+from stages.export.conversations import SourceChat, prove_conversations
+from stages.export.greedy import Continuations
 from stages.tokens import load_tokenizer, vocabulary_size
 from tests.stages.bundles import BRIEF, chat_ids, files_of, make_bundle, make_corpus
 
@@ -43,6 +45,19 @@ TEMPLATES = {
     ),
     "json": "{{ bos_token }}{{ messages | tojson }}{% set x = namespace(n=0) %}{{ x.n }}",
 }
+LOST = {
+    "assistant": "{{ bos_token }}{% for m in messages %}{% if m.role != 'assistant' %}"
+    "{{ m.content }}{% endif %}{% endfor %}",
+    "first": "{{ bos_token }}{{ messages[-1].content }}",
+    "system": "{{ bos_token }}{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}"
+    "{% if m.role == 'assistant' and not loop.last %}{{ eos_token }}{{ bos_token }}{% endif %}"
+    "{% endif %}{% endfor %}",
+    "order": "{{ bos_token }}{% for m in messages | reverse %}{{ m.content }}{% endfor %}",
+    "middle": "{{ bos_token }}{% for m in messages %}{% if loop.index != 3 or loop.length == 3 %}"
+    "{{ m.content }}{% if m.role == 'assistant' and not loop.last %}{{ eos_token }}{{ bos_token }}"
+    "{% endif %}{% endif %}{% endfor %}",
+}
+"""Templates that leave out a turn, or the order."""
 
 
 @pytest.fixture(scope="module")
@@ -157,13 +172,15 @@ def examination(
     return served.Examination(corpus, files, source, (1,), rows, config, seed=1)
 
 
-def test_the_texts_of_rows_are_their_whole_documents(
+def test_the_texts_of_rows_are_their_documents_and_what_they_have_of_others(
     made: tuple[Path, Bundle, Checkpoint], tmp_path: Path
 ) -> None:
     source = load_pretrained(made[2].path())
     exam = examination(made, tmp_path, source)
     decode_ids = load_tokenizer(made[2].path("tokenizer.json")).decode
-    assert exam.texts[3:] == [decode_ids(ids) for ids in ([40, 41, 42], [50, 51], [70, 71, 72])]
+    pieces = ([40, 41, 42], [50, 51], [60], [70, 71, 72], [80, 81])
+    assert exam.texts[3:] == [decode_ids(ids) for ids in pieces]
+    assert exam.longest == [max(map(decode_ids, row), key=len) for row in (pieces[:2], pieces[2:])]
     assert [prompt.token_ids[0] for prompt in exam.prompts] == [0, 0, 0]
 
 
@@ -325,6 +342,104 @@ def test_every_end_token_of_the_generation_config_ends_an_answer(
     found = served.ask_variant(Client(folder), model, exam)
     assert found is not None
     assert found.greedy_accuracy == 1.0
+
+
+def test_going_on_alike_is_counted_up_to_the_first_token_that_differs(
+    made: tuple[Path, Bundle, Checkpoint], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, variant = (load_pretrained(made[2].path()) for _ in range(2))
+    answers = {
+        id(source): [[5, 6, 7, 8], [5, 6, 1], [5, 6, 7, 8]],
+        id(variant): [[5, 6, 9, 8], [5, 6, 1], [9, 6, 7, 8]],
+    }
+    seen: dict[int, list[list[int]]] = {}
+
+    def sample(model: Any, prompts: Any, **how: Any) -> Any:
+        assert how["drawing"].temperature == 0
+        assert (how["max_new_tokens"], how["stop_tokens"]) == (4, (1,))
+        seen[id(model)] = prompts
+        return [decode.Sample(ids) for ids in answers[id(model)]]
+
+    monkeypatch.setattr(decode, "sample", sample)
+    chat = SourceChat(made[2].path(), conventions_of(made[2]))
+    texts = ["12+34=46", "x", "def f(v1):\n", "Straße 日本" * 3]
+    continued = Continuations(texts, source, chat, Sampling(4, 0.0, (1,)))
+    assert continued.agreement(Client(folder), variant) == (2 + 3 + 0) / (4 + 3 + 4)
+    # Texts go through the variant's own files, the first half of each: one letter has none.
+    ids = load_tokenizer(folder / "tokenizer.json").encode("12+3", add_special_tokens=False).ids
+    assert seen[id(variant)][0] == seen[id(source)][0] == [0, *ids]
+    assert len(seen[id(variant)]) == 3
+    assert (
+        Continuations(["x"], source, chat, Sampling(4, 0.0, (1,))).agreement(
+            Client(folder), variant
+        )
+        is None
+    )
+
+
+def conventions_of(checkpoint: Checkpoint) -> Conventions:
+    tokenizer = load_tokenizer(checkpoint.path("tokenizer.json"))
+    return read_conventions(checkpoint.path(), tokenizer, max_tokens=64)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (LOST["assistant"], r"loses turn 2 of 3, 'It is 46\.' of the role 'assistant'"),
+        (LOST["first"], r"loses turn 1 of 3, 'What is 12 \+ 34\?' of the role 'user'"),
+        (LOST["system"], r"loses turn 1 of 4, 'Answer with sums only\.' of the role 'system'"),
+        (LOST["order"], r"loses turn 2 of 3"),
+        (LOST["middle"], r"loses turn 3 of 5, 'And 5 \+ 5\?' of the role 'user'"),
+        (PLAIN_TEMPLATE + "!", r"makes '.*34\?!' of a conversation of 1 turns, where the source's"),
+        ("{{ 1 / 0 }}", r"the chat template refuses a conversation \(ZeroDivisionError"),
+    ],
+)
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_template_that_loses_a_turn_is_named_with_the_turn(
+    made: tuple[Path, Bundle, Checkpoint], folder: Path, template: str, said: str, as_file: bool
+) -> None:
+    chat = SourceChat(made[2].path(), conventions_of(made[2]))
+    prove_conversations(Client(folder), chat, "bf16")
+    if as_file:
+        (folder / "chat_template.jinja").write_text(template)
+        place = r"chat_template\.jinja"
+    else:
+        change(folder, "tokenizer_config.json", chat_template=template)
+        place = r"tokenizer_config\.json: chat_template"
+    with pytest.raises(ExportError, match=rf"{place}: .*{said}"):
+        prove_conversations(Client(folder), chat, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("template", "lost"),
+    [
+        (TEMPLATES["roles"], None),  # leaves out what a system says, as its maker meant it
+        (LOST["assistant"], "turn 2 of 3"),
+        ("{{ raise_exception('no') if messages[0].role == 'system' }}" + PLAIN_TEMPLATE, None),
+        ("{{ raise_exception('never') }}", None),
+    ],
+)
+def test_of_a_brought_template_only_what_users_and_the_model_say_must_be_there(
+    made: tuple[Path, Bundle, Checkpoint],
+    folder: Path,
+    tmp_path: Path,
+    template: str,
+    lost: str | None,
+) -> None:
+    brought = tmp_path / "brought"
+    shutil.copytree(made[2].path(), brought)
+    (brought / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    chat = SourceChat(brought, conventions_of(made[2]))
+    change(folder, "tokenizer_config.json", chat_template=template)
+    if lost is None:
+        prove_conversations(Client(folder), chat, "bf16")
+        if "never" not in template:
+            change(folder, "tokenizer_config.json", chat_template=PLAIN_TEMPLATE + " ")
+            with pytest.raises(ExportError, match="from character"):
+                prove_conversations(Client(folder), chat, "bf16")
+    else:
+        with pytest.raises(ExportError, match=lost):
+            prove_conversations(Client(folder), chat, "bf16")
 
 
 def test_a_bundle_records_what_it_answered(made: tuple[Path, Bundle, Checkpoint]) -> None:

@@ -1,0 +1,89 @@
+"""Which variants a target has, and what each needs to know of the model before it is written."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from configs.delivery import ExportConfig, ExportSpec, Target
+from configs.errors import ExportError
+from configs.model import ModelConfig
+from configs.shape import FP8_BLOCK
+from model.transformer import Transformer
+from model.weights.config import table_of
+from model.weights.table import ScaleType
+from stages.artifacts import Corpus
+from stages.export.ascend import Integers
+from stages.export.calibration import Range, calibration_rows, measure, of_weight
+from stages.export.cuda import Fp4Experts, Fp8Blocks
+from stages.export.formats import Bf16, Format
+from stages.export.smoothing import smoothed
+from stages.export.tensors import TensorFolder
+
+_USUAL = ExportConfig()
+
+
+def formats(
+    target: Target, model: ModelConfig, config: ExportConfig = _USUAL
+) -> tuple[Format, ...]:
+    """The variants that a bundle for `target` holds, of those asked for.
+
+    ExportError if FP8 is among them and servers would read this model's wrongly, if the model has
+    no such variant, or if none is asked for.
+    """
+    makers: dict[str, Callable[[], Format]] = {"bf16": lambda: Bf16(model)}
+    if target == "cuda":
+        makers["fp8"] = lambda: Fp8Blocks(model, scales=_scales(model, config))
+        makers["fp4"] = lambda: Fp4Experts(model)
+    else:
+        makers["w8a8"] = lambda: Integers(model, mindie=config.mindie)
+        makers["w4a8"] = lambda: Integers(model, "w4a8", mindie=config.mindie)
+    forms = tuple(make() for variant, make in makers.items() if variant in config.variants)
+    if not forms:
+        raise ExportError(
+            f"export.variants = {sorted(config.variants)}: none of them is one for {target}, which "
+            f"has {', '.join(makers)}; name one of these"
+        )
+    in_blocks = [form for form in forms if isinstance(form, Fp8Blocks)]
+    if in_blocks and (ragged := model.ragged_rows):
+        shown = ", ".join(f"{name} = {rows}" for name, rows in ragged.items())
+        raise ExportError(
+            f"export.variants asks for {in_blocks[0].variant}, but of this model {shown} is no "
+            f"multiple of {FP8_BLOCK}: servers load matrices of so many rows into one with those "
+            "that follow, and would scale rows by another block's scale without a word; leave it "
+            'out (export.variants = ["bf16", "w8a8"]), or train a model of other sizes'
+        )
+    return forms
+
+
+def _scales(model: ModelConfig, config: ExportConfig) -> ScaleType | None:
+    """Of FP8 blocks, if they are not to be the family's own."""
+    own = table_of(model).SCALES
+    if config.fp8_scales is None or own == "e8m0":
+        if config.fp8_scales == "float32":
+            raise ExportError(
+                'export.fp8_scales = "float32", but V4 has its scales in a byte, and servers read '
+                'no others of it; leave it out, or set "ue8m0"'
+            )
+        return None
+    return "float32" if config.fp8_scales == "float32" else "powers"
+
+
+def seen(
+    config: ExportSpec, corpus: Corpus, forms: Sequence[Format], reference: Transformer
+) -> dict[str, Range]:
+    """What activations come to on training text, if a variant needs to know."""
+    count = config.export.calibration_rows
+    if not count or not any(isinstance(form, Integers) for form in forms):
+        return {}
+    return measure(reference, calibration_rows(corpus, count, seed=config.seed))
+
+
+def calibrated(
+    config: ExportConfig, source: TensorFolder, form: Format, ranges: Mapping[str, Range]
+) -> tuple[Format, TensorFolder]:
+    """The variant that knows the ranges of its activations, and the weights that it is to hold."""
+    if not isinstance(form, Integers) or not ranges:
+        return form, source
+    if config.smooth:
+        source, ranges = smoothed(source, form, ranges)
+    known = {name: of_weight(ranges, name).whole for name in form.calibrated(source.names)}
+    return replace(form, ranges=known), source
