@@ -9,20 +9,15 @@ from typing import Any
 from configs.data import ArithmeticSource, DataConfig
 from configs.delivery import EvaluateSection, EvaluateSpec
 from configs.errors import ConfigError
-from configs.model import ModelConfig, V3Config, V4Config
+from configs.model import ModelConfig
 from configs.parallel import ClusterConfig
 from configs.recipe import Recipe
-from configs.shape import FP8_BLOCK
 from pipeline.phases import said_in
 from stages.byte_level import odd_token
 from stages.evaluate.face import reported
+from stages.export.servers import bundles, verdicts
 from stages.imported.face import read_base
 from stages.names import TOKENIZER
-
-_LATENTS = (320, 512, 576)
-"""Widths of a latent, its rotary part included, that vLLM 0.32 has attention for."""
-_V4_SIZES = {"head_dim": 512, "index_head_dim": 128}
-"""What servers of V4 were written for."""
 
 _ONE_STAGE = {
     "pretrain": "pretraining over several pipeline stages is not built yet",
@@ -37,34 +32,25 @@ def model_of(recipe: Recipe) -> ModelConfig:
 
 
 def unserved(recipe: Recipe) -> Iterator[str]:
-    """Which sizes of the model keep servers from its bundles, one line each.
+    """Which servers other sizes of the model would let load its bundles, one line each.
 
-    Not errors: transformers and Ingot load such bundles, and a small recipe has no other sizes.
+    Not errors: Ingot loads such bundles, and so does transformers where it knows the model. What
+    no sizes would mend is for the card of a bundle to say.
     """
     if recipe.export is None:
         return
-    model = model_of(recipe)
-    match model:
-        case V3Config():
-            width = model.kv_lora_rank + model.qk_rope_head_dim
-            if width not in _LATENTS:
-                yield (
-                    f"kv_lora_rank + qk_rope_head_dim = {width}: vLLM serves latents of "
-                    f"{', '.join(map(str, _LATENTS))} alone; transformers loads the bundles"
+    model, refused = model_of(recipe), dict[str, dict[str, str]]()
+    for target, variant in bundles(recipe.export.targets, recipe.export.variants):
+        for verdict in verdicts(model, target, variant):
+            meant = verdict.server.targets[0] == target
+            if meant and all(breach.rule.by_size for breach in verdict.of("refuses")):
+                refused.setdefault(verdict.server.title, {}).update(
+                    (breach.found, breach.rule.wants) for breach in verdict.of("refuses")
                 )
-        case V4Config():
-            for name, size in _V4_SIZES.items():
-                if (found := getattr(model, name)) != size:
-                    yield (
-                        f"{name} = {found}: servers of V4 want {size}; transformers loads the "
-                        "bundles"
-                    )
-            odd = sorted(set(model.compress_ratios) - {0, 4, 128})
-            if odd:
-                yield (
-                    f"compress_ratios holds {odd[0]}: servers of V4 know 0, 4 and 128; "
-                    "transformers loads the bundles"
-                )
+    for title, sizes in refused.items():
+        if sizes:
+            told = ", ".join(f"{found} (wants {wants})" for found, wants in sizes.items())
+            yield f"{title} does not load bundles of these sizes: {told}"
 
 
 def unpipelined(machines: ClusterConfig, stages: Iterable[str]) -> str | None:
@@ -115,16 +101,19 @@ def check_base(recipe: Recipe, base: str, model: ModelConfig) -> None:
 def check_variants(recipe: Recipe, model: ModelConfig) -> None:
     """What servers would read wrongly of the bundles asked for."""
     asked = recipe.export
-    if asked is None or "cuda" not in asked.targets or "fp8" not in asked.variants:
+    if asked is None:
         return
     owner = "model" if recipe.base is None else f"base = {recipe.base!r}: its config"
-    for name, rows in model.ragged_rows.items():
-        raise ConfigError(
-            f"{owner}.{name} = {rows} is no multiple of {FP8_BLOCK}, which the FP8 variant of "
-            "export.cuda needs: servers put matrices of so many rows on top of others, and "
-            "would scale rows by another block's scale; change it, or leave FP8 out: "
-            'export.variants = ["bf16", "w8a8"]'
-        )
+    for target, variant in bundles(asked.targets, asked.variants):
+        for verdict in verdicts(model, target, variant):
+            for breach in verdict.of("misreads"):
+                rest = [other for other in asked.variants if other != variant] or ["bf16"]
+                raise ConfigError(
+                    f"{owner}.{breach.found}: {verdict.server.title} wants {breach.rule.wants}, "
+                    f"and would compute wrongly with the {variant} variant of export.{target}, "
+                    "without a word; change it, or leave the variant out: export.variants = "
+                    f"{json.dumps(rest)}"
+                )
 
 
 def check_tokenizer(recipe: Recipe, model: ModelConfig) -> None:

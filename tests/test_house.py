@@ -38,8 +38,9 @@ NOT_DEVICES = {
     # What a bundle is made for.
     "stages/artifacts.py": {"cuda"},
     "stages/export/bundle.py": {"cuda"},
-    "stages/export/card.py": {"cuda"},
-    "pipeline/feasible.py": {"cuda"},
+    "stages/export/servers.py": {"cuda"},
+    # Told to a reader, who sets them.
+    "stages/export/serving.py": {"HCCL_OP_EXPANSION_MODE", "HCCL_BUFFSIZE"},
     # Recorded of this process, whatever it computes on.
     "pipeline/provenance.py": {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"},
 }

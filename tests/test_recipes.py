@@ -173,10 +173,7 @@ def test_the_articles_shape_has_the_articles_size_and_a_fifth_of_it_in_tables() 
 
 @pytest.mark.parametrize("name", RUNS_HERE)
 def test_a_recipe_that_runs_here_has_widths_that_no_reader_of_fp8_mis_sizes(name: str) -> None:
-    """Blocks of 128 must be whole, or there must be one: readers disagree about ragged ones.
-
-    DeepSeek-V3 itself has a projection of 576 rows.
-    """
+    """Blocks of 128 must be whole, or there must be one: readers disagree about ragged ones."""
     model = load_recipe(name).model
     widths = {"hidden_size": model.hidden_size, "experts": model.moe_intermediate_size}
     match model:
@@ -191,14 +188,15 @@ def test_a_recipe_that_runs_here_has_widths_that_no_reader_of_fp8_mis_sizes(name
 
 
 def _v3_widths(model: V3Config) -> dict[str, int]:
-    heads = model.num_attention_heads
+    heads, latent = model.num_attention_heads, model.kv_lora_rank + model.qk_rope_head_dim
     return {
         "intermediate_size": model.intermediate_size,
         "kv_lora_rank": model.kv_lora_rank,
         "q_lora_rank": model.q_lora_rank or 0,
         "heads * v_head_dim": heads * model.v_head_dim,
         "heads * qk_head_dim": heads * model.qk_head_dim,
-        "rows of kv_a_proj": model.kv_lora_rank + model.qk_rope_head_dim,
+        # 512 + 64 is the released models' own, which every reader has to take.
+        "rows of kv_a_proj": 0 if latent == 576 else latent,
         "rows of kv_b_proj": heads * (model.qk_nope_head_dim + model.v_head_dim),
     }
 
@@ -247,6 +245,17 @@ def test_the_recipe_of_v4_that_runs_here_has_every_kind_of_layer() -> None:
     # A row is longer than what the window, either compression and the selection hold.
     tokens = load_recipe("tiny-v4").data.sequence_tokens
     assert tokens > max(model.sliding_window, model.hca_ratio, model.csa_ratio * model.index_topk)
+
+
+def test_the_servable_recipes_differ_from_each_other_by_family_alone() -> None:
+    v3, v32, v4 = (load_recipe(f"servable{end}").model for end in ("", "-v3.2", "-v4"))
+    assert (v3.family, v32.family, v4.family) == ("v3", "v32", "v4")
+    context = {"max_position_embeddings"}
+    own = {name for name in type(v3).model_fields if name not in context | {"family"}}
+    assert {name: getattr(v32, name) for name in own} == {name: getattr(v3, name) for name in own}
+    shared = own & set(V4Config.model_fields) - {"rope_scaling", "routed_scaling_factor"}
+    differing = {name for name in shared if getattr(v3, name) != getattr(v4, name)}
+    assert differing == {"num_hidden_layers"}
 
 
 def test_a_family_is_part_of_what_a_model_is_and_the_first_was_before_there_were_others() -> None:

@@ -3,7 +3,7 @@
 | layout | values | scales | beside `X.weight` |
 |---|---|---|---|
 | FP8 of V3, V3.2 | E4M3 [R, C] | float32 [ceil(R / 128), ceil(C / 128)] | `X.weight_scale_inv` |
-| FP8 of V4 | E4M3 [R, C] | E8M0 [ceil(R / 128), ceil(C / 128)] | `X.scale` |
+| FP8 of V4 | E4M3 [R, C] | float32 or E8M0 [ceil(R / 128), ceil(C / 128)] | `X.scale` |
 | FP8 of a matrix | E4M3 [R, C] | float32 [], [1] | these, or `X.weight_scale` |
 | FP4 of V4's experts | int8 [R, H], two E2M1 codes each | E8M0 [R, ceil(C / 32)] | `X.scale` |
 | W8A8_DYNAMIC of ModelSlim | int8 [R, C] | float32 [R, 1] or [R] | `X.weight_scale` |

@@ -16,7 +16,9 @@ from model.weights import v3, v4_fields
 from model.weights.table import ENGRAM, ExpertNames, Narrowest, Part, ScaleType, expert_parts
 
 MODEL_TYPE = v4_fields.MODEL_TYPE
-SCALES: ScaleType = "e8m0"
+SCALES: ScaleType = "powers"
+"""In float32, as beside the FP8 experts of DeepSeek-V4-Flash-Base: vLLM 0.32 takes the scales of
+experts in E8M0 for the codes that FP4 has, and multiplies by exponents."""
 _MTP = "mtp.0."
 
 to_hf_config = v4_fields.to_hf_config

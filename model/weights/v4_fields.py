@@ -9,7 +9,9 @@
 | `rope_theta` | `rope_theta` | `rope_parameters.main` |
 | `compress_rope_theta`, `rope_scaling` | the same | `rope_parameters.compress` |
 
-Both are written; where both are read, they must agree.
+Both are written, but for `mlp_layer_types`: vLLM 0.32 and vllm-ascend 0.23 hold it to transformers'
+general kinds of layer, `sparse` and `dense`, and refuse V4's, which transformers derives from
+`num_hash_layers` by itself. Where both are read, they must agree.
 """
 
 import math
@@ -97,7 +99,6 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         scaling = {"rope_scaling": stretched}
         compress |= {name: value for name, value in stretched.items() if name != "type"}
         compress |= {"attention_factor": 1.0}
-    hashed = config.num_hash_layers
     return {
         "architectures": [_ARCHITECTURE],
         "model_type": MODEL_TYPE,
@@ -109,8 +110,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "compress_ratios": [*config.compress_ratios, *window_only],
         "compress_rope_theta": config.compress_rope_theta,
         "layer_types": [_layer_type(config, layer) for layer in range(config.depth)],
-        "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (config.depth - hashed),
-        "num_hash_layers": hashed,
+        "num_hash_layers": config.num_hash_layers,
         "num_nextn_predict_layers": config.num_nextn_predict_layers,
         "partial_rotary_factor": share,
         "qk_rope_head_dim": config.qk_rope_head_dim,

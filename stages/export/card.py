@@ -5,10 +5,12 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
+from configs.delivery import Target
 from configs.model import ModelConfig, V4Config, V32Config
 from configs.v4 import AttentionKind
 from stages.artifacts import Asked, Checkpoint, Corpus, Parity
 from stages.conventions import Conventions
+from stages.export.serving import describe
 from stages.markdown import code
 from stages.names import TOKENIZER
 from stages.tokens import frame_texts
@@ -28,8 +30,6 @@ class _Words:
     """Of the layers, beside norms, in the FP8 variant."""
     unrounded: str
     """Of the layers, beside norms, not in int8 in the INT8 variant."""
-    mtp: str
-    """What transformers does with the MTP layer."""
 
 
 _EXAMPLE_CHARS = 500
@@ -39,7 +39,6 @@ _V3 = _Words(
     scales="float32 scale",
     bfloat16="router",
     unrounded="key-value up-projection, router",
-    mtp="reports the tensors of the MTP layer as unexpected and does not use them",
 )
 _WORDS = {
     "v3": _V3,
@@ -55,43 +54,18 @@ _WORDS = {
         kind="DeepSeek-V4 family: attention over compressed keys and values, hyper-connections "
         "between layers, and a mixture of experts",
         exact="routing biases, attention sinks, position biases and hyper-connections",
-        scales="float8 E8M0 scale",
+        scales="float32 scale, a power of two,",
         bfloat16="router, compressors and the indexer's head weights",
         unrounded="attention's output projections, compressors, the indexer's head weights, router",
-        mtp="ignores the tensors of the MTP layer",
     ),
 }
-_TRANSFORMERS = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
-```
-transformers needs `accelerate` for the FP8 variant, which it widens to bfloat16 without a GPU; it
-{mtp}."""
-_CUDA = """\
-```sh
-vllm serve . --served-model-name ingot
-python -m sglang.launch_server --model-path . --served-model-name ingot
-```
-"""
-_ASCEND = """\
-```sh
-vllm serve . --served-model-name ingot --enable-expert-parallel{flags}
-```
-with vllm-ascend installed."""
-_INGOT_ONLY = """\
-```sh
-ingot sample . --prompt "..."
-```
-Neither transformers nor the servers know this memory: they would leave it out, and answer with
-another model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
     """One variant, and what was found of it."""
 
-    target: str
+    target: Target
     variant: str
     parity: Parity
     asked: Asked | None
@@ -143,7 +117,7 @@ between two nearly tied experts, so the largest logit error may be far above the
 
 ## How to serve it
 
-{_serving(model, served.target, variant)}
+{describe(model, served.target, variant)}
 
 ## How to speak to it
 
@@ -242,15 +216,6 @@ def _stored(model: ModelConfig, variant: str) -> str:
             )
         case _:
             return f"All weights in bfloat16, {words.exact} in float32."
-
-
-def _serving(model: ModelConfig, target: str, variant: str) -> str:
-    if model.engram:
-        return _INGOT_ONLY
-    if target == "cuda":
-        return _CUDA + _TRANSFORMERS.format(mtp=_WORDS[model.family].mtp)
-    flags = " --block-size 128" if isinstance(model, V4Config) else ""
-    return _ASCEND.format(flags=flags + (" --quantization ascend" if variant == "w8a8" else ""))
 
 
 def _shape(model: ModelConfig) -> str:

@@ -22,7 +22,10 @@ DERIVED = ("canonical_ids", "multipliers")
 """Of an engram: follow from tokenizer and seed, and are no weights."""
 
 
-RECIPES = ["smoke", "tiny", "tiny-v3.2", "tiny-v4", "tiny-engram", "article-v4"]
+RECIPES = [
+    *("smoke", "tiny", "tiny-v3.2", "tiny-v4", "tiny-engram", "article-v4"),
+    *("servable", "servable-v3.2", "servable-v4"),
+]
 
 
 def main_model(config: ModelConfig) -> ModelConfig:

@@ -6,7 +6,13 @@ import math
 from typing import Any
 
 import pytest
-from transformers import DeepseekV3Config, DeepseekV4Config, DeepseekV32Config
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV4Config,
+    DeepseekV32Config,
+    PreTrainedConfig,
+)
 
 from configs.engram import EngramConfig
 from configs.errors import ArtifactError
@@ -152,6 +158,39 @@ def test_configs_come_back_from_transformers(config: ModelConfig) -> None:
         # They write no magnitudes for this family, which has none.
         assert back.rope_scaling == config.rope_scaling
     assert back == config
+
+
+class AsServers(PreTrainedConfig):
+    """V4's config as vLLM has it: all fields kept, one table of rotation, no kinds of layer of its
+    own."""
+
+    model_type = "deepseek_v4"
+
+    def __init__(
+        self, rope_scaling: Any = None, rope_parameters: Any = None, **fields: Any
+    ) -> None:
+        self.max_position_embeddings = fields["max_position_embeddings"]
+        self.rope_theta = fields["rope_theta"]
+        self.rope_parameters = rope_scaling or rope_parameters
+        super().__init__(**fields)
+
+
+def test_servers_of_v4_find_what_they_read_and_no_kind_of_layer_that_they_refuse() -> None:
+    config = CONFIGS[-1]
+    assert isinstance(config, V4Config)
+    written = to_hf_config(config)
+    read = AsServers(**written)
+    assert read.num_hash_layers == config.num_hash_layers
+    assert read.layer_types == written["layer_types"]
+    with pytest.raises(StrictDataclassClassValidationError, match="mlp_layer_types"):
+        AsServers(**written, mlp_layer_types=["hash_moe"] * config.depth)
+    kinds = DeepseekV4Config(**written).mlp_layer_types
+    assert kinds is not None
+    assert kinds.count("hash_moe") == config.num_hash_layers
+    # vllm-ascend reads these of every V4 config.
+    assert read.rope_parameters.keys() >= {
+        *("rope_type", "factor", "beta_fast", "beta_slow", "original_max_position_embeddings"),
+    }
 
 
 def test_the_released_v3_config_is_read() -> None:
@@ -300,7 +339,10 @@ V4_FAULTS: list[tuple[dict[str, Any], str]] = [
         r"compress_ratios\[2\] = 16 is none of 0, csa_ratio = 4 and hca_ratio = 8",
     ),
     ({"compress_ratios": None, "layer_types": None}, "compress_ratios is missing"),
-    ({"num_hash_layers": 2}, "num_hash_layers = 2 disagrees with mlp_layer_types = 1"),
+    (
+        {"num_hash_layers": 2, "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"]},
+        "num_hash_layers = 2 disagrees with mlp_layer_types = 1",
+    ),
     (
         {"mlp_layer_types": ["moe", "hash_moe", "moe", "moe"]},
         "mlp_layer_types = .* disagrees with its hash layers first",

@@ -172,7 +172,7 @@ def test_a_float8_save_is_its_source_within_half_a_step(
     for name in quantised:
         suffix = name.removesuffix(".weight") + ".scale" if config.family == "v4" else ""
         scales = stored.pop(suffix or f"{name}_scale_inv")
-        assert scales.dtype == (torch.float8_e8m0fnu if suffix else torch.float32)
+        assert scales.dtype == torch.float32
         if config.family != "v3":
             assert torch.equal(scales.float().log2(), scales.float().log2().round())
         read = block_by_block(stored[name], scales.float(), (128, 128))

@@ -201,11 +201,20 @@ inputs = {{ corpus = "data", checkpoint = "pretrain.c" }}
 def test_a_plan_notes_which_sizes_servers_refuse() -> None:
     assert list(unserved(load_recipe("deepseek-v3"))) == []
     assert list(unserved(load_recipe("deepseek-v4-flash"))) == []
+    assert list(unserved(load_recipe("servable"))) == []
+    assert list(unserved(load_recipe("servable-v3.2"))) == []
+    (ascend,) = unserved(load_recipe("servable-v4"))
+    assert ascend.startswith("vllm-ascend 0.23.0 does not load bundles of these sizes: hidden_size")
+    assert list(unserved(load_recipe("servable-v4", sets=["export.targets=['cuda']"]))) == []
     (told,) = unserved(load_recipe("tiny"))
-    assert told.startswith("kv_lora_rank + qk_rope_head_dim = 80: vLLM serves latents of 320, 512")
-    small = " ".join(unserved(load_recipe("tiny-v4")))
-    assert "head_dim = 32: servers of V4 want 512" in small
-    assert "compress_ratios holds 16" in small
+    assert told == (
+        "vLLM 0.32.0 on CPUs does not load bundles of these sizes: "
+        "kv_lora_rank + qk_rope_head_dim = 80 (wants 576)"
+    )
+    small = list(unserved(load_recipe("tiny-v4")))
+    assert len(small) == 5
+    assert "head_dim = 32 (wants 512), index_head_dim = 32 (wants 128)" in small[0]
+    assert list(unserved(load_recipe("tiny-engram"))) == []
     assert list(unserved(load_recipe("tiny", sets=["export=false"]))) == []
 
 

@@ -40,7 +40,9 @@ VARIANTS = {"cuda": ["bf16", "fp8"], "ascend": ["bf16", "w8a8"]}
 LOOSE: dict[str, Any] = {"min_top1_agreement": 0.5, "max_kl_nats": 0.1, **BRIEF}
 
 
-def card_of(target: str, variant: str, measured: Parity, corpus: Corpus, source: Checkpoint) -> str:
+def card_of(
+    target: Target, variant: str, measured: Parity, corpus: Corpus, source: Checkpoint
+) -> str:
     """The card of a variant that was asked nothing."""
     tokenizer = load_tokenizer(source.path("tokenizer.json"))
     conventions = read_conventions(source.path(), tokenizer, max_tokens=64)
@@ -240,11 +242,15 @@ def test_the_card_warns_of_sizes_that_fp8_kernels_refuse(
         ),
         ("v32", "w8a8", ["indexer, router, norms", "neither rotated nor smoothed"]),
         ("v4", "bf16", ["hyper-connections in float32", "128, in 4 residual streams"]),
-        ("v4", "fp8", ["one float8 E8M0 scale per", "experts in FP4; these are in FP8"]),
+        (
+            "v4",
+            "fp8",
+            ["one float32 scale, a power of two, per", "experts in FP4; these are in FP8"],
+        ),
         (
             "v4",
             "w8a8",
-            ["attention's output projections", "--block-size 128 --quantization"],
+            ["attention's output projections", "head_dim = 32 (wants 512)"],
         ),
         (
             "v4",
@@ -259,7 +265,7 @@ def test_the_card_says_what_is_particular_to_a_family(
     checkpoint, corpus, _ = parts
     measured = Parity(positions=1, max_abs_logit_error=0, top1_agreement=1, mean_kl_nats=0)
     source = checkpoint.model_copy(update={"model": MODELS[family]})
-    target = "ascend" if variant == "w8a8" else "cuda"
+    target: Target = "ascend" if variant == "w8a8" else "cuda"
     card = card_of(target, variant, measured, corpus, source)
     assert [words for words in said if words not in card] == []
     assert "Engram" not in card

@@ -232,7 +232,8 @@ def test_fp8_quantises_every_linear_and_nothing_else(made: Made) -> None:
         scales = stored.read(at)
         rows, columns = tensor.shape
         assert tensor.dtype == torch.float8_e4m3fn
-        assert scales.dtype == (torch.float8_e8m0fnu if made.family == "v4" else torch.float32)
+        # vLLM 0.32 would take V4's experts' scales for codes of FP4 if they were E8M0.
+        assert scales.dtype == torch.float32
         assert scales.shape == (-(-rows // 128), -(-columns // 128))
         powers_of_two = bool((torch.frexp(scales.float()).mantissa == 0.5).all())
         assert powers_of_two or made.family == "v3"
