@@ -106,6 +106,7 @@ def export(
                 answers,
                 weight_bytes,
                 shortfall,
+                config.export,
             ),
             corpus,
             checkpoint,

@@ -2,63 +2,22 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from configs.delivery import Target
+from configs.delivery import ExportConfig, Target
 from configs.model import ModelConfig, V4Config, V32Config
 from configs.v4 import AttentionKind
 from stages.artifacts import Asked, Checkpoint, Corpus, Parity
 from stages.conventions import Conventions
+from stages.export.described import WORDS, computed, limits, stored
 from stages.export.serving import describe
 from stages.markdown import code
 from stages.names import TOKENIZER
 from stages.tokens import frame_texts
 from stages.verifiers import read_problems
 
-
-@dataclass(frozen=True, slots=True)
-class _Words:
-    """What a card says of a family."""
-
-    kind: str
-    exact: str
-    """Stays float32 in every variant."""
-    scales: str
-    """Of the blocks of the FP8 variant."""
-    bfloat16: str
-    """Of the layers, beside norms, in the FP8 variant."""
-    unrounded: str
-    """Of the layers, beside norms, not in int8 in the INT8 variant."""
-
-
 _EXAMPLE_CHARS = 500
-_V3 = _Words(
-    kind="DeepSeek-V3 family: multi-head latent attention and a mixture of experts",
-    exact="the routing bias",
-    scales="float32 scale",
-    bfloat16="router",
-    unrounded="key-value up-projection, router",
-)
-_WORDS = {
-    "v3": _V3,
-    "v32": replace(
-        _V3,
-        kind="DeepSeek-V3.2 family: latent attention to the tokens that an indexer picks, and a "
-        "mixture of experts",
-        scales="float32 scale, a power of two,",
-        bfloat16="router and the indexer's norm and head weights",
-        unrounded="key-value up-projection, indexer, router",
-    ),
-    "v4": _Words(
-        kind="DeepSeek-V4 family: attention over compressed keys and values, hyper-connections "
-        "between layers, and a mixture of experts",
-        exact="routing biases, attention sinks, position biases and hyper-connections",
-        scales="float32 scale, a power of two,",
-        bfloat16="router, compressors and the indexer's head weights",
-        unrounded="attention's output projections, compressors, the indexer's head weights, router",
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +31,8 @@ class Served:
     weight_bytes: int
     shortfall: str | None = None
     """Why the model is not what was asked for, if it is not."""
+    settings: ExportConfig = field(default_factory=ExportConfig)
+    """How the variant was asked for."""
 
 
 def _warning(served: Served) -> str:
@@ -92,9 +53,9 @@ pipeline_tag: text-generation
 ---
 # Ingot, {model.parameters() / 1e6:,.1f}M parameters, {variant} for {served.target}
 
-{_warning(served)}A causal language model of the {_WORDS[model.family].kind}{memory}.
+{_warning(served)}A causal language model of the {WORDS[model.family].kind}{memory}.
 
-{_stored(model, variant)} Weights: {served.weight_bytes:,} bytes.
+{stored(model, variant, served.settings)} Weights: {served.weight_bytes:,} bytes.
 
 {_shape(model)}
 ## How it was made
@@ -103,8 +64,7 @@ pipeline_tag: text-generation
 ## How exact it is
 
 Reloaded from these files and compared with its float32 source on {parity.positions:,} held-out
-positions. Weights are rounded; activations are float32 on both sides, so what a server's own
-quantisation of activations adds is not in these figures.
+positions. {computed(variant)}
 
 | figure | value |
 |---|---|
@@ -124,7 +84,7 @@ between two nearly tied experts, so the largest logit error may be far above the
 {_speaking(corpus, source, conventions)}
 ## Limits
 
-{_limits(model, variant)}"""
+{limits(model, variant, served.settings)}"""
 
 
 def _as_text(parity: Parity) -> str:
@@ -197,27 +157,6 @@ def _speaking(corpus: Corpus, source: Checkpoint, conventions: Conventions) -> s
     return "".join(f"{line}\n" for line in lines)
 
 
-def _stored(model: ModelConfig, variant: str) -> str:
-    """How the weights lie on disk."""
-    words, memory = _WORDS[model.family], ", the memory" if model.engram else ""
-    match variant:
-        case "fp8":
-            return (
-                f"Linear and expert weights in float8 E4M3 with one {words.scales} per 128 x 128 "
-                f"block; embeddings, output head{memory}, norms and {words.bfloat16} in bfloat16, "
-                f"{words.exact} in float32."
-            )
-        case "w8a8":
-            return (
-                "Linear and expert weights in int8 with one float32 scale per output row "
-                f"(W8A8_DYNAMIC); {words.unrounded}, norms, embeddings, output head{memory} and "
-                f"the MTP layer in bfloat16, {words.exact} in float32. "
-                "`quant_model_description.json` says which tensor is which."
-            )
-        case _:
-            return f"All weights in bfloat16, {words.exact} in float32."
-
-
 def _shape(model: ModelConfig) -> str:
     rows = {
         "layers": f"{model.num_hidden_layers}, {_layers(model)}, "
@@ -288,36 +227,3 @@ def _training_text(corpus: Corpus) -> str:
         if source.get("slip_share")
     ]
     return "".join(lines)
-
-
-def _limits(model: ModelConfig, variant: str) -> str:
-    limits = [
-        "It knows what its corpus taught it and nothing else; it was not aligned to be helpful or "
-        "harmless.",
-        "These files follow the formats that the servers document. The parity above was measured "
-        "by Ingot, on the machine that made the bundle, not by those servers.",
-    ]
-    ragged = {
-        name: size
-        for name in ("intermediate_size", "moe_intermediate_size", "hidden_size")
-        if (size := getattr(model, name, 0)) % 128
-    }
-    if variant == "fp8" and ragged:
-        sizes = ", ".join(f"{name} = {size}" for name, size in ragged.items())
-        limits.append(
-            f"Block-FP8 kernels want sizes that are multiples of 128; here {sizes}. A server that "
-            "insists must be given the bf16 variant."
-        )
-    if variant == "fp8" and isinstance(model, V4Config):
-        limits.append("The released DeepSeek-V4 has its routed experts in FP4; these are in FP8.")
-    if variant == "w8a8":
-        limits.append(
-            "Weights were neither rotated nor smoothed before rounding, which ModelSlim's recipes "
-            "do with calibration text."
-        )
-    if model.engram:
-        limits.append(
-            "No released model of this family has a memory of n-grams. Its tensors are named "
-            "`engram.` and are stored in bfloat16; only Ingot reads them."
-        )
-    return "".join(f"- {limit}\n" for limit in limits)

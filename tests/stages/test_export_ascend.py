@@ -265,9 +265,14 @@ def test_without_calibration_all_activations_are_scaled_as_they_come(tmp_path: P
 
 def test_mindie_finds_its_keys_on_request() -> None:
     name = "model.layers.0.self_attn.q_a_proj.weight"
+    asked: list[tuple[Variant, dict[str, tuple[float, float]]]] = [
+        ("w8a8", {name: (-1.0, 1.0)}),
+        ("w8a8", {}),
+        ("w4a8", {}),
+    ]
     entries = [
         dict(Integers(MODEL, variant, ranges, mindie=True).config_entries)
-        for variant, ranges in (("w8a8", {name: (-1.0, 1.0)}), ("w8a8", {}), ("w4a8", {}))
+        for variant, ranges in asked
     ]
     assert entries == [
         {"quantize": "w8a8_dynamic", "mla_quantize": "w8a8"},

@@ -28,7 +28,7 @@ Rows = dict[str, Any]
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("proofs")
-    open_ = {"min_top1_agreement": 0.0, "max_kl_nats": 9.0, "problems": 0}
+    open_: dict[str, Any] = {"min_top1_agreement": 0.0, "max_kl_nats": 9.0, "problems": 0}
     make_bundle(root / "ascend", "ascend", variants=("w8a8",), **open_)
     make_bundle(root / "cuda", "cuda", MODEL_V4, variants=("fp8",), **open_)
     return root
