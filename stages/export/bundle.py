@@ -17,7 +17,7 @@ from stages.artifacts import Asked, Bundle, Checkpoint, Corpus, Parity, Report
 from stages.contract import Workspace, fills
 from stages.conventions import Conventions, as_field, read_conventions
 from stages.export import blame, face, npu, parity, proofs, served
-from stages.export.ascend import Integers
+from stages.export.ascend import DESCRIPTION, Integers
 from stages.export.card import Served, render
 from stages.export.client import Client
 from stages.export.conversations import SourceChat, prove_conversations
@@ -255,7 +255,7 @@ def _prove_files(proof: _Proof, source: TensorFolder, stored: TensorFolder, form
     """Prove what stands beside the weights, down to text and conversations; who reads it so."""
     folder = stored.folder
     proofs.prove_indexes(folder, form)
-    if proofs.DESCRIPTION in form.side_files(source.names):
+    if DESCRIPTION in form.side_files(source.names):
         proofs.prove_description(stored, form, proof.reference.config)
     proofs.prove_tokenizer(folder, source.folder, form.variant)
     proofs.prove_configs(folder, form, source.folder, proof.conventions)

@@ -24,13 +24,12 @@ from configs.model import ModelConfig
 from model.weights.config import read_config
 from model.weights.families import fused
 from stages.conventions import LEFT_TO_TOKENIZER, Conventions
+from stages.export.ascend import DESCRIPTION
 from stages.export.formats import Format
 from stages.export.tensors import TensorFolder
 from stages.framing import BOS_ID
 from stages.names import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 
-DESCRIPTION = "quant_model_description.json"
-"""Where vllm-ascend looks up how each tensor is stored."""
 LEAVES: Mapping[str, frozenset[str]] = {
     "FLOAT": frozenset(),
     "W8A8": frozenset({"weight", "quant_bias", "input_scale", "input_offset", "deq_scale"}),
