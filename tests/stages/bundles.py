@@ -96,6 +96,15 @@ BRIEF: dict[str, Any] = {"problems": 3, "samples_per_problem": 1, "max_new_token
 """How much a random model is asked: it is wrong however long it answers."""
 
 
+LOOSE: dict[str, Any] = {
+    "min_top1_agreement": 0.2,
+    "max_kl_nats": 0.2,
+    "max_bits_per_byte_rise": 0.05,
+    "min_greedy_agreement": 0.0,
+}
+"""How closely a variant of a random model must follow it, whose likeliest tokens are near ties."""
+
+
 class Notebook:
     """A tracker that writes everything down."""
 

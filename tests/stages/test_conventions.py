@@ -26,7 +26,7 @@ from stages.manifest import MANIFEST, Manifest
 from stages.tokens import load_tokenizer, vocabulary_size
 from tests.conftest import Recorder, workspace_at
 from tests.references import random_model
-from tests.stages.bundles import BRIEF, MODEL, chat_ids, lines, make_corpus, make_tokenizer
+from tests.stages.bundles import BRIEF, LOOSE, MODEL, chat_ids, lines, make_corpus, make_tokenizer
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<｜{{ m.role }}｜>{{ m.content }}{% endfor %}"
@@ -118,8 +118,7 @@ def take(folder: Path, out: Path, recorder: Recorder) -> Checkpoint:
 
 
 def bundle_of(checkpoint: Checkpoint, root: Path, target: str = "cuda") -> Bundle:
-    loose = {"min_top1_agreement": 0.5, "max_kl_nats": 0.1}
-    settings = ExportConfig.model_validate(BRIEF | loose)
+    settings = ExportConfig.model_validate(BRIEF | LOOSE)
     spec = ExportSpec.model_validate({"seed": 1, "target": target, "export": settings})
     work = workspace_at(root / f"bundle-{target}", Recorder())
     return export(spec, work, corpus=make_corpus(root / "corpus"), checkpoint=checkpoint)

@@ -25,6 +25,7 @@ from stages.export.cuda import Fp8Blocks
 from stages.export.tensors import TensorFolder, write_weights
 from stages.tokens import load_tokenizer
 from tests.conftest import steal, workspace_at
+from tests.stages import bundles
 from tests.stages.bundles import (
     BRIEF,
     MODEL,
@@ -37,7 +38,7 @@ from tests.stages.bundles import (
 )
 
 VARIANTS = {"cuda": ["bf16", "fp8"], "ascend": ["bf16", "w8a8"]}
-LOOSE: dict[str, Any] = {"min_top1_agreement": 0.5, "max_kl_nats": 0.1, **BRIEF}
+LOOSE = BRIEF | bundles.LOOSE
 
 
 def card_of(

@@ -17,7 +17,7 @@ from model.weights.families import to_hf
 from model.weights.files import load_pretrained
 from stages.export.ascend import Integers
 from stages.export.tensors import TensorFolder
-from tests.stages.bundles import MODEL, MODELS, files_of, make_bundle, unquantised_dtype
+from tests.stages.bundles import LOOSE, MODEL, MODELS, files_of, make_bundle, unquantised_dtype
 
 GLOBALS = {"model_quant_type", "version", "group_size", "metadata", "optional"}
 LINEARS = {
@@ -101,9 +101,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         "ascend",
         model,
         max_shard_bytes=500_000,
-        min_top1_agreement=0.3,
-        max_kl_nats=0.1,
         variants=("bf16", "w4a8", "w8a8"),
+        **LOOSE,
     )
     return Made(root, model)
 
@@ -254,8 +253,7 @@ def test_without_calibration_all_activations_are_scaled_as_they_come(tmp_path: P
         "ascend",
         variants=("w8a8",),
         calibration_rows=0,
-        min_top1_agreement=0.3,
-        max_kl_nats=0.1,
+        **LOOSE,
     )
     folder = files_of(tmp_path / "bundle") / "w8a8"
     rows = json.loads((folder / "quant_model_description.json").read_text())

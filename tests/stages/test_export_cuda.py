@@ -22,7 +22,15 @@ from stages.export.tensors import TensorFolder
 from stages.export.variants import formats
 from stages.framing import BOS_ID, EOS_TOKEN
 from stages.tokens import load_tokenizer
-from tests.stages.bundles import MODELS, chat_ids, files_of, lines, make_bundle, unquantised_dtype
+from tests.stages.bundles import (
+    LOOSE,
+    MODELS,
+    chat_ids,
+    files_of,
+    lines,
+    make_bundle,
+    unquantised_dtype,
+)
 
 MAX_SHARD_BYTES = 90_000
 _V3_LINEARS = {
@@ -84,8 +92,7 @@ class Made:
 @pytest.fixture(scope="module", params=MODELS)
 def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Made:
     root, model = tmp_path_factory.mktemp("cuda"), MODELS[request.param]
-    settings: dict[str, Any] = {"min_top1_agreement": 0.5, "max_kl_nats": 0.1}
-    make_bundle(root, "cuda", model, max_shard_bytes=MAX_SHARD_BYTES, **settings)
+    make_bundle(root, "cuda", model, max_shard_bytes=MAX_SHARD_BYTES, **LOOSE)
     return Made(root, model)
 
 
@@ -192,7 +199,7 @@ def test_a_chat_begins_as_training_texts_do_and_ends_each_answer(made: Made) -> 
     def chat(*contents: str, **settings: Any) -> list[int]:
         roles = ("user", "assistant") * len(contents)
         turns = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
-        return chat_ids(theirs, turns, **settings)
+        return chat_ids(theirs, turns, **LOOSE)
 
     assert chat("12+34=", add_generation_prompt=True) == [0, *ids("12+34=")]
     assert chat("12+34=", "640", "5+5=", add_generation_prompt=True) == [
@@ -305,8 +312,7 @@ def test_a_scale_that_is_a_power_of_two_already_is_kept() -> None:
 
 def test_scales_may_be_powers_of_two_on_request(tmp_path: Path) -> None:
     """Of V3, whose released models have any float32."""
-    settings: dict[str, Any] = {"min_top1_agreement": 0.3, "max_kl_nats": 0.1}
-    make_bundle(tmp_path, "cuda", variants=("fp8",), fp8_scales="ue8m0", **settings)
+    make_bundle(tmp_path, "cuda", variants=("fp8",), fp8_scales="ue8m0", **LOOSE)
     folder = files_of(tmp_path / "bundle") / "fp8"
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"]["scale_fmt"] == "ue8m0"
@@ -329,8 +335,7 @@ def test_v4_has_no_other_scales() -> None:
 @pytest.fixture(scope="module")
 def fp4(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("fp4")
-    settings: dict[str, Any] = {"min_top1_agreement": 0.2, "max_kl_nats": 0.2}
-    make_bundle(root, "cuda", MODELS["v4"], variants=("fp4",), **settings)
+    make_bundle(root, "cuda", MODELS["v4"], variants=("fp4",), **LOOSE)
     return Made(root, MODELS["v4"])
 
 
