@@ -9,13 +9,14 @@ SGLang read. It differs by family:
 |---|---|---|---|
 | V3 | `<name>_scale_inv` | amax / 448 | float32 |
 | V3.2 | `<name>_scale_inv` | the power of two above | float32 |
-| V4 | `<module>.scale` | the power of two above | float8_e8m0fnu |
+| V4 | `<module>.scale` | the power of two above | float32; with `fp4` float8_e8m0fnu |
 
 `export.fp8_scales = "ue8m0"` gives V3 the powers of two of V3.2.
 
 The released V4 has its routed experts in FP4, its base models in FP8. `fp4` is the first: two E2M1
 values a byte [R, C / 2], the even column in the low bits, beside `<module>.scale` float8_e8m0fnu
-[R, ceil(C / 32)]; all else is as in `fp8`, which is the second.
+[R, ceil(C / 32)]. All else is as in `fp8`, which is the second; but scales of a byte are read there
+as those of FP4.
 """
 
 from collections.abc import Mapping, Sequence
@@ -123,6 +124,10 @@ class Fp8Blocks:
         """How this variant stores what it does not quantise."""
         return Bf16(self.model)
 
+    def in_blocks(self, name: str) -> bool:
+        """Whether the tensor `name` has a scale for each block of 128 x 128."""
+        return self._is_quantised(name)
+
     def _is_quantised(self, name: str) -> bool:
         return narrowest(self.model, name) == "float8"
 
@@ -132,6 +137,8 @@ class Fp4Experts(Fp8Blocks):
     """The routed experts of a V4 in FP4, in groups of 32 inputs; the rest as in `Fp8Blocks`."""
 
     variant: Variant = "fp4"
+    scales: ScaleType | None = "e8m0"
+    """As released: a byte each, of blocks and of groups."""
 
     def __post_init__(self) -> None:
         """ExportError if the family has no such layout, or rows do not fill whole bytes."""
@@ -189,6 +196,10 @@ class Fp4Experts(Fp8Blocks):
         scale = scale[:rows].repeat_interleave(GROUP, 1)[:, :columns]
         step = half_step(x.double() / scale, bits=2, smallest_exponent=0)
         return step * scale + x.abs() * ARITHMETIC_SLACK + VANISHING
+
+    def in_blocks(self, name: str) -> bool:
+        """All that is quantised, but for the experts."""
+        return self._is_quantised(name) and not self._is_fp4(name)
 
     def _is_fp4(self, name: str) -> bool:
         return ".experts." in name and self._is_quantised(name)

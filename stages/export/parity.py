@@ -161,7 +161,8 @@ def prove_fused(stored: TensorFolder, form: Fp8Blocks) -> int:
     and row i is scaled by row floor(i / 128) of it. ExportError if that is not what each matrix
     says by itself.
     """
-    groups = fused(form.model, stored.names)
+    names = [name for name in stored.names if form.in_blocks(name)]
+    groups = fused(form.model, names)
     for group in groups:
         rows = [len(stored.read(name)) for name in group]
         joint = [stored.read(form.parts(name)[1]).float() for name in group]

@@ -128,7 +128,7 @@ def test_an_interrupted_export_leaves_nothing_in_the_next(
 
 def test_two_exports_give_equal_bytes(tmp_path: Path) -> None:
     one, other = (
-        make_bundle(tmp_path / name, "ascend", max_shard_bytes=400_000)[0] for name in "ab"
+        make_bundle(tmp_path / name, "ascend", max_shard_bytes=400_000, **LOOSE)[0] for name in "ab"
     )
     files = sorted(p.relative_to(one.uri) for p in Path(one.uri).rglob("*") if p.is_file())
     assert files
