@@ -93,6 +93,7 @@ def test_a_released_shape_breaks_no_rule_of_a_server_that_has_the_family(
         ("v4", "vllm", {"head_dim": 128}, "head_dim = 128"),
         ("v4", "vllm", {"index_head_dim": 64}, "index_head_dim = 64"),
         ("v4", "vllm-cpu", {"index_topk": 1024}, "index_topk = 1024"),
+        ("v32", "sglang", {"kv_lora_rank": 256}, "kv_lora_rank, qk_rope_head_dim = 256, 64"),
         ("v32", "sglang", {"num_attention_heads": 48}, "num_attention_heads = 48"),
         ("v32", "sglang", {"index_topk": 4096}, "index_topk = 4096"),
         ("v4", "sglang", {"index_topk": 2048}, "index_topk = 2048"),
