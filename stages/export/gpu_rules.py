@@ -267,6 +267,15 @@ LLAMA = (
     ),
     Rule(
         "llama.cpp",
+        "its converter of V3.2 needs `add_bos_token` to be true in tokenizer_config.json",
+        always("no add_bos_token"),
+        "llama.cpp/conversion/deepseek.py, set_vocab",
+        effect="needs",
+        families=("v32",),
+        by_size=False,
+    ),
+    Rule(
+        "llama.cpp",
         "its converter leaves the MTP layer out",
         mtp,
         "llama.cpp/conversion/deepseek.py",
