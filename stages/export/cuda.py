@@ -9,13 +9,15 @@ SGLang read. It differs by family:
 |---|---|---|---|
 | V3 | `<name>_scale_inv` | amax / 448 | float32 |
 | V3.2 | `<name>_scale_inv` | the power of two above | float32 |
-| V4 | `<module>.scale` | the power of two above | float8_e8m0fnu |
+| V4 | `<module>.scale` | the power of two above | float32 |
 
 `export.fp8_scales = "ue8m0"` gives V3 the powers of two of V3.2.
 
 The released V4 has its routed experts in FP4, its base models in FP8. `fp4` is the first: two E2M1
 values a byte [R, C / 2], the even column in the low bits, beside `<module>.scale` float8_e8m0fnu
-[R, ceil(C / 32)]; all else is as in `fp8`, which is the second.
+[R, ceil(C / 32)]; all else is as in `fp8`, which is the second, with scales in float8_e8m0fnu too.
+So the two released kinds have them: vLLM takes what lies in a byte beside FP8 experts for codes of
+FP4, and llama.cpp what lies in float32 beside FP4 ones for bytes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -147,6 +149,11 @@ class Fp4Experts(Fp8Blocks):
                 f"export.variants asks for fp4, but of this model {odd}: two values share a byte; "
                 "leave fp4 out, or train a model of even sizes"
             )
+
+    @property
+    def scale_type(self) -> ScaleType:
+        """In a byte, whatever FP8 has."""
+        return "e8m0"
 
     @property
     def expert_type(self) -> str:

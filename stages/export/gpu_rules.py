@@ -291,6 +291,15 @@ LLAMA = (
         effect="omits",
         families=("v32",),
     ),
+    Rule(
+        "llama.cpp",
+        "experts in FP4, the `fp4` variant",
+        always("experts of another type"),
+        "llama.cpp/conversion/deepseek.py, _write_mxfp4_expert_tensor",
+        families=("v4",),
+        variants=("bf16", "fp8"),
+        by_size=False,
+    ),
     Rule("llama.cpp", "4", is_not(4, "hc_mult"), _LLAMA, families=("v4",)),
     Rule("llama.cpp", _RATIOS, odd_ratio, _LLAMA, families=("v4",)),
 )

@@ -5,10 +5,9 @@ from dataclasses import replace
 
 from configs.delivery import ExportConfig, ExportSpec, Target
 from configs.errors import ExportError
-from configs.model import ModelConfig
+from configs.model import ModelConfig, V4Config
 from configs.shape import FP8_BLOCK
 from model.transformer import Transformer
-from model.weights.config import table_of
 from model.weights.table import ScaleType
 from stages.artifacts import Corpus
 from stages.export.ascend import Integers
@@ -56,12 +55,11 @@ def formats(
 
 def _scales(model: ModelConfig, config: ExportConfig) -> ScaleType | None:
     """Of FP8 blocks, if they are not to be the family's own."""
-    own = table_of(model).SCALES
-    if config.fp8_scales is None or own == "e8m0":
+    if config.fp8_scales is None or isinstance(model, V4Config):
         if config.fp8_scales == "float32":
             raise ExportError(
-                'export.fp8_scales = "float32", but V4 has its scales in a byte, and servers read '
-                'no others of it; leave it out, or set "ue8m0"'
+                'export.fp8_scales = "float32", but V4 has powers of two for its scales, as its '
+                'released models do; leave it out, or set "ue8m0"'
             )
         return None
     return "float32" if config.fp8_scales == "float32" else "powers"
