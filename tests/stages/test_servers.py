@@ -75,8 +75,12 @@ def test_nothing_claims_a_program_that_was_not_started(name: str) -> None:
 def test_a_released_shape_breaks_no_rule_of_a_server_that_has_the_family(
     model: ModelConfig,
 ) -> None:
-    for program in ("transformers", "vllm", "sglang", "llama.cpp", "vllm-ascend"):
+    for program in ("transformers", "vllm", "sglang", "vllm-ascend"):
         assert against(judged(model, program)) == []
+    assert against(judged(model, "llama.cpp", "fp4")) == []
+    for variant in ("bf16", "fp8"):
+        other = ["experts of another type"] if model.family == "v4" else []
+        assert against(judged(model, "llama.cpp", variant)) == other
     sparse = ["sparse attention"] if model.family == "v32" else []
     assert against(judged(model, "vllm-cpu")) == sparse
 
@@ -93,6 +97,7 @@ def test_a_released_shape_breaks_no_rule_of_a_server_that_has_the_family(
         ("v4", "vllm", {"head_dim": 128}, "head_dim = 128"),
         ("v4", "vllm", {"index_head_dim": 64}, "index_head_dim = 64"),
         ("v4", "vllm-cpu", {"index_topk": 1024}, "index_topk = 1024"),
+        ("v32", "sglang", {"kv_lora_rank": 256}, "kv_lora_rank, qk_rope_head_dim = 256, 64"),
         ("v32", "sglang", {"num_attention_heads": 48}, "num_attention_heads = 48"),
         ("v32", "sglang", {"index_topk": 4096}, "index_topk = 4096"),
         ("v4", "sglang", {"index_topk": 2048}, "index_topk = 2048"),
@@ -110,7 +115,8 @@ def test_a_size_that_a_server_has_no_code_for_is_found(
     family: str, program: Program, change: dict[str, object], found: str
 ) -> None:
     (model,) = (model for model in RELEASED if model.family == family)
-    one = judged(model.model_copy(update=change), program)
+    variant = "fp4" if program == "llama.cpp" else "bf16"
+    one = judged(model.model_copy(update=change), program, variant)
     assert against(one) == [found]
     assert not one.serves
     assert one.evidence == one.of("refuses")[0].rule.source
