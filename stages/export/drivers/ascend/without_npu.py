@@ -1,0 +1,69 @@
+"""What vllm-ascend asks of an NPU while it makes and loads a model, answered without one.
+
+Model classes, the ModelSlim config, its schemes and the loader stay as they are: replaced are the
+attention backend, the groups of several machines, and the settings that a server would read.
+"""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import MagicMock
+
+_OFF = ("oproj_tp_enable", "mlp_tp_enable", "flashcomm2_enable", "enable_dsa_cp_with_layer_shard")
+
+
+@contextmanager
+def patched() -> Iterator[None]:
+    """Once for this process."""
+    importlib.import_module("vllm")
+    prefill = importlib.import_module("vllm.v1.attention.backends.mla.prefill.flash_attn")
+    prefill.flash_attn_varlen_func = MagicMock()
+    _attend_anyhow()
+    importlib.import_module("vllm_ascend.quantization.modelslim_config")
+    importlib.import_module("vllm_ascend.models").register_model()
+    importlib.import_module("vllm_ascend.models.deepseek_v4")
+    adapters = importlib.import_module("vllm_ascend.quantization.method_adapters")
+    dynamic = importlib.import_module("vllm_ascend.quantization.methods.w8a8_dynamic")
+    settings = _settings()
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("vllm_ascend"):
+            if hasattr(module, "get_ascend_config"):
+                module.get_ascend_config = lambda: settings  # type: ignore[attr-defined]
+            for name in _OFF:
+                if hasattr(module, name):
+                    setattr(module, name, lambda *_, **__: False)
+    del adapters
+
+    def no_group() -> Any:
+        raise AttributeError("one machine has no such group")
+
+    dynamic.get_mc2_group = no_group  # type: ignore[attr-defined]
+    yield
+
+
+def _settings() -> MagicMock:
+    """A server's, with all that needs more than one device off."""
+    settings = MagicMock()
+    settings.eplb_config.dynamic_eplb = False
+    for name in (
+        *("multistream_overlap_gate", "enable_fused_mc2", "mix_placement"),
+        *("enable_mc2_hierarchy_comm",),
+    ):
+        setattr(settings, name, False)
+    return settings
+
+
+def _attend_anyhow() -> None:
+    """MLA gets a backend of GPUs, which is never called; the CPU's own has none for it."""
+    platform = importlib.import_module("vllm.platforms.cpu").CpuPlatform
+    usual = platform.get_attn_backend_cls.__func__
+
+    def choose(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = next(one for one in (*args, *kwargs.values()) if hasattr(one, "use_mla"))
+        if asked.use_mla:
+            return "vllm.v1.attention.backends.mla.triton_mla.TritonMLABackend"
+        return usual(cls, *args, **kwargs)
+
+    platform.get_attn_backend_cls = classmethod(choose)
