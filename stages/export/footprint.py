@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from configs.model import ModelConfig
-from configs.v3 import V3Config
+from configs.v3 import V3Config, V32Config
 from configs.v4 import V4Config
 from model.weights.config import table_of
 from stages.export.stored import Stored
@@ -103,7 +103,7 @@ def _by_token(config: V3Config) -> Iterable[int]:
     """Widths of what a layer of V3 or V3.2 keeps of each token."""
     yield config.kv_lora_rank
     yield config.qk_rope_head_dim
-    if config.has_indexer:
+    if isinstance(config, V32Config):
         yield config.index_head_dim
 
 

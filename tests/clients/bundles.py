@@ -96,7 +96,7 @@ def make_folders(root: Path, family: str) -> dict[str, Path]:
         _teach(checkpoint.path())
     corpus = make_corpus(root / "corpus")
     targets: tuple[Target, ...] = ("cuda", "ascend")
-    found = {}
+    found: dict[str, Path] = {}
     for target in targets:
         spec = ExportSpec(seed=1, target=target, export=ExportConfig(**(BRIEF | LOOSE)))
         work = workspace_at(root / target, Notebook())

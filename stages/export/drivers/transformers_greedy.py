@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Conf
 def main(job: dict[str, Any]) -> dict[str, Any]:
     """The answer to a job."""
     torch.set_num_threads(job["threads"])
-    tokenizer = AutoTokenizer.from_pretrained(job["bundle"])
+    tokenizer: Any = AutoTokenizer.from_pretrained(job["bundle"])
     # Products of float32 on both sides: only then must every token be equal.
     widened = {}
     config = json.loads(Path(job["bundle"], "config.json").read_text())

@@ -104,7 +104,7 @@ def loaded(job: dict[str, Any]) -> Any:
 @contextmanager
 def without_products() -> Iterator[None]:
     """No kernel of FP8 is looked for, of which this CPU may have none."""
-    fp8 = importlib.import_module("vllm.model_executor.layers.quantization.fp8")
+    fp8: Any = importlib.import_module("vllm.model_executor.layers.quantization.fp8")
     fp8.init_fp8_linear_kernel = lambda **_: MagicMock()
     for name in dir(fp8):
         if name.startswith("select_fp8_moe_backend"):
@@ -160,7 +160,7 @@ def stored(folder: Path) -> dict[str, Any]:
     """Every tensor of the folder, by name."""
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

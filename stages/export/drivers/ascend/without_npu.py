@@ -18,28 +18,27 @@ _OFF = ("oproj_tp_enable", "mlp_tp_enable", "flashcomm2_enable", "enable_dsa_cp_
 def patched() -> Iterator[None]:
     """Once for this process."""
     importlib.import_module("vllm")
-    prefill = importlib.import_module("vllm.v1.attention.backends.mla.prefill.flash_attn")
+    prefill: Any = importlib.import_module("vllm.v1.attention.backends.mla.prefill.flash_attn")
     prefill.flash_attn_varlen_func = MagicMock()
     _attend_anyhow()
     importlib.import_module("vllm_ascend.quantization.modelslim_config")
     importlib.import_module("vllm_ascend.models").register_model()
     importlib.import_module("vllm_ascend.models.deepseek_v4")
-    adapters = importlib.import_module("vllm_ascend.quantization.method_adapters")
-    dynamic = importlib.import_module("vllm_ascend.quantization.methods.w8a8_dynamic")
+    importlib.import_module("vllm_ascend.quantization.method_adapters")
+    dynamic: Any = importlib.import_module("vllm_ascend.quantization.methods.w8a8_dynamic")
     settings = _settings()
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("vllm_ascend"):
             if hasattr(module, "get_ascend_config"):
-                module.get_ascend_config = lambda: settings  # type: ignore[attr-defined]
+                setattr(module, "get_ascend_config", lambda: settings)  # noqa: B010
             for name in _OFF:
                 if hasattr(module, name):
                     setattr(module, name, lambda *_, **__: False)
-    del adapters
 
     def no_group() -> Any:
         raise AttributeError("one machine has no such group")
 
-    dynamic.get_mc2_group = no_group  # type: ignore[attr-defined]
+    dynamic.get_mc2_group = no_group
     yield
 
 

@@ -5,7 +5,7 @@ Enough to import vllm-ascend and to let its loader fill parameters; never on the
 
 import sys
 import types
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import MagicMock
 
 import torch
@@ -19,7 +19,7 @@ _PARTS = (
 class _Named(types.ModuleType):
     """A module in which every public name is found."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         """Something that takes any call; nothing for names of Python's own."""
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
 
 for _part in _PARTS:
     sys.modules[f"{__name__}.{_part}"] = _Named(f"{__name__}.{_part}")
-_device = _Named("torch.npu")
-_device.is_available = lambda: False  # type: ignore[attr-defined]
+_device: Any = _Named("torch.npu")
+_device.is_available = lambda: False
 sys.modules["torch.npu"] = _device
-torch.npu = _device  # type: ignore[assignment, unused-ignore]
+setattr(torch, "npu", _device)  # noqa: B010
