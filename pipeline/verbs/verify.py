@@ -12,6 +12,7 @@ from pipeline.verbs.asked import find_store, locate
 from pipeline.verbs.eval_ import read_problems_file
 from stages.export import footprint
 from stages.export.programs import PROGRAMS, find
+from stages.export.servers import HOMES
 from stages.export.stored import Stored, check_tensors, kind_of, read_config, read_stored
 from stages.export.sums import SUMS, check_sums
 from stages.export.trial import Sitting, trials
@@ -103,7 +104,7 @@ def _memory(config: ModelConfig, stored: dict[str, Stored], kind: str) -> Iterat
         f"  cache of a sequence           {show_bytes(full)} for {context:,} tokens, "
         f"{full / context:,.0f} B a token (bfloat16)"
     )
-    for target in footprint.TARGETS[kind]:
+    for target in [HOMES[kind]] if kind in HOMES else footprint.MEMORY_BYTES:
         found = {
             f"{device} ({show_bytes(int(memory))})": footprint.fewest(spreads, full, memory)
             for device, memory in footprint.MEMORY_BYTES[target].items()

@@ -17,12 +17,6 @@ MEMORY_BYTES: Mapping[str, Mapping[str, float]] = {
     "ascend": {"910B": 64e9},
 }
 """Of one device, by target. Each of the two dies of a 910C is a device with a 910B's memory."""
-TARGETS: Mapping[str, tuple[str, ...]] = {
-    "bf16": ("cuda", "ascend"),
-    "fp8": ("cuda",),
-    "w8a8": ("ascend",),
-}
-"""Whose servers read a variant of a kind."""
 
 
 @dataclass(frozen=True, slots=True)

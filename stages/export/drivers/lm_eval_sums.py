@@ -55,7 +55,7 @@ def main(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {
         "versions": {"lm_eval": importlib.metadata.version("lm_eval")},
         "texts": [sample["resps"][0][0] for sample in samples],
-        "verdicts": [sample["exact_match"] == 1.0 for sample in samples],
+        "verdicts": [bool(sample["exact_match"] == 1.0) for sample in samples],
     }
 
 
