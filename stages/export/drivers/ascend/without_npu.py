@@ -17,13 +17,14 @@ _OFF = ("oproj_tp_enable", "mlp_tp_enable", "flashcomm2_enable", "enable_dsa_cp_
 @contextmanager
 def patched() -> Iterator[None]:
     """Once for this process."""
-    importlib.import_module("vllm")
+    vllm: Any = importlib.import_module("vllm")
     prefill: Any = importlib.import_module("vllm.v1.attention.backends.mla.prefill.flash_attn")
     prefill.flash_attn_varlen_func = MagicMock()
     _attend_anyhow()
     importlib.import_module("vllm_ascend.quantization.modelslim_config")
-    importlib.import_module("vllm_ascend.models").register_model()
-    importlib.import_module("vllm_ascend.models.deepseek_v4")
+    # The class itself: by its name, vLLM would look at it in a process that has no stand-in.
+    v4 = importlib.import_module("vllm_ascend.models.deepseek_v4")
+    vllm.ModelRegistry.register_model("DeepseekV4ForCausalLM", v4.AscendDeepseekV4ForCausalLM)
     importlib.import_module("vllm_ascend.quantization.method_adapters")
     dynamic: Any = importlib.import_module("vllm_ascend.quantization.methods.w8a8_dynamic")
     settings = _settings()
