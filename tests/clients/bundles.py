@@ -79,7 +79,6 @@ LOOSE: dict[str, Any] = {
     "max_kl_nats": 0.5,
     "max_bits_per_byte_rise": 0.5,
     "min_greedy_agreement": 0.0,
-    "calibration_rows": 8,
 }
 """What a hardly trained model can keep of itself in 8 bits."""
 SUMS = [
@@ -102,9 +101,11 @@ def make_folders(root: Path, family: str) -> dict[str, Path]:
         _teach(checkpoint.path())
     corpus = make_corpus(root / "corpus")
     targets: tuple[Target, ...] = ("cuda", "ascend")
+    # Rows are shorter than 128 tokens, of which a layer of V4 makes one entry: nothing to measure.
+    settings = BRIEF | LOOSE | {"calibration_rows": 0 if family == "v4" else 8}
     found: dict[str, Path] = {}
     for target in targets:
-        spec = ExportSpec(seed=1, target=target, export=ExportConfig(**(BRIEF | LOOSE)))
+        spec = ExportSpec(seed=1, target=target, export=ExportConfig(**settings))
         work = workspace_at(root / target, Notebook())
         bundle: Bundle = export(spec, work, corpus=corpus, checkpoint=checkpoint)
         found |= {f"{target}/{variant}": bundle.path(variant) for variant in bundle.parity}

@@ -10,7 +10,7 @@ from tests.line.runs import ingot
 
 pytestmark = [pytest.mark.clients, pytest.mark.slow]
 RUN_SECONDS = 5400
-TRIALS = {
+TRIALS: dict[str, dict[str, tuple[str, ...]]] = {
     "servable": {
         "export.cuda": ("transformers", "lm-eval", "llama.cpp", "vllm"),
         "export.ascend": ("transformers", "vllm-ascend"),

@@ -83,6 +83,7 @@ def loaded(job: dict[str, Any]) -> Any:
 
     patched = importlib.import_module("without_npu").patched if job["ascend"] else without_products
     more = {"quantization": "ascend"} if job["ascend"] else {}
+    attend_anyhow()
     with patched():
         config = EngineArgs(
             model=job["bundle"],
@@ -99,6 +100,20 @@ def loaded(job: dict[str, Any]) -> Any:
                 parameter.data.reshape(-1).view(torch.uint8).fill_(UNWRITTEN)
             DefaultModelLoader(config.load_config).load_weights(model, config.model_config)
     return model
+
+
+def attend_anyhow() -> None:
+    """MLA, sparse or not, gets a backend of GPUs, which is never called: a CPU lacks the sparse."""
+    platform = importlib.import_module("vllm.platforms.cpu").CpuPlatform
+    usual = platform.get_attn_backend_cls.__func__
+
+    def choose(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = next(one for one in (*args, *kwargs.values()) if hasattr(one, "use_mla"))
+        if asked.use_mla:
+            return "vllm.v1.attention.backends.mla.triton_mla.TritonMLABackend"
+        return usual(cls, *args, **kwargs)
+
+    platform.get_attn_backend_cls = classmethod(choose)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What vllm-ascend asks of an NPU while it makes and loads a model, answered without one.
 
 Model classes, the ModelSlim config, its schemes and the loader stay as they are: replaced are the
-attention backend, the groups of several machines, and the settings that a server would read.
+groups of several machines, and the settings that a server would read.
 """
 
 import importlib
@@ -20,7 +20,6 @@ def patched() -> Iterator[None]:
     vllm: Any = importlib.import_module("vllm")
     prefill: Any = importlib.import_module("vllm.v1.attention.backends.mla.prefill.flash_attn")
     prefill.flash_attn_varlen_func = MagicMock()
-    _attend_anyhow()
     importlib.import_module("vllm_ascend.quantization.modelslim_config")
     # The class itself: by its name, vLLM would look at it in a process that has no stand-in.
     v4 = importlib.import_module("vllm_ascend.models.deepseek_v4")
@@ -53,17 +52,3 @@ def _settings() -> MagicMock:
     ):
         setattr(settings, name, False)
     return settings
-
-
-def _attend_anyhow() -> None:
-    """MLA gets a backend of GPUs, which is never called; the CPU's own has none for it."""
-    platform = importlib.import_module("vllm.platforms.cpu").CpuPlatform
-    usual = platform.get_attn_backend_cls.__func__
-
-    def choose(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = next(one for one in (*args, *kwargs.values()) if hasattr(one, "use_mla"))
-        if asked.use_mla:
-            return "vllm.v1.attention.backends.mla.triton_mla.TritonMLABackend"
-        return usual(cls, *args, **kwargs)
-
-    platform.get_attn_backend_cls = classmethod(choose)

@@ -5,7 +5,7 @@ Enough to import vllm-ascend and to let its loader fill parameters; never on the
 
 import sys
 import types
-from typing import Any, ClassVar
+from typing import Any
 from unittest.mock import MagicMock
 
 import torch
@@ -19,7 +19,10 @@ _PARTS = (
 class _Named(types.ModuleType):
     """A module in which every public name is found."""
 
-    __path__: ClassVar[list[str]] = []
+    def __init__(self, name: str) -> None:
+        """A package, so that its parts can be imported."""
+        super().__init__(name)
+        self.__path__ = []
 
     def __getattr__(self, name: str) -> Any:
         """Something that takes any call; nothing for names of Python's own."""
