@@ -11,7 +11,7 @@ BIN := .venv/bin
 ARGS :=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv run test test-slow check bench build clean
+.PHONY: help .venv run test test-slow test-clients test-clients-quick check bench build clean
 
 help: ## say what the targets do
 	@sed -n 's/^\([.a-z-]*\):.*## \(.*\)/\1	\2/p' $(MAKEFILE_LIST)
@@ -39,7 +39,17 @@ test: .venv ## the tests that need neither minutes nor an accelerator
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: .venv ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not clients" $(ARGS)
+
+# Their environments are made once, below ~/.cache/ingot/clients or $$INGOT_CLIENTS; what cannot be
+# had here is skipped, and the reason shown.
+CLIENTS := $(BIN)/python -m pytest -rs --timeout 0 tests/clients
+
+test-clients: .venv ## bundles in all programs that load them on a CPU, in environments of their own
+	$(CLIENTS) -m clients $(ARGS)
+
+test-clients-quick: .venv ## of these the quick ones, in minutes once their environments are made
+	$(CLIENTS) -n 2 --dist loadfile -m "clients and not slow" $(ARGS)
 
 check: .venv ## format, lint, types, import contracts, spelling
 	$(BIN)/ruff format --check .

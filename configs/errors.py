@@ -12,7 +12,8 @@ IngotError
 │   └── DeadlineError    a wait ran out of time; names the peer
 ├── TrainingError    a loss or gradient is not finite, or steps are missing exit 1
 ├── VerifierError    a reward could not be computed                        exit 1
-└── ExportError      a bundle does not reproduce its source                exit 1
+├── ExportError      a bundle does not reproduce its source                exit 1
+└── ClientError      a program that loads bundles is absent, or failed     exit 1
 
 A message says what is wrong, the two values that disagree, and what to do. Errors cross process
 borders, so none defines a constructor of its own.
@@ -75,3 +76,7 @@ class VerifierError(IngotError, RuntimeError):
 
 class ExportError(IngotError, RuntimeError):
     """A bundle does not reproduce the checkpoint it was made from."""
+
+
+class ClientError(IngotError, RuntimeError):
+    """A program that loads bundles is not there, or did not do what it was asked."""

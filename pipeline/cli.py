@@ -27,6 +27,7 @@ _VERBS = {
     "ui": "pipeline.verbs.ui",
     "sample": "pipeline.verbs.sample",
     "eval": "pipeline.verbs.eval_",
+    "verify": "pipeline.verbs.verify",
     "import": "pipeline.verbs.import_",
     "clean": "pipeline.verbs.clean",
     "doctor": "pipeline.verbs.doctor",
@@ -40,6 +41,7 @@ called: stages load torch and ray, which takes seconds, and `--help` must answer
 
 _TAKEN = frozenset({"import", "eval"})
 """Verbs that Python has taken: their functions end in `_`, as their modules do."""
+_CLIENTS = ("transformers", "vllm", "llama.cpp", "lm-eval", "vllm-ascend")
 _FLOORS = ("configs", "model", "cluster", "stages")
 _INTERRUPTED = 130
 _OBJECTS_A_COLLECTION = 50_000
@@ -257,6 +259,22 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--samples", type=int, default=4, help="a problem; default: 4")
     evaluation.add_argument("--max-new-tokens", type=int, default=16, help="default: %(default)s")
     evaluation.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+    verify = _with_latest(
+        verbs.add_parser("verify", help="whether a bundle is whole, and clients answer as Ingot")
+    )
+    verify.add_argument(
+        "bundle", metavar="BUNDLE", help="a node, or a bundle's or variant's folder"
+    )
+    verify.add_argument(
+        "--with", dest="client", choices=_CLIENTS, help="let this program load it as well"
+    )
+    verify.add_argument("--python", metavar="PATH", help="the Python of that program's environment")
+    verify.add_argument(
+        "--problems",
+        metavar="FILE",
+        help="for lm-eval: .jsonl with prompt and answer; default: sums of two digits",
+    )
 
     imports = _with_latest(
         verbs.add_parser("import", help="take a model made elsewhere in place of pretraining")

@@ -39,6 +39,10 @@ NOT_DEVICES = {
     "stages/artifacts.py": {"cuda"},
     "stages/export/bundle.py": {"cuda"},
     "stages/export/servers.py": {"cuda"},
+    "stages/export/footprint.py": {"cuda"},
+    # Another program's own words.
+    "stages/export/drivers/vllm_loader.py": {"torch_npu", "gloo"},
+    "stages/export/drivers/ascend/torch_npu/__init__.py": {"npu"},
     # Told to a reader, who sets them.
     "stages/export/serving.py": {"HCCL_OP_EXPANSION_MODE", "HCCL_BUFFSIZE"},
     # Recorded of this process, whatever it computes on.

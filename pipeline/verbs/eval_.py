@@ -40,7 +40,7 @@ def eval_(args: argparse.Namespace) -> int:
         raise ConfigError("--limit and --samples must be 1 or more; leave them out for 200 and 4")
     folder = model_folder(args)
     path = Path(args.problems) if args.problems else _held_out(folder)
-    found = _read(path)
+    found = read_problems_file(path)
     if not found:
         raise DataError(f"--problems {path}: holds no problem; give one or more")
     problems = choose(found, args.limit, seed=args.seed)
@@ -101,7 +101,7 @@ def _held_out(folder: Path) -> Path:
     )
 
 
-def _read(path: Path) -> list[Problem]:
+def read_problems_file(path: Path) -> list[Problem]:
     """Problems of a corpus's parquet file, or of lines of JSON with `prompt` and `answer`."""
     if not path.is_file():
         raise DataError(f"--problems {path}: no such file; name a .jsonl or .parquet file")

@@ -326,7 +326,7 @@ def test_scales_may_be_powers_of_two_on_request(tmp_path: Path) -> None:
 
 
 def test_v4_has_no_other_scales() -> None:
-    with pytest.raises(ExportError, match=r'export.fp8_scales = "float32", but servers read'):
+    with pytest.raises(ExportError, match=r'export.fp8_scales = "float32", but V4 has'):
         formats("cuda", MODELS["v4"], ExportConfig(fp8_scales="float32"))
     (form,) = formats("cuda", MODELS["v4"], ExportConfig(variants=("fp8",), fp8_scales="ue8m0"))
     assert form == Fp8Blocks(MODELS["v4"])

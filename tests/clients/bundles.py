@@ -1,0 +1,131 @@
+"""Bundles of the smallest shapes that real servers take, made by the project's own export.
+
+The V3 model learns some sums by heart, so that what it answers differs from prompt to prompt, and
+is right for some and wrong for others. The others are random, of weights wide enough that no two
+logits are nearly equal.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from configs.delivery import ExportConfig, ExportSpec, Target
+from configs.model import ModelConfig, V3Config, V4Config, V32Config
+from model.weights.files import load_pretrained, save_pretrained
+from stages.artifacts import Bundle
+from stages.export.bundle import export
+from stages.framing import BOS_ID, EOS_ID
+from stages.tokens import load_tokenizer
+from stages.verifiers import Problem
+from tests.conftest import workspace_at
+from tests.stages.bundles import BRIEF, Notebook, make_checkpoint, make_corpus
+
+V3 = V3Config(
+    vocab_size=384,
+    hidden_size=128,
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    num_attention_heads=4,
+    q_lora_rank=128,
+    kv_lora_rank=512,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=64,
+    v_head_dim=32,
+    intermediate_size=256,
+    moe_intermediate_size=128,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=4,
+    topk_group=2,
+    max_position_embeddings=128,
+    initializer_range=0.05,
+)
+V32 = V32Config(
+    **V3.model_dump(exclude={"family"}),
+    family="v32",
+    index_n_heads=32,
+    index_head_dim=128,
+    index_topk=8,
+)
+V4 = V4Config(
+    family="v4",
+    vocab_size=384,
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    head_dim=512,
+    qk_rope_head_dim=64,
+    q_lora_rank=128,
+    o_groups=2,
+    o_lora_rank=128,
+    sliding_window=8,
+    compress_ratios=(0, 4, 128, 4),
+    index_n_heads=32,
+    index_head_dim=128,
+    index_topk=3,
+    moe_intermediate_size=128,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    num_hash_layers=1,
+    max_position_embeddings=256,
+    initializer_range=0.05,
+)
+MODELS: Mapping[str, ModelConfig] = {"v3": V3, "v32": V32, "v4": V4}
+LOOSE: dict[str, Any] = {
+    "min_top1_agreement": 0.3,
+    "max_kl_nats": 0.5,
+    "max_bits_per_byte_rise": 0.5,
+    "min_greedy_agreement": 0.0,
+}
+"""What a hardly trained model can keep of itself in 8 bits."""
+SUMS = [
+    Problem(
+        id=f"sums/{a:02}+{b:02}=",
+        prompt=f"{a:02}+{b:02}=",
+        answer=f"{a + b:03}"[::-1],
+        source="arithmetic",
+    )
+    for a in range(8)
+    for b in range(8)
+]
+TRAINING_STEPS = 60
+
+
+def make_folders(root: Path, family: str) -> dict[str, Path]:
+    """Both targets' variants of one family, as `cuda/fp8`; the checkpoint is the same."""
+    checkpoint = make_checkpoint(root / "checkpoint", MODELS[family])
+    if family == "v3":
+        _teach(checkpoint.path())
+    corpus = make_corpus(root / "corpus")
+    targets: tuple[Target, ...] = ("cuda", "ascend")
+    # Rows are shorter than 128 tokens, of which a layer of V4 makes one entry: nothing to measure.
+    settings = BRIEF | LOOSE | {"calibration_rows": 0 if family == "v4" else 8}
+    found: dict[str, Path] = {}
+    for target in targets:
+        spec = ExportSpec(seed=1, target=target, export=ExportConfig(**settings))
+        work = workspace_at(root / target, Notebook())
+        bundle: Bundle = export(spec, work, corpus=corpus, checkpoint=checkpoint)
+        found |= {f"{target}/{variant}": bundle.path(variant) for variant in bundle.parity}
+    return found
+
+
+def _teach(folder: Path) -> None:
+    """Train the model in `folder` on the sums until it knows a part of them."""
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    rows = [
+        [BOS_ID, *tokenizer.encode(one.prompt + one.answer, add_special_tokens=False).ids, EOS_ID]
+        for one in SUMS
+    ]
+    tokens_BS = torch.tensor(rows)
+    model = load_pretrained(folder).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(TRAINING_STEPS):
+        logits_BSV = model(tokens_BS[:, :-1])
+        loss = F.cross_entropy(logits_BSV.flatten(0, 1), tokens_BS[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    save_pretrained(model.eval(), folder)
