@@ -24,6 +24,7 @@ from stages.export.conversations import SourceChat, prove_conversations
 from stages.export.cuda import Fp8Blocks
 from stages.export.formats import Format
 from stages.export.greedy import Continuations
+from stages.export.sums import write_sums
 from stages.export.tensors import TensorFolder, write_json, write_weights
 from stages.export.variants import calibrated, formats, seen
 from stages.names import GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
@@ -112,7 +113,9 @@ def export(
             checkpoint,
             conventions,
         )
-        Path(work.out, form.variant, "README.md").write_text(card, encoding="utf-8")
+        folder = Path(work.out, form.variant)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_sums(folder)
     write_json(Path(work.out, PARITY), proof.nearest)
     return Bundle(
         uri=work.out, target=config.target, parity=figures, asked=asked, shortfall=shortfall
