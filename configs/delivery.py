@@ -71,6 +71,9 @@ class ExportConfig(Frozen):
     smooth: bool = False
     """Whether ascend's integer variants carry outlying channels of activations over into weights
     first."""
+    rotate: bool = False
+    """Whether ascend's integer variants have their residual streams turned first, so that no
+    channel stands out; they are without the MTP layer then."""
     mindie: bool = False
     """Whether ascend's config.json has the keys that MindIE reads."""
     problems: NonNegativeInt = 200

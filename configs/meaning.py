@@ -23,7 +23,7 @@ _VARIANTS: dict[Target, frozenset[Variant]] = {
 }
 _OF_ONE_TARGET: dict[Target, tuple[str, ...]] = {
     "cuda": ("fp8_scales",),
-    "ascend": ("calibration_rows", "smooth", "mindie"),
+    "ascend": ("calibration_rows", "smooth", "rotate", "mindie"),
 }
 """Settings of `[export]` that mean nothing for the other target."""
 

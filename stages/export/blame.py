@@ -51,9 +51,9 @@ def find_culprit(
     rows_NS: Int64,
 ) -> Culprit:
     """The culprit by the first rows of `rows_NS`, one batch of them; `reference` is the source."""
-    copies = table_of(reference.config).copies(reference.config)
+    copies = table_of(form.model).copies(form.model)
     names = dict.fromkeys(name for name in source.names if name not in copies)
-    mixed = Transformer(reference.config).to(parity.device_of(reference)).eval()
+    mixed = Transformer(form.model).to(parity.device_of(reference)).eval()
     rows_BS = rows_NS[: parity.BATCH_ROWS]
 
     def kl(swapped: Sequence[str]) -> float:

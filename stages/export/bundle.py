@@ -12,6 +12,7 @@ from cluster.generation import Sampling
 from configs.delivery import ExportSpec
 from configs.errors import ExportError
 from model.transformer import Transformer
+from model.weights.config import to_hf_config
 from model.weights.files import load_pretrained
 from stages.artifacts import Asked, Bundle, Checkpoint, Corpus, Parity, Report
 from stages.contract import Workspace, fills
@@ -26,7 +27,7 @@ from stages.export.formats import Format
 from stages.export.greedy import Continuations
 from stages.export.sums import write_sums
 from stages.export.tensors import TensorFolder, write_json, write_weights
-from stages.export.variants import calibrated, formats, seen
+from stages.export.variants import formats, prepared
 from stages.names import GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from stages.shards import Int64
 from stages.tokens import load_tokenizer, served_record, write_tokenizer
@@ -75,7 +76,6 @@ def export(
         seed=config.seed,
     )
     work.tracker.start(steps=PHASES * len(forms), unit="steps")
-    ranges = seen(config, corpus, forms, reference)
     chat = SourceChat(checkpoint.path(), conventions)
     sampling = Sampling(config.export.max_new_tokens, 0.0, conventions.end_tokens)
     continued = Continuations(exam.longest, reference, chat, sampling)
@@ -94,7 +94,7 @@ def export(
     asked: dict[str, Asked] = {}
     for number, form in enumerate(forms):
         first = number * PHASES + 1
-        form, read = calibrated(config.export, source, form, ranges)
+        form, read = prepared(config, corpus, source, form, reference)
         weight_bytes = _write(config, work, read, form, checkpoint, conventions, step=first)
         figures[form.variant], answers = _prove(proof, read, form, step=first + 1)
         if answers is not None:
@@ -167,6 +167,8 @@ def _write_config(
     """The source's config in this variant's dtype, and what tokenizer and sampler need to know."""
     config = json.loads(checkpoint.path("config.json").read_text())
     config.pop("quantization_config", None)
+    if form.model != checkpoint.model:
+        config |= to_hf_config(form.model)
     config |= {"dtype": "bfloat16", **form.config_entries}
     config["eos_token_id"] = as_field(conventions.end_tokens)
     if checkpoint.model.engram is not None:
@@ -259,7 +261,7 @@ def _prove_files(proof: _Proof, source: TensorFolder, stored: TensorFolder, form
     folder = stored.folder
     proofs.prove_indexes(folder, form)
     if DESCRIPTION in form.side_files(source.names):
-        proofs.prove_description(stored, form, proof.reference.config)
+        proofs.prove_description(stored, form, form.model)
     proofs.prove_tokenizer(folder, source.folder, form.variant)
     proofs.prove_configs(folder, form, source.folder, proof.conventions)
     client = Client(folder)

@@ -123,11 +123,18 @@ def limits(model: ModelConfig, variant: str, settings: ExportConfig) -> str:
         found.append("The released DeepSeek-V4 has its routed experts in FP4; these are in FP8.")
     if variant in ("w8a8", "w4a8"):
         smoothed = settings.smooth and settings.calibration_rows > 0
-        done = "smoothed but not rotated" if smoothed else "neither rotated nor smoothed"
-        found.append(
-            f"Weights were {done} before rounding; ModelSlim's recipes do both where the model is "
-            "the better for it."
-        )
+        done = {
+            (False, False): "neither rotated nor smoothed",
+            (False, True): "smoothed, not rotated",
+            (True, False): "rotated, not smoothed",
+            (True, True): "rotated and smoothed",
+        }[settings.rotate, smoothed]
+        found.append(f"Weights were {done} before rounding.")
+        if settings.rotate and model.num_nextn_predict_layers:
+            found.append(
+                "The MTP layer is left out, so servers cannot draft with it: it shares the output "
+                "head with the model, but not the norm in front, which rotation multiplies in."
+            )
     if model.engram:
         found.append(
             "No released model of this family has a memory of n-grams. Its tensors are named "

@@ -36,6 +36,10 @@ class Format(Protocol):
     """One variant's rules, for one model. Names are the source's, those of released files."""
 
     @property
+    def model(self) -> ModelConfig:
+        """The model that the variant holds."""
+
+    @property
     def variant(self) -> str:
         """The variant's name, and its folder in the bundle."""
 

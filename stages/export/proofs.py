@@ -176,7 +176,7 @@ def prove_configs(folder: Path, form: Format, source: Path, conventions: Convent
 
     Templates are left to `prove_templates`: what they lose is to be said first.
     """
-    _prove_model(folder, form, source)
+    _prove_model(folder, form)
     generation = _read(folder / GENERATION_CONFIG, form)
     ends = list(conventions.end_tokens)
     for name, record in ((CONFIG, _read(folder / CONFIG, form)), (GENERATION_CONFIG, generation)):
@@ -210,14 +210,14 @@ def prove_templates(folder: Path, form: Format, conventions: Conventions) -> Non
             raise ExportError(f"{form.variant}/{name} is not the source's; export again")
 
 
-def _prove_model(folder: Path, form: Format, source: Path) -> None:
-    """`config.json` describes the source's model, and this variant's quantisation if it has one."""
+def _prove_model(folder: Path, form: Format) -> None:
+    """`config.json` describes the variant's model, and its variant's quantisation if it has one."""
     place = f"{form.variant}/{CONFIG}"
     try:
         found = dict(read_config(folder))
     except IngotError as error:
         raise ExportError(f"{place}: {error}; export again") from None
-    expected = dict(read_config(source))
+    expected = dict(form.model)
     for name, value in expected.items():
         if found.get(name) != value:
             raise ExportError(

@@ -13,7 +13,6 @@ Axes: R rows (outputs of a Linear), C columns (inputs), H heads, V values of a h
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -75,14 +74,15 @@ class Group:
 class SmoothedFolder(TensorFolder):
     """A folder whose tensors are read times their factors."""
 
-    def __init__(self, folder: Path, factors: Mapping[str, Tensor]) -> None:
+    def __init__(self, source: TensorFolder, factors: Mapping[str, Tensor]) -> None:
         """`factors` by tensor, in a shape that multiplies it."""
-        super().__init__(folder)
-        self._factors = factors
+        super().__init__(source.folder)
+        self.file_of = dict(source.file_of)
+        self._source, self._factors = source, factors
 
     def read(self, name: str) -> Tensor:
-        """One tensor times its factor, in the type in which it is stored."""
-        tensor = super().read(name)
+        """One tensor times its factor, in the type in which the source gives it."""
+        tensor = self._source.read(name)
         return tensor * self._factors[name] if name in self._factors else tensor
 
 
@@ -100,17 +100,16 @@ def smoothed(
             factors[group.divided] = _over_heads(form.model, 1 / divisor_C)
         else:
             factors[group.divided] = 1 / divisor_C
-    return SmoothedFolder(source.folder, factors), after
+    return SmoothedFolder(source, factors), after
 
 
 def groups_of(config: ModelConfig, names: list[str]) -> Iterator[Group]:
     """All groups of the layers before the MTP layer, whose tensors are among `names`."""
     known = frozenset(names)
     table = table_of(config)
-    by_norm = _V4_READERS if isinstance(config, V4Config) else _V3_READERS
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
-        for norm, leaves in by_norm.items():
+        for norm, leaves in readers_of(config).items():
             parts = [part for leaf in leaves for part in table.parts(config, f"{prefix}{leaf}")]
             readers = tuple(part.name for part in parts if part.name in known)
             (divided,) = table.parts(config, f"{prefix}{norm}.weight")
@@ -119,6 +118,11 @@ def groups_of(config: ModelConfig, names: list[str]) -> Iterator[Group]:
         if isinstance(config, V3Config):
             output = f"{prefix}{OUTPUT}"
             yield Group(output, f"{prefix}self_attn.kv_b_proj.weight", (f"{output}.weight",))
+
+
+def readers_of(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
+    """Of each norm of a layer, all of the layer's tensors that read what it gives."""
+    return _V4_READERS if isinstance(config, V4Config) else _V3_READERS
 
 
 def _divisor(

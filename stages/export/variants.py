@@ -1,6 +1,6 @@
 """Which variants a target has, and what each needs to know of the model before it is written."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 from configs.delivery import ExportConfig, ExportSpec, Target
@@ -8,12 +8,14 @@ from configs.errors import ExportError
 from configs.model import ModelConfig, V4Config
 from configs.shape import FP8_BLOCK
 from model.transformer import Transformer
+from model.weights.files import load_state
 from model.weights.table import ScaleType
 from stages.artifacts import Corpus
 from stages.export.ascend import Integers
-from stages.export.calibration import Range, calibration_rows, measure, of_weight
+from stages.export.calibration import calibration_rows, measure, of_weight
 from stages.export.cuda import Fp4Experts, Fp8Blocks
 from stages.export.formats import Bf16, Format
+from stages.export.rotation import RotatedFolder
 from stages.export.smoothing import smoothed
 from stages.export.tensors import TensorFolder
 
@@ -65,23 +67,37 @@ def _scales(model: ModelConfig, config: ExportConfig) -> ScaleType | None:
     return "float32" if config.fp8_scales == "float32" else "powers"
 
 
-def seen(
-    config: ExportSpec, corpus: Corpus, forms: Sequence[Format], reference: Transformer
-) -> dict[str, Range]:
-    """What activations come to on training text, if a variant needs to know."""
-    count = config.export.calibration_rows
-    if not count or not any(isinstance(form, Integers) for form in forms):
-        return {}
-    return measure(reference, calibration_rows(corpus, count, seed=config.seed))
-
-
-def calibrated(
-    config: ExportConfig, source: TensorFolder, form: Format, ranges: Mapping[str, Range]
+def prepared(
+    config: ExportSpec, corpus: Corpus, source: TensorFolder, form: Format, reference: Transformer
 ) -> tuple[Format, TensorFolder]:
-    """The variant that knows the ranges of its activations, and the weights that it is to hold."""
-    if not isinstance(form, Integers) or not ranges:
+    """The variant that knows its activations, and the weights it is to hold.
+
+    Both are as given but for integers: their streams are rotated, their channels smoothed and their
+    activations measured as the recipe asks. `reference` is the model in `source`.
+    """
+    asked = config.export
+    if not isinstance(form, Integers):
         return form, source
-    if config.smooth:
+    if asked.rotate:
+        form = replace(form, model=without_mtp(form.model))
+        source = RotatedFolder(source.folder, reference.config, seed=config.seed)
+    if not asked.calibration_rows:
+        return form, source
+    model = read_model(source, form.model, reference) if asked.rotate else reference
+    ranges = measure(model, calibration_rows(corpus, asked.calibration_rows, seed=config.seed))
+    if asked.smooth:
         source, ranges = smoothed(source, form, ranges)
     known = {name: of_weight(ranges, name).whole for name in form.calibrated(source.names)}
     return replace(form, ranges=known), source
+
+
+def read_model(source: TensorFolder, config: ModelConfig, like: Transformer) -> Transformer:
+    """The float32 model in `source`, on the device of `like`."""
+    model = Transformer(config).to(next(like.parameters()).device)
+    load_state(model, {name: source.read(name) for name in source.names})
+    return model.eval()
+
+
+def without_mtp(model: ModelConfig) -> ModelConfig:
+    """The same model without its MTP layer."""
+    return type(model).model_validate({**dict(model), "num_nextn_predict_layers": 0})

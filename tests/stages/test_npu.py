@@ -1,5 +1,6 @@
 """An NPU's arithmetic on stored weights: that of integers, and what it catches."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +15,23 @@ from torch import Tensor
 from configs.errors import ExportError
 from configs.model import ModelConfig
 from model.transformer import Transformer
+from model.weights.config import read_config, to_hf_config
 from model.weights.files import load_pretrained, save_pretrained
 from stages.export import npu, parity
 from stages.export.ascend import Integers
 from stages.export.calibration import Range, measure, of_weight
+from stages.export.rotation import RotatedFolder, turn
 from stages.export.smoothing import groups_of, smoothed
 from stages.export.tensors import TensorFolder, write_weights
-from tests.stages.bundles import MODELS, make_checkpoint
+from stages.export.variants import read_model, without_mtp
+from tests.stages.bundles import (
+    LOOSE,
+    MODEL_ENGRAM,
+    MODELS,
+    files_of,
+    make_bundle,
+    make_checkpoint,
+)
 
 TOKENS = np.random.default_rng(0).integers(2, 384, (8, 32))
 OUTLIER = 60.0
@@ -209,3 +220,67 @@ def test_smoothing_helps_where_channels_stand_out(made: Made, tmp_path: Path) ->
     smooth, after = smoothed(source, Integers(made.config), ranges)
     fine = emulated(smooth, made.form(after), tmp_path / "fine")
     assert gap(model, fine) < 0.5 * gap(model, rough)
+
+
+def test_rotation_changes_nothing_that_is_not_rounded(made: Made) -> None:
+    folder = RotatedFolder(made.source.folder, made.config, seed=3)
+    bare = without_mtp(made.config)
+    turned = read_model(folder, bare, made.model)
+    assert all(torch.equal(p, torch.ones_like(p)) for p in norms_of(turned).values())
+    state, before = turned.state_dict(), made.model.state_dict()
+    assert not torch.allclose(state["lm_head.weight"], before["lm_head.weight"], atol=0.1)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            turned(torch.from_numpy(TOKENS)),
+            made.model(torch.from_numpy(TOKENS)),
+            atol=2e-4,
+            rtol=0,
+        )
+
+
+def norms_of(model: Transformer) -> dict[str, Tensor]:
+    """Weights of the norms that read the residual streams."""
+    leaves = ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")
+    return {name: p for name, p in model.named_parameters() if name.endswith(leaves)}
+
+
+def test_a_turn_is_orthogonal_and_drawn() -> None:
+    for width, block in ((128, 128), (96, 32), (7, 1)):
+        one, other = (turn(width, seed=seed) for seed in (1, 2))
+        torch.testing.assert_close(one @ one.T, torch.eye(width, dtype=torch.float64))
+        assert int((one[0] != 0).sum()) == block
+        assert not torch.equal(one, other)
+
+
+def test_rotation_helps_where_channels_stand_out(made: Made, tmp_path: Path) -> None:
+    model = planted(made, tmp_path / "planted")
+    source = TensorFolder(tmp_path / "planted")
+    rough = emulated(source, made.form(measure(model, TOKENS)), tmp_path / "rough")
+    folder = RotatedFolder(source.folder, made.config, seed=3)
+    bare = without_mtp(made.config)
+    ranges = measure(read_model(folder, bare, model), TOKENS)
+    form = Integers(bare)
+    known = {n: of_weight(ranges, n).whole for n in form.calibrated(folder.names)}
+    form = Integers(bare, ranges=known)
+    stored = write(folder, form, tmp_path / "turned")
+    (tmp_path / "turned" / "config.json").write_text(json.dumps(to_hf_config(bare)))
+    parity.prove_weights(folder, stored, form)
+    fine = parity.reload(stored, form, folder.names)
+    npu.emulate(fine, form, stored)
+    assert gap(model, fine) < 0.5 * gap(model, rough)
+
+
+def test_a_rotated_bundle_says_that_it_has_no_mtp_layer(tmp_path: Path) -> None:
+    make_bundle(tmp_path, "ascend", variants=("w8a8",), rotate=True, smooth=True, **LOOSE)
+    folder = files_of(tmp_path / "bundle") / "w8a8"
+    assert read_config(folder) == without_mtp(MODELS["v3"])
+    assert not any(".layers.3." in name for name in TensorFolder(folder).names)
+    card = (folder / "README.md").read_text()
+    assert "Weights were rotated and smoothed" in card
+    assert "The MTP layer is left out" in card
+    assert load_pretrained(folder).config == without_mtp(MODELS["v3"])
+
+
+def test_a_memory_is_not_rotated(made: Made) -> None:
+    with pytest.raises(ExportError, match=r"export\.rotate = true, but the model has a memory"):
+        RotatedFolder(made.source.folder, MODEL_ENGRAM, seed=3)
