@@ -255,7 +255,7 @@ def test_the_servable_recipes_differ_from_each_other_by_family_alone() -> None:
     assert {name: getattr(v32, name) for name in own} == {name: getattr(v3, name) for name in own}
     shared = own & set(V4Config.model_fields) - {"rope_scaling", "routed_scaling_factor"}
     differing = {name for name in shared if getattr(v3, name) != getattr(v4, name)}
-    assert differing == {"num_hidden_layers", "num_attention_heads"}
+    assert differing == {"num_hidden_layers", "num_attention_heads", "rope_theta"}
 
 
 def test_a_family_is_part_of_what_a_model_is_and_the_first_was_before_there_were_others() -> None:

@@ -39,8 +39,10 @@ class Range:
     high_C: Tensor
 
     def widen(self, x: Float[Tensor, "*B C"]) -> None:
-        """Take in what was seen."""
+        """Take in what was seen: nothing where a row is too short for an entry of a compressor."""
         flat = x.detach().flatten(0, -2).float().cpu()
+        if not len(flat):
+            return
         self.low_C = torch.minimum(self.low_C, flat.amin(0))
         self.high_C = torch.maximum(self.high_C, flat.amax(0))
 

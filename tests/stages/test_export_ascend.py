@@ -16,6 +16,7 @@ from model.weights.config import read_config
 from model.weights.families import to_hf
 from model.weights.files import load_pretrained
 from stages.export.ascend import Integers
+from stages.export.calibration import Range
 from stages.export.tensors import TensorFolder
 from tests.stages.bundles import LOOSE, MODEL, MODELS, files_of, make_bundle, unquantised_dtype
 
@@ -307,3 +308,9 @@ def ranges_of(made: Made, folder: Path) -> dict[str, tuple[float, float]]:
     """Which weights are static, whatever their ranges."""
     rows = json.loads((folder / "quant_model_description.json").read_text())
     return {name: (-1.0, 1.0) for name, kind in rows.items() if kind == "W8A8"}
+
+
+def test_a_module_that_sees_nothing_of_a_short_row_has_the_range_it_had() -> None:
+    seen = Range(torch.zeros(3), torch.ones(3))
+    seen.widen(torch.empty(2, 0, 3))
+    assert (seen.low_C.tolist(), seen.high_C.tolist()) == ([0, 0, 0], [1, 1, 1])
