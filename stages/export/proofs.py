@@ -90,14 +90,14 @@ def _prove_types(stored: TensorFolder, types: Mapping[str, str], place: str) -> 
     for name in stored.names:
         module, _, leaf = name.rpartition(".")
         kind = types[name]
+        owner = types.get(f"{module}.weight", kind)
+        if kind != owner and (kind != "FLOAT" or leaf in LEAVES[owner]):
+            raise ExportError(
+                f"{place}: row {name} says {kind}, row {module}.weight {owner}; export again"
+            )
         if kind == "FLOAT":
             if stored.read(name).dtype == torch.int8:
                 raise ExportError(f"{place}: row {name} says FLOAT of int8; export again")
-            owner = types.get(f"{module}.weight", kind)
-            if owner != kind and leaf in LEAVES[owner]:
-                raise ExportError(
-                    f"{place}: row {name} says FLOAT, row {module}.weight {owner}; export again"
-                )
         elif lacking := sorted(LEAVES[kind] - leaves[module]):
             raise ExportError(
                 f"{place}: row {name} says {kind}, which needs {module}.{lacking[0]}; export again"

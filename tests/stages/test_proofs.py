@@ -86,6 +86,10 @@ def linear(name: str, kind: str) -> Callable[[Rows], object]:
             rf"row {EXPERT}\.weight_scale says FLOAT, row {EXPERT}\.weight W8A8_DYNAMIC",
         ),
         (
+            lambda rows: rows.update({f"{EXPERT}.weight_offset": "W4A8_DYNAMIC"}),
+            rf"row {EXPERT}\.weight_offset says W4A8_DYNAMIC, row {EXPERT}\.weight W8A8_DYNAMIC",
+        ),
+        (
             lambda rows: rows.update(model_quant_type="W4A8_DYNAMIC"),
             r"row model_quant_type = 'W4A8_DYNAMIC', but no tensor has that type",
         ),
