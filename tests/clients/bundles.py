@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from configs.delivery import ExportConfig, ExportSpec, Target
 from configs.model import ModelConfig, V3Config, V4Config, V32Config
+from configs.shape import YarnConfig
 from model.weights.files import load_pretrained, save_pretrained
 from stages.artifacts import Bundle
 from stages.export.bundle import export
@@ -71,6 +72,8 @@ V4 = V4Config(
     num_experts_per_tok=2,
     num_hash_layers=1,
     max_position_embeddings=256,
+    # Which vllm-ascend cannot do without.
+    rope_scaling=YarnConfig(factor=4.0, original_max_position_embeddings=64),
     initializer_range=0.05,
 )
 MODELS: Mapping[str, ModelConfig] = {"v3": V3, "v32": V32, "v4": V4}

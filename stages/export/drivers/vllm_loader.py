@@ -118,12 +118,15 @@ def attend_anyhow() -> None:
 
 @contextmanager
 def without_products() -> Iterator[None]:
-    """No kernel of FP8 is looked for, of which this CPU may have none."""
+    """No kernel of FP8 is looked for, of which this CPU may have none, and nothing attends."""
     fp8: Any = importlib.import_module("vllm.model_executor.layers.quantization.fp8")
     fp8.init_fp8_linear_kernel = lambda **_: MagicMock()
     for name in dir(fp8):
         if name.startswith("select_fp8_moe_backend"):
             setattr(fp8, name, lambda *_, **__: (MagicMock(), MagicMock()))
+    # It would be told which tokens an indexer picked, and knows none.
+    backend: Any = importlib.import_module("vllm.v1.attention.backends.mla.triton_mla")
+    backend.TritonMLABackend.get_impl_cls = staticmethod(lambda: lambda *_, **__: MagicMock())
     yield
 
 
