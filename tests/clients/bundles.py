@@ -23,6 +23,8 @@ from stages.tokens import load_tokenizer
 from stages.verifiers import Problem
 from tests.conftest import workspace_at
 from tests.stages.bundles import BRIEF, Notebook, make_checkpoint, make_corpus
+from tests.stages.bundles import MODEL as NARROW_V3
+from tests.stages.bundles import MODEL_V32 as NARROW_V32
 
 V3 = V3Config(
     vocab_size=384,
@@ -76,7 +78,14 @@ V4 = V4Config(
     rope_scaling=YarnConfig(factor=4.0, original_max_position_embeddings=64),
     initializer_range=0.05,
 )
-MODELS: Mapping[str, ModelConfig] = {"v3": V3, "v32": V32, "v4": V4}
+MODELS: Mapping[str, ModelConfig] = {
+    "v3": V3,
+    "v32": V32,
+    "v4": V4,
+    "narrow-v3": NARROW_V3,
+    "narrow-v32": NARROW_V32,
+}
+"""The narrow ones have 80 rows of latent and rotated key: FP8 of 576 transformers cannot widen."""
 LOOSE: dict[str, Any] = {
     "min_top1_agreement": 0.3,
     "max_kl_nats": 0.5,
@@ -98,7 +107,7 @@ TRAINING_STEPS = 60
 
 
 def make_folders(root: Path, family: str) -> dict[str, Path]:
-    """Both targets' variants of one family, as `cuda/fp8`; the checkpoint is the same."""
+    """Both targets' variants of one of `MODELS`, as `cuda/fp8`; the checkpoint is the same."""
     checkpoint = make_checkpoint(root / "checkpoint", MODELS[family])
     if family == "v3":
         _teach(checkpoint.path())
