@@ -16,7 +16,8 @@ from typing import Any
 
 from configs.errors import ClientError
 from configs.model import ModelConfig
-from configs.shape import Family
+from configs.shape import FP8_BLOCK, Family
+from configs.v3 import V3Config
 from model import decode
 from model.drawing import Drawing
 from model.transformer import Transformer
@@ -160,11 +161,13 @@ def trials(sitting: Sitting, program: str) -> dict[str, Trial]:
 
 def _transformers(sitting: Sitting) -> dict[str, Trial]:
     _require(sitting, "transformers")
+    _require_whole_blocks(sitting)
     return {"greedy": partial(_greedy, "transformers_greedy.py", 600, {})}
 
 
 def _lm_eval(sitting: Sitting) -> dict[str, Trial]:
     _require(sitting, "transformers")
+    _require_whole_blocks(sitting)
     return {"sums": _sums}
 
 
@@ -211,6 +214,24 @@ def _require(sitting: Sitting, program: ServerName) -> None:
                     f"where it wants {rule.wants} ({rule.source}); try another program, or a model "
                     "of other sizes"
                 )
+
+
+def _require_whole_blocks(sitting: Sitting) -> None:
+    """transformers takes a block's rows to be those of the matrix by those of its scales.
+
+    That is 128 for up to 128 rows and for multiples of it; of V3's latent and rotated key, 512 + 64
+    rows on 5 blocks, it reads nothing (`finegrained_fp8.py`; seen in a trial).
+    """
+    config = sitting.config
+    if sitting.kind != "fp8" or not isinstance(config, V3Config):
+        return
+    rows = config.kv_lora_rank + config.qk_rope_head_dim
+    if rows > FP8_BLOCK and rows % FP8_BLOCK:
+        raise ClientError(
+            f"{sitting.folder}: transformers cannot widen FP8 of {rows} rows (kv_lora_rank + "
+            f"qk_rope_head_dim), which are neither up to {FP8_BLOCK} nor a multiple of it; try "
+            "bf16, or another program"
+        )
 
 
 def _require_loader(sitting: Sitting, program: ServerName) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from configs.delivery import ExportConfig, ExportSpec, Target
 from configs.model import ModelConfig, V3Config, V4Config, V32Config
+from configs.shape import YarnConfig
 from model.weights.files import load_pretrained, save_pretrained
 from stages.artifacts import Bundle
 from stages.export.bundle import export
@@ -22,6 +23,8 @@ from stages.tokens import load_tokenizer
 from stages.verifiers import Problem
 from tests.conftest import workspace_at
 from tests.stages.bundles import BRIEF, Notebook, make_checkpoint, make_corpus
+from tests.stages.bundles import MODEL as NARROW_V3
+from tests.stages.bundles import MODEL_V32 as NARROW_V32
 
 V3 = V3Config(
     vocab_size=384,
@@ -71,9 +74,18 @@ V4 = V4Config(
     num_experts_per_tok=2,
     num_hash_layers=1,
     max_position_embeddings=256,
+    # Which vllm-ascend cannot do without.
+    rope_scaling=YarnConfig(factor=4.0, original_max_position_embeddings=64),
     initializer_range=0.05,
 )
-MODELS: Mapping[str, ModelConfig] = {"v3": V3, "v32": V32, "v4": V4}
+MODELS: Mapping[str, ModelConfig] = {
+    "v3": V3,
+    "v32": V32,
+    "v4": V4,
+    "narrow-v3": NARROW_V3,
+    "narrow-v32": NARROW_V32,
+}
+"""The narrow ones have 80 rows of latent and rotated key: FP8 of 576 transformers cannot widen."""
 LOOSE: dict[str, Any] = {
     "min_top1_agreement": 0.3,
     "max_kl_nats": 0.5,
@@ -95,7 +107,7 @@ TRAINING_STEPS = 60
 
 
 def make_folders(root: Path, family: str) -> dict[str, Path]:
-    """Both targets' variants of one family, as `cuda/fp8`; the checkpoint is the same."""
+    """Both targets' variants of one of `MODELS`, as `cuda/fp8`; the checkpoint is the same."""
     checkpoint = make_checkpoint(root / "checkpoint", MODELS[family])
     if family == "v3":
         _teach(checkpoint.path())

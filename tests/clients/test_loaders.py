@@ -11,7 +11,7 @@ from model.transformer import Transformer
 from model.weights.files import save_pretrained
 from stages.export.programs import ask
 from stages.export.trial import Comparison
-from tests.clients.bundles import V3
+from tests.clients.bundles import NARROW_V3
 from tests.clients.conftest import Folders
 from tests.clients.environments import ready
 from tests.clients.trying import tried
@@ -61,13 +61,12 @@ def test_vllm_reads_no_row_of_a_recipes_fp8_wrongly(recipe: str, tmp_path: Path)
 
 
 def test_blocks_that_straddle_a_fused_matrix_are_found_out(tmp_path: Path) -> None:
-    """What export refuses: 64 rows of queries fill half a block, and vLLM says nothing."""
-    ragged = V3.model_copy(update={"q_lora_rank": 64})
+    """What export refuses: 64 rows of queries fill half a block, whose scale 64 of keys get."""
+    ragged = NARROW_V3.model_copy(update={"q_lora_rank": 64})
     save_pretrained(Transformer(ragged).initialize(seed=3), tmp_path, dtype="float8")
     made = read_back(tmp_path)
     rows = made["rows of weights equal to the files"]
-    layers = ragged.num_hidden_layers
-    assert rows.of - rows.equal >= 64 * layers
+    assert rows.of - rows.equal == 64 * ragged.num_hidden_layers
     assert "fused_qkv_a_proj" in rows.first_apart
 
 

@@ -8,8 +8,10 @@ from tests.clients.trying import require_equal, tried
 pytestmark = pytest.mark.clients
 
 
-@pytest.mark.parametrize("family", ["v32", "v4"])
-@pytest.mark.parametrize("variant", ["bf16", "fp8"])
+TRIED = [("v32", "bf16"), ("narrow-v32", "fp8"), ("v4", "bf16"), ("v4", "fp8")]
+
+
+@pytest.mark.parametrize(("family", "variant"), TRIED)
 def test_transformers_encodes_renders_and_continues_as_ingot(
     folders: Folders, family: str, variant: str
 ) -> None:

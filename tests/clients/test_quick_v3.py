@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from configs.errors import ClientError
 from stages.export.programs import PROGRAMS, find
 from stages.export.stored import read_config
 from stages.export.trial import Sitting, trials
@@ -16,13 +17,20 @@ from tests.clients.trying import require_equal, tried
 pytestmark = pytest.mark.clients
 
 
-@pytest.mark.parametrize("variant", ["bf16", "fp8"])
+@pytest.mark.parametrize(("family", "variant"), [("v3", "bf16"), ("narrow-v3", "fp8")])
 def test_transformers_encodes_renders_and_continues_as_ingot(
-    folders: Folders, variant: str
+    folders: Folders, family: str, variant: str
 ) -> None:
-    made = tried("transformers", folders("v3")[f"cuda/{variant}"])
+    made = tried("transformers", folders(family)[f"cuda/{variant}"])
     require_equal(made)
     assert made["texts encoded alike"].of == made["conversations encoded alike"].of == 64
+
+
+def test_what_transformers_cannot_widen_is_refused_before_it_is_started(
+    folders: Folders,
+) -> None:
+    with pytest.raises(ClientError, match="cannot widen FP8 of 576 rows"):
+        tried("transformers", folders("v3")["cuda/fp8"])
 
 
 @pytest.mark.parametrize("variant", ["bf16", "fp8"])

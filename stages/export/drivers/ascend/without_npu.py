@@ -21,8 +21,9 @@ def patched() -> Iterator[None]:
     prefill: Any = importlib.import_module("vllm.v1.attention.backends.mla.prefill.flash_attn")
     prefill.flash_attn_varlen_func = MagicMock()
     importlib.import_module("vllm_ascend.quantization.modelslim_config")
+    v4: Any = importlib.import_module("vllm_ascend.models.deepseek_v4")
+    v4.FusedMoE = _without_routing(v4.FusedMoE)
     # The class itself: by its name, vLLM would look at it in a process that has no stand-in.
-    v4 = importlib.import_module("vllm_ascend.models.deepseek_v4")
     vllm.ModelRegistry.register_model("DeepseekV4ForCausalLM", v4.AscendDeepseekV4ForCausalLM)
     importlib.import_module("vllm_ascend.quantization.method_adapters")
     dynamic: Any = importlib.import_module("vllm_ascend.quantization.methods.w8a8_dynamic")
@@ -40,6 +41,17 @@ def patched() -> Iterator[None]:
 
     dynamic.get_mc2_group = no_group
     yield
+
+
+def _without_routing(experts: Any) -> Any:
+    """Experts that are not told how tokens are routed to them by hash, which loads nothing."""
+
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in ("hash", "tid2eid"):
+            kwargs.pop(name, None)
+        experts.__init__(self, *args, **kwargs)
+
+    return type("Experts", (experts,), {"__init__": make})
 
 
 def _settings() -> MagicMock:
