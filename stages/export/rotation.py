@@ -114,5 +114,6 @@ def turn(width: int, *, seed: int) -> Float[Tensor, "D D"]:
         hadamard = torch.cat([above, torch.cat([hadamard, -hadamard], 1)])
     generator = torch.Generator().manual_seed(derive(seed, "export", "turn"))
     signs_D = 2.0 * torch.randint(0, 2, (width,), generator=generator).double() - 1
-    blocks = torch.block_diag(*[hadamard / block**0.5] * (width // block))
-    return signs_D.unsqueeze(1) * blocks
+    blocks: Tensor = torch.block_diag(*[hadamard / block**0.5] * (width // block))
+    turned: Tensor = signs_D.unsqueeze(1) * blocks
+    return turned

@@ -11,10 +11,10 @@ from model.transformer import Transformer
 from model.weights.files import save_pretrained
 from stages.export.programs import ask
 from stages.export.trial import Comparison
-from tests.clients.bundles import NARROW_V3
 from tests.clients.conftest import Folders
 from tests.clients.environments import ready
 from tests.clients.trying import tried
+from tests.stages.bundles import MODEL
 
 pytestmark = [pytest.mark.clients, pytest.mark.slow]
 MOST_PARAMETERS = 20_000_000
@@ -62,7 +62,7 @@ def test_vllm_reads_no_row_of_a_recipes_fp8_wrongly(recipe: str, tmp_path: Path)
 
 def test_blocks_that_straddle_a_fused_matrix_are_found_out(tmp_path: Path) -> None:
     """What export refuses: 64 rows of queries fill half a block, whose scale 64 of keys get."""
-    ragged = NARROW_V3.model_copy(update={"q_lora_rank": 64})
+    ragged = MODEL.model_copy(update={"q_lora_rank": 64})
     save_pretrained(Transformer(ragged).initialize(seed=3), tmp_path, dtype="float8")
     made = read_back(tmp_path)
     rows = made["rows of weights equal to the files"]
