@@ -40,11 +40,13 @@ DEVICE_FILES = {"cluster/backend.py", "cluster/autoload.py"}
 NOT_DEVICES = {
     # What a bundle is made for.
     "stages/artifacts.py": {"cuda"},
-    "stages/export/bundle.py": {"cuda"},
+    "stages/export/variants.py": {"cuda"},
     "stages/export/servers.py": {"cuda"},
     "stages/export/footprint.py": {"cuda"},
     "pipeline/verbs/verify.py": {"cuda"},
-    # Told to a reader, who sets them.
+    # Told to a reader.
+    "stages/export/described.py": {"NPU"},
+    "stages/export/emulator.py": {"NPU"},
     "stages/export/serving.py": {"HCCL_OP_EXPANSION_MODE", "HCCL_BUFFSIZE"},
     # Recorded of this process, whatever it computes on.
     "pipeline/provenance.py": {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"},

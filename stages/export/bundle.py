@@ -17,7 +17,7 @@ from model.weights.files import load_pretrained
 from stages.artifacts import Asked, Bundle, Checkpoint, Corpus, Parity, Report
 from stages.contract import Workspace, fills
 from stages.conventions import Conventions, as_field, read_conventions
-from stages.export import blame, face, npu, parity, proofs, served
+from stages.export import blame, emulator, face, parity, proofs, served
 from stages.export.ascend import DESCRIPTION, Integers
 from stages.export.card import Served, render
 from stages.export.client import Client
@@ -221,8 +221,8 @@ def _prove(
     client = _prove_files(proof, source, stored, form)
     model = parity.reload(stored, form, source.names)
     if isinstance(form, Integers):
-        npu.prove(source, stored, form, seed=proof.config.seed)
-        npu.emulate(model, form, stored)
+        emulator.prove(source, stored, form, seed=proof.config.seed)
+        emulator.emulate(model, form, stored)
     model.to(parity.device_of(proof.reference))
     num_bytes = parity.bytes_of(proof.exam.tokenizer, proof.rows_NS)
     measured = parity.compare(proof.reference, model, proof.rows_NS, num_bytes=num_bytes)

@@ -11,7 +11,7 @@ each token, as they come |
 
 A server holds scales of weights and activations in the model's own type, bfloat16. So every scale
 here is a bfloat16 number, rounded up: what is proved of a weight holds of the server's too.
-`stages/export/npu.py` computes as the server does.
+`stages/export/emulator.py` computes as the server does.
 
 Axes: R rows (outputs of a Linear), C columns (inputs).
 """

@@ -149,7 +149,7 @@ def prove(source: TensorFolder, stored: TensorFolder, form: Integers, *, seed: i
     for name in names:
         scheme, w_RC = form.scheme(name), form.decode(name, stored.read).double()
         assert scheme is not None
-        x_TC = _exact_tokens(scheme, w_RC.shape[1], derive(seed, "export", "npu", name))
+        x_TC = _exact_tokens(scheme, w_RC.shape[1], derive(seed, "export", "emulator", name))
         found_TR = Product(form, stored, name)(x_TC).double()
         missed_TR = (found_TR - x_TC.double() @ w_RC.T).abs()
         wrong_R = (missed_TR > _SLACK * (x_TC.double().abs() @ w_RC.abs().T) + 1e-30).any(0)

@@ -17,7 +17,7 @@ from configs.model import ModelConfig
 from model.transformer import Transformer
 from model.weights.config import read_config, to_hf_config
 from model.weights.files import load_pretrained, save_pretrained
-from stages.export import npu, parity
+from stages.export import emulator, parity
 from stages.export.ascend import Integers
 from stages.export.calibration import Range, measure, of_weight
 from stages.export.rotation import RotatedFolder, turn
@@ -60,7 +60,7 @@ class Made:
 
 @pytest.fixture(scope="module", params=MODELS)
 def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Made:
-    folder = make_checkpoint(tmp_path_factory.mktemp("npu"), MODELS[request.param]).path()
+    folder = make_checkpoint(tmp_path_factory.mktemp("integers"), MODELS[request.param]).path()
     model = load_pretrained(folder)
     return Made(TensorFolder(folder), model, measure(model, TOKENS))
 
@@ -75,7 +75,7 @@ def write(source: TensorFolder, form: Integers, folder: Path) -> TensorFolder:
 def emulated(source: TensorFolder, form: Integers, folder: Path) -> Transformer:
     stored = write(source, form, folder)
     model = parity.reload(stored, form, source.names)
-    npu.emulate(model, form, stored)
+    emulator.emulate(model, form, stored)
     return model
 
 
@@ -101,7 +101,7 @@ def test_products_are_those_of_integers_alone(made: Made, tmp_path: Path) -> Non
             scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
             q = np.rint(x / scale).astype(np.int64)
             wanted = (q @ weight.T) * parts["weight_scale"].T * scale
-        found = npu.Product(form, stored, name)(torch.from_numpy(x)).numpy()
+        found = emulator.Product(form, stored, name)(torch.from_numpy(x)).numpy()
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6 * np.abs(wanted).max())
     assert kinds == ({"W8A8_DYNAMIC"} if made.config.family == "v4" else {"W8A8", "W8A8_DYNAMIC"})
 
@@ -109,7 +109,7 @@ def test_products_are_those_of_integers_alone(made: Made, tmp_path: Path) -> Non
 def test_everything_that_is_quantised_is_emulated(made: Made, tmp_path: Path) -> None:
     form = made.form()
     model = emulated(made.source, form, tmp_path / "w8a8")
-    products = [one for one in model.modules() if isinstance(one, npu.Product)]
+    products = [one for one in model.modules() if isinstance(one, emulator.Product)]
     assert len(products) == sum(form.scheme(name) is not None for name in made.source.names) > 20
     with torch.no_grad():
         one, other = (m(torch.from_numpy(TOKENS)) for m in (model, made.model))
@@ -139,27 +139,27 @@ def test_a_wrong_tensor_is_named(
     name = found[len(found) // 2]
     (path,) = (tmp_path / "w8a8").glob("*.safetensors")
     tensors = load_file(path)
-    assert npu.prove(made.source, TensorFolder(path.parent), form, seed=0) == len(
+    assert emulator.prove(made.source, TensorFolder(path.parent), form, seed=0) == len(
         [n for n in made.source.names if form.scheme(n) is not None]
     )
     part = next(p for p in form.parts(name) if p.endswith(f".{leaf}"))
     tensors[part] = change(tensors[part]).contiguous()
     save_file(tensors, path)
     with pytest.raises(ExportError, match=rf"{name}: output \d+ of the product that an NPU"):
-        npu.prove(made.source, TensorFolder(path.parent), form, seed=0)
+        emulator.prove(made.source, TensorFolder(path.parent), form, seed=0)
 
 
 def test_a_wrong_bias_of_four_bits_is_named(made: Made, tmp_path: Path) -> None:
     form = Integers(made.config, "w4a8")
     write(made.source, form, tmp_path / "w4a8")
     (path,) = (tmp_path / "w4a8").glob("*.safetensors")
-    assert npu.prove(made.source, TensorFolder(path.parent), form, seed=0)
+    assert emulator.prove(made.source, TensorFolder(path.parent), form, seed=0)
     tensors = load_file(path)
     name = next(n for n in tensors if n.endswith("scale_bias"))
     tensors[name] *= 1.01
     save_file(tensors, path)
     with pytest.raises(ExportError, match=f"{name} is not 8 times the sum"):
-        npu.prove(made.source, TensorFolder(path.parent), form, seed=0)
+        emulator.prove(made.source, TensorFolder(path.parent), form, seed=0)
 
 
 def planted(made: Made, folder: Path) -> Transformer:
@@ -266,7 +266,7 @@ def test_rotation_helps_where_channels_stand_out(made: Made, tmp_path: Path) -> 
     (tmp_path / "turned" / "config.json").write_text(json.dumps(to_hf_config(bare)))
     parity.prove_weights(folder, stored, form)
     fine = parity.reload(stored, form, folder.names)
-    npu.emulate(fine, form, stored)
+    emulator.emulate(fine, form, stored)
     assert gap(model, fine) < 0.5 * gap(model, rough)
 
 
