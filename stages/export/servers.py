@@ -55,7 +55,13 @@ SERVERS: Mapping[Program, Server] = {
         {"v3": _BOTH, "v32": _BOTH, "v4": _BOTH},
         {},
     ),
-    "vllm": Server("vLLM 0.32.0 on GPUs", ("cuda",), gpu_rules.VLLM, {}, {"v3": _variants("fp8")}),
+    "vllm": Server(
+        "vLLM 0.32.0 on GPUs",
+        ("cuda",),
+        gpu_rules.VLLM,
+        {},
+        {"v3": _variants("fp8"), "v32": _variants("fp8")},
+    ),
     "vllm-cpu": Server(
         "vLLM 0.32.0 on CPUs", ("cuda",), gpu_rules.VLLM_CPU, {"v3": _variants("bf16")}, {}
     ),

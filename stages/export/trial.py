@@ -26,6 +26,7 @@ from stages.conventions import read_end_tokens
 from stages.export.client import Client
 from stages.export.programs import DRIVERS, Found, ask, call, run
 from stages.export.rules import Program as ServerName
+from stages.export.rules import broken_latent
 from stages.export.servers import SERVERS
 from stages.prompts import answer_text
 from stages.verifiers import Problem, verify
@@ -222,15 +223,12 @@ def _require_whole_blocks(sitting: Sitting) -> None:
     That is 128 for up to 128 rows and for multiples of it; of V3's latent and rotated key, 512 + 64
     rows on 5 blocks, it reads nothing (`finegrained_fp8.py`; seen in a trial).
     """
-    config = sitting.config
-    if sitting.kind != "fp8" or not isinstance(config, V3Config):
+    if sitting.kind != "fp8" or not isinstance(sitting.config, V3Config):
         return
-    rows = config.kv_lora_rank + config.qk_rope_head_dim
-    if rows > FP8_BLOCK and rows % FP8_BLOCK:
+    for found in broken_latent(sitting.config):
         raise ClientError(
-            f"{sitting.folder}: transformers cannot widen FP8 of {rows} rows (kv_lora_rank + "
-            f"qk_rope_head_dim), which are neither up to {FP8_BLOCK} nor a multiple of it; try "
-            "bf16, or another program"
+            f"{sitting.folder}: transformers cannot widen FP8 of so many rows: {found}, which is "
+            f"neither up to {FP8_BLOCK} nor a multiple of it; try bf16, or another program"
         )
 
 
