@@ -92,6 +92,15 @@ class ExportConfig(Frozen):
     def _each_once(cls, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
         return tuple(sorted(set(variants)))
 
+    @model_validator(mode="after")
+    def _smoothing_knows_activations(self) -> Self:
+        if self.smooth and not self.calibration_rows:
+            raise ValueError(
+                "smooth = true, but calibration_rows = 0: which channels stand out is measured on "
+                "them; raise calibration_rows, or leave smooth out"
+            )
+        return self
+
 
 class Gate(Frozen):
     """What a figure must come to."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from configs.errors import ConfigError
 from configs.reading import load_recipe
 from configs.recipe import Recipe
 from pipeline.graph import make_graph
@@ -87,6 +88,11 @@ def test_a_setting_without_meaning_rebuilds_nothing(
         ("tiny", (), "data.held_out_share=0.1", "data"),
         ("tiny", (), "export.variants=['bf16', 'w8a8']", "export.cuda"),
         ("tiny", (), "export.samples_per_problem=9", "export.cuda"),
+        ("tiny", (), "export.fp8_scales='ue8m0'", "export.cuda"),
+        ("tiny", (), "export.calibration_rows=0", "export.ascend"),
+        ("tiny", (), "export.smooth=true", "export.ascend"),
+        ("tiny", (), "export.rotate=true", "export.ascend"),
+        ("tiny", (), "export.mindie=true", "export.ascend"),
         # Not the weights, but the artifact's history.
         ("tiny", (), "posttrain.evaluate_every_steps=7", "posttrain"),
         ("tiny", (), "posttrain.evaluate_every_steps=90", "posttrain"),
@@ -105,6 +111,18 @@ def test_leaving_fp8_out_does_not_touch_the_ascend_bundle() -> None:
     before = fingerprints("tiny")
     after = fingerprints("tiny", "export.variants=['bf16', 'w8a8']")
     assert before["export.ascend"] == after["export.ascend"]
+
+
+def test_how_integers_are_made_does_not_touch_the_cuda_bundle() -> None:
+    before, after = fingerprints("tiny"), fingerprints("tiny", "export.smooth=true")
+    assert before["export.cuda"] == after["export.cuda"]
+    after = fingerprints("tiny", "export.fp8_scales='ue8m0'")
+    assert before["export.ascend"] == after["export.ascend"]
+
+
+def test_smoothing_without_calibration_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"smooth = true, but calibration_rows = 0: .* raise"):
+        fingerprints("tiny", "export.smooth=true", "export.calibration_rows=0")
 
 
 def test_rules_for_text_mean_nothing_where_there_is_none() -> None:
