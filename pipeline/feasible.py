@@ -15,6 +15,7 @@ from configs.recipe import Recipe
 from pipeline.phases import said_in
 from stages.byte_level import odd_token
 from stages.evaluate.face import reported
+from stages.export.layouts import misfit
 from stages.export.servers import bundles, verdicts
 from stages.imported.face import read_base
 from stages.names import TOKENIZER
@@ -99,10 +100,13 @@ def check_base(recipe: Recipe, base: str, model: ModelConfig) -> None:
 
 
 def check_variants(recipe: Recipe, model: ModelConfig) -> None:
-    """What servers would read wrongly of the bundles asked for."""
+    """What no bundle can be of what is asked for, and what servers would read wrongly."""
     asked = recipe.export
     if asked is None:
         return
+    for target in asked.targets:
+        if (fault := misfit(model, asked, target)) is not None:
+            raise ConfigError(fault)
     owner = "model" if recipe.base is None else f"base = {recipe.base!r}: its config"
     for target, variant in bundles(asked.targets, asked.variants):
         for verdict in verdicts(model, target, variant):

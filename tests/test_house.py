@@ -41,9 +41,11 @@ NOT_DEVICES = {
     # What a bundle is made for.
     "stages/artifacts.py": {"cuda"},
     "stages/export/variants.py": {"cuda"},
+    "stages/export/layouts.py": {"cuda"},
     "stages/export/servers.py": {"cuda"},
     "stages/export/footprint.py": {"cuda"},
     "pipeline/verbs/verify.py": {"cuda"},
+    "stages/export/programs.py": {"CUDA"},
     # Told to a reader.
     "stages/export/described.py": {"NPU"},
     "stages/export/emulator.py": {"NPU"},

@@ -48,7 +48,7 @@ def scales_of(name: str, kind: str, stored: Collection[str]) -> tuple[str, ...]:
     `widen` or, of more than one, `widen_integers` takes them in this order. ArtifactError names
     those that are missing, or that cannot belong to one weight.
     """
-    stem = name.removesuffix("weight")
+    stem = f"{name.removesuffix('.weight')}."
     in_blocks = (f"{name}_scale_inv", f"{stem}scale")
     of_rows = (f"{name}_scale", f"{name}_offset")
     choices: list[tuple[str, ...]] = [(one,) for one in in_blocks]

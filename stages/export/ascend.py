@@ -29,12 +29,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from configs.delivery import Variant
-from configs.errors import ExportError
 from configs.model import ModelConfig, V4Config
 from model.weights.config import table_of
 from model.weights.families import narrowest
 from stages.export.formats import INDEX, Bf16, Read
-from stages.export.schemes import CHUNKS, Dynamic4, Dynamic8, Scheme, Static8
+from stages.export.layouts import CHUNKS
+from stages.export.schemes import Dynamic4, Dynamic8, Scheme, Static8
 
 DESCRIPTION = "quant_model_description.json"
 KINDS = ("FLOAT", "W8A8_DYNAMIC", "W8A8", "W4A8_DYNAMIC")
@@ -59,16 +59,6 @@ class Integers:
     stem: str = "quant_model_weights"
     index_names: tuple[str, ...] = (INDEX, "quant_model_weights.safetensors.index.json")
     """ModelSlim's documents disagree on the name; vLLM's loader reads the first."""
-
-    def __post_init__(self) -> None:
-        """ExportError if the experts have sizes that cannot be packed."""
-        inner, width = self.model.moe_intermediate_size, self.model.hidden_size
-        if self.variant == "w4a8" and (inner % CHUNKS or width % 2):
-            raise ExportError(
-                f"export.variants asks for w4a8, but of this model moe_intermediate_size = {inner} "
-                f"and hidden_size = {width}: the first must be a multiple of {CHUNKS} and the "
-                "second even; leave w4a8 out, or train a model of other sizes"
-            )
 
     @property
     def config_entries(self) -> Mapping[str, Any]:

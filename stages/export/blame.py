@@ -7,8 +7,9 @@ thirty for a model of 61 layers and 256 experts. Rounding errors add up nearly, 
 holds the heaviest tensor wherever one stands out; where none does, any answer is as good.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from model.weights.config import table_of
 from model.weights.files import load_state
 from stages.export import parity
 from stages.export.formats import Format
-from stages.export.tensors import TensorFolder
+from stages.export.tensors import Reading, TensorFolder
 from stages.shards import Int64
 
 
@@ -32,10 +33,18 @@ class Culprit:
     layer_kl_nats: float
     """The same with all tensors of its layer."""
     whole_kl_nats: float
-    """The same with all tensors: the variant itself."""
+    """The same with all tensors."""
+    measured_kl_nats: float
+    """Of the variant itself, whose activations may be rounded too."""
 
     def __str__(self) -> str:
         """As the end of a sentence that says what is wrong."""
+        if self.whole_kl_nats < self.measured_kl_nats / 2:
+            return (
+                f"; activations are to blame before weights, whose rounding alone makes "
+                f"{self.whole_kl_nats:.3g} of {self.measured_kl_nats:.3g} nats: raise "
+                "export.calibration_rows, or set export.smooth or export.rotate"
+            )
         return (
             f"; {self.tensor} is to blame before others: its rounding alone makes "
             f"{self.kl_nats:.3g} of {self.whole_kl_nats:.3g} nats, that of {self.layer} "
@@ -49,15 +58,23 @@ def find_culprit(
     form: Format,
     reference: Transformer,
     rows_NS: Int64,
+    measured_kl_nats: float,
 ) -> Culprit:
-    """The culprit by the first rows of `rows_NS`, one batch of them; `reference` is the source."""
+    """The culprit by the first rows of `rows_NS`, one batch of them; `reference` is the source, and
+    `measured_kl_nats` what the variant came to on all of them."""
     copies = table_of(form.model).copies(form.model)
     names = dict.fromkeys(name for name in source.names if name not in copies)
     mixed = Transformer(form.model).to(parity.device_of(reference)).eval()
     rows_BS = rows_NS[: parity.BATCH_ROWS]
 
+    def read(swapped: frozenset[str], name: str) -> Tensor:
+        if name in swapped:
+            return form.decode(name, stored.read)
+        x = source.read(name)
+        return x.float() if x.is_floating_point() else x
+
     def kl(swapped: Sequence[str]) -> float:
-        load_state(mixed, _Mixed(names, frozenset(swapped), source, stored, form))
+        load_state(mixed, Reading(names, partial(read, frozenset(swapped))))
         return parity.compare(reference, mixed, rows_BS).mean_kl_nats
 
     layers: dict[str, list[str]] = {}
@@ -65,7 +82,7 @@ def find_culprit(
         layers.setdefault(parity.layer_of(name), []).append(name)
     layer = _heaviest(list(layers), lambda some: kl([n for one in some for n in layers[one]]))
     tensor = _heaviest(layers[layer], kl)
-    return Culprit(layer, tensor, kl([tensor]), kl(layers[layer]), kl([*names]))
+    return Culprit(layer, tensor, kl([tensor]), kl(layers[layer]), kl([*names]), measured_kl_nats)
 
 
 def _heaviest(candidates: Sequence[str], weigh: Callable[[Sequence[str]], float]) -> str:
@@ -74,31 +91,3 @@ def _heaviest(candidates: Sequence[str], weigh: Callable[[Sequence[str]], float]
         middle = len(candidates) // 2
         candidates = max((candidates[:middle], candidates[middle:]), key=weigh)
     return candidates[0]
-
-
-@dataclass(frozen=True, slots=True)
-class _Mixed(Mapping[str, Tensor]):
-    """The source's tensors, some as the variant has them, read when they are asked for."""
-
-    names: Mapping[str, None]
-    swapped: frozenset[str]
-    source: TensorFolder
-    stored: TensorFolder
-    form: Format
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
-        if name in self.swapped:
-            return self.form.decode(name, self.stored.read)
-        x = self.source.read(name)
-        return x.float() if x.is_floating_point() else x
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)

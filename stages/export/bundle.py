@@ -108,6 +108,7 @@ def export(
                 weight_bytes,
                 shortfall,
                 config.export,
+                form.model,
             ),
             corpus,
             checkpoint,
@@ -235,7 +236,10 @@ def _prove(
     )
     named = {f"{variant}/{name}": value for name, value in measured.measured().items()}
     work.tracker.log(named, step=step + 1)
-    blamed = partial(blame.find_culprit, source, stored, form, proof.reference, proof.rows_NS)
+    blamed = partial(
+        blame.find_culprit,
+        *(source, stored, form, proof.reference, proof.rows_NS, measured.mean_kl_nats),
+    )
     parity.require(measured, variant, config, lambda: str(blamed()))
     asked = served.ask_variant(client, model, proof.exam)
     told = f"{measured.top1_agreement:.2%} of {measured.positions:,} likeliest tokens as in the "

@@ -17,6 +17,7 @@ from configs.seed import derive
 from model.layers import RMSNorm
 from model.transformer import Transformer
 from stages.artifacts import Corpus
+from stages.segments import segments_of
 from stages.shards import Int64, Rows
 
 BATCH_ROWS = 8
@@ -96,7 +97,8 @@ def measure(model: Transformer, rows_NS: Int64) -> dict[str, Range]:
     device = next(model.parameters()).device
     try:
         for start in range(0, len(rows_NS), BATCH_ROWS):
-            model(torch.from_numpy(rows_NS[start : start + BATCH_ROWS]).to(device))
+            tokens_BS = torch.from_numpy(rows_NS[start : start + BATCH_ROWS])
+            model(tokens_BS.to(device), segments_of(tokens_BS).to(device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -33,6 +33,8 @@ class Served:
     """Why the model is not what was asked for, if it is not."""
     settings: ExportConfig = field(default_factory=ExportConfig)
     """How the variant was asked for."""
+    model: ModelConfig | None = None
+    """What the variant holds, if it is not all of its source's model."""
 
 
 def _warning(served: Served) -> str:
@@ -44,7 +46,7 @@ def _warning(served: Served) -> str:
 
 def render(served: Served, corpus: Corpus, source: Checkpoint, conventions: Conventions) -> str:
     """Markdown for one variant. Says nothing that the artifacts do not record."""
-    model, variant, parity = source.model, served.variant, served.parity
+    model, variant, parity = served.model or source.model, served.variant, served.parity
     memory = ", with a memory of n-grams (Engram)" if model.engram else ""
     return f"""\
 ---
@@ -84,7 +86,7 @@ between two nearly tied experts, so the largest logit error may be far above the
 {_speaking(corpus, source, conventions)}
 ## Limits
 
-{limits(model, variant, served.settings)}"""
+{limits(model, variant, served.settings, source.model)}"""
 
 
 def _as_text(parity: Parity) -> str:

@@ -29,8 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from configs.delivery import Variant
-from configs.errors import ExportError
-from configs.model import ModelConfig, V4Config
+from configs.model import ModelConfig
 from model.fp8.format import E2M1_MAX, E4M3_MAX, TILE, from_e2m1, pack_e2m1, unpack_e2m1
 from model.fp8.fp4 import GROUP, to_fp4
 from model.weights.config import table_of
@@ -140,21 +139,6 @@ class Fp4Experts(Fp8Blocks):
     variant: Variant = "fp4"
     scales: ScaleType | None = "e8m0"
     """As released: a byte each, of blocks and of groups."""
-
-    def __post_init__(self) -> None:
-        """ExportError if the family has no such layout, or rows do not fill whole bytes."""
-        if not isinstance(self.model, V4Config):
-            raise ExportError(
-                f"export.variants asks for fp4, but the model is of family {self.model.family}: "
-                "servers read experts in FP4 of V4 alone; leave fp4 out"
-            )
-        sizes = {"hidden_size": self.model.hidden_size}
-        sizes["moe_intermediate_size"] = self.model.moe_intermediate_size
-        if odd := {name: size for name, size in sizes.items() if size % 2}:
-            raise ExportError(
-                f"export.variants asks for fp4, but of this model {odd}: two values share a byte; "
-                "leave fp4 out, or train a model of even sizes"
-            )
 
     @property
     def expert_type(self) -> str:

@@ -54,8 +54,14 @@ def stored(model: ModelConfig, variant: str, settings: ExportConfig) -> str:
     words, memory = WORDS[model.family], ", the memory" if model.engram else ""
     wide = f"embeddings, output head{memory}, norms and {words.bfloat16} in bfloat16, "
     wide += f"{words.exact} in float32."
-    scales = "float32 scale, a power of two," if settings.fp8_scales == "ue8m0" else words.scales
-    kept = f"{words.unrounded}, norms, embeddings, output head{memory} and the MTP layer in "
+    asked = {
+        "ue8m0": "float32 scale, a power of two,",
+        "float32": "float32 scale",
+        None: words.scales,
+    }
+    scales = asked[settings.fp8_scales]
+    mtp = " and the MTP layer" if model.num_nextn_predict_layers else ""
+    kept = f"{words.unrounded}, norms, embeddings, output head{memory}{mtp} in "
     kept += f"bfloat16, {words.exact} in float32. `quant_model_description.json` says which tensor "
     kept += "is which."
     attention = ""
@@ -100,7 +106,7 @@ def computed(variant: str) -> str:
     )
 
 
-def limits(model: ModelConfig, variant: str, settings: ExportConfig) -> str:
+def limits(model: ModelConfig, variant: str, settings: ExportConfig, source: ModelConfig) -> str:
     """What a reader must not expect, as a list."""
     found = [
         "It knows what its corpus taught it and nothing else; it was not aligned to be helpful or "
@@ -130,7 +136,7 @@ def limits(model: ModelConfig, variant: str, settings: ExportConfig) -> str:
             (True, True): "rotated and smoothed",
         }[settings.rotate, smoothed]
         found.append(f"Weights were {done} before rounding.")
-        if settings.rotate and model.num_nextn_predict_layers:
+        if source.num_nextn_predict_layers > model.num_nextn_predict_layers:
             found.append(
                 "The MTP layer is left out, so servers cannot draft with it: it shares the output "
                 "head with the model, but not the norm in front, which rotation multiplies in."

@@ -127,12 +127,13 @@ class IntegerExperts(RoutedExperts):
 
 def emulate(model: Transformer, form: Integers, stored: TensorFolder) -> None:
     """Let `model`, whose weights are those of `stored`, multiply as an NPU does."""
-    for name, module in list(model.named_modules()):
+    # By name alone: modules that were replaced are not kept.
+    for name in [name for name, _ in model.named_modules() if name]:
         path, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(path)
-        # What a module that was replaced had inside is gone with it.
-        if name and getattr(parent, leaf, None) is not module:
-            continue
+        try:
+            parent, module = model.get_submodule(path), model.get_submodule(name)
+        except AttributeError:
+            continue  # what a module that was replaced had inside is gone with it
         replaced = _integers(model, form, stored, name, module)
         if replaced is not None:
             setattr(parent, leaf, replaced)

@@ -6,7 +6,6 @@ Which sizes CANN's attention for V3 takes is not among them.
 
 from stages.export.gpu_rules import WITHOUT
 from stages.export.rules import (
-    BLOCKS,
     INT8,
     Rule,
     always,
@@ -24,11 +23,19 @@ VLLM_ASCEND = (
     Rule("vllm-ascend", WITHOUT, memory, "vllm/model_executor/models/registry.py", by_size=False),
     Rule(
         "vllm-ascend",
-        "FP8 needs an Ascend 950: A2 and A3 have none",
+        "no FP8: of its own it reads V4 with experts in FP4 alone",
+        always("FP8"),
+        "vllm_ascend/quantization/fp8_config.py, methods/fp8.py",
+        variants=("fp8",),
+        by_size=False,
+    ),
+    Rule(
+        "vllm-ascend",
+        "FP4 and FP8 need an Ascend 950: A2 and A3 have neither",
         always("FP8"),
         "vllm_ascend/quantization/fp8_config.py, methods/fp8.py",
         effect="needs",
-        variants=BLOCKS,
+        variants=("fp4",),
         by_size=False,
     ),
     Rule(

@@ -7,6 +7,7 @@ driver (`stages/export/drivers`) runs in it, reads a job and writes an answer.
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -178,13 +179,16 @@ def _wait(words: Sequence[str], folder: Path, output: Path, deadline_seconds: fl
             process.wait()
 
 
+_KEPT = re.compile(
+    r"PATH|HOME|USER|LANG|LC_\w+|TZ|TERM|LD_LIBRARY_PATH|CC|CXX|(CUDA|NVIDIA|OMP|MKL)_\w+"
+)
+"""Variables that other programs are given. Keys and tokens of ours are not for them."""
+
+
 def _environment(folder: Path) -> dict[str, str]:
-    """Ours without what names our packages; caches lie in `folder`, and no network is asked."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("PYTHON", "PYTEST", "VIRTUAL_ENV"))
-    }
+    """What a program needs of ours, no key of ours among it; caches lie in `folder`, and no network
+    is asked."""
+    kept = {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name)}
     return kept | {
         "TMPDIR": str(folder),
         "XDG_CACHE_HOME": str(folder),

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 
 from configs.errors import ExportError, IngotError
@@ -96,7 +95,7 @@ def _prove_types(stored: TensorFolder, types: Mapping[str, str], place: str) -> 
                 f"{place}: row {name} says {kind}, row {module}.weight {owner}; export again"
             )
         if kind == "FLOAT":
-            if stored.read(name).dtype == torch.int8:
+            if stored.kind(name) == "I8":
                 raise ExportError(f"{place}: row {name} says FLOAT of int8; export again")
         elif lacking := sorted(LEAVES[kind] - leaves[module]):
             raise ExportError(
@@ -107,9 +106,9 @@ def _prove_types(stored: TensorFolder, types: Mapping[str, str], place: str) -> 
                 f"{place}: row {name} says {kind}, whose tensors are "
                 f"{', '.join(sorted(LEAVES[kind]))}; export again"
             )
-        elif leaf == "weight" and stored.read(name).dtype != torch.int8:
+        elif leaf == "weight" and stored.kind(name) != "I8":
             raise ExportError(
-                f"{place}: row {name} says {kind} of {stored.read(name).dtype}; export again"
+                f"{place}: row {name} says {kind} of {stored.kind(name)}; export again"
             )
 
 

@@ -24,10 +24,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from configs.errors import ExportError
 from configs.model import ModelConfig, V4Config
 from configs.seed import derive
 from model.weights.config import table_of
+from stages.export.layouts import turn_width
 from stages.export.smoothing import readers_of
 from stages.export.tensors import TensorFolder
 
@@ -48,16 +48,8 @@ class RotatedFolder(TensorFolder):
     """A folder of a model whose tensors are read with its residual streams turned."""
 
     def __init__(self, folder: Path, model: ModelConfig, *, seed: int) -> None:
-        """The seed draws the turn. ExportError of a model with a memory, which reads streams too.
-
-        Tensors of the MTP layer are not among the names.
-        """
+        """The seed draws the turn; tensors of the MTP layer are not among the names."""
         super().__init__(folder)
-        if model.engram is not None:
-            raise ExportError(
-                "export.rotate = true, but the model has a memory (engram), which no server "
-                "reads; leave rotate out"
-            )
         table, prefix = table_of(model), table_of(model).mtp_prefix(model)
         self.file_of = {n: file for n, file in self.file_of.items() if not n.startswith(prefix)}
         self.turn_DD = turn(model.hidden_size, seed=seed)
@@ -107,7 +99,7 @@ class RotatedFolder(TensorFolder):
 
 def turn(width: int, *, seed: int) -> Float[Tensor, "D D"]:
     """float64: blocks of a Hadamard matrix with drawn signs, as wide as `width` divides by 2."""
-    block = width & -width
+    block = turn_width(width)
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     while len(hadamard) < block:
         above = torch.cat([hadamard, hadamard], 1)

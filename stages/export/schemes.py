@@ -27,9 +27,6 @@ from torch import Tensor
 from stages.export.formats import ARITHMETIC_SLACK, VANISHING
 
 INT8_MAX, INT4_MAX = 127, 7
-CHUNKS = 16
-"""Parts of the inputs that `scale_bias` of a down projection is summed over: its columns are
-divided over so many devices at most."""
 _ON_GRID = 1 + 2.0**-7
 """A scale rounded up to bfloat16 is at most so many times as large."""
 _CANDIDATES = 8

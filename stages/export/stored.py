@@ -22,17 +22,9 @@ from model.transformer import Transformer
 from model.weights import families
 from model.weights.config import from_hf_config, read_json, speaking_of, table_of
 from stages.export.ascend import DESCRIPTION
+from stages.export.companions import BESIDE, fault
 from stages.export.formats import INDEX
 
-_SCALES = ("weight_scale_inv", "weight_scale", "scale", "deq_scale")
-"""One of these must lie beside a quantised weight."""
-_BESIDE = frozenset(
-    {
-        *_SCALES,
-        *("weight_offset", "input_scale", "input_offset", "quant_bias", "scale_bias"),
-    }
-)
-"""Leaves that belong to a quantised weight and to no other module."""
 _PACKED = frozenset({"I8", "U8", "F4"})
 """Types of which one byte may hold two values, along either dim."""
 _QUANTISED = _PACKED | {"F8_E4M3"}
@@ -106,16 +98,22 @@ def check_tensors(folder: Path, config: ModelConfig, stored: Mapping[str, Stored
     }
     for name in stored.keys() - expected.keys():
         module, _, leaf = name.rpartition(".")
-        if module not in modules or leaf not in _BESIDE:
+        if module not in modules or leaf not in BESIDE:
             raise ArtifactError(
                 f"{folder}: {name} is stored, but no part of the model that config.json describes; "
                 "take the files of one export"
             )
     for module in sorted(modules):
-        if not any(f"{module}.{leaf}" in stored for leaf in _SCALES):
+        beside = {
+            leaf: stored[f"{module}.{leaf}"].shape
+            for leaf in BESIDE
+            if f"{module}.{leaf}" in stored
+        }
+        rows, columns = expected[f"{module}.weight"]
+        if (wrong := fault(beside, rows, columns)) is not None:
             raise ArtifactError(
                 f"{folder}: {module}.weight is stored as {stored[f'{module}.weight'].dtype}, but "
-                f"none of {', '.join(_SCALES)} lies beside it; export again"
+                f"{wrong}; export again"
             )
     _check_description(folder, stored)
 

@@ -6,7 +6,7 @@ model is never cut by hand, and a 600 GB one is exported by the same lines as a 
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class TensorFolder:
         tensor: Tensor = self._open[self.file_of[name]].get_tensor(name)
         return tensor
 
+    def kind(self, name: str) -> str:
+        """What safetensors calls the type of a tensor, such as `I8`; reads headers only."""
+        return str(self._open[self.file_of[name]].get_slice(name).get_dtype())
+
     def count_values(self) -> int:
         """Elements of all tensors together; reads headers only."""
         slices = (self._open[file].get_slice(name) for name, file in self.file_of.items())
@@ -72,6 +76,32 @@ class TensorFolder:
                 f"{path}: total_size = {index['metadata']['total_size']}, but the tensors have "
                 f"{total} bytes; export again"
             )
+
+
+class Reading(Mapping[str, Tensor]):
+    """Tensors by name, each read when it is asked for."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        """`read` gives the tensor of a name."""
+        self._names, self._read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> Tensor:
+        """What `read` gives; KeyError for a name that is not among them."""
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor; nothing is read."""
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, in their order."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._names)
 
 
 def write_weights(

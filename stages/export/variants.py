@@ -15,9 +15,10 @@ from stages.export.ascend import Integers
 from stages.export.calibration import calibration_rows, measure, of_weight
 from stages.export.cuda import Fp4Experts, Fp8Blocks
 from stages.export.formats import Bf16, Format
+from stages.export.layouts import misfit
 from stages.export.rotation import RotatedFolder
 from stages.export.smoothing import smoothed
-from stages.export.tensors import TensorFolder
+from stages.export.tensors import Reading, TensorFolder
 
 _USUAL = ExportConfig()
 
@@ -30,6 +31,8 @@ def formats(
     ExportError if FP8 is among them and servers would read this model's wrongly, if the model has
     no such variant, or if none is asked for.
     """
+    if (fault := misfit(model, config, target)) is not None:
+        raise ExportError(fault)
     makers: dict[str, Callable[[], Format]] = {"bf16": lambda: Bf16(model)}
     if target == "cuda":
         makers["fp8"] = lambda: Fp8Blocks(model, scales=_scales(model, config))
@@ -56,13 +59,8 @@ def formats(
 
 
 def _scales(model: ModelConfig, config: ExportConfig) -> ScaleType | None:
-    """Of FP8 blocks, if they are not to be the family's own."""
+    """Of FP8 blocks, if they are not to be the family's own, which V4's are always."""
     if config.fp8_scales is None or isinstance(model, V4Config):
-        if config.fp8_scales == "float32":
-            raise ExportError(
-                'export.fp8_scales = "float32", but V4 has powers of two for its scales, as its '
-                'released models do; leave it out, or set "ue8m0"'
-            )
         return None
     return "float32" if config.fp8_scales == "float32" else "powers"
 
@@ -81,7 +79,7 @@ def prepared(
     if asked.rotate:
         form = replace(form, model=without_mtp(form.model))
         source = RotatedFolder(source.folder, reference.config, seed=config.seed)
-    if not asked.calibration_rows:
+    if not asked.calibration_rows or not (asked.smooth or form.calibrated(source.names)):
         return form, source
     model = read_model(source, form.model, reference) if asked.rotate else reference
     ranges = measure(model, calibration_rows(corpus, asked.calibration_rows, seed=config.seed))
@@ -92,9 +90,9 @@ def prepared(
 
 
 def read_model(source: TensorFolder, config: ModelConfig, like: Transformer) -> Transformer:
-    """The float32 model in `source`, on the device of `like`."""
+    """The float32 model in `source`, on the device of `like`; one tensor is read at a time."""
     model = Transformer(config).to(next(like.parameters()).device)
-    load_state(model, {name: source.read(name) for name in source.names})
+    load_state(model, Reading(source.names, source.read))
     return model.eval()
 
 

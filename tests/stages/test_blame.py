@@ -50,7 +50,7 @@ def test_the_tensor_whose_rounding_moves_the_logits_is_found(family: str, tmp_pa
     write_weights(source, form, folder, max_shard_bytes=10**9, before_write=lambda: None)
     reference = load_pretrained(source.folder)
     rows_NS = parity.held_out_rows(make_corpus(tmp_path / "corpus", rows=1), 2, seed=1)
-    found = blame.find_culprit(source, TensorFolder(folder), form, reference, rows_NS)
+    found = blame.find_culprit(source, TensorFolder(folder), form, reference, rows_NS, 1e-6)
     assert (found.tensor, found.layer) == (form.coarse, parity.layer_of(form.coarse))
     # By itself it makes nearly all of the error, and no other tensor does.
     assert found.kl_nats > 0.8 * found.whole_kl_nats

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs.delivery import Variant
+from configs.delivery import ExportConfig, Variant
 from configs.errors import ExportError
 from configs.model import ModelConfig
 from model.weights.config import read_config
@@ -18,7 +18,16 @@ from model.weights.files import load_pretrained
 from stages.export.ascend import Integers
 from stages.export.calibration import Range
 from stages.export.tensors import TensorFolder
-from tests.stages.bundles import LOOSE, MODEL, MODELS, files_of, make_bundle, unquantised_dtype
+from stages.export.variants import formats
+from tests.stages.bundles import (
+    LOOSE,
+    MODEL,
+    MODEL_ENGRAM,
+    MODELS,
+    files_of,
+    make_bundle,
+    unquantised_dtype,
+)
 
 GLOBALS = {"model_quant_type", "version", "group_size", "metadata", "optional"}
 LINEARS = {
@@ -29,13 +38,13 @@ LINEARS = {
     "v4": {"wq_a", "wq_b", "wkv", "w1", "w2", "w3"},
 }
 LINEARS["v32"] = LINEARS["v3"]
+"""What ModelSlim's recipes quantise, wherever it is not in a compressor."""
 STATIC = {
     "v3": {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"},
     "v4": set[str](),
 }
 STATIC["v32"] = STATIC["v3"]
 """Whose activations the recipes calibrate."""
-"""What ModelSlim's recipes quantise, wherever it is not in a compressor."""
 FUSED = {
     "v3": {"up_proj": "gate_proj", "kv_a_proj_with_mqa": "q_a_proj"},
     "v4": {"w3": "w1", "wkv": "wq_a"},
@@ -280,11 +289,27 @@ def test_mindie_finds_its_keys_on_request() -> None:
     ]
 
 
-def test_sizes_that_cannot_be_packed_are_refused() -> None:
-    model = MODEL.model_copy(update={"moe_intermediate_size": 72})
-    assert Integers(model).variant == "w8a8"
-    with pytest.raises(ExportError, match=r"moe_intermediate_size = 72 .* multiple of 16"):
-        Integers(model, "w4a8")
+@pytest.mark.parametrize(
+    ("sizes", "settings", "message"),
+    [
+        (
+            {"moe_intermediate_size": 72},
+            {"variants": ("w4a8",)},
+            r"moe_intermediate_size = 72 .* multiple of 16 and the second of 8; leave w4a8 out",
+        ),
+        ({"hidden_size": 132}, {"variants": ("w4a8",)}, "hidden_size = 132: .*leave w4a8 out"),
+        ({"hidden_size": 120}, {"rotate": True}, "hidden_size = 120, of which 8 channels"),
+        ({"engram": MODEL_ENGRAM.engram}, {"rotate": True}, "rotate = true, .* leave rotate out"),
+    ],
+)
+def test_what_a_model_cannot_have_is_refused(
+    sizes: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    assert formats("ascend", MODEL, ExportConfig(**settings))
+    model = MODEL.model_copy(update=sizes)
+    assert formats("ascend", model)
+    with pytest.raises(ExportError, match=message):
+        formats("ascend", model, ExportConfig(**settings))
 
 
 @pytest.mark.parametrize("variant", ["w8a8", "w4a8"])
