@@ -93,6 +93,7 @@ def test_workers_that_ask_for_cpus_see_no_device(machines: ClusterConfig, tmp_pa
         assert seen_by(actors, tmp_path) == [["", ""], ["", ""]]
 
 
+@pytest.mark.slow
 def test_a_trainer_and_a_sampler_share_a_device_and_two_trainers_do_not(
     machines: ClusterConfig, tmp_path: Path
 ) -> None:
@@ -182,6 +183,7 @@ def test_workers_are_told_their_networks_and_how_results_repeat() -> None:
     assert remote_env["CUDA_VISIBLE_DEVICES"] == ""
 
 
+@pytest.mark.slow
 def test_the_devices_that_a_user_lists_are_those_that_are_shared_out(tmp_path: Path) -> None:
     script = (
         "import os, ray\n"

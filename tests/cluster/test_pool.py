@@ -105,6 +105,7 @@ def test_a_pool_trains_as_one_trainer_does(pool: TrainerPool, tmp_path: Path) ->
         pool.optim_step(RATE)
 
 
+@pytest.mark.slow
 def test_copies_of_experts_train_and_tell_as_one_trainer_does(
     machines: ClusterConfig, start: Path, logs: Path
 ) -> None:

@@ -99,6 +99,7 @@ def test_a_local_ray_has_two_cpus_at_least_and_listens_on_loopback(
     assert asked["address"] == "local"
 
 
+@pytest.mark.slow
 def test_a_local_ray_is_our_own_wherever_the_environment_points(tmp_path: Path) -> None:
     """With the address of another, no home and a folder too long for sockets, all at once."""
     long = tmp_path / ("x" * 60)

@@ -61,6 +61,7 @@ def test_the_steps_that_were_asked_for_are_traced_on_that_rank(tmp_path: Path) -
     }
 
 
+@pytest.mark.slow
 def test_a_resumed_training_traces_what_it_still_does(tmp_path: Path) -> None:
     on_ranks(2, tmp_path / "before", train, str(tmp_path), 2, 90, 99)
     assert not (tmp_path / "logs").exists()
@@ -126,6 +127,7 @@ def test_why_there_is_none_is_said(tmp_path: Path) -> None:
     assert untraced(output, asked, 5) is None
 
 
+@pytest.mark.slow
 def test_a_pool_traces_a_step_of_several_calls(machines: ClusterConfig, tmp_path: Path) -> None:
     save_pretrained(random_model(), tmp_path / "start")
     balance = BalanceConfig(bias_update_speed=0.01)

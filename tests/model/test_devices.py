@@ -85,7 +85,7 @@ def trained_on_device(recipe: str, folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=each_recipe("tiny", "tiny-engram"))
+@pytest.fixture(scope="module", params=each_recipe("tiny"))
 def both(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], dict[str, Any]]:

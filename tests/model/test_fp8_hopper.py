@@ -43,7 +43,10 @@ def tools() -> Path | None:
     return folder if (folder / "nvdisasm").is_file() else None
 
 
-pytestmark = pytest.mark.skipif(tools() is None, reason="this Triton brings no nvdisasm")
+pytestmark = [
+    pytest.mark.skipif(tools() is None, reason="this Triton brings no nvdisasm"),
+    pytest.mark.slow,
+]
 
 Table = dict[str, dict[str, Any]]
 
@@ -106,7 +109,6 @@ def test_nothing_spills_on_hopper(hopper: Table) -> None:
     assert_nothing_spills(hopper)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 89])
 def test_nothing_spills_on_older_devices(capability: int, tmp_path: Path) -> None:
     assert_nothing_spills(compiled(capability, tmp_path))

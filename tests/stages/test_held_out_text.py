@@ -175,6 +175,7 @@ def test_a_measurement_is_heard_by_no_telemetry(corpus: Corpus) -> None:
     assert heard() == before
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does(corpus: Corpus, tmp_path: Path) -> None:
     """Nine rows do not divide over the passes, nor over the ranks."""
     with one_rank(tmp_path):
