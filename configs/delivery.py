@@ -63,8 +63,9 @@ class ExportConfig(Frozen):
     """Which of a target's variants to write; the order means nothing. `fp8` and `fp4` (V4 with its
     experts in FP4, as released) are cuda's alone, `w8a8` and `w4a8` (experts in INT4) ascend's."""
     fp8_scales: Literal["float32", "ue8m0"] | None = None
-    """Of FP8 blocks: any float32, or powers of two in float32. None is what V3's and V3.2's released
-    models have; V4's `fp8` has powers of two always, and its `fp4` has them in E8M0, as released."""
+    """Of FP8 blocks: any float32, or powers of two in float32. None is what released models of V3
+    and V3.2 have. V4's `fp8` has powers of two always, and its `fp4` has them in E8M0, as
+    released."""
     calibration_rows: NonNegativeInt = 64
     """Rows of training text on which activations are measured, for the scales that ascend's
     integer variants fix; 0 has all of them scaled token by token."""
