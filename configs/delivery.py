@@ -76,7 +76,8 @@ class ExportConfig(Frozen):
     """Whether ascend's integer variants have their residual streams turned first, so that no
     channel stands out; they are without the MTP layer then."""
     mindie: bool = False
-    """Whether ascend's config.json has the keys that MindIE reads."""
+    """Whether ascend's config.json has the keys `quantize` and `mla_quantize`, which MindIE reads.
+    `model_type` stays what other programs know."""
     problems: NonNegativeInt = 200
     """Held-out problems that each variant is asked through its own tokenizer, chat template and
     generation config; 0 asks none."""

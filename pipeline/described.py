@@ -116,8 +116,8 @@ def version(
         )
     else:
         parts.append(
-            f"It stays where it is, as {not_copied}. Load it with "
-            f'`AutoModelForCausalLM.from_pretrained("{folder}/bf16")` of transformers.'
+            f"It stays where it is, as {not_copied}. Load one of its folders with "
+            f'`AutoModelForCausalLM.from_pretrained("{folder}/VARIANT")` of transformers.'
         )
     parts.append("`README.md` in each of its folders says which servers take it, and how.")
     return "\n\n".join(parts)

@@ -49,7 +49,7 @@ NOT_DEVICES = {
     # Told to a reader.
     "stages/export/described.py": {"NPU"},
     "stages/export/emulator.py": {"NPU"},
-    "stages/export/serving.py": {"HCCL_OP_EXPANSION_MODE", "HCCL_BUFFSIZE"},
+    "stages/export/serving.py": {"cuda", "HCCL_OP_EXPANSION_MODE", "HCCL_BUFFSIZE"},
     # Recorded of this process, whatever it computes on.
     "pipeline/provenance.py": {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"},
 }

@@ -29,20 +29,31 @@ def verify(args: argparse.Namespace) -> int:
     """
     if args.python is not None and args.client is None:
         raise ConfigError(f"--python {args.python}: of which program? name it with --with")
+    if args.python is not None and not Path(args.python).is_file():
+        inside = Path(args.python, "bin", "python")
+        remedy = f"name {inside}" if inside.is_file() else "name a Python that is there"
+        raise ConfigError(f"--python {args.python}: no such file; {remedy}")
+    if args.problems and args.client != "lm-eval":
+        raise ConfigError(
+            f"--problems {args.problems}: only lm-eval is asked them; add --with lm-eval"
+        )
+    problems = read_problems_file(Path(args.problems)) if args.problems else []
     folders = _variants(args)
     for folder in folders:
         for line in _checked(folder):
             print(line, flush=True)
-    return 0 if args.client is None else _tried(folders, args)
+    return 0 if args.client is None else _tried(folders, args, problems)
 
 
 def _variants(args: argparse.Namespace) -> list[Path]:
     """The folders of the variants that the user means."""
     asked = Path(args.bundle)
-    if (asked / CONFIG).is_file():
+    if (asked / CONFIG).is_file() or (asked / SUMS).is_file():
         return [asked]
     if found := _below(asked):
         return found
+    if "/" in args.bundle and not asked.exists():
+        raise ConfigError(f"{args.bundle}: no such folder; name a node, or the folder of a variant")
     store, recipe = find_store(args, print)
     generation = locate(store, recipe, args.bundle)
     manifest = read_manifest(str(generation))
@@ -117,11 +128,10 @@ def _memory(config: ModelConfig, stored: dict[str, Stored], kind: str) -> Iterat
     yield ""
 
 
-def _tried(folders: list[Path], args: argparse.Namespace) -> int:
+def _tried(folders: list[Path], args: argparse.Namespace, problems: list[Problem]) -> int:
     """Whether the client answers as Ingot does, for every variant that it loads."""
     found = find(PROGRAMS[args.client], args.python)
-    print(f"{found.title} at {found.place}, against Ingot's greedy decoding of the same files")
-    problems = read_problems_file(Path(args.problems)) if args.problems else []
+    print(f"{found.title} at {found.place}, held to what Ingot makes of the same files")
     tried, passed = 0, True
     for folder in folders:
         sitting = _sitting(folder, problems)

@@ -11,6 +11,7 @@ from configs.v4 import AttentionKind
 from stages.artifacts import Asked, Checkpoint, Corpus, Parity
 from stages.conventions import Conventions
 from stages.export.described import WORDS, computed, limits, stored
+from stages.export.rules import INT8
 from stages.export.serving import describe
 from stages.markdown import code
 from stages.names import TOKENIZER
@@ -50,8 +51,7 @@ def render(served: Served, corpus: Corpus, source: Checkpoint, conventions: Conv
     memory = ", with a memory of n-grams (Engram)" if model.engram else ""
     return f"""\
 ---
-library_name: {"ingot" if model.engram else "transformers"}
-pipeline_tag: text-generation
+{_library(model, variant)}pipeline_tag: text-generation
 ---
 # Ingot, {model.parameters() / 1e6:,.1f}M parameters, {variant} for {served.target}
 
@@ -87,6 +87,13 @@ between two nearly tied experts, so the largest logit error may be far above the
 ## Limits
 
 {limits(model, variant, served.settings, source.model)}"""
+
+
+def _library(model: ModelConfig, variant: str) -> str:
+    """What a hub is to load it with; nothing for integers, which no library of its list reads."""
+    if model.engram:
+        return "library_name: ingot\n"
+    return "" if variant in INT8 else "library_name: transformers\n"
 
 
 def _as_text(parity: Parity) -> str:
@@ -201,7 +208,9 @@ def _history(corpus: Corpus, source: Checkpoint) -> str:
     manifest = source.manifest()
     read = f"Pretraining read {source.sequences_seen:,} rows."
     beginning = read if source.sequences_seen else "It began with weights made elsewhere."
-    loss = "" if source.final_loss is None else f", at a loss of {source.final_loss:.4f}"
+    # Of reinforcement learning the loss says nothing of how good a model is.
+    told = source.final_loss is not None and manifest.stage_name == "pretrain"
+    loss = f", at a loss of {source.final_loss:.4f}" if told else ""
     return f"""\
 - Corpus: {corpus.train_rows:,} rows of {corpus.sequence_tokens} tokens, a vocabulary of
   {corpus.vocab_size:,}; held out from training: {sum(corpus.held_out_rows.values()):,} rows and

@@ -7,6 +7,7 @@ or if it showed in a trial; its `source` says which. What no rule speaks of is n
 from configs.shape import FP8_BLOCK
 from stages.export.rules import (
     BLOCKS,
+    INT8,
     Program,
     Rule,
     always,
@@ -52,6 +53,15 @@ TRANSFORMERS = (
         mtp,
         "models/deepseek_*/modeling_deepseek_*.py",
         effect="omits",
+        by_size=False,
+    ),
+    Rule(
+        "transformers",
+        "weights that are no integers: it takes these for weights without their scales",
+        always("integers"),
+        "quantizers/auto.py, which knows no such method; seen in a trial",
+        effect="misreads",
+        variants=INT8,
         by_size=False,
     ),
     Rule(

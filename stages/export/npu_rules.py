@@ -121,7 +121,8 @@ MINDIE = (
     Rule("mindie", WITHOUT, memory, "its documents, which name no such memory", by_size=False),
     Rule(
         "mindie",
-        "config.json needs `quantize`, `mla_quantize`, and `deepseekv2` as `model_type`",
+        "config.json needs `quantize` and `mla_quantize` (`export.mindie = true` writes them) and "
+        "`deepseekv2` as `model_type`, for which no other program would load it",
         always("the layout of vllm-ascend"),
         "msmodelslim example/DeepSeek/quant_deepseek_w8a8.py",
         effect="needs",

@@ -50,7 +50,7 @@ _W8A8 = _variants("w8a8")
 SERVERS: Mapping[Program, Server] = {
     "transformers": Server(
         "transformers 5.23.0",
-        ("cuda",),
+        ("cuda", "ascend"),
         gpu_rules.TRANSFORMERS,
         {"v3": _BOTH, "v32": _BOTH, "v4": _BOTH},
         {},

@@ -39,7 +39,7 @@ _ENDS = {
 def describe(model: ModelConfig, target: Target, variant: str) -> str:
     """Markdown: a table of programs, and the commands of those that no known rule keeps away."""
     judged = verdicts(model, target, variant)
-    commands = list(_commands(model, judged, variant))
+    commands = list(_commands(model, judged, target, variant))
     if model.engram:
         commands = [f"{_INGOT}\n{_MEMORY}"]
     return "\n\n".join([*commands, _table(judged)])
@@ -68,14 +68,16 @@ def _judgement(one: Verdict) -> str:
     return "; ".join([answer, *(breach.rule.wants for breach in one.of("omits", "needs"))])
 
 
-def _commands(model: ModelConfig, judged: tuple[Verdict, ...], variant: str) -> Iterator[str]:
+def _commands(
+    model: ModelConfig, judged: tuple[Verdict, ...], target: Target, variant: str
+) -> Iterator[str]:
     """How to start each program that has a command and that nothing known keeps away."""
     serving: set[Program] = {one.program for one in judged if one.serves}
     if shell := [line for name, line in _SHELL.items() if name in serving]:
         yield "\n".join(["```sh", *shell, "```"])
-    if "transformers" in serving:
+    if "transformers" in serving and target == "cuda":
         yield _TRANSFORMERS.format(mtp=_MTP.get(model.family, _MTP_V3))
-    if "vllm-ascend" in serving and "transformers" not in {one.program for one in judged}:
+    if "vllm-ascend" in serving and target == "ascend":
         yield _ascend(model, variant)
 
 

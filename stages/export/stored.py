@@ -185,13 +185,20 @@ def _check_description(folder: Path, stored: Mapping[str, Stored]) -> None:
     path = folder / DESCRIPTION
     if not path.is_file():
         return
-    rows = {name for name in _read_description(path) if not _GLOBAL.fullmatch(name)}
+    told = _read_description(path)
+    rows = {name for name in told if not _GLOBAL.fullmatch(name)}
     if wrong := sorted(rows ^ stored.keys()):
         raise ArtifactError(
             f"{path}: {wrong[0]} is "
             + ("described but not stored" if wrong[0] in rows else "stored but not described")
             + "; export again"
         )
+    for name, one in stored.items():
+        if name.endswith(".weight") and (told[name] == "FLOAT") == (one.dtype == "I8"):
+            raise ArtifactError(
+                f"{path}: {name} is said to be {told[name]}, but is stored as {one.dtype}; export "
+                "again"
+            )
 
 
 def _read_description(path: Path) -> dict[str, Any]:

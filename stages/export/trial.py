@@ -246,8 +246,8 @@ def _require_tried(
             f"{kind} of {family}" for family, kinds in tried.items() for kind in sorted(kinds)
         )
         raise ClientError(
-            f"{sitting.folder}: {kind} of {family} cannot be tried with {SERVERS[program].title} "
-            f"on a CPU, but {known}; try another variant or program"
+            f"{SERVERS[program].title} is tried on a CPU with {known} alone, and this is {kind} of "
+            f"{family}; try another variant or program"
         )
 
 

@@ -63,6 +63,17 @@ def test_a_changed_file_is_one_clear_error(
     assert "parameters" not in told.out
 
 
+def test_a_variant_without_its_config_is_still_a_variant(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(bundle / "bf16", tmp_path / "model")
+    (tmp_path / "model" / "config.json").unlink()
+    assert cli.main(["verify", "model"]) == 1
+    assert "config.json is missing, but SHA256SUMS lists it" in capsys.readouterr().err
+    assert cli.main(["verify", "./gone"]) == 2
+    assert "./gone: no such folder; name a node" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("client", [name for name in PROGRAMS if name != "transformers"])
 def test_a_client_that_is_not_there_is_told_how_to_get(
     bundle: Path, client: str, capsys: pytest.CaptureFixture[str]
@@ -78,7 +89,10 @@ def test_a_client_that_is_not_there_is_told_how_to_get(
     [
         (["--python", "python3"], "--python python3: of which program? name it with --with", 2),
         (["--with", "tgi"], "invalid choice: 'tgi'", 2),
-        (["--with", "vllm", "--python", "/no/such"], "not there in the environment of", 1),
+        (["--with", "vllm", "--python", "/no/such"], "--python /no/such: no such file; name a", 2),
+        (["--with", "vllm", "--python", sys.prefix], f"name {sys.prefix}/bin/python", 2),
+        (["--problems", "x.jsonl"], "--problems x.jsonl: only lm-eval is asked them; add", 2),
+        (["--with", "lm-eval", "--problems", "x.jsonl"], "x.jsonl: no such file", 1),
     ],
 )
 def test_what_cannot_be_asked_is_one_clear_error(
@@ -107,7 +121,7 @@ def test_one_answer_that_differs_is_a_failure(
     monkeypatch.setattr(verb, "trials", lambda sitting, program: {"greedy": trial})
     assert cli.main(["verify", str(bundle / "bf16"), "--with", "transformers"]) == code
     told = capsys.readouterr().out
-    assert f"at {sys.executable}, against Ingot's greedy decoding" in told
+    assert f"at {sys.executable}, held to what Ingot makes" in told
     assert f"greedy answers alike: {equal} of 64" in told
     assert ("DIFFERENT" in told) == bool(code)
 
@@ -119,7 +133,7 @@ def test_a_variant_that_the_client_cannot_load_says_which_it_can(
         verb, "find", lambda program, python: Found(program, Path("python"), "0.23.0")
     )
     assert cli.main(["verify", str(bundle / "fp8"), "--with", "vllm-ascend"]) == 1
-    assert "fp8 of v3 cannot be tried with vllm-ascend 0.23.0" in capsys.readouterr().err
+    assert "vllm-ascend 0.23.0 is tried on a CPU with w8a8 of v3, " in capsys.readouterr().err
 
 
 def test_the_command_line_offers_every_program() -> None:

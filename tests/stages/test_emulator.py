@@ -308,7 +308,7 @@ def test_bits_per_byte_are_nearer_with_smoothing(made: Made, tmp_path: Path) -> 
     ranges = measure(model, TOKENS)
     smooth, after = smoothed(source, Integers(made.config), ranges)
     text = np.random.default_rng(4).integers(2, 384, (16, 32))
-    rises = []
+    rises: list[float] = []
     for folder, seen in ((source, ranges), (smooth, after)):
         variant = emulated(folder, made.form(seen), tmp_path / f"variant-{len(rises)}")
         found = parity.compare(model, variant, text, num_bytes=text.size)
