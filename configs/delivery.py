@@ -10,6 +10,11 @@ from configs.names import ModelName, NodeName, Word
 
 Target = Literal["cuda", "ascend"]
 Variant = Literal["bf16", "fp8", "fp4", "w8a8", "w4a8"]
+VARIANTS: dict[Target, frozenset[Variant]] = {
+    "cuda": frozenset({"bf16", "fp8", "fp4"}),
+    "ascend": frozenset({"bf16", "w8a8", "w4a8"}),
+}
+"""Of each target."""
 
 
 class EvaluateConfig(Frozen):

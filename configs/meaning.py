@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from configs.base import Frozen
 from configs.data import SLIP_STEPS, ArithmeticSource, DataConfig, Source
-from configs.delivery import ExportConfig, Target, Variant
+from configs.delivery import VARIANTS, ExportConfig, Target
 from configs.model import ModelConfig
 from configs.rl import PosttrainConfig
 from configs.train import Fp8Config, IndexerConfig, OptimConfig, PretrainConfig
@@ -17,10 +17,6 @@ from configs.train import Fp8Config, IndexerConfig, OptimConfig, PretrainConfig
 ConfigT = TypeVar("ConfigT", bound=Frozen)
 OptimT = TypeVar("OptimT", bound=OptimConfig)
 
-_VARIANTS: dict[Target, frozenset[Variant]] = {
-    "cuda": frozenset({"bf16", "fp8", "fp4"}),
-    "ascend": frozenset({"bf16", "w8a8", "w4a8"}),
-}
 _OF_ONE_TARGET: dict[Target, tuple[str, ...]] = {
     "cuda": ("fp8_scales",),
     "ascend": ("calibration_rows", "smooth", "rotate", "mindie"),
@@ -72,7 +68,7 @@ def meant_posttrain(posttrain: PosttrainConfig, model: ModelConfig) -> Posttrain
 
 def meant_export(export: ExportConfig, target: Target) -> ExportConfig:
     """With what concerns this target alone, and without how problems are asked if none are."""
-    own, usual = _VARIANTS[target], ExportConfig().variants
+    own, usual = VARIANTS[target], ExportConfig().variants
     variants = tuple(one for one in export.variants if one in own)
     if set(variants) == own.intersection(usual):
         variants = usual

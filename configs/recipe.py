@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from configs.base import Frozen
 from configs.data import ArithmeticSource, DataConfig, DataSection
-from configs.delivery import EvaluateSection, ExportSection
+from configs.delivery import VARIANTS, EvaluateSection, ExportSection
 from configs.model import AnyModelConfig
 from configs.names import NodeName
 from configs.notify import NotifyConfig
@@ -148,11 +148,14 @@ class Recipe(Frozen):
             return
         self._corpus_of("export", self.export.corpus)
         self._require_model("export")
-        for target, own in (("cuda", "fp8"), ("ascend", "w8a8")):
-            if target in self.export.targets and not {"bf16", own} & set(self.export.variants):
+        asked, targets = self.export.variants, self.export.targets
+        for target in targets:
+            if not VARIANTS[target] & set(asked):
+                rest = [other for other in targets if other != target] or "another"
                 raise ValueError(
-                    f"export.variants = {list(self.export.variants)} has none for {target} of "
-                    f"export.targets; add bf16 or {own}, or drop the target"
+                    f"export.variants = {list(asked)} has none for {target} of export.targets; add "
+                    f"one of {', '.join(sorted(VARIANTS[target]))}, or drop the target: "
+                    f"export.targets = {rest}"
                 )
 
     def _require_model(self, owner: str) -> None:

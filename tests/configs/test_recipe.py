@@ -261,7 +261,11 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
             "may stay 39% wrong for ever; set moments = 'float32' beside it",
         ),
         ("pretrain.fp8=high", "pretrain.fp8 = 'high': should be a table"),
-        ("export.variants=['fp8']", "export.variants = ['fp8'] has none for ascend of"),
+        (
+            "export.variants=['fp8']",
+            "export.variants = ['fp8'] has none for ascend of export.targets; add one of bf16, "
+            "w4a8, w8a8, or drop the target: export.targets = ['cuda']",
+        ),
         ("export.variants=['int4']", "export.variants"),
         ("pretrain.fp8.fp4_experts=ja", "fp4_experts = 'ja': should be true or false"),
         ("pretrain.steps=many", "steps = 'many': should be a whole number"),

@@ -297,6 +297,22 @@ def test_a_bundle_that_servers_would_read_wrongly_is_refused_when_planned(
         assert "export.ascend" in production(load_recipe("smoke", sets=[*sets, without]))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "setting", "message"),
+    [
+        ("smoke", "export.variants=['bf16', 'fp4']", "asks for fp4, but the model is of family v3"),
+        ("tiny-v4", "export.fp8_scales='float32'", "powers of two for its scales"),
+        ("tiny-engram", "export.rotate=true", "export.rotate = true, but the model has a memory"),
+    ],
+)
+def test_a_bundle_that_cannot_be_is_refused_when_planned(
+    recipe: str, setting: str, message: str
+) -> None:
+    assert "export.cuda" in production(load_recipe(recipe))
+    with pytest.raises(ConfigError, match=message):
+        production(load_recipe(recipe, sets=[setting]))
+
+
 def test_the_same_bundle_of_a_base_is_refused_by_the_name_of_its_folder(base: Path) -> None:
     with pytest.raises(ConfigError, match=r"base = .* its config\.\w+ = 16: vLLM .* whole blocks"):
         based_on(base, "export.variants=['fp8', 'w8a8']")
