@@ -29,7 +29,7 @@ def test_transformers_encodes_renders_and_continues_as_ingot(
 def test_what_transformers_cannot_widen_is_refused_before_it_is_started(
     folders: Folders,
 ) -> None:
-    with pytest.raises(ClientError, match="cannot widen FP8 .* = 576, which"):
+    with pytest.raises(ClientError, match=r"cannot widen FP8 .* = 576, which"):
         tried("transformers", folders("v3")["cuda/fp8"])
 
 
