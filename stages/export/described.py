@@ -109,6 +109,8 @@ def computed(variant: str) -> str:
 def limits(model: ModelConfig, variant: str, settings: ExportConfig, source: ModelConfig) -> str:
     """What a reader must not expect, as a list."""
     found = [
+        "No licence is recorded: neither of its training text nor of what it was made from. Settle "
+        "that before you pass it on.",
         "It knows what its corpus taught it and nothing else; it was not aligned to be helpful or "
         "harmless.",
         "These files follow the formats that the servers document. The parity above was measured "
