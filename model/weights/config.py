@@ -59,6 +59,16 @@ def read_json(folder: Path) -> dict[str, Any]:
     return raw
 
 
+def quantized_fields(scheme: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `config.json` that announce the FP8 of `scheme`.
+
+    transformers reads the type of V4's experts in the scheme, servers beside it, where they take
+    FP4 for meant if it is missing.
+    """
+    beside = {name: scheme[name] for name in ("expert_dtype",) if name in scheme}
+    return {"quantization_config": scheme, **beside}
+
+
 @contextmanager
 def speaking_of(folder: Path) -> Iterator[None]:
     """Errors also name the folder, which whoever meets a tensor or a field does not know."""

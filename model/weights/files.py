@@ -18,7 +18,14 @@ from configs.train import Precision
 from model.fp8.scheme import Numerics
 from model.transformer import Transformer
 from model.weights import families
-from model.weights.config import from_hf_config, read_json, speaking_of, table_of, to_hf_config
+from model.weights.config import (
+    from_hf_config,
+    quantized_fields,
+    read_json,
+    speaking_of,
+    table_of,
+    to_hf_config,
+)
 from model.weights.quantization import read_tile
 from model.weights.reading import INDEX, WEIGHTS
 from model.weights.scaled import narrow
@@ -94,7 +101,7 @@ def save_pretrained(
     if dtype != "float32":
         fields["dtype"] = "bfloat16"
     if dtype == "float8":
-        fields["quantization_config"] = table.quantization()
+        fields |= quantized_fields(table.quantization())
     encoded = (
         pair for name in _sorted(renamed) for pair in _encoded(table, name, renamed[name], dtype)
     )

@@ -42,6 +42,7 @@ def verify(args: argparse.Namespace) -> int:
     for folder in folders:
         for line in _checked(folder):
             print(line, flush=True)
+    print("1 variant is whole" if len(folders) == 1 else f"{len(folders)} variants are whole")
     return 0 if args.client is None else _tried(folders, args, problems)
 
 

@@ -18,7 +18,7 @@ from stages.artifacts import Asked, Bundle, Checkpoint, Corpus, Parity, Report
 from stages.contract import Workspace, fills
 from stages.conventions import Conventions, as_field, read_conventions
 from stages.export import blame, emulator, face, parity, proofs, served
-from stages.export.ascend import DESCRIPTION, Integers
+from stages.export.ascend import Integers
 from stages.export.card import Served, render
 from stages.export.client import Client
 from stages.export.conversations import SourceChat, prove_conversations
@@ -27,7 +27,7 @@ from stages.export.formats import Format
 from stages.export.greedy import Continuations
 from stages.export.sums import write_sums
 from stages.export.tensors import TensorFolder, write_json, write_weights
-from stages.export.variants import formats, prepared
+from stages.export.variants import Preparation, formats
 from stages.names import GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from stages.shards import Int64
 from stages.tokens import load_tokenizer, served_record, write_tokenizer
@@ -76,6 +76,7 @@ def export(
         seed=config.seed,
     )
     work.tracker.start(steps=PHASES * len(forms), unit="steps")
+    preparation = Preparation(config, corpus, source, reference)
     chat = SourceChat(checkpoint.path(), conventions)
     sampling = Sampling(config.export.max_new_tokens, 0.0, conventions.end_tokens)
     continued = Continuations(exam.longest, reference, chat, sampling)
@@ -94,7 +95,7 @@ def export(
     asked: dict[str, Asked] = {}
     for number, form in enumerate(forms):
         first = number * PHASES + 1
-        form, read = prepared(config, corpus, source, form, reference)
+        form, read = preparation.of(form)
         weight_bytes = _write(config, work, read, form, checkpoint, conventions, step=first)
         figures[form.variant], answers = _prove(proof, read, form, step=first + 1)
         if answers is not None:
@@ -264,7 +265,7 @@ def _prove_files(proof: _Proof, source: TensorFolder, stored: TensorFolder, form
     """Prove what stands beside the weights, down to text and conversations; who reads it so."""
     folder = stored.folder
     proofs.prove_indexes(folder, form)
-    if DESCRIPTION in form.side_files(source.names):
+    if isinstance(form, Integers):
         proofs.prove_description(stored, form, form.model)
     proofs.prove_tokenizer(folder, source.folder, form.variant)
     proofs.prove_configs(folder, form, source.folder, proof.conventions)

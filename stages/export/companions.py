@@ -44,12 +44,16 @@ def _one(_: int, __: int) -> tuple[Shape, ...]:
 
 
 _ROWS: Mapping[str, _Shapes] = {"weight_scale": _column, "weight_offset": _column}
+OF_INTEGERS: Mapping[str, Mapping[str, _Shapes]] = {
+    "W8A8_DYNAMIC": _ROWS,
+    "W4A8_DYNAMIC": {**_ROWS, "scale_bias": _chunks},
+    "W8A8": {"deq_scale": _each, "quant_bias": _each, "input_scale": _one, "input_offset": _one},
+}
+"""By ModelSlim's types, those that 910B and 910C compute."""
 SETS: tuple[Mapping[str, _Shapes], ...] = (
     {"weight_scale_inv": _blocks},
     {"scale": _blocks_or_groups},
-    _ROWS,
-    {**_ROWS, "scale_bias": _chunks},
-    {"deq_scale": _each, "quant_bias": _each, "input_scale": _one, "input_offset": _one},
+    *OF_INTEGERS.values(),
 )
 """One of these must lie beside a quantised weight, whole."""
 BESIDE = frozenset(leaf for leaves in SETS for leaf in leaves)

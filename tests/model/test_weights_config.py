@@ -3,6 +3,7 @@ that disagree are named."""
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from configs.engram import EngramConfig
 from configs.errors import ArtifactError
 from configs.model import ModelConfig, V3Config, V4Config, V32Config, YarnConfig
 from model.weights.config import from_hf_config, to_hf_config
-from tests.references import TINY, TINY_V4, TINY_V32, tiny, tiny_v4, tiny_v32
+from model.weights.files import save_pretrained
+from tests.references import TINY, TINY_V4, TINY_V32, random_model, tiny, tiny_v4, tiny_v32
 
 V4_YARN = YarnConfig(factor=16.0, original_max_position_embeddings=65536)
 CONFIGS = [
@@ -436,3 +438,15 @@ def test_magnitudes_of_yarn_must_agree_and_a_table_of_a_base_alone_says_nothing_
 def test_numbers_that_are_no_numbers_are_named() -> None:
     with pytest.raises(ArtifactError, match=r"^config.json: rms_norm_eps = nan: "):
         from_hf_config(to_hf_config(TINY) | {"rms_norm_eps": math.nan})
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_V4], ids=["v3", "v4"])
+def test_a_folder_in_fp8_tells_servers_the_type_of_experts_beside_the_scheme(
+    config: ModelConfig, tmp_path: Path
+) -> None:
+    """vLLM takes FP4 for meant where V4's config is silent there."""
+    save_pretrained(random_model(config), tmp_path, dtype="float8")
+    written = json.loads((tmp_path / "config.json").read_text())
+    expected = "fp8" if isinstance(config, V4Config) else None
+    assert written.get("expert_dtype") == expected
+    assert written["quantization_config"].get("expert_dtype") == expected

@@ -9,7 +9,6 @@ import pytest
 from pipeline import cli
 from pipeline.verbs import verify as verb
 from stages.export.programs import CLIENTS, PROGRAMS, Found
-from stages.export.sums import write_sums
 from stages.export.trial import Comparison, Sitting
 from tests.stages.bundles import MODEL, make_bundle
 from tests.stages.test_stored import LOOSE
@@ -21,8 +20,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made, _ = make_bundle(tmp_path_factory.mktemp("verify"), "cuda", MODEL, **LOOSE)
     copy = tmp_path_factory.mktemp("copied") / "mine"
     shutil.copytree(made.path(), copy)
-    for variant in ("bf16", "fp8"):
-        write_sums(copy / variant)
     return copy
 
 
@@ -45,6 +42,7 @@ def test_each_variant_is_checked_and_weighed(
     assert "30.7 kB for 64 tokens, 480 B a token (bfloat16)" in told
     assert told.count("devices, for cuda") == 2
     assert told.count("devices, for ascend") == 1
+    assert told.endswith("2 variants are whole\n")
 
 
 def test_a_variant_alone_is_checked_wherever_it_lies(bundle: Path, tmp_path: Path) -> None:
@@ -133,7 +131,10 @@ def test_a_variant_that_the_client_cannot_load_says_which_it_can(
         verb, "find", lambda program, python: Found(program, Path("python"), "0.23.0")
     )
     assert cli.main(["verify", str(bundle / "fp8"), "--with", "vllm-ascend"]) == 1
-    assert "vllm-ascend 0.23.0 is tried on a CPU with w8a8 of v3, " in capsys.readouterr().err
+    assert (
+        "vllm-ascend 0.23.0 is tried with w4a8 and w8a8 alone of v3 on a CPU, and this is fp8"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_command_line_offers_every_program() -> None:

@@ -17,13 +17,14 @@ from configs.model import ModelConfig
 from model.transformer import Transformer
 from model.weights.config import read_config, to_hf_config
 from model.weights.files import load_pretrained, save_pretrained
-from stages.export import blame, emulator, parity
+from stages.export import blame, emulator, parity, variants
 from stages.export.ascend import Integers
 from stages.export.calibration import Range, measure, of_weight
 from stages.export.rotation import RotatedFolder, turn
 from stages.export.smoothing import groups_of, smoothed
 from stages.export.tensors import TensorFolder, write_weights
 from stages.export.variants import read_model, without_mtp
+from stages.shards import Int64
 from tests.stages.bundles import (
     LOOSE,
     MODELS,
@@ -315,3 +316,32 @@ def test_bits_per_byte_are_nearer_with_smoothing(made: Made, tmp_path: Path) -> 
         assert found.bits_per_byte_rise is not None
         rises.append(abs(found.bits_per_byte_rise))
     assert rises[1] < rises[0]
+
+
+def test_activations_are_measured_once_for_all_variants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def counted(model: Transformer, rows_NS: Int64) -> dict[str, Range]:
+        calls.append(len(rows_NS))
+        return measure(model, rows_NS)
+
+    monkeypatch.setattr(variants, "measure", counted)
+    make_bundle(
+        tmp_path, "ascend", variants=("w8a8", "w4a8"), rotate=True, calibration_rows=3, **LOOSE
+    )
+    assert calls == [3]
+
+
+def test_calibration_lets_no_document_see_another(made: Made) -> None:
+    """As neither training nor a server does: rows of two documents are as rows of one each."""
+    halves = TOKENS[:, :16].copy()
+    halves[:, 0] = 0
+    others = TOKENS[:, 16:].copy()
+    others[:, 0] = 0
+    together = measure(made.model, np.concatenate([halves, others], 1))
+    # An attention that is told no positions but distances sees the same in both.
+    apart = measure(made.model, np.concatenate([halves, others]))
+    for name, seen in together.items():
+        torch.testing.assert_close(seen.absmax_C, apart[name].absmax_C, atol=1e-4, rtol=1e-4)

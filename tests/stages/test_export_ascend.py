@@ -17,6 +17,7 @@ from model.weights.families import to_hf
 from model.weights.files import load_pretrained
 from stages.export.ascend import Integers
 from stages.export.calibration import Range
+from stages.export.schemes import Static8
 from stages.export.tensors import TensorFolder
 from stages.export.variants import formats
 from tests.stages.bundles import (
@@ -339,3 +340,27 @@ def test_a_module_that_sees_nothing_of_a_short_row_has_the_range_it_had() -> Non
     seen = Range(torch.zeros(3), torch.ones(3))
     seen.widen(torch.empty(2, 0, 3))
     assert (seen.low_C.tolist(), seen.high_C.tolist()) == ([0, 0, 0], [1, 1, 1])
+
+
+def test_a_card_of_integers_sends_nobody_to_transformers(made: Made) -> None:
+    """It would take the integers for weights, without a word."""
+    for variant in ("w8a8", "w4a8"):
+        card = (made.folder(variant) / "README.md").read_text()
+        assert "library_name" not in card
+        assert "from_pretrained" not in card
+        assert "| transformers 5.23.0 | no: integers" in card
+    card = (made.folder("bf16") / "README.md").read_text()
+    assert "library_name: transformers" in card
+
+
+def test_a_scale_of_activations_has_a_reciprocal_that_bfloat16_holds() -> None:
+    """Or nearly: of the smallest scale alone it is off by up to 2^-9, half a step of the largest of
+    255; of the best of eight in a row by half as much."""
+    worst = 0.0
+    for high in torch.linspace(0.3, 7.0, 400).tolist():
+        scale, offset = Static8(-0.4 * high, high).of_inputs()
+        worst = max(worst, abs(float((1 / scale).bfloat16()) * float(scale) - 1))
+        # 1.4 high is covered by 255 steps, of which at most one in 16 is left unused.
+        assert 1 <= float(scale) * 255 / (1.4 * high) < 1.0079 + 8 * 2.0**-7
+        assert -128 <= float(offset) <= 127
+    assert worst <= 2.0**-10

@@ -38,9 +38,13 @@ def test_nothing_of_ours_is_on_its_path_and_no_network_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for secret in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(secret, "told to nobody")
     words = script(tmp_path, answering("dict(os.environ) | {'path': ':'.join(sys.path)}"))
     said = run(HERE, words, {}, deadline_seconds=60)
     assert "PYTHONPATH" not in said
+    assert "told to nobody" not in said.values()
+    assert {"PATH", "HOME"} <= said.keys()
     assert str(tmp_path) not in said["path"].split(":")
     assert said["HF_HUB_OFFLINE"] == "1"
 

@@ -165,6 +165,17 @@ def test_an_index_or_description_of_other_files_is_named(
         check_tensors(folder, config, stored)
 
 
+def test_a_description_of_another_type_than_what_is_stored_is_named(
+    made: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(made["v3", "w8a8"], tmp_path / "w8a8")
+    path = folder / "quant_model_description.json"
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps(rows | {EXPERT: "FLOAT"}))
+    with pytest.raises(ArtifactError, match=f"{EXPERT} is said to be FLOAT, but is stored as I8"):
+        check_tensors(folder, read_config(folder), read_stored(folder))
+
+
 def test_a_cut_file_is_no_file_of_tensors(
     made: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:

@@ -128,6 +128,12 @@ def without_products() -> Iterator[None]:
     def idle(*_: Any, **__: Any) -> MagicMock:
         return MagicMock(dcp_world_size=1, uses_amx_bmm=False, q_pad_num_heads=None)
 
+    # Of V4: experts in FP4, and what overlaps its parts on a GPU.
+    mxfp4: Any = importlib.import_module("vllm.model_executor.layers.quantization.mxfp4")
+    mxfp4.select_deepseek_v4_mxfp4_moe_backend = lambda *_, **__: (MagicMock(), MagicMock())
+    cuda: Any = importlib.import_module("torch.cuda")
+    cuda.Event = cuda.Stream = MagicMock()
+
     # It would be told which tokens an indexer picked, and knows none.
     backend: Any = importlib.import_module("vllm.v1.attention.backends.mla.triton_mla")
     backend.TritonMLABackend.get_impl_cls = staticmethod(lambda: idle)
@@ -151,13 +157,15 @@ def read_back(parameters: Mapping[str, Any], folder: Path) -> list[dict[str, Any
     for name in parameters:
         groups = sources(name, files, is_v4)
         if not groups:
-            if name.endswith(_UNUSED_IF_STATIC):
+            module, _, leaf = name.rpartition(".")
+            if leaf in _UNUSED_IF_STATIC and f"{module}.deq_scale" in parameters:
                 continue
             wrong.append(f"{name}, which no stored tensor is for")
             compared += 1
             continue
+        parts = [part for group in groups for part in group]
         # A matrix that is widened takes its scales in.
-        used |= {one for group in groups for part in group for one in (part, f"{part}_scale_inv")}
+        used |= {one for part in parts for one in (part, scale_name(part, files)) if one}
         right, of = rows_alike(name, parameters, groups, files)
         compared += 1
         if right != of:
@@ -186,7 +194,7 @@ def stored(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found |= {name: file.get_tensor(name) for name in list(file.keys())}
     return found
 
 
@@ -209,15 +217,19 @@ def sources(name: str, files: Mapping[str, Any], is_v4: bool) -> list[tuple[str,
         if not parent:
             many = [(name,)]
     if is_v4:
-        many = [tuple(v4_name(one) for one in group) for group in many]
+        many = [tuple(v4_name(one, files) for one in group) for group in many]
     return many if all(one in files for group in many for one in group) else []
 
 
-def v4_name(name: str) -> str:
-    """The released name of a tensor of V4, whose words differ from those of its parameters."""
+def v4_name(name: str, files: Mapping[str, Any]) -> str:
+    """The released name of a tensor of V4, whose words differ from those of its parameters.
+
+    Scales of FP8 and FP4 are called `scale`, those of ModelSlim as their parameters are.
+    """
     for ours, theirs in _V4_WORDS:
         name = name.removeprefix(ours) if ours == "model." else name.replace(ours, theirs)
-    return name
+    released = re.sub(r"\.weight_scale(_inv)?$", ".scale", name)
+    return released if released in files else name
 
 
 def count_experts(files: Mapping[str, Any]) -> int:
@@ -249,15 +261,30 @@ def rows_alike(
         rows = mine.shape[0] if mine.dim() else 1
         of += rows
         if got.numel() == want.numel():
-            want = want.to(got.dtype).reshape(got.shape)
+            want = alike(want, got.dtype).reshape(got.shape)
             right += int((got == want).reshape(rows, -1).all(1).sum())
     return right, of
 
 
+def alike(x: Any, dtype: Any) -> Any:
+    """`x` in another type; what goes into bytes goes there bit by bit, as codes do."""
+    import torch
+
+    return x.view(dtype) if dtype == torch.uint8 and x.element_size() == 1 else x.to(dtype)
+
+
 def value(tensors: Mapping[str, Any], name: str) -> Any:
     """A stored tensor, widened if it has block scales."""
-    scale = tensors.get(f"{name}_scale_inv")
-    return widened(tensors[name], scale, 0, 1)
+    scale = scale_name(name, tensors)
+    return widened(tensors[name], tensors[scale] if scale else None, 0, 1)
+
+
+def scale_name(name: str, files: Mapping[str, Any]) -> str | None:
+    """Where the block scales of an FP8 matrix are stored; none of what has none."""
+    if "float8_e4m3" not in str(files[name].dtype):
+        return None
+    names = (f"{name}_scale_inv", f"{name.removesuffix('.weight')}.scale")
+    return next((one for one in names if one in files), None)
 
 
 def widened(x: Any, scale: Any, number: int, of: int) -> Any:

@@ -26,20 +26,21 @@ def patched() -> Iterator[None]:
     # The class itself: by its name, vLLM would look at it in a process that has no stand-in.
     vllm.ModelRegistry.register_model("DeepseekV4ForCausalLM", v4.AscendDeepseekV4ForCausalLM)
     importlib.import_module("vllm_ascend.quantization.method_adapters")
-    dynamic: Any = importlib.import_module("vllm_ascend.quantization.methods.w8a8_dynamic")
+    importlib.import_module("vllm_ascend.quantization.methods")
     settings = _settings()
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("vllm_ascend"):
-            if hasattr(module, "get_ascend_config"):
-                setattr(module, "get_ascend_config", lambda: settings)  # noqa: B010
-            for name in _OFF:
-                if hasattr(module, name):
-                    setattr(module, name, lambda *_, **__: False)
 
     def no_group() -> Any:
         raise AttributeError("one machine has no such group")
 
-    dynamic.get_mc2_group = no_group
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("vllm_ascend"):
+            if hasattr(module, "get_ascend_config"):
+                vars(module)["get_ascend_config"] = lambda: settings
+            if hasattr(module, "get_mc2_group"):
+                vars(module)["get_mc2_group"] = no_group
+            for name in _OFF:
+                if hasattr(module, name):
+                    setattr(module, name, lambda *_, **__: False)
     yield
 
 

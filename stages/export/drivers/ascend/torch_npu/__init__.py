@@ -43,4 +43,4 @@ for _part in _PARTS:
 _device: Any = _Named("torch.npu")
 _device.is_available = lambda: False
 sys.modules["torch.npu"] = _device
-setattr(torch, "npu", _device)  # noqa: B010
+vars(torch)["npu"] = _device
