@@ -42,6 +42,8 @@ _LOCAL = ("file", "local")
 _S3, _GCS = ("s3", "s3a"), ("gs", "gcs")
 _EXTRAS = dict.fromkeys(_S3, "s3") | dict.fromkeys(_GCS, "gcs")
 """The extra of this package that brings what reads such addresses."""
+_PACKAGES = {"hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
+"""The package of others that does."""
 _LOGIN_FAULTS = ("NoCredentialsError", "PartialCredentialsError", "InvalidAccessKeyId")
 
 
@@ -64,8 +66,9 @@ def join(address: str, *names: str) -> str:
 
 def key(address: str) -> str:
     """The address as a name that is the same however it was written."""
-    fs, path = _open(address)
-    return str(fs.unstrip_protocol(path))
+    with _told(address):
+        fs, path = _open(address)
+        return str(fs.unstrip_protocol(path))
 
 
 @contextmanager
@@ -352,7 +355,8 @@ def _told(address: str, *, writes: bool = False) -> Iterator[None]:
     except ImportError:
         protocol = address.partition("://")[0]
         extra = _EXTRAS.get(protocol)
-        fix = f"pip install 'ingot[{extra}]'" if extra else "install what fsspec names for it"
+        package = f"'ingot[{extra}]'" if extra else _PACKAGES.get(protocol)
+        fix = f"pip install {package}" if package else "install what fsspec names for it"
         raise StoreError(f"{address}: what reads {protocol}:// is not installed; {fix}") from None
     except Exception as error:
         if is_local(address):

@@ -115,6 +115,14 @@ def ray_for(
     samplers = workers - trainers
     places = _await_devices(machines, trainers=trainers, samplers=samplers)
     room = _Room(cpus, trainers * places.trainer + samplers * places.sampler, places)
+    with _reserved(room):
+        yield places
+
+
+@contextmanager
+def _reserved(room: _Room) -> Iterator[None]:
+    """Room for the calling thread's workers, as soon as others leave it."""
+    me = threading.get_ident()
     with _sharing.changed:
         # No deadline of its own: those who are waited for have theirs in all that they do.
         while _sharing.rooms and not _fits(room):
@@ -122,12 +130,24 @@ def ray_for(
             _sharing.changed.wait(LOOK_SECONDS)
         _sharing.rooms[me] = room
     try:
-        yield places
+        yield
     finally:
         with _sharing.changed:
             del _sharing.rooms[me]
             _sharing.changed.notify_all()
         _close_if_unused()
+
+
+@contextmanager
+def ray_cpus(machines: ClusterConfig, home: str, *, cpus: float) -> Iterator[None]:
+    """Ray, open, with room for work that asks for so many CPUs and no device.
+
+    As `ray_for`; of a cluster that has fewer, all are taken.
+    """
+    ensure_ray(machines, home, cpus_needed=1)
+    room = _Room(min(cpus, _cpus_of_ray()), 0.0, Places())
+    with _reserved(room):
+        yield
 
 
 def _await_devices(machines: ClusterConfig, *, trainers: int, samplers: int) -> Places:

@@ -1,12 +1,14 @@
 """What the corpus is made of: sources, quality rules, tokenizer, packing."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from configs.base import Frozen
 from configs.names import Word
+from configs.quality_rules import HEURISTICS
 
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 """Names a folder of the corpus, so it holds letters, digits, `_` and `-` only."""
@@ -18,11 +20,52 @@ SLIP_STEPS = 20
 """Documents of each problem where some have slips; their share is met to one in so many."""
 
 
+Heuristics = Literal["gopher-repetition", "gopher-quality", "c4", "fineweb"]
+"""Published sets of rules for prose of the web; see `stages/data/heuristics.py`."""
+
+
+class QualityConfig(Frozen):
+    """Thresholds of the quality rules; a document that fails one is dropped with the reason."""
+
+    normalise: Literal["none", "lines", "nfc"] = "lines"
+    """What is made alike before anything is judged: nothing; line ends, which become
+    `\\n`, and byte-order marks, which go; or these and Unicode composition (NFC)."""
+    min_chars: int = Field(default=64, ge=0)
+    max_chars: PositiveInt = 1_000_000
+    max_control_share: float = Field(default=0.001, ge=0, le=1)
+    """Control characters other than tab and line breaks, and replacement characters."""
+    max_repeated_line_share: float = Field(default=0.5, ge=0, le=1)
+    """Non-empty lines that repeat an earlier line of the same document."""
+    min_letter_share: float = Field(default=0.2, ge=0, le=1)
+    max_line_chars: PositiveInt = 5_000
+    heuristics: tuple[Heuristics, ...] = ()
+    """Sets of published rules, made for prose; code fails many of them."""
+    thresholds: dict[str, float] = Field(default_factory=dict)
+    """Other values for single rules of these sets, by the rule's name: `gopher_min_words = 30`."""
+
+    @field_validator("thresholds")
+    @classmethod
+    def _of_rules(cls, thresholds: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        """An overlay cannot delete those of a set that it leaves out, so they mean nothing."""
+        known = {rule: name for name, rules in HEURISTICS.items() for rule in rules}
+        for rule in thresholds:
+            if rule not in known:
+                alike = get_close_matches(rule, known, n=1)
+                hint = f"did you mean {alike[0]!r}?" if alike else "drop it"
+                raise ValueError(f"no set of `heuristics` has a rule {rule!r}; {hint}")
+        named = info.data.get("heuristics", HEURISTICS)
+        return {rule: value for rule, value in thresholds.items() if known[rule] in named}
+
+
 class StdlibSource(Frozen):
     """Source code and docstrings of the running Python's standard library."""
 
     type: Literal["stdlib"] = "stdlib"
     share: Share
+    max_epochs: Annotated[float, Field(ge=1)] = 1.0
+    """How often its text may be trained on, where it is shorter than its share."""
+    quality: QualityConfig | None = None
+    """Rules for this source, in place of `data.quality`."""
     max_bytes: PositiveInt = 8_000_000
     """Read at most this much text, from a seeded shuffle of the files; what is left out is said."""
 
@@ -56,9 +99,10 @@ class ArithmeticSource(Frozen):
 
 
 class FilesSource(Frozen):
-    """Text from files: `.txt`, `.jsonl` or `.parquet`, by glob or any fsspec URL.
+    """Text from files: `.txt`, `.md`, `.jsonl`, `.parquet` or source code, by glob or fsspec URL.
 
-    Files without a suffix are read as what they hold, and what gzip packed is unpacked. What a glob
+    Files without a suffix are read as what they hold; what gzip or zstd packed is unpacked. A row,
+    file or encoding that cannot be read is set aside with its reason. What a glob
     finds is said in `stages/data/finding.py`: hidden names only where they are asked for, linked
     folders once, and nothing of Ingot's own store.
     """
@@ -69,37 +113,112 @@ class FilesSource(Frozen):
     glob: str = Field(min_length=1)
     text_field: str = "text"
     """Column or key that holds the text (jsonl, parquet); `meta.text` for one inside another."""
+    id_field: str | None = None
+    """Column or key by which a document is known besides its place; unique, or the repeats are
+    counted and told."""
+    licence_field: str | None = None
+    """Column or key that holds each document's licence, for the data card."""
+    timestamp_field: str | None = None
+    """Column or key that says when each document was written, for the data card."""
+    licence: str | None = None
+    """The licence of documents that say none of their own."""
+    split_documents: bool = True
+    """Cut long plain text into pieces at blank lines; otherwise a file is one document."""
+    max_broken_share: float = Field(default=0.01, ge=0, le=1)
+    """Part of the source's bytes that may be set aside as broken before the stage fails."""
+    max_epochs: Annotated[float, Field(ge=1)] = 1.0
+    """How often its text may be trained on, where it is shorter than its share."""
+    quality: QualityConfig | None = None
+    """Rules for this source, in place of `data.quality`."""
     max_bytes: PositiveInt = 100_000_000
     """Read at most this much text, files in the order of their names; what is left out is said."""
 
 
-Source = Annotated[StdlibSource | ArithmeticSource | FilesSource, Field(discriminator="type")]
+class ProblemsSource(Frozen):
+    """Questions with answers that can be checked, from files of rows, as GSM8K has them."""
+
+    provenance_fields: ClassVar[frozenset[str]] = frozenset({"glob", "held_out_glob"})
+    type: Literal["problems"] = "problems"
+    share: Share
+    glob: str = Field(min_length=1)
+    held_out_glob: str | None = None
+    """Files of the problems that training never sees; without, a share of `glob`'s is held out."""
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Part of the problems to hold out, by each one's hash; unused with `held_out_glob`."""
+    prompt_field: str = "question"
+    answer_field: str = "answer"
+    answer_mark: str = "####"
+    """What stands before the final answer in the answer's text; one without it is the answer
+    whole."""
+    licence: str | None = None
 
 
-class QualityConfig(Frozen):
-    """Thresholds of the quality rules; a document that fails one is dropped with the reason."""
+Source = Annotated[
+    StdlibSource | ArithmeticSource | FilesSource | ProblemsSource, Field(discriminator="type")
+]
+TextSource = StdlibSource | FilesSource
+"""Sources of documents, which are cleaned; the others make theirs of problems."""
 
-    min_chars: int = Field(default=64, ge=0)
-    max_chars: PositiveInt = 1_000_000
-    max_control_share: float = Field(default=0.001, ge=0, le=1)
-    """Control characters other than tab and line breaks, and replacement characters."""
-    max_repeated_line_share: float = Field(default=0.5, ge=0, le=1)
-    """Non-empty lines that repeat an earlier line of the same document."""
-    min_letter_share: float = Field(default=0.2, ge=0, le=1)
-    max_line_chars: PositiveInt = 5_000
+
+class EvaluationSet(Frozen):
+    """What training text must not hold: the items of an evaluation, as text fields of files."""
+
+    provenance_fields: ClassVar[frozenset[str]] = frozenset({"glob"})
+    glob: str = Field(min_length=1)
+    """Files as of a source."""
+    text_fields: Annotated[tuple[str, ...], Field(min_length=1)] = ("text",)
+    """Columns or keys whose text is searched for, each by itself; one that a row lacks is passed
+    over."""
+
+
+class DedupConfig(Frozen):
+    """What counts as said before; of equal documents the first one stays."""
+
+    exact: bool = True
+    """Documents that are equal but for capitals, white space and Unicode composition."""
+    near: bool = True
+    """Documents whose sets of word shingles are alike; MinHash finds them, a count judges."""
+    min_jaccard: float = Field(default=0.8, gt=0, le=1)
+    """From this share of shingles in common two documents are near-duplicates."""
+    paragraphs: bool = False
+    """Cut paragraphs that an earlier document has, capitals and white space aside."""
+    min_paragraph_chars: PositiveInt = 200
+    """A shorter paragraph may repeat."""
+
+
+class PackConfig(Frozen):
+    """How documents become rows of one length."""
+
+    method: Literal["concat", "best-fit"] = "concat"
+    """End to end, cut where a row is full; or whole documents into the rows that they fill best,
+    where only what is longer than a row is cut and what stays empty is padding."""
+    min_document_tokens: int = Field(default=0, ge=0)
+    """Pack longer documents alone, as a phase of long rows wants them."""
+    fim_rate: float = Field(default=0.0, ge=0, le=1)
+    """Part of the text documents that are asked to be filled in the middle (prefix, suffix,
+    middle); needs `fim` among `data.tokenizer.special_tokens`, or a tokenizer that has them."""
 
 
 class TokenizerConfig(Frozen):
     """A byte-level BPE with digits split singly, or one that exists."""
 
-    provenance_fields: ClassVar[frozenset[str]] = frozenset({"file"})
+    provenance_fields: ClassVar[frozenset[str]] = frozenset({"file", "encoder"})
 
     file: str | None = None
     """A `tokenizer.json` to take as it is; what else is said here then means nothing, and is
     as if it were not said."""
     vocab_size: Annotated[int, Field(ge=260)] = 1024
-    """Upper bound: 256 bytes, two special tokens, merges. A small corpus may need fewer."""
+    """Upper bound: 256 bytes, special tokens, merges. A small corpus may need fewer."""
     training_bytes: PositiveInt = 4_000_000
+    pre_tokenizer: Literal["digits", "deepseek"] = "digits"
+    """What merges cannot cross: single digits and GPT-2's words, or the words of DeepSeek-V3's
+    tokenizer, with up to three digits."""
+    special_tokens: tuple[Literal["chat", "thinking", "tools", "fim"], ...] = ()
+    """Kinds of control tokens to have besides those that begin and end a document, spelt as
+    DeepSeek spells them."""
+    encoder: Literal["tokenizers", "gigatoken"] = "tokenizers"
+    """What encodes in bulk; gigatoken where it is installed and knows the pre-tokenizer exactly,
+    after it has been seen to agree."""
 
     @model_validator(mode="before")
     @classmethod
@@ -107,7 +226,7 @@ class TokenizerConfig(Frozen):
         if not isinstance(fields, Mapping) or fields.get("file") is None:
             return fields
         # They would enter the identity of a corpus on which they have no bearing.
-        return {k: v for k, v in fields.items() if k not in ("vocab_size", "training_bytes")}
+        return {k: v for k, v in fields.items() if k in ("file", "encoder")}
 
 
 class DataConfig(Frozen):
@@ -120,13 +239,22 @@ class DataConfig(Frozen):
 
     sources: dict[SourceName, Source] = Field(min_length=1)
     train_tokens: PositiveInt
-    """Tokens to pack for training. Arithmetic is drawn as often as needed; text never repeats."""
+    """Tokens to pack for training. Problems are drawn as often as needed, text as a source's
+    `max_epochs` says."""
     sequence_tokens: Annotated[int, Field(ge=8)] = 256
     held_out_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
-    """Part of the text documents held out, decided by each document's hash."""
+    """Part of the text documents held out, decided by each document's hash; no more of them than
+    `max_held_out_tokens` can take."""
     max_held_out_tokens: PositiveInt = 100_000
     """Held-out tokens to pack for each source."""
+    shard_bytes: PositiveInt = 32_000_000
+    """Files of a source are prepared in shards of about this size on disk, which is what a lost
+    worker costs; shards are shuffled, and the documents within each."""
     quality: QualityConfig = QualityConfig()
+    dedup: DedupConfig = DedupConfig()
+    evaluations: dict[SourceName, EvaluationSet] = Field(default_factory=dict)
+    """Sets of items that are cut out of training text, besides held-out text and problems."""
+    pack: PackConfig = PackConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
 
     @field_validator("sources")

@@ -39,6 +39,9 @@ class ClusterConfig(Frozen):
     training changes."""
     samplers: PositiveInt = 2
     """Generation workers of post-training."""
+    data_workers: PositiveInt | None = None
+    """Processes that prepare data. None means one, the driver itself, where sources are small, and
+    otherwise as many as there are cores, on Ray; 1 is the driver alone. The corpus is the same."""
     device: Device = "auto"
     """What workers compute on. `auto` takes the accelerators that are there: on a named cluster
     those that Ray counts, otherwise those that torch sees; without any, CPUs. Every trainer takes

@@ -26,20 +26,27 @@ def write_rows(
 ) -> None:
     """Write `rows` [N, S] as Arrow IPC files `00000.arrow`, ...: a fixed-size list `tokens`.
 
-    Tokens are stored as uint16 when every id fits, else as int32.
+    Tokens of a file are stored as uint16 when every id fits, else as int32.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
+    for shard, start in enumerate(range(0, len(rows), rows_per_shard)):
+        write_shard(target / shard_name(shard), rows[start : start + rows_per_shard])
+
+
+def shard_name(number: int) -> str:
+    """The file of a folder's shard; names sort as numbers do."""
+    return f"{number:05}.arrow"
+
+
+def write_shard(path: Path, rows: npt.NDArray[np.integer]) -> None:
+    """Write `rows` [N, S] as one file."""
     fits = rows.size == 0 or int(rows.max()) < 1 << 16
-    stored = rows.astype(np.uint16 if fits else np.int32)
-    for shard, start in enumerate(range(0, len(stored), rows_per_shard)):
-        part = stored[start : start + rows_per_shard]
-        values = pa.array(part.reshape(-1))
-        column = pa.FixedSizeListArray.from_arrays(values, part.shape[1])
-        batch = pa.RecordBatch.from_arrays([column], names=[_COLUMN])
-        path = str(target / f"{shard:05}.arrow")
-        with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-            writer.write_batch(batch)
+    values = pa.array(rows.reshape(-1).astype(np.uint16 if fits else np.int32))
+    column = pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
+    batch = pa.RecordBatch.from_arrays([column], names=[_COLUMN])
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
 
 
 class Rows:

@@ -10,6 +10,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
+import numpy as np
+
+from stages.overlap import LEAST_CHARS, WINDOW_CHARS, Windows
+from stages.rolling import Codes, Int64, Uint64, fold, runs
+
 
 @dataclass(frozen=True, slots=True)
 class Statement:
@@ -69,6 +74,8 @@ _IN_FRONT = frozenset({"=", "==", "＝", "≡", "≈", "is", "are", "equals", "i
 _LABEL = re.compile(r"\b(?:sum|total|answer|result|difference|product|equals?|makes?)\b", re.I)
 _CELL = re.compile(r"[ \"']*[|,;\t][ \"'|]*")
 _ROW_BEGINS, _ROW_ENDS = re.compile(r"[\s|\"'\[({]*"), re.compile(r"[ \"'|\])},;\t\r]*")
+_ANSWER_LINE = re.compile(r"\W{0,64}[^\n]{0,1000}")
+"""What follows a question: marks and line breaks, and the rest of the line that begins there."""
 _ABOVE_A_LINE = re.compile(r"\s*(\S)\s*[-_=─]{2,}")
 
 
@@ -140,6 +147,71 @@ def find_arithmetic(problems: Sequence[Posed]) -> Finder:
         return _longest(found)
 
     return find
+
+
+def find_questions(problems: Sequence[Posed]) -> Finder:
+    """Passages of these questions, each with what follows it to the end of the answer's first line.
+
+    A question stands where `WINDOW_CHARS` characters of it in a row do, or all of a shorter one,
+    white space and capitals aside; `stages/overlap.py` says what is compared. A question of fewer
+    than `LEAST_CHARS` is not looked for: others ask it too.
+    """
+    codes = [fold([problem.prompt])[0] for problem in problems]
+    windows = Windows.of(problem.prompt for problem in problems)
+    lengths = sorted({min(len(one), WINDOW_CHARS) for one in codes if len(one) >= LEAST_CHARS})
+    known = [_Asked.of(length, codes) for length in lengths]
+
+    def find(text: str) -> Iterator[Statement]:
+        found: list[Statement] = []
+        for start, end in windows.look(text):
+            codes_C, places_C, _, _ = fold([text[start:end]])
+            for asked in known:
+                for first, last, problem in asked.passages(codes_C):
+                    begins, ends = start + int(places_C[first]), start + int(places_C[last - 1]) + 1
+                    line = _ANSWER_LINE.match(text, ends)
+                    ends = line.end() if line else ends
+                    found.append(Statement(begins, ends, problems[problem].id))
+        return _longest(found)
+
+    return find
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The windows of one length of questions. Axes: C characters compared, K known windows."""
+
+    length: int
+    known_K: Uint64
+    """Ascending; as often as there are questions that have it."""
+    problems_K: Int64
+    """Whose each is, by number."""
+
+    @classmethod
+    def of(cls, length: int, questions: Sequence[Codes]) -> "_Asked":
+        """Those of the questions whose windows have this length."""
+        whose = [at for at, one in enumerate(questions) if min(len(one), WINDOW_CHARS) == length]
+        each = [np.unique(runs(questions[at], length)) for at in whose]
+        owners = np.repeat(np.array(whose, np.int64), [len(one) for one in each])
+        known = np.concatenate(each)
+        order = np.argsort(known, kind="stable")
+        return cls(length, known[order], owners[order])
+
+    def passages(self, codes_C: Codes) -> Iterator[tuple[int, int, int]]:
+        """(first, end, problem) of each question's longest passages, by characters compared."""
+        windows_W = runs(codes_C, self.length)
+        lows = np.searchsorted(self.known_K, windows_W, side="left")
+        counts = np.searchsorted(self.known_K, windows_W, side="right") - lows
+        begins = np.repeat(np.arange(len(windows_W)), counts)
+        nth = np.arange(len(begins)) - np.repeat(np.cumsum(counts) - counts, counts)
+        problems = self.problems_K[np.repeat(lows, counts) + nth]
+        order = np.lexsort((begins, problems))
+        begins, problems = begins[order], problems[order]
+        # Windows of one question that touch are one passage.
+        is_apart = (np.diff(problems) != 0) | (np.diff(begins) > self.length)
+        firsts = np.flatnonzero(np.r_[True, is_apart][: len(begins)])
+        lasts = np.r_[firsts[1:], len(begins)] - 1
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=False):
+            yield int(begins[first]), int(begins[last]) + self.length, int(problems[first])
 
 
 def _longest(found: Collection[Statement]) -> Iterator[Statement]:

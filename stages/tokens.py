@@ -96,6 +96,11 @@ def served_record(path: Path) -> Mapping[str, Any]:
     return record
 
 
+def read_record(path: Path) -> Mapping[str, Any]:
+    """A `tokenizer.json` of the line's, as JSON values; errors as of `adopt_tokenizer`."""
+    return _read(path)
+
+
 def write_tokenizer(path: Path, record: Mapping[str, Any]) -> None:
     """Write a `tokenizer.json`."""
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,27 +1,178 @@
-"""Finds documents that say what an earlier one said."""
+"""Finds documents that say what an earlier one said: equal ones, and near-duplicates.
+
+Near-duplicates are found by MinHash with locality-sensitive hashing (Broder 1997; Leskovec et al.,
+Mining of Massive Datasets, ch. 3), and judged by the exact Jaccard similarity of their shingles.
+Who goes is always like somebody who stays: members of a cluster that are not like its first
+document are looked at again among themselves.
+
+Axes: N documents of all shards, numbered in order; P pairs.
+"""
 
 import hashlib
-import unicodedata
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from stages.data.files import Document
-from stages.data.quality import Drop, drop
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from stages.data.join import Int64, bucket_entries, shard_of
+from stages.data.minhash import jaccard, shingle_set
+from stages.data.paragraphs import plain
+from stages.data.tables import DOCUMENTS, Texts, load, save
+
+KEPT, EXACT, NEAR = 0, 1, 2
+PAIRS_A_TASK = 50_000
+"""Of near-duplicates to be judged by one task."""
+_SETS_KEPT = 4096
+Float64 = npt.NDArray[np.float64]
+Judge = Callable[[Int64], Float64]
+"""The Jaccard similarity of each of P pairs."""
 
 
-def digest(text: str) -> str:
-    """SHA-256 of the text without case, white-space runs and Unicode composition."""
-    normal = " ".join(unicodedata.normalize("NFC", text).casefold().split())
-    return hashlib.sha256(normal.encode()).hexdigest()
+@dataclass(slots=True)
+class Fates:
+    """What became of each document, and why."""
+
+    fate_N: npt.NDArray[np.uint8]
+    """`KEPT`, `EXACT` or `NEAR`."""
+    of_N: Int64
+    """The document that it repeats; itself if it is kept."""
+    value_N: Float64
+    """How alike the two are; 1 for itself."""
+    clusters: int = 0
+    """Groups of near-duplicates, of two documents or more."""
+    candidates: int = 0
+    """Pairs that were judged."""
+
+    @classmethod
+    def of(cls, count: int) -> "Fates":
+        """Of so many documents, all kept."""
+        return cls(np.zeros(count, np.uint8), np.arange(count), np.ones(count))
+
+    def drop(self, numbers: Int64, of: Int64, fate: int, values: Float64 | float) -> None:
+        """Let these documents go."""
+        self.fate_N[numbers], self.of_N[numbers], self.value_N[numbers] = fate, of, values
 
 
-class Seen:
-    """The documents that came by, over all sources: the first of equal ones is kept."""
+def digest(text: str) -> bytes:
+    """The first 16 bytes of the SHA-256 of a text without case, white-space runs and Unicode
+    composition."""
+    return hashlib.sha256(plain(text)).digest()[:16]
 
-    def __init__(self) -> None:
-        """Nothing seen yet."""
-        self._first: dict[str, str] = {}
 
-    def check(self, document: Document) -> Drop | None:
-        """The drop of a document that repeats an earlier one; none for a new document."""
-        here = f"{document.source}/{document.id}"
-        first = self._first.setdefault(digest(document.text), here)
-        return None if first == here else drop(document, "exact_duplicate", first, None)
+def drop_equal(fates: Fates, digests: npt.NDArray[np.uint64]) -> None:
+    """Of documents with equal digests [N, 2] the first stays."""
+    order = np.lexsort((np.arange(len(digests)), digests[:, 1], digests[:, 0]))
+    ordered = digests[order]
+    begins = np.r_[True, (ordered[1:] != ordered[:-1]).any(axis=1)][: len(order)]
+    firsts = np.repeat(order[begins], np.diff(np.r_[np.flatnonzero(begins), len(order)]))
+    again = ~begins
+    fates.drop(order[again], firsts[again], EXACT, 1.0)
+
+
+def drop_near(fates: Fates, candidates: Int64, judge: Judge, min_jaccard: float) -> None:
+    """Of documents that are alike the first stays, in every cluster that `candidates` [P, 2] show.
+
+    Each round settles the first document of every cluster, and those that are like it. What is
+    left of a cluster is clustered again without them, so that the last round leaves nobody who is
+    like another.
+    """
+    values = judge(candidates)
+    fates.candidates += len(candidates)
+    edges = candidates[values >= min_jaccard]
+    known = {(int(a), int(b)): float(v) for (a, b), v in zip(candidates, values, strict=True)}
+    while len(edges):
+        leaders = components(edges, len(fates.fate_N))
+        members = np.unique(edges)
+        members = members[leaders[members] != members]
+        pairs = np.stack([leaders[members], members], axis=1)
+        unknown = np.array([(int(a), int(b)) not in known for a, b in pairs])
+        found = np.array([known.get((int(a), int(b)), 0.0) for a, b in pairs])
+        if unknown.any():
+            found[unknown] = judge(pairs[unknown])
+            fates.candidates += int(unknown.sum())
+        alike = found >= min_jaccard
+        fates.drop(members[alike], pairs[alike, 0], NEAR, found[alike])
+        settled = np.zeros(len(fates.fate_N), np.bool_)
+        settled[members[alike]] = settled[pairs[:, 0]] = True
+        fates.clusters += len(np.unique(pairs[alike, 0]))
+        edges = edges[~settled[edges].any(axis=1)]
+
+
+def components(edges: Int64, count: int) -> Int64:
+    """The first member of the component of each of `count` documents; its own number if alone."""
+    weights = np.ones(len(edges), np.uint8)
+    graph = coo_array((weights, (edges[:, 0], edges[:, 1])), shape=(count, count))
+    number, labels = connected_components(graph, directed=False)
+    firsts = np.full(number, count, np.int64)
+    np.minimum.at(firsts, labels, np.arange(count))
+    found: Int64 = firsts[labels]
+    return found
+
+
+def judge_pairs(
+    out: Path, *, pairs: Path, first: int, last: int, folders: Sequence[Path], offsets: Int64
+) -> Mapping[str, Any]:
+    """The task of judging some pairs: `jaccard` [P] of those from `first` to `last`."""
+    asked = load(pairs, "pairs")[first:last]
+    sets = _Sets(folders, offsets)
+    values = [jaccard(sets.of(int(one)), sets.of(int(other))) for one, other in asked]
+    save(out, jaccard=np.array(values, np.float64))
+    return {"pairs": len(values)}
+
+
+class _Sets:
+    """Shingles of documents by number, those used last at hand."""
+
+    def __init__(self, folders: Sequence[Path], offsets: Int64) -> None:
+        self._folders, self._offsets = folders, offsets
+        self._texts: dict[int, Texts] = {}
+        self._found: OrderedDict[int, npt.NDArray[np.uint64]] = OrderedDict()
+
+    def of(self, number: int) -> npt.NDArray[np.uint64]:
+        if number in self._found:
+            self._found.move_to_end(number)
+            return self._found[number]
+        shard = int(shard_of(np.array([number]), self._offsets)[0])
+        if shard not in self._texts:
+            self._texts[shard] = Texts(self._folders[shard] / DOCUMENTS)
+        found = shingle_set(self._texts[shard][number - int(self._offsets[shard])])
+        self._found[number] = found
+        if len(self._found) > _SETS_KEPT:
+            self._found.popitem(last=False)
+        return found
+
+
+def cut_bucket(
+    out: Path,
+    *,
+    folders: Sequence[Path],
+    offsets: Int64,
+    paragraphs: Int64,
+    bucket: int,
+    buckets: int,
+    alive: Path,
+) -> Mapping[str, Any]:
+    """The task of one bucket of paragraphs: `cuts` [P, 3], each the number of a paragraph that an
+    earlier document has too, of its document, and of that earlier one. `paragraphs` holds the
+    number of each shard's first paragraph, as `offsets` that of its first document."""
+    keys, numbers = bucket_entries(folders, paragraphs, "paragraphs", bucket, buckets, None)
+    shards = shard_of(numbers, paragraphs)
+    documents = np.empty(len(numbers), np.int64)
+    for shard in np.unique(shards).tolist():
+        here = shards == shard
+        spans = load(folders[shard], "paragraph_spans")
+        documents[here] = spans[numbers[here] - paragraphs[shard], 0] + offsets[shard]
+    stays = load(alive, "alive")[documents]
+    keys, numbers, documents = keys[stays], numbers[stays], documents[stays]
+    begins = np.r_[True, keys[1:] != keys[:-1]][: len(keys)]
+    starts = np.flatnonzero(begins)
+    firsts = np.repeat(documents[starts], np.diff(np.r_[starts, len(keys)]))
+    again = documents != firsts
+    save(out, cuts=np.stack([numbers, documents, firsts], axis=1)[again])
+    return {"paragraphs": len(numbers), "cut": int(again.sum())}

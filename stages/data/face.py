@@ -7,7 +7,7 @@ from stages.data.reads import reads
 
 data = Face(
     name="data",
-    revision=3,
+    revision=4,
     config=DataSpec,
     may_take={"tokenizer": Corpus},
     makes=Corpus,

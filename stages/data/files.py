@@ -1,28 +1,34 @@
-"""Reads one file of text, tables or lines of JSON, in parts, as documents."""
+"""Reads one file of text, tables or lines of JSON, in parts, as documents.
+
+What cannot be read is told in its place, as `Broken`, and reading goes on behind it: with the next
+line or, where nothing says where sense begins again, the next file. Memory stays bounded whatever a
+file holds: a row or an undivided document has at most 64 MiB, and what is packed must not unpack to
+much more than text does.
+"""
 
 import codecs
-import gzip
-import re
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, date, datetime
 from itertools import chain
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from cluster import place
 from configs.data import FilesSource
+from configs.errors import DataError
 from model.weights.reading import POINTER
-from stages.data.faults import fault, not_utf8, reading, require_unchanged
-from stages.data.rows import json_texts, table_texts
+from stages.data.content import Content
+from stages.data.faults import Broken, Globbed, fault, reading, require_unchanged
+from stages.data.formats import MAX_HELD_BYTES, START_BYTES, kind_of, suffix_of
+from stages.data.rows import Row, Wanted, json_rows, not_utf8, table_rows
 from stages.hashing import HashedReader
 
 PIECE_CHARS = 4_000
-"""A longer `.txt` file is many documents: it is split at blank lines into pieces of this size."""
+"""A longer text is many documents: it is split at blank lines into pieces of this size."""
 _BREAKS = ("\n\n", "\r\n\r\n", "\n")
-_START_BYTES = 4096
-_GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
-_PACKED_SUFFIX = ".gz"
-_JSON_LINE = re.compile(rb"(\xef\xbb\xbf)?\s*\{[ \t]*[\"}]")
-"""Begins an object that goes on in the same line, as one of many lines over several does not."""
+_MILLISECONDS_FROM = 1e11
+"""As seconds since 1970 it would be in the year 5138."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,45 +40,111 @@ class Document:
     id: str
     """Unique in its source: a relative file name, with `#n` where a file holds several."""
     text: str
+    key: str = ""
+    """The document's own name for itself, as the source's `id_field` gives it."""
+    licence: str = ""
+    timestamp: str = ""
+    """When it was written, in ISO 8601 where the file says it as a time or a number."""
 
 
 def read_documents(
     name: str, source: FilesSource, path: str, label: str, known: Any
-) -> Iterator[Document]:
-    """The documents of one file, of which `known` is the size and hash."""
+) -> Iterator[Document | Broken]:
+    """The documents of one file, of which `known` is the size and hash, and what is broken.
+
+    DataError if the system refuses the file, it changed since, is a git-lfs pointer, or of a kind
+    that is not read.
+    """
+    asked = {
+        "key": source.id_field,
+        "licence": source.licence_field,
+        "timestamp": source.timestamp_field,
+    }
+    fields = {meaning: field for meaning, field in asked.items() if field is not None}
+    wanted = Wanted(f"data.sources.{name}.text_field", source.text_field, tuple(fields.values()))
+    number, own_licence = 0, source.licence or ""
+    for found in read_rows(name, source, path, label, known, wanted, splits=source.split_documents):
+        if isinstance(found, Broken):
+            yield found
+            continue
+        place_id = f"{label}#{number}" if number else label
+        number += 1
+        if found.also:
+            said = dict(zip(fields, found.also, strict=True))
+            yield Document(
+                name,
+                place_id,
+                found.text,
+                key=worded(said.get("key")),
+                licence=worded(said.get("licence")) or own_licence,
+                timestamp=_moment(said.get("timestamp")),
+            )
+        else:
+            yield Document(name, place_id, found.text, licence=own_licence)
+
+
+def read_rows(
+    name: str, source: Globbed, path: str, label: str, known: Any, wanted: Wanted, *, splits: bool
+) -> Iterator[Row | Broken]:
+    """The rows of one file, or the text of one that has none, whole or in pieces.
+
+    Faults are those of `read_documents`.
+    """
     with reading(name, source, path), place.opened(path) as file:
-        start = _start(file)
-        _require_content(name, source, label, start)
-        reader = content = HashedReader(file)
-        if is_packed := start.startswith(_GZIP):
-            start = _start(_unpacked(file))
-            file.seek(0)
-            # What identity knows is the hash of the file as it lies there.
-            content = HashedReader(_unpacked(reader))
-        match _kind(label, start):
-            case "txt":
-                texts = split_text(_decoded(name, source, label, content))
-            case "jsonl":
-                texts = json_texts(name, source, label, content.lines())
-            case "parquet" if is_packed:
-                raise fault(
-                    name, source, f"{label} is packed by gzip", "unpack it, as a table must be"
-                )
-            case "parquet":
-                texts = table_texts(name, source, label, file)
-            case suffix:
+        start = file.read(START_BYTES)
+        file.seek(0)
+        if start.startswith(POINTER):
+            raise fault(
+                name,
+                source,
+                f"{label} is a git-lfs pointer, not the file that it stands for",
+                "fetch the files with `git lfs pull` in that folder",
+            )
+        reader = HashedReader(file)
+        size_bytes = known["bytes"] if known else 0
+        content = Content(reader, start, size_bytes)
+        match kind_of(label, content.start):
+            case "text":
+                yield from _texts(name, label, content, splits=splits)
+            case "lines":
+                yield from json_rows(name, label, content, wanted)
+            case "array":
+                said = f"{label} is one array of JSON; write one object a line, as `jq -c .[]` does"
+                yield Broken(name, label, "broken_file", said, size_bytes)
+            case "table" if content.packing is None:
+                whole = yield from _table(name, label, file, size_bytes, wanted)
+                if whole and file.seek(0, os.SEEK_END) == size_bytes:
+                    # It was read in another order than it is hashed in, which is left to those who
+                    # compare all files afterwards.
+                    return
+                file.seek(0)
+            case "table":
                 raise fault(
                     name,
                     source,
-                    f"{label} ends in {suffix!r}",
-                    "give files that end in .txt, .jsonl or .parquet, the first two also packed as "
-                    ".gz; unpack or convert others",
+                    f"{label} is packed by {content.packing}",
+                    "unpack it, as a table must be",
                 )
-        for number, text in enumerate(texts):
-            yield Document(name, f"{label}#{number}" if number else label, text)
-        read = reader.entry
-        if read.bytes and read.model_dump() != known:
-            require_unchanged(name, source, {label: known}, {label: read.model_dump()})
+            case None:
+                raise _unknown(name, source, label)
+        if content.damage:
+            said = f"{label} {content.damage}"
+            yield Broken(name, label, "broken_file", said, content.lost_bytes)
+        _require_known(name, source, label, known, reader)
+
+
+def worded(value: object) -> str:
+    """A value of a row in words; of several, each."""
+    match value:
+        case None:
+            return ""
+        case str():
+            return value
+        case date():
+            return value.isoformat()
+        case list() | tuple():
+            return ", ".join(map(worded, value))
+    return str(value)
 
 
 def split_text(parts: Iterable[str], *, piece_chars: int = PIECE_CHARS) -> Iterator[str]:
@@ -95,49 +167,102 @@ def split_text(parts: Iterable[str], *, piece_chars: int = PIECE_CHARS) -> Itera
                 yield piece
 
 
-def _start(file: IO[bytes]) -> bytes:
-    """The first bytes of a file, which is at its beginning, and is so again afterwards."""
-    start = file.read(_START_BYTES)
-    file.seek(0)
-    return start
+class _Decoded:
+    """The text of a file, in parts, without a byte-order mark. It ends where it is no UTF-8."""
+
+    def __init__(self, label: str, content: Content) -> None:
+        self.fault = ""
+        """What is wrong where the text ended, and the remedy; empty if it ended well."""
+        self.read_bytes = 0
+        """Of the content, before the fault."""
+        self._label, self._content = label, content
+
+    def __iter__(self) -> Iterator[str]:
+        decoder, is_start = codecs.getincrementaldecoder("utf-8")(), True
+        for chunk in chain(self._content.chunks(), [b""]):
+            waiting = decoder.getstate()[0]
+            # A letter that damage cut is part of the damage.
+            is_last = not chunk and not self._content.damage
+            try:
+                text = decoder.decode(chunk, final=is_last)
+            except UnicodeDecodeError as error:
+                at = self.read_bytes - len(waiting) + error.start
+                self.fault = not_utf8(self._label, error.object[error.start], at)
+                text, self.read_bytes = error.object[: error.start].decode(), at
+            else:
+                self.read_bytes += len(chunk)
+            if text:
+                yield text.removeprefix("\ufeff") if is_start else text
+                is_start = False
+            if self.fault:
+                return
 
 
-def _unpacked(file: IO[bytes] | HashedReader) -> IO[bytes]:
-    """What gzip packed. Read from front to end it only reads `file`, so that need not seek."""
-    return cast(IO[bytes], gzip.GzipFile(fileobj=cast(IO[bytes], file), mode="rb"))
+def _texts(name: str, label: str, content: Content, *, splits: bool) -> Iterator[Row | Broken]:
+    """The text of a file of plain text: in pieces up to where it is broken, or whole or not."""
+    decoded = _Decoded(label, content)
+    if splits:
+        yield from map(Row, split_text(decoded))
+        if decoded.fault:
+            left_bytes = content.size_bytes - content.on_disk(decoded.read_bytes)
+            yield Broken(name, label, "broken_encoding", decoded.fault, max(1, left_bytes))
+        return
+    parts: list[str] = []
+    for part in decoded:
+        parts.append(part)
+        if decoded.read_bytes > MAX_HELD_BYTES:
+            said = (
+                f"{label} has more than {MAX_HELD_BYTES:,} bytes of text in one document; set "
+                f"data.sources.{name}.split_documents = true, or leave it out of the glob"
+            )
+            yield Broken(name, label, "broken_file", said, content.size_bytes)
+            return
+    if decoded.fault:
+        yield Broken(name, label, "broken_encoding", decoded.fault, content.size_bytes)
+    elif content.damage:
+        content.lost_bytes = content.size_bytes
+    elif (text := "".join(parts)).strip():
+        yield Row(text)
 
 
-def _kind(label: str, start: bytes) -> str:
-    """The suffix of a file's name or, without one, that of what the file begins as."""
-    own = label.rpartition("/")[2].lower().removesuffix(_PACKED_SUFFIX)
-    if "." in own:
-        return own.rpartition(".")[2]
-    if start.startswith(_PARQUET):
-        return "parquet"
-    return "jsonl" if _JSON_LINE.match(start) else "txt"
-
-
-def _require_content(name: str, source: FilesSource, label: str, start: bytes) -> None:
-    """DataError for a pointer that git-lfs left where the file should be."""
-    if start.startswith(POINTER):
-        raise fault(
-            name,
-            source,
-            f"{label} is a git-lfs pointer, not the file that it stands for",
-            "fetch the files with `git lfs pull` in that folder",
-        )
-
-
-def _decoded(name: str, source: FilesSource, label: str, reader: HashedReader) -> Iterator[str]:
-    """The text of a file, in parts, without a byte-order mark."""
-    decoder, offset, is_start = codecs.getincrementaldecoder("utf-8")(), 0, True
-    for chunk in chain(reader.chunks(), [b""]):
-        waiting = len(decoder.getstate()[0])
+def _moment(value: object) -> str:
+    """When something was: a number is seconds or milliseconds since 1970, in UTC."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = value / 1000 if abs(value) >= _MILLISECONDS_FROM else value
         try:
-            text = decoder.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            raise not_utf8(name, source, label, error, offset - waiting) from None
-        offset += len(chunk)
-        if text:
-            yield text.removeprefix("\ufeff") if is_start else text
-            is_start = False
+            return datetime.fromtimestamp(seconds, UTC).isoformat()
+        except (ValueError, OverflowError, OSError):
+            return str(value)
+    return worded(value)
+
+
+def _unknown(name: str, source: Globbed, label: str) -> DataError:
+    return fault(
+        name,
+        source,
+        f"{label} ends in {suffix_of(label)!r}",
+        "give files that end in .txt, .md, .jsonl, .parquet or as source code does, all but "
+        "tables also packed as .gz or .zst; unpack or convert others",
+    )
+
+
+def _table(
+    name: str, label: str, file: IO[bytes], size_bytes: int, wanted: Wanted
+) -> Generator[Row | Broken, None, bool]:
+    """The rows of a table; returns whether nothing in it is broken."""
+    is_whole = True
+    for found in table_rows(name, label, file, size_bytes, wanted):
+        is_whole = is_whole and not isinstance(found, Broken)
+        yield found
+    return is_whole
+
+
+def _require_known(
+    name: str, source: Globbed, label: str, known: Any, reader: HashedReader
+) -> None:
+    """DataError unless a file, to be read to its end, is what it was."""
+    for _ in reader.chunks():
+        pass
+    read = reader.entry.model_dump()
+    if read != known:
+        require_unchanged(name, source, {label: known}, {label: read})

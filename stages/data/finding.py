@@ -4,6 +4,9 @@ The longest beginning of a path that exists as it is written is taken as it stan
 its names hold; the rest is a pattern. In it `*`, `?` and `[...]` stand for signs of one name, and
 `**` for folders of any depth. As in a shell, none of them stands for a name that begins with a dot.
 Links to folders are followed, each folder once.
+
+A folder stands for the files at any depth below it whose suffixes say that they can be read, be it
+the whole glob, `texts/`, or what a pattern without `**` fits, `texts/*`.
 """
 
 import os
@@ -15,12 +18,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from cluster import place
-from configs.data import FilesSource
 from configs.errors import DataError
-from stages.data.faults import fault
+from stages.data.faults import Globbed, fault
+from stages.data.formats import is_readable
 
 _WILDCARD = re.compile(r"[*?\[]")
 _ANY_DEPTH = "**"
+_BELOW = (_ANY_DEPTH, "*")
+"""What follows a pattern in each folder that it fits."""
 _RESCUED = "lost+found"
 """Where Linux keeps what it found when it mended a disk: on many disks, and closed to users."""
 _FOLDER, _FILE, _LOST = "a folder", "a file", "a link that leads nowhere"
@@ -49,7 +54,7 @@ class _Folder:
     places: Places
 
 
-def matches(name: str, source: FilesSource, store: Path | None = None) -> list[Match]:
+def matches(name: str, source: Globbed, store: Path | None = None) -> list[Match]:
     """What the glob matches, sorted by label; nothing of `store`, unless the glob names a part.
 
     DataError for an address that cannot be read or matches nothing, and for a match that is no
@@ -69,14 +74,21 @@ def matches(name: str, source: FilesSource, store: Path | None = None) -> list[M
     return [(path, label) for label, path in sorted(found.items())]
 
 
-def _find(name: str, source: FilesSource, pattern: str, store: Path | None) -> dict[str, str]:
+def _find(name: str, source: Globbed, pattern: str, store: Path | None) -> dict[str, str]:
     """Paths of local files by label."""
     base, parts = _divide(pattern)
-    if parts:
+    if parts or (kind := _kind_of(pattern)) == _FOLDER:
         _require_pattern(name, source, base, parts, store)
         found = list(_walk(name, source, base, parts, store))
+        if not found and not parts:
+            raise fault(
+                name,
+                source,
+                "is a folder without a file whose suffix says that it can be read",
+                "name the files in it, as *, or correct the path",
+            )
     else:
-        found = [(os.path.basename(pattern), pattern, _kind_of(pattern))]
+        found = [(os.path.basename(pattern), pattern, kind)]
     return {_label(name, source, label, path, kind): path for label, path, kind in found}
 
 
@@ -92,7 +104,7 @@ def _divide(pattern: str) -> tuple[str, list[str]]:
 
 
 def _walk(
-    name: str, source: FilesSource, base: str, parts: Sequence[str], store: Path | None
+    name: str, source: Globbed, base: str, parts: Sequence[str], store: Path | None
 ) -> Iterator[tuple[str, str, str]]:
     """(label, path, kind) of all below `base` that the pattern fits.
 
@@ -104,13 +116,17 @@ def _walk(
     left_out = os.path.realpath(store) if store else ""
     if _is_within(root, left_out):
         left_out = ""
+    end = len(parts)
+    # Where any depth is asked for, folders are only on the way.
+    parts = [*parts, *(() if _ANY_DEPTH in parts else _BELOW)]
     seen: set[tuple[str, Places]] = set()
     waiting = [_Folder(base, "", root, _reached(parts, [0]))]
     while waiting:
         links: list[_Folder] = []
         while waiting:
             folder = waiting.pop()
-            at = folder.real, folder.places
+            # Whether the pattern fits the folder too has no bearing on what is below it.
+            at = folder.real, folder.places - {len(parts)}
             if at in seen or _is_within(folder.real, left_out):
                 continue
             seen.add(at)
@@ -118,14 +134,17 @@ def _walk(
                 places = _step(parts, folder.places, entry.name)
                 kind = _kind(entry) if places else _FILE
                 label = folder.label + entry.name
-                if len(parts) in places and _is_meant(parts, entry.name, kind):
-                    yield label, entry.path, kind
                 if kind == _FOLDER:
                     is_link = entry.is_symlink()
                     joined = os.path.join(folder.real, entry.name)
                     real = os.path.realpath(entry.path) if is_link else joined
                     below = _Folder(entry.path, f"{label}/", real, places)
                     (links if is_link else waiting).append(below)
+                elif end in places and end - 1 in folder.places:
+                    if _is_meant(parts[end - 1], entry.name):
+                        yield label, entry.path, kind
+                elif len(parts) in places and is_readable(entry.name):
+                    yield label, entry.path, kind
         waiting = sorted(links, key=lambda link: link.label, reverse=True)
 
 
@@ -151,16 +170,13 @@ def _reached(parts: Sequence[str], places: Iterable[int]) -> Places:
     return frozenset(reached)
 
 
-def _is_meant(parts: Sequence[str], name: str, kind: str) -> bool:
-    """Whether what fits a pattern is asked for by it."""
-    if kind == _FOLDER:
-        # Where any depth is asked for, folders are only on the way.
-        return _ANY_DEPTH not in parts
+def _is_meant(pattern: str, name: str) -> bool:
+    """Whether a file whose name fits a pattern is asked for by it."""
     # Spark and others write `_SUCCESS`, `_metadata` and the like beside their files of data.
-    return "." in name or not name.startswith("_") or parts[-1].startswith("_")
+    return "." in name or not name.startswith("_") or pattern.startswith("_")
 
 
-def _listed(name: str, source: FilesSource, folder: str) -> list["os.DirEntry[str]"]:
+def _listed(name: str, source: Globbed, folder: str) -> list["os.DirEntry[str]"]:
     try:
         with os.scandir(folder) as entries:
             return list(entries)
@@ -195,7 +211,7 @@ def _kind_of(path: str) -> str:
 
 
 def _require_pattern(
-    name: str, source: FilesSource, base: str, parts: Sequence[str], store: Path | None
+    name: str, source: Globbed, base: str, parts: Sequence[str], store: Path | None
 ) -> None:
     """DataError for a pattern that means something else than it seems to."""
     for part in parts:
@@ -212,15 +228,8 @@ def _require_pattern(
         )
 
 
-def _label(name: str, source: FilesSource, label: str, path: str, kind: str) -> str:
+def _label(name: str, source: Globbed, label: str, path: str, kind: str) -> str:
     """The label as it is in every locale; DataError for what cannot be read as a file."""
-    if kind == _FOLDER:
-        raise fault(
-            name,
-            source,
-            f"matches a folder, {_shown(path)}",
-            "say which files in it, as *.txt, or **/*.txt at any depth",
-        )
     if kind != _FILE:
         raise fault(
             name,
@@ -250,19 +259,32 @@ def _is_within(path: str, folder: str) -> bool:
     return folder != "" and f"{path}/".startswith(f"{folder}/")
 
 
-def _fetch(name: str, source: FilesSource) -> dict[str, str]:
+def _fetch(name: str, source: Globbed) -> dict[str, str]:
     """Addresses of remote files by label."""
-    pattern = source.glob
+    pattern = source.glob.rstrip("/")
     base = _WILDCARD.split(pattern, maxsplit=1)[0].rpartition("/")[0]
+    if _is_page(pattern) and not set(pattern) & set("*["):
+        # A server of pages lists no folders; whether it has the file, reading it tells.
+        label = pattern.partition("?")[0].rpartition("/")[2]
+        return {_label(name, source, label, pattern, _FILE): source.glob}
     rest = pattern.removeprefix(base)
-    found = {
-        label: (address, _FOLDER if is_folder else _FILE)
-        for label, (address, is_folder) in place.matching(pattern, below=base).items()
-    }
-    if "/." not in rest:
-        found = {label: one for label, one in found.items() if "/." not in f"/{label}"}
     kept = {}
-    for label, (address, kind) in sorted(found.items()):
-        if _is_meant(rest.split("/"), label.rpartition("/")[2], kind):
-            kept[_label(name, source, label, address, kind)] = address
-    return kept
+    for label, (address, is_folder) in sorted(place.matching(pattern, below=base).items()):
+        if not is_folder:
+            if _is_meant(rest.rpartition("/")[2], label.rpartition("/")[2]):
+                kept[label] = address
+        elif _ANY_DEPTH not in rest.split("/"):
+            below = place.matching(f"{address}/**", below=address)
+            prefix = "" if address.endswith(rest) else f"{label}/"
+            kept |= {
+                prefix + inner: file
+                for inner, (file, is_deeper) in below.items()
+                if not is_deeper and is_readable(inner) and "/." not in f"/{inner}"
+            }
+    if "/." not in rest:
+        kept = {label: one for label, one in kept.items() if "/." not in f"/{label}"}
+    return {_label(name, source, label, one, _FILE): one for label, one in kept.items()}
+
+
+def _is_page(address: str) -> bool:
+    return address.partition("://")[0] in ("http", "https")

@@ -1,280 +1,265 @@
-"""The data stage: raw sources in, a packed and tokenised corpus with checkable problems out."""
+"""The data stage: raw sources in, a packed and tokenised corpus with checkable problems out.
+
+read → dedup → decide → clean → tokenizer → encode → rows. Each step takes shards and leaves shards,
+in folders named by what they were made from (`shop.py`); no step holds the corpus in memory.
+"""
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
+from cluster.shards import Done, workers_for
 from configs.data import (
-    ArithmeticSource,
     DataConfig,
     DataSpec,
-    FilesSource,
-    StdlibSource,
+    TextSource,
 )
-from configs.errors import DataError
 from configs.seed import derive
 from stages.artifacts import Corpus
 from stages.contract import Workspace, fills
 from stages.data import face
-from stages.data.arithmetic import Split, make_problems, training_documents
-from stages.data.dedup import Seen
-from stages.data.files import Document
-from stages.data.held_out import Overlap, keep_apart, part
-from stages.data.ingest import (
-    Reading,
-    read_files,
-    read_stdlib,
-    require_documents,
-    require_training_text,
-)
-from stages.data.pack import (
-    Int32,
-    frame,
-    interleave,
-    mixable_rows,
-    pack,
-    row_budget,
-    take_until,
-)
-from stages.data.quality import Drop, judge
-from stages.data.record import Texts, shortfalls, statistics, unread, write_dropped
-from stages.data.tokenizer import encode, sample, train_tokenizer
-from stages.hashing import Hashes
+from stages.data.decide import Decided, Shards, clean_tasks, decide, repeats
+from stages.data.encode import Encode
+from stages.data.inputs import inputs_of
+from stages.data.publish import publish
+from stages.data.questions import Posed, pose
+from stages.data.reading import Read, read_sources, require_documents
+from stages.data.record import require_training_text, shortfalls, statistics, unread
+from stages.data.rows_out import Mixed, held_out_rows, mix
+from stages.data.shop import Shop
+from stages.data.tables import DOCUMENTS, batches
+from stages.data.tokenizer import fim_ids, sample, train_tokenizer
 from stages.names import TOKENIZER
-from stages.shards import write_rows
-from stages.tokens import Adopted, adopt_tokenizer, vocabulary_size, write_tokenizer
-from stages.verifiers import Problem, write_problems
+from stages.tokens import Adopted, adopt_tokenizer, load_tokenizer, vocabulary_size, write_tokenizer
 
-MIN_ROWS = 8
-"""Fewer training rows than this are no corpus but a mistake in the sources."""
-
-_DOCUMENTS_PER_BATCH = 64
+PARALLEL_BYTES = 64_000_000
+"""Sources of less text than this are prepared by the driver: starting workers would take longer."""
+_PHASES = 6
 
 
 @fills(face.data)
 def data(config: DataSpec, work: Workspace, *, tokenizer: Corpus | None = None) -> Corpus:
-    """Read, clean, tokenise and pack the sources. Equal inputs give equal bytes.
+    """Read, clean, tokenise and pack the sources. Equal inputs give equal bytes, on however many
+    workers, and what an interrupted build has done is not done again.
 
     With another corpus as `tokenizer`, that one's encodes this one too. DataError if a source
     cannot be read, or leaves nothing to train on or to hold out.
     """
     # Said aloud, because workers forked after the first parallel call would otherwise warn.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    out, spec = Path(work.out), config.data
-    work.tracker.start(steps=4, unit="phase")
+    spec, seed = config.data, config.seed
+    work.tracker.start(steps=_PHASES, unit="phase")
 
-    generated = {n: s for n, s in spec.sources.items() if isinstance(s, ArithmeticSource)}
-    problems = make_problems(generated, seed=config.seed)
-    asked = [problem for _, split in sorted(problems.items()) for problem in split.held_out]
-    texts, drops, overlap = _clean(spec, work.hashes, asked, seed=config.seed)
-    texts |= {
-        name: _spell(split, generated[name], seed=derive(config.seed, "data", name))
-        for name, split in problems.items()
+    inputs = {
+        name: inputs_of(name, source, work.hashes, shard_bytes=spec.shard_bytes, seed=seed)
+        for name, source in sorted(spec.sources.items())
+        if isinstance(source, TextSource)
     }
-    total = sum((source.read for source in texts.values()), Counter[str]())
-    work.tracker.log({**total, "documents_dropped": len(drops)}, step=1)
-    for note in (*unread(spec, texts), *overlap.notes()):
+    total = sum(shard.bytes for one in inputs.values() for shard in one.shards)
+    workers = workers_for(work.machines, total, least_bytes=PARALLEL_BYTES)
+    line = _Line(spec, seed, work, Shop(work, workers))
+
+    posed = pose(spec, work.hashes, seed=seed)
+    line.texts = read_sources(spec, inputs, line.shop)
+    for name, read in line.texts.items():
+        require_documents(name, read, {})
+    line.tell(1, line.read_figures())
+    for note in unread(spec, line.texts):
         work.tracker.note(note)
 
-    adopted = _tokenizer(spec, texts, tokenizer)
-    encoder = adopted.tokenizer
-    for line in adopted.said:
-        work.tracker.note(f"data.tokenizer.file = {spec.tokenizer.file}: {line}")
-    work.tracker.log({"vocab_size": vocabulary_size(encoder)}, step=2)
+    shards = Shards.of(line.texts)
+    held_out = [problem for one in posed.values() for problem in one.held_out]
+    decided = decide(spec, shards, held_out, line.shop, seed=seed)
+    for name, read in line.texts.items():
+        require_documents(name, read, repeats(shards, decided.fates, name))
+    line.tell(2, {"duplicates": int((decided.fates.fate_N > 0).sum())})
 
-    train = _train_rows(spec, texts, encoder, seed=config.seed)
-    held_out = _held_out_rows(spec, texts, encoder)
-    rows = interleave(train, seed=config.seed)
-    work.tracker.log({"train_rows": len(rows), "train_tokens": rows.size}, step=3)
-    for shortfall in shortfalls(spec, train):
-        work.tracker.note(shortfall)
+    line.cleaned = line.clean(shards, decided)
+    line.tell(3, {"documents": sum(one.facts["documents"] for one in line.cleaned)})
 
-    work.lease.check()
-    write_rows(out / "train", rows)
-    for name, block in held_out.items():
-        write_rows(out / "held_out" / name, block)
-    splits = [problems[name] for name in sorted(problems)]
-    train_problems = [problem for split in splits for problem in split.train]
-    held_out_problems = [problem for split in splits for problem in split.held_out]
-    write_problems(out / "problems" / "train.parquet", train_problems)
-    write_problems(out / "problems" / "held_out.parquet", held_out_problems)
-    write_tokenizer(out / TOKENIZER, adopted.record)
-    write_dropped(out / "dropped.jsonl", drops)
-    facts = statistics(spec, texts, train, held_out, encoder, overlap)
-    (out / "statistics.json").write_text(json.dumps(facts, indent=2) + "\n")
-    work.tracker.log({"held_out_rows": sum(map(len, held_out.values()))}, step=4)
-    return Corpus(
-        uri=work.out,
-        train_rows=len(rows),
-        held_out_rows={name: len(block) for name, block in held_out.items()},
-        sequence_tokens=spec.sequence_tokens,
-        vocab_size=vocabulary_size(encoder),
-        train_problems=len(train_problems),
-        held_out_problems=len(held_out_problems),
-    )
+    adopted = line.tokenizer(shards, posed, tokenizer)
+    for told in adopted.said:
+        work.tracker.note(f"data.tokenizer.file = {spec.tokenizer.file}: {told}")
+    line.tell(4, {"vocab_size": vocabulary_size(adopted.tokenizer)})
+
+    encoded = line.encode(shards, adopted)
+    mixed = mix(spec, line.shop, encoded, posed, line.encoder, seed=seed)
+    line.tell(5, {"train_rows": mixed.total_rows, "train_tokens": mixed.total_tokens})
+    apart = held_out_rows(spec, decided.folder, posed, load_tokenizer(line.encoder / TOKENIZER))
+    return line.finish(shards, decided, posed, adopted, mixed, apart)
 
 
-def _clean(
-    spec: DataConfig, hashes: Hashes, problems: Sequence[Problem], *, seed: int
-) -> tuple[dict[str, Texts], list[Drop], Overlap]:
-    """The text sources, in name order, without what a rule took out or what is held out."""
-    drops: list[Drop] = []
-    seen = Seen()
-    readings: dict[str, Reading] = {}
-    kept: dict[str, list[Document]] = {}
-    for name, source in sorted(spec.sources.items()):
-        if isinstance(source, ArithmeticSource):
-            continue
-        reading = readings[name] = _read(name, source, hashes, seed=seed)
-        passed = []
-        for document in reading.documents:
-            if found := judge(document, spec.quality) or seen.check(document):
-                drops.append(found)
-            else:
-                passed.append(document)
-        require_documents(name, source, passed, reading, _rules(drops, name))
-        rng = np.random.default_rng(derive(seed, "data", name, "documents"))
-        kept[name] = [passed[index] for index in rng.permutation(len(passed))]
-    parted, overlap = part(kept, spec.held_out_share, seed=seed)
-    parted, cuts = keep_apart(parted, problems, overlap, min_chars=spec.quality.min_chars)
-    texts = {
-        name: Texts(
-            [one.text for one in sides.train],
-            [one.text for one in sides.held_out],
-            Counter(documents=len(readings[name].documents), bytes=readings[name].read_bytes),
-            _rules([*drops, *(cut for cut in cuts if cut.cut_chars is None)], name),
-            _rules([cut for cut in cuts if cut.cut_chars is not None], name),
-            unread_files=readings[name].unread_files,
-            unread_bytes=readings[name].unread_bytes,
-        )
-        for name, sides in parted.items()
-    }
-    for name, found_texts in texts.items():
-        require_training_text(name, found_texts.train, found_texts.held_out)
-    return texts, [*drops, *cuts], overlap
+@dataclass
+class _Line:
+    """One build of a corpus, as far as it is."""
 
+    spec: DataConfig
+    seed: int
+    work: Workspace
+    shop: Shop
+    texts: dict[str, Read] = field(default_factory=dict)
+    cleaned: list[Done] = field(default_factory=list)
+    encoder: Path = Path()
+    """The folder of the tokenizer."""
 
-def _rules(drops: Sequence[Drop], source: str) -> Counter[str]:
-    """How many of a source's documents each rule is the reason for."""
-    return Counter(drop.rule for drop in drops if drop.source == source)
+    def tell(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Log a phase, with how long its steps took."""
+        seconds = {f"{name}_seconds": round(took, 3) for name, took in self.shop.seconds.items()}
+        self.work.tracker.log({**figures, **seconds}, step=step)
 
+    def read_figures(self) -> dict[str, int]:
+        """What was read."""
+        reads = self.texts.values()
+        dropped = sum(read.counted("dropped").total() for read in reads)
+        figures = {name: sum(one.total(name) for one in reads) for name in ("documents", "bytes")}
+        return {**figures, "documents_dropped": dropped}
 
-def _read(name: str, source: StdlibSource | FilesSource, hashes: Hashes, *, seed: int) -> Reading:
-    match source:
-        case StdlibSource():
-            return read_stdlib(name, source, seed=seed)
-        case FilesSource():
-            return read_files(name, source, hashes)
+    def clean(self, shards: Shards, decided: Decided) -> list[Done]:
+        """Every shard without what is dropped or held out. DataError if a source has nothing to be
+        trained on."""
+        tasks = clean_tasks(self.spec, shards, decided.folder, self.shop, seed=self.seed)
+        found = self.shop.run(tasks)
+        for name in self.texts:
+            here = [one for one, of in zip(found, shards.names, strict=True) if of == name]
+            held_out = sum(one.facts["held_out"] for one in here)
+            require_training_text(name, sum(one.facts["documents"] for one in here), held_out)
+        return found
 
+    def ordered(self, shards: Shards, name: str) -> list[Done]:
+        """A source's cleaned shards in the order in which they are packed."""
+        here = [one for one, of in zip(self.cleaned, shards.names, strict=True) if of == name]
+        rng = np.random.default_rng(derive(self.seed, "data", name, "shards"))
+        return [here[at] for at in rng.permutation(len(here))]
 
-def _spell(split: Split, source: ArithmeticSource, *, seed: int) -> Texts:
-    """Problems as documents: the prompt and its answer."""
-    train = training_documents(split.train, source, seed=seed)
-    held_out = [one.prompt + one.answer for one in split.held_out]
-    total_bytes = sum(map(len, train)) + sum(map(len, held_out))
-    read = Counter(documents=len(train) + len(held_out), bytes=total_bytes)
-    return Texts(train, held_out, read, Counter(), repeats=True)
+    def tokenizer(
+        self, shards: Shards, posed: Mapping[str, Posed], other: Corpus | None
+    ) -> Adopted:
+        """That of another corpus, the one that the config names, or one trained on the texts."""
+        config = self.spec.tokenizer
+        if other is not None:
+            adopted = adopt_tokenizer(other.path(TOKENIZER))
+        elif config.file is not None:
+            adopted = adopt_tokenizer(Path(config.file))
+        else:
+            trained = self._trained(shards, posed)
+            record = json.loads((trained / TOKENIZER).read_text(encoding="utf-8"))
+            adopted = Adopted(load_tokenizer(trained / TOKENIZER), record, ())
 
+        def make(out: Path) -> Mapping[str, Any]:
+            write_tokenizer(out / TOKENIZER, adopted.record)
+            return {}
 
-def _tokenizer(spec: DataConfig, texts: Mapping[str, Texts], other: Corpus | None) -> Adopted:
-    """That of another corpus, the one that the config names, or one trained on the texts."""
-    if other is not None:
-        return adopt_tokenizer(other.path(TOKENIZER))
-    if spec.tokenizer.file is not None:
-        return adopt_tokenizer(Path(spec.tokenizer.file))
-    made = train_tokenizer(_training_sample(spec, texts), spec.tokenizer)
-    return Adopted(made, json.loads(made.to_str()), ())
+        self.encoder = self.shop.one("tokenizer", {"record": adopted.record}, make).folder
+        return adopted
 
+    def _trained(self, shards: Shards, posed: Mapping[str, Posed]) -> Path:
+        """The folder of a tokenizer trained on texts of each source by its share of the bytes."""
+        config = self.spec.tokenizer
+        texts = {name: self.ordered(shards, name) for name in self.texts}
 
-def _training_sample(spec: DataConfig, texts: Mapping[str, Texts]) -> Iterator[str]:
-    """What the tokenizer learns from: training texts of each source by its share of the bytes."""
-    for name, source in sorted(spec.sources.items()):
-        yield from sample(texts[name].train, round(source.share * spec.tokenizer.training_bytes))
+        def learned() -> Iterator[str]:
+            for name, source in sorted(self.spec.sources.items()):
+                some = posed[name].train if name in posed else _texts(texts[name])
+                yield from sample(some, round(source.share * config.training_bytes))
 
+        def make(out: Path) -> Mapping[str, Any]:
+            made = train_tokenizer(learned(), config)
+            write_tokenizer(out / TOKENIZER, json.loads(made.to_str()))
+            return {}
 
-def _train_rows(
-    spec: DataConfig, texts: Mapping[str, Texts], tokenizer: Tokenizer, *, seed: int
-) -> dict[str, Int32]:
-    """Packed rows of each source, in the proportions that the recipe asks for.
+        key = {
+            "config": config.model_dump(mode="json", exclude={"encoder"}),
+            "shares": {name: one.share for name, one in sorted(self.spec.sources.items())},
+            "posed": {name: one.digest for name, one in sorted(posed.items())},
+        }
+        needs = [one.folder for some in texts.values() for one in some]
+        return self.shop.one("tokenizer", key, make, *needs).folder
 
-    Text is never repeated: where a source is shorter than its share, all shrink alike.
-    """
-    shares = {name: source.share for name, source in sorted(spec.sources.items())}
-    length, wanted = spec.sequence_tokens, spec.train_tokens // spec.sequence_tokens
-    budget = row_budget(shares, wanted)
-    finite = {
-        name: pack(
-            take_until(_framed(tokenizer, texts[name].train), (budget[name] + 1) * length),
-            sequence_tokens=length,
-            max_rows=budget[name],
-        )
-        for name in shares
-        if not texts[name].repeats
-    }
-    available = {name: len(finite[name]) if name in finite else wanted for name in shares}
-    short = {name for name in finite if available[name] < budget[name]}
-    total_rows = mixable_rows({n: shares[n] for n in short}, available, wanted)
-    if total_rows < MIN_ROWS:
-        lacking = min(short, key=lambda name: available[name] / shares[name], default="")
-        cause = (
-            f"data.sources.{lacking} has text for {available[lacking]} rows of its share of "
-            f"{shares[lacking]}; give it more text or a smaller share"
-            if lacking
-            else f"data.train_tokens = {spec.train_tokens} is too small; raise it"
-        )
-        raise DataError(
-            f"data.sequence_tokens = {length}: the sources fill {total_rows} rows of that length, "
-            f"but training needs {MIN_ROWS}; {cause}"
-        )
-    budget = row_budget(shares, total_rows)
-    return {
-        name: finite[name][: budget[name]]
-        if name in finite
-        else _drawn_rows(
-            tokenizer,
-            texts[name].train,
-            budget[name],
-            length,
-            seed=derive(seed, "data", name, "draws"),
-        )
-        for name in shares
-    }
+    def encode(self, shards: Shards, adopted: Adopted) -> dict[str, list[Done]]:
+        """Streams of each text source, shard by shard, until there are enough tokens of it."""
+        spec = self.spec
+        wanted = {
+            name: round(spec.sources[name].share * spec.train_tokens) + 2 * spec.sequence_tokens
+            for name in self.texts
+        }
+        waiting = {name: self.ordered(shards, name) for name in self.texts}
+        found: dict[str, list[Done]] = {name: [] for name in self.texts}
+        fim = fim_ids(adopted.tokenizer, spec.pack.fim_rate) if spec.pack.fim_rate else None
+        while asked := [
+            (name, shard)
+            for name, some in waiting.items()
+            for shard in _wave(some, wanted[name], found[name])
+        ]:
+            tasks = [self._encode_task(name, shard, fim) for name, shard in asked]
+            for (name, _), done in zip(asked, self.shop.run(tasks), strict=True):
+                found[name].append(done)
+                waiting[name].pop(0)
+        return found
 
-
-def _drawn_rows(
-    tokenizer: Tokenizer, texts: Sequence[str], num_rows: int, length: int, *, seed: int
-) -> Int32:
-    """Exactly `num_rows` rows of texts drawn with replacement."""
-    framed = list(_framed(tokenizer, texts))
-    enough = -(-num_rows * length // min(map(len, framed)))
-    picks = np.random.default_rng(seed).integers(len(framed), size=enough)
-    documents = take_until((framed[pick] for pick in picks), num_rows * length)
-    return pack(documents, sequence_tokens=length, max_rows=num_rows)
-
-
-def _held_out_rows(
-    spec: DataConfig, texts: Mapping[str, Texts], tokenizer: Tokenizer
-) -> dict[str, Int32]:
-    """Packed held-out rows of each source: at least one, the last filled up with padding."""
-    max_rows = max(1, spec.max_held_out_tokens // spec.sequence_tokens)
-    return {
-        name: pack(
-            take_until(_framed(tokenizer, source.held_out), spec.max_held_out_tokens),
+    def _encode_task(self, name: str, shard: Done, fim: tuple[int, int, int] | None) -> Any:
+        spec = self.spec
+        make = Encode(
+            source=name,
+            shard=shard.folder,
+            tokenizer=self.encoder,
+            encoder=spec.tokenizer.encoder,
+            pack=spec.pack,
             sequence_tokens=spec.sequence_tokens,
-            max_rows=max_rows,
-            pad=True,
+            fim=fim,
+            seed=self.seed,
         )
-        for name, source in sorted(texts.items())
-    }
+        return self.shop.task("encode", make.key(), make, shard.folder, self.encoder)
+
+    def finish(
+        self,
+        shards: Shards,
+        decided: Decided,
+        posed: Mapping[str, Posed],
+        adopted: Adopted,
+        mixed: Mixed,
+        apart: Mapping[str, Any],
+    ) -> Corpus:
+        """Write the artifact."""
+        spec, work = self.spec, self.work
+        facts = statistics(spec, self.texts, shards, decided, self.cleaned, posed, mixed, apart)
+        facts["vocab_size"] = vocabulary_size(adopted.tokenizer)
+        for note in (*facts.pop("notes"), *shortfalls(spec, mixed.total_tokens)):
+            work.tracker.note(note)
+        work.lease.check()
+        publish(Path(work.out), shards, self.cleaned, posed, mixed, apart, adopted.record, facts)
+        held_out = {name: len(block) for name, block in apart.items()}
+        self.tell(_PHASES, {"held_out_rows": sum(held_out.values())})
+        return Corpus(
+            uri=work.out,
+            train_rows=mixed.total_rows,
+            held_out_rows=held_out,
+            sequence_tokens=spec.sequence_tokens,
+            vocab_size=vocabulary_size(adopted.tokenizer),
+            train_problems=sum(len(one.train_problems) for one in posed.values()),
+            held_out_problems=sum(len(one.held_out) for one in posed.values()),
+        )
 
 
-def _framed(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Int32]:
-    """Texts as they are packed, encoded a few at a time: who stops early pays for little more."""
-    for start in range(0, len(texts), _DOCUMENTS_PER_BATCH):
-        for token_ids in encode(tokenizer, texts[start : start + _DOCUMENTS_PER_BATCH]):
-            yield frame(token_ids)
+def _texts(shards: Sequence[Done]) -> Iterator[str]:
+    """The training texts of a source, in the order in which they are packed."""
+    for one in shards:
+        for batch in batches(one.folder / DOCUMENTS, "text"):
+            yield from batch["text"]
+
+
+def _wave(waiting: Sequence[Done], wanted: int, done: Sequence[Done]) -> Iterator[Done]:
+    """The shards to be encoded next: as many as are likely to hold the tokens that lack."""
+    tokens = sum(int(one.facts["tokens"]) for one in done)
+    read = sum(int(one.facts["bytes"]) for one in done)
+    # Of a byte no more than a token is made; the first shards tell how many it takes.
+    left = (wanted - tokens) * (max(1.0, read / tokens) if tokens else 1.0)
+    for one in waiting:
+        if left <= 0:
+            return
+        yield one
+        left -= int(one.facts["bytes"])

@@ -1,113 +1,253 @@
 """What is recorded of a corpus: what was read, dropped, cut, kept and packed, and what to tell."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tokenizers import Tokenizer
-
+from cluster.shards import Done
 from configs.data import ArithmeticSource, DataConfig, Source
+from configs.errors import DataError
+from stages.data.apart import PASSAGE, PROBLEM, TEXT, Found, found_in
 from stages.data.arithmetic import wrong_share
-from stages.data.held_out import Overlap
+from stages.data.decide import Decided, Shards
+from stages.data.held_out import share_of
 from stages.data.pack import Int32
-from stages.data.quality import Drop
-from stages.framing import BOS_ID
-from stages.tokens import vocabulary_size
+from stages.data.questions import Posed
+from stages.data.reading import Read
+from stages.data.rows_out import Mixed
+from stages.overlap import WINDOW_CHARS
 
 
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """One source, as training and held-out texts in the order in which they are packed."""
+@dataclass
+class Counted:
+    """What the steps counted, of one source or of all."""
 
-    train: Sequence[str]
-    held_out: Sequence[str]
-    read: Counter[str]
-    """`documents` and `bytes`, before any was dropped."""
-    dropped: Counter[str]
-    """Documents by the rule that took them out."""
-    cut: Counter[str] = field(default_factory=Counter)
-    """Documents of which a part was cut, by the reason."""
-    unread_files: int = 0
-    """Files that the source's `max_bytes` kept from being read to their end."""
-    unread_bytes: int = 0
-    """Size of those files on disk."""
-    repeats: bool = False
-    """Whether training draws from the texts with replacement, as often as it needs."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Documents, and rows and files that could not be read, by the rule that took them out."""
+    cuts: Counter[str] = field(default_factory=Counter)
+    """Passages or statements, by reason."""
+    cut_chars: Counter[str] = field(default_factory=Counter)
+    cut_documents: Counter[str] = field(default_factory=Counter)
+    sets: dict[str, Counter[str]] = field(default_factory=dict)
+    train_chars: int = 0
+    """Of all training texts, before any was cut."""
+    documents: int = 0
+    """To train on."""
+    bytes: int = 0
+    held_out: int = 0
 
-
-def unread(spec: DataConfig, texts: Mapping[str, Texts]) -> Iterator[str]:
-    """One line for each source that holds more text than it may give."""
-    for name, source in sorted(spec.sources.items()):
-        if not isinstance(source, ArithmeticSource) and (files := texts[name].unread_files):
-            yield (
-                f"data.sources.{name}: max_bytes = {source.max_bytes:,} is reached; {files:,} "
-                f"files of {texts[name].unread_bytes:,} bytes are left out, or not read to their "
-                "end. Raise it to have more of them"
-            )
+    def add(self, done: Done) -> None:
+        """Count a cleaned shard."""
+        for name in ("dropped", "cuts", "cut_chars", "cut_documents"):
+            getattr(self, name).update(done.facts[name])
+        for name in ("train_chars", "documents", "bytes", "held_out"):
+            setattr(self, name, getattr(self, name) + done.facts[name])
+        for name, counts in done.facts["sets"].items():
+            self.sets.setdefault(name, Counter()).update(counts)
 
 
-def shortfalls(spec: DataConfig, train: Mapping[str, Int32]) -> Iterator[str]:
-    """One line when the corpus is smaller than asked."""
-    asked, total = spec.train_tokens, sum(block.size for block in train.values())
-    if total < asked // spec.sequence_tokens * spec.sequence_tokens:
-        yield (
-            f"data.train_tokens = {asked:,}: the text sources fill only {total:,} tokens in the "
-            "proportions asked; training will repeat them. Give more text to change that"
+def require_training_text(name: str, documents: int, held_out: int) -> None:
+    """DataError if nothing is left to train on once what is held out was cut from it."""
+    if not documents:
+        raise DataError(
+            f"data.sources.{name}: all of its training text stands in its {held_out} held-out "
+            "documents too, as copies of one another do; give text that repeats itself less"
         )
 
 
-def write_dropped(path: Path, drops: Sequence[Drop]) -> None:
-    lines = [json.dumps(drop.record(), ensure_ascii=False) + "\n" for drop in drops]
-    path.write_text("".join(lines), encoding="utf-8")
+def unread(spec: DataConfig, texts: Mapping[str, Read]) -> Iterator[str]:
+    """One line for each source that holds more text than it may give, or that is broken in part."""
+    for name, read in texts.items():
+        if read.unread_files:
+            yield (
+                f"data.sources.{name}: max_bytes = {read.source.max_bytes:,} is reached; "
+                f"{read.unread_files:,} files of {read.unread_bytes:,} bytes are left out, or not "
+                "read to their end. Raise it to have more of them"
+            )
+        if lost := read.total("broken_bytes"):
+            first = next(one for done in read.shards for one in done.facts["broken"])
+            yield (
+                f"data.sources.{name}: {lost:,} bytes could not be read and are set aside, the "
+                f"first in {first['place']}: {first['reason']}"
+            )
+
+
+def shortfalls(spec: DataConfig, total_tokens: int) -> Iterator[str]:
+    """One line when the corpus is smaller than asked."""
+    asked = spec.train_tokens
+    if total_tokens < asked // spec.sequence_tokens * spec.sequence_tokens:
+        yield (
+            f"data.train_tokens = {asked:,}: the text sources fill only {total_tokens:,} tokens in "
+            "the proportions asked; training will repeat them. Give more text to change that"
+        )
 
 
 def statistics(
     spec: DataConfig,
-    texts: Mapping[str, Texts],
-    train: Mapping[str, Int32],
+    texts: Mapping[str, Read],
+    shards: Shards,
+    decided: Decided,
+    cleaned: Sequence[Done],
+    posed: Mapping[str, Posed],
+    mixed: Mixed,
     held_out: Mapping[str, Int32],
-    tokenizer: Tokenizer,
-    overlap: Overlap,
 ) -> dict[str, Any]:
-    """`statistics.json`: what was read, dropped, kept and packed, by source and in all."""
-    train_tokens = sum(block.size for block in train.values())
+    """`statistics.json`: what was read, dropped, kept and packed, by source and in all; and under
+    `notes` what to tell, which is no part of the file."""
+    counted = {name: Counted() for name in texts}
+    every = Counted()
+    for name, done in zip(shards.names, cleaned, strict=True):
+        counted[name].add(done)
+        every.add(done)
+    sets, problems = found_in(decided.folder, [one.folder for one in cleaned])
     sources = {
         name: {
             "type": spec.sources[name].type,
             "share_asked": spec.sources[name].share,
-            "share": train[name].size / train_tokens,
+            "share": mixed.rows[name] / mixed.total_rows,
             **_slips(spec.sources[name]),
-            "documents_read": source.read["documents"],
-            "bytes_read": source.read["bytes"],
-            "truncated": source.unread_files > 0,
-            "unread_files": source.unread_files,
-            "unread_bytes": source.unread_bytes,
-            "documents_dropped": dict(sorted(source.dropped.items())),
-            "documents_cut": dict(sorted(source.cut.items())),
-            "train_documents": len(source.train),
-            "train_bytes": sum(len(text.encode()) for text in source.train),
-            "train_tokens": train[name].size,
-            "train_documents_packed": int(np.count_nonzero(train[name] == BOS_ID)),
-            "held_out_documents": len(source.held_out),
-            "held_out_bytes": sum(len(text.encode()) for text in source.held_out),
+            **(
+                _of_text(texts[name], counted[name], mixed.epochs[name], mixed.encoders[name])
+                if name in texts
+                else _of_problems(posed[name])
+            ),
+            "train_tokens": mixed.rows[name] * mixed.sequence_tokens,
+            "train_documents_packed": mixed.documents[name],
             "held_out_tokens": held_out[name].size,
         }
-        for name, source in sorted(texts.items())
+        for name in sorted(spec.sources)
     }
+    overlap = _overlap(decided, every, sets[TEXT], problems)
     return {
-        "vocab_size": vocabulary_size(tokenizer),
         "sequence_tokens": spec.sequence_tokens,
         "train_tokens_asked": spec.train_tokens,
-        "train_tokens": train_tokens,
-        "train_tokens_missing": max(0, spec.train_tokens - train_tokens),
+        "train_tokens": mixed.total_tokens,
+        "train_tokens_missing": max(0, spec.train_tokens - mixed.total_tokens),
+        "padding_tokens": mixed.padding_tokens,
+        "documents_too_short_to_pack": mixed.short_documents,
         "held_out_tokens": sum(block.size for block in held_out.values()),
-        "held_out_in_training": overlap.record(),
+        "duplicates": {
+            "near_duplicate_clusters": decided.fates.clusters,
+            "pairs_compared": decided.fates.candidates,
+            "min_jaccard": spec.dedup.min_jaccard if spec.dedup.near else None,
+        },
+        "held_out_in_training": overlap,
+        "evaluations": {
+            name: _evaluation(decided.evaluations[name], every, found, name)
+            for name, found in sets.items()
+            if name != TEXT
+        },
         "sources": sources,
+        "notes": list(_notes(every, overlap, sets, decided)),
     }
+
+
+def _of_text(read: Read, counted: Counted, epochs: float, encoder: str) -> dict[str, Any]:
+    """What there is to say of a source of documents."""
+    licences = read.counted("licences")
+    return {
+        "documents_read": read.total("documents"),
+        "bytes_read": read.total("bytes"),
+        "shards": len(read.shards),
+        "truncated": read.unread_files > 0,
+        "unread_files": read.unread_files,
+        "unread_bytes": read.unread_bytes,
+        "broken_bytes": read.total("broken_bytes"),
+        "documents_normalised": read.total("normalised"),
+        "licences": {name or "not stated": n for name, n in sorted(licences.items())},
+        "documents_dropped": dict(sorted(counted.dropped.items())),
+        "documents_cut": dict(sorted(counted.cut_documents.items())),
+        "train_documents": counted.documents,
+        "train_bytes": counted.bytes,
+        "held_out_documents": counted.held_out,
+        "epochs": epochs,
+        "encoded_by": encoder,
+    }
+
+
+def _of_problems(posed: Posed) -> dict[str, Any]:
+    """What there is to say of a source of problems."""
+    return {
+        "documents_read": len(posed.train) + len(posed.held_out_documents),
+        "bytes_read": posed.bytes,
+        "truncated": False,
+        "documents_dropped": {},
+        "documents_cut": {},
+        "train_documents": len(posed.train),
+        "train_bytes": sum(len(text.encode()) for text in posed.train),
+        "held_out_documents": len(posed.held_out_documents),
+    }
+
+
+def _overlap(decided: Decided, every: Counted, text: Found, problems: Found) -> dict[str, Any]:
+    """What training and held-out text had in common, before and after."""
+    cut_chars = {name: every.cut_chars[name] for name in (PASSAGE, PROBLEM)}
+    return {
+        "compared": f"windows of {WINDOW_CHARS} characters, white space and capitals aside",
+        "near_duplicate_groups": decided.sides.groups,
+        "near_duplicate_documents": decided.sides.grouped_documents,
+        "near_duplicate_groups_too_large_to_hold_out": decided.sides.large_groups,
+        "text_windows": text.total,
+        "text_windows_in_training_before": text.before,
+        "text_windows_in_training_after": text.after,
+        "text_share_in_training_before": share_of(text.before, text.total),
+        "text_share_in_training_after": share_of(text.after, text.total),
+        "problems": problems.total,
+        "problems_in_training_before": problems.before,
+        "problems_in_training_after": problems.after,
+        "cuts": {name: every.cuts[name] for name in (PASSAGE, PROBLEM) if every.cuts[name]},
+        "cut_chars": {name: chars for name, chars in cut_chars.items() if chars},
+        "cut_share_of_training_text": share_of(sum(cut_chars.values()), every.train_chars),
+    }
+
+
+def _evaluation(items: int, every: Counted, found: Found, name: str) -> dict[str, Any]:
+    """The report of one evaluation set."""
+    counts = every.sets.get(name, Counter())
+    return {
+        "items": items,
+        "windows": found.total,
+        "windows_in_training_before": found.before,
+        "windows_in_training_after": found.after,
+        "cuts": counts["cuts"],
+        "cut_chars": counts["cut_chars"],
+    }
+
+
+def _notes(
+    every: Counted, overlap: Mapping[str, Any], sets: Mapping[str, Found], decided: Decided
+) -> Iterator[str]:
+    """One line for each thing that was found on both sides, or kept from one."""
+    if large := decided.sides.large_groups:
+        yield (
+            f"near-duplicates: {large:,} groups of documents are each larger than "
+            "data.held_out_share of their source; they are trained on whole, and held-out text "
+            "comes from the other documents"
+        )
+    if every.cuts[PASSAGE]:
+        lost = share_of(every.cut_chars[PASSAGE], every.train_chars)
+        yield (
+            f"held-out text: {overlap['text_share_in_training_before']:.1%} of it stood in "
+            f"documents to train on too; passages cut there: {every.cuts[PASSAGE]:,} ({lost:.1%} "
+            f"of text), which leaves {overlap['text_share_in_training_after']:.1%}; "
+            "statistics.json counts them, drops/ names them"
+        )
+    if every.cuts[PROBLEM]:
+        yield (
+            f"held-out problems: {overlap['problems_in_training_before']:,} of "
+            f"{overlap['problems']:,} stood in training text with an answer; "
+            f"{every.cuts[PROBLEM]:,} statements were cut there, which leaves "
+            f"{overlap['problems_in_training_after']:,}; statistics.json counts them, drops/ names "
+            "them"
+        )
+    for name, found in sets.items():
+        if name != TEXT and found.before:
+            yield (
+                f"evaluation {name}: {share_of(found.before, found.total):.1%} of its items' text "
+                f"stood in training text; passages cut there: {every.sets[name]['cuts']:,}, which "
+                f"leaves {share_of(found.after, found.total):.1%}"
+            )
 
 
 def _slips(source: Source) -> dict[str, float]:

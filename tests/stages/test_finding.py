@@ -10,9 +10,9 @@ import pytest
 
 from configs.data import FilesSource
 from configs.errors import DataError
-from stages.data.ingest import read_files
 from stages.data.reads import identify
 from stages.hashing import Hashes
+from tests.stages.reading import read_files
 
 pytestmark = pytest.mark.timeout(30)
 ODD_NAMES = [
@@ -40,6 +40,10 @@ def labels(glob: object) -> list[str]:
     read = [document.id for document in read_files("mine", source(glob), Hashes()).documents]
     assert read == planned
     return planned
+
+
+def planned(glob: object) -> list[str]:
+    return list(identify("mine", source(glob), Hashes()))
 
 
 def complaint(glob: object) -> str:
@@ -114,10 +118,42 @@ def test_two_stars_beside_other_letters_are_an_error(tmp_path: Path) -> None:
     assert "'**.txt'" in complaint(tmp_path / "**.txt")
 
 
-def test_a_folder_among_the_matches_is_an_error_that_says_what_to_write(tmp_path: Path) -> None:
-    write(tmp_path / "a" / "b" / "c.txt")
-    assert f"matches a folder, {tmp_path}/a/b; " in complaint(tmp_path / "a" / "*")
-    assert f"matches a folder, {tmp_path}/a; " in complaint(tmp_path / "a")
+def test_a_folder_stands_for_all_that_can_be_read_below_it(tmp_path: Path) -> None:
+    for name in ("c.txt", "b/d.jsonl.gz", "b/e.PY", "b/deep/f.parquet", "x/g.md"):
+        write(tmp_path / "a" / name, "")
+    for name in ("LICENSE", "b/h.png", "b/.i.txt", ".j/k.txt", "_SUCCESS"):
+        write(tmp_path / "a" / name, "")
+    every = ["b/d.jsonl.gz", "b/deep/f.parquet", "b/e.PY", "c.txt", "x/g.md"]
+    for glob in (f"{tmp_path}/a", f"{tmp_path}/a/"):
+        assert planned(glob) == every
+    assert planned(tmp_path / "a" / "[bx]") == [one for one in every if "/" in one]
+    assert planned(tmp_path / "*") == [f"a/{one}" for one in every]
+    assert planned(tmp_path / "a" / "*") == ["LICENSE", *every], "named, so taken"
+    assert planned(tmp_path / "a" / "**" / "[cd]*") == ["b/d.jsonl.gz", "c.txt"]
+    write(tmp_path / "none" / "h.png")
+    assert "is a folder without a file whose suffix" in complaint(tmp_path / "none")
+
+
+def test_linked_folders_are_taken_once_where_folders_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "real" / "a.txt")
+    (tmp_path / "also").symlink_to("real")
+    (tmp_path / "real" / "up").symlink_to("..")
+    assert planned(tmp_path / "*") == ["real/a.txt"]
+    assert planned(tmp_path) == ["real/a.txt"]
+    assert planned(tmp_path / "also") == ["a.txt"]
+
+
+def test_a_folder_of_an_address_stands_for_what_is_below_it() -> None:
+    fs = fsspec.filesystem("memory")
+    for name in ("all/b.txt", "all/c/d.jsonl", "all/c/e.png", "all/.git/f.txt"):
+        fs.pipe(f"/{name}", b"text")
+    try:
+        for glob in ("memory://all", "memory://all/"):
+            assert planned(glob) == ["b.txt", "c/d.jsonl"]
+        assert planned("memory://all/*") == ["b.txt", "c/d.jsonl"]
+        assert planned("memory://al*") == ["all/b.txt", "all/c/d.jsonl"]
+    finally:
+        fs.rm("/all", recursive=True)
 
 
 def test_hidden_files_and_folders_are_left_out_unless_they_are_named(tmp_path: Path) -> None:
@@ -140,7 +176,7 @@ def test_hidden_folders_of_an_address_are_left_out_too() -> None:
         assert labels("memory://docs/**/*.txt") == ["b.txt", "c/d.txt"]
         assert labels("memory://docs/**") == ["b.txt", "c/d.txt"]
         assert labels("memory://docs/.git/*.txt") == ["a.txt"]
-        assert "matches a folder, memory:///docs/c" in complaint("memory://docs/*")
+        assert labels("memory://docs/*") == ["b.txt", "c/d.txt"]
     finally:
         fs.rm("/docs", recursive=True)
 
@@ -159,6 +195,7 @@ def test_the_store_is_left_out_however_it_is_reached(tmp_path: Path) -> None:
     write(tmp_path / "all" / "b" / "c.txt")
     assert found(tmp_path / "all" / "**" / "*.txt") == ["a.txt", "b/c.txt"]
     assert found(tmp_path / "*" / "*.txt") == ["all/a.txt"]
+    assert found(tmp_path / "all") == found(tmp_path / "all" / "*") == ["a.txt", "b/c.txt"]
     assert found(store / "artifacts" / "*.txt") == ["made.txt"], "asked for by name"
     with pytest.raises(DataError, match="is the store, which grows with each run; "):
         found(store / "**" / "*.txt")
@@ -257,7 +294,7 @@ def test_a_folder_that_may_not_be_listed_is_an_error(
     listed = os.scandir
 
     def refuse(path: str) -> object:
-        if path.endswith("shut"):
+        if str(path).endswith("shut"):
             raise PermissionError(13, "Permission denied", path)
         return listed(path)
 

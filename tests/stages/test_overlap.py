@@ -1,11 +1,22 @@
 """Passages that stand in two texts, and documents that nearly repeat one another."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.data.overlap import LEAST_CHARS, WINDOW_CHARS, Windows, cut, merge, near_duplicates
+from stages.overlap import (
+    LEAST_CHARS,
+    WINDOW_CHARS,
+    Windows,
+    cut,
+    merge,
+    near_duplicates,
+    sketches,
+)
+from stages.rolling import BLOCK
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzäöüéłЖ漢字🙂"
 
@@ -51,6 +62,45 @@ def test_a_shared_passage_is_found_from_its_first_to_its_last_character(
     shared = held[50 : 50 + length]
     one = text(seed + 1, before) + (shared.upper() if capitals else shared) + text(seed + 2, 150)
     assert Windows.of([held]).look(one) == twin(one, [held])
+
+
+def test_many_texts_are_looked_at_as_each_by_itself() -> None:
+    held = [text(n, 400) for n in range(4)] + [text(9, n) for n in range(20, 60)]
+    one = text(5, 3_000)
+    texts = [held[0][:200], held[0][200:], "", held[1] + one, "İ" + held[2].upper(), " ", held[3]]
+    texts += [one[n : n + 90] + held[n % 40][: n + 8] for n in range(300)]
+    texts += ["plain ascii words " * 20, held[20], "".join(texts)]
+    alone, together = Windows.of(held), Windows.of(held)
+    assert together.look_many(texts) == [alone.look(one) for one in texts]
+    assert together.found == alone.found > 1_000
+    assert together.look_many([]) == []
+
+
+def test_no_passage_goes_from_one_text_into_the_next() -> None:
+    held = text(1, 60)
+    windows = Windows.of([held])
+    assert windows.look_many([held[:30], held[30:]]) == [[], []]
+    assert windows.found == 0
+    assert windows.look_many([held, held]) == [windows.look(held)] * 2
+
+
+@pytest.mark.parametrize("shift", [-99, -51, -50, -49, -25, -1, 0, 1])
+@pytest.mark.parametrize("length", [24, 49, 50, 77])
+def test_passages_are_found_wherever_the_sums_begin_anew(shift: int, length: int) -> None:
+    held = "".join(text(1, 400).split())[:length]
+    windows = Windows.of([held])
+    before = "ab" * (BLOCK // 2 + shift // 2) + "c" * (shift % 2)
+    assert windows.look(before + held + "d" * 99) == [(BLOCK + shift, BLOCK + shift + length)]
+
+
+def test_sketches_are_the_same_in_any_company_and_on_any_day() -> None:
+    texts = [text(n, 17 * n) for n in range(120)] + [text(7, 40_000), "ab" * 3_000, "", "short"]
+    found = sketches(texts)
+    alone = [sketches([one])[0] for one in texts]
+    assert all(np.array_equal(a, b) for a, b in zip(found, alone, strict=True))
+    digest = hashlib.sha256(b"".join(one.astype("<u8").tobytes() for one in found)).hexdigest()
+    assert digest == "9fcd4e13765b99279fa3a4332492fa4a275525bd6a20a722220d4c7f9109deb3"
+    assert [len(one) for one in found[-3:]] == [2, 0, 0]
 
 
 def test_indentation_line_breaks_and_capitals_hide_nothing() -> None:
