@@ -226,7 +226,8 @@ class TokenizerConfig(Frozen):
         if not isinstance(fields, Mapping) or fields.get("file") is None:
             return fields
         # They would enter the identity of a corpus on which they have no bearing.
-        return {k: v for k, v in fields.items() if k in ("file", "encoder")}
+        unsaid = ("vocab_size", "training_bytes", "pre_tokenizer", "special_tokens")
+        return {k: v for k, v in fields.items() if k not in unsaid}
 
 
 class DataConfig(Frozen):

@@ -39,6 +39,8 @@ _VERBS = {
 """Where each verb's function of the same name stands (`import_` for `import`). Resolved when
 called: stages load torch and ray, which takes seconds, and `--help` must answer at once."""
 
+_DOCUMENT = "pipeline.verbs.document", "why_document"
+"""What `why --document` calls: it loads what reads Parquet, for which `why` has no use."""
 _TAKEN = frozenset({"import", "eval"})
 """Verbs that Python has taken: their functions end in `_`, as their modules do."""
 _CLIENTS = ("transformers", "vllm", "llama.cpp", "lm-eval", "vllm-ascend")
@@ -105,8 +107,11 @@ def _call(args: argparse.Namespace) -> int:
     """Load the verb's function and call it."""
     if args.verb == "run" and args.dry_run:
         args.verb = "plan"
-    name = _VERBS[args.verb].rpartition(".")[2] if args.verb in _TAKEN else args.verb
-    verb = getattr(importlib.import_module(_VERBS[args.verb]), name)
+    module = _VERBS[args.verb]
+    name = module.rpartition(".")[2] if args.verb in _TAKEN else args.verb
+    if args.verb == "why" and args.document is not None:
+        module, name = _DOCUMENT
+    verb = getattr(importlib.import_module(module), name)
     code = int(verb(args))
     sys.stdout.flush()
     return code
@@ -207,11 +212,27 @@ def _parser() -> argparse.ArgumentParser:
         verbs.add_parser("status", help="which nodes are fresh, stale or missing; exit code 3")
     )
     status.add_argument("--json", action="store_true", help="print as JSON")
-    why = _with_latest(verbs.add_parser("why", help="why a node must be built"))
-    why.add_argument("stage", metavar="STAGE", help="a node or a stage")
+    why = _with_latest(
+        verbs.add_parser("why", help="why a node must be built, or what became of a document")
+    )
+    why.add_argument("stage", metavar="STAGE", help="a node or a stage; with --document a corpus")
+    why.add_argument(
+        "--document",
+        metavar="ID",
+        help="say whether a corpus has this document, and if not, why: source/document, the "
+        "document's name, or its own key",
+    )
     show = _with_latest(verbs.add_parser("show", help="what an artifact holds"))
     show.add_argument("artifact", metavar="ARTIFACT", help="a node or an artifact's folder")
     show.add_argument("--verify", action="store_true", help="hash every file again")
+    show.add_argument(
+        "--samples",
+        metavar="RULE",
+        nargs="?",
+        const="",
+        help="of a corpus, some documents that this rule dropped or cut, or some that are kept; "
+        "without RULE, which rules there are",
+    )
     logs = _with_latest(verbs.add_parser("logs", help="what a node's workers print"))
     logs.add_argument("node", metavar="NODE", help="a node or an artifact's folder")
     logs.add_argument("--rank", type=int, metavar="N", help="of this worker alone")

@@ -112,6 +112,8 @@ def small_files(made: Committed) -> Sequence[Path]:
     paths += [
         made.artifact.path(name)
         for name, entry in made.manifest.files.items()
-        if name.endswith((".json", ".md")) and "/" not in name and entry.bytes < SMALL_BYTES
+        if name.endswith((".json", ".md", ".html"))
+        and "/" not in name
+        and entry.bytes < SMALL_BYTES
     ]
     return [path for path in paths if path.is_file()]

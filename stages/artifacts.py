@@ -134,7 +134,9 @@ class Corpus(Artifact):
 
     `train/*.arrow` and `held_out/<source>/*.arrow`: see `stages/shards.py`.
     `problems/train.parquet`, `problems/held_out.parquet`: see `stages/verifiers.py`.
-    `tokenizer.json` (vocabulary of `vocab_size`), `statistics.json`, `dropped.jsonl`.
+    `tokenizer.json` (vocabulary of `vocab_size`), `statistics.json`, `data_card.html`.
+    `drops/*.parquet`, `documents/*.parquet`, `duplicates.parquet`, `samples.jsonl`: what became of
+    each document; see `stages/documents.py`.
     """
 
     kind: ClassVar[str] = "corpus"

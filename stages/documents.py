@@ -141,8 +141,8 @@ def nearest(folder: Path, name: str, *, most: int = 3) -> list[str]:
     for kind in (DOCUMENTS, DROPS):
         for table in _blocks(_dataset(folder, kind, _NAMES)):
             likely = sorted({*likely, *_likely(table, name)}, reverse=True)[:_COMPARED]
-    shown = {form: full for _, form, full in likely}
-    near = difflib.get_close_matches(name, shown, n=most, cutoff=0.5)
+    shown = {form.lower(): full for _, form, full in likely}
+    near = difflib.get_close_matches(name.lower(), shown, n=most, cutoff=0.5)
     return list(dict.fromkeys(shown[form] for form in near))
 
 

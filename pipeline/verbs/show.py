@@ -3,28 +3,37 @@
 import argparse
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from configs.errors import ArtifactError
 from pipeline.chart import draw_curve
 from pipeline.figures import show_figure, spoken
 from pipeline.plain import flatten
 from pipeline.verbs.asked import find_store, locate
-from stages.artifacts import PAGE, load_artifact
-from stages.manifest import Manifest, read_manifest, verify
+from pipeline.verbs.corpus import samples, sources
+from stages.artifacts import PAGE, Corpus, load_artifact
+from stages.corpus import STATISTICS
+from stages.manifest import FileEntry, Manifest, read_manifest, verify
 from stages.steps import METRICS, read_metrics, scalars
 
 _CURVES = ("reward", "loss", "held_out_loss")
 """Figures of a step log of which the first that is there is drawn."""
 _FACTS_SHOWN = 40
+_FILES_SHOWN = 8
+"""As many of a folder's files of one kind are listed; more become one line."""
 
 
 def show(args: argparse.Namespace) -> int:
-    """Print an artifact's figures, facts, inputs and files; with `--verify` hash every file."""
+    """Print an artifact's figures, facts, inputs and files, and of a corpus what became of each
+    source's documents; with `--verify` hash every file. With `--samples`, some documents instead.
+
+    PlanError if samples are asked of what is no corpus, or of a rule that has none.
+    """
     store, recipe = find_store(args, print)
     folder = locate(store, recipe, args.artifact)
     manifest = read_manifest(str(folder))
-    for line in _lines(folder, manifest):
+    lines = _lines(folder, manifest) if args.samples is None else samples(folder, args.samples)
+    for line in lines:
         print(line)
     if args.verify:
         verify(str(folder))
@@ -46,11 +55,12 @@ def _lines(folder: Path, manifest: Manifest) -> Iterator[str]:
         yield f"report  {files / PAGE}"
     yield ""
     yield from _figures(folder)
+    if manifest.kind == Corpus.kind and STATISTICS in manifest.files:
+        yield from sources(files)
     yield from _table("facts", _facts(manifest))
     inputs = {name: f"{one.address}  {one.content[:16]}" for name, one in manifest.inputs.items()}
     yield from _table("made of", inputs)
-    sizes = {name: f"{one.bytes:>15,} bytes" for name, one in manifest.files.items()}
-    yield from _table("files", sizes)
+    yield from _table("files", _sizes(manifest.files))
     yield from _curve(files.parent / METRICS)
 
 
@@ -83,6 +93,22 @@ def _facts(manifest: Manifest) -> Mapping[str, str]:
     shown = dict(list(facts.items())[:_FACTS_SHOWN])
     if left := len(facts) - len(shown):
         shown["..."] = f"{left} more in the manifest"
+    return shown
+
+
+def _sizes(files: Mapping[str, FileEntry]) -> dict[str, str]:
+    """The size of each file, and of the many shards of a folder together."""
+    kinds: dict[str, list[str]] = {}
+    for name in files:
+        path = PurePosixPath(name)
+        kinds.setdefault(str(path.parent / f"*{path.suffix}"), []).append(name)
+    shown: dict[str, str] = {}
+    for kind, names in kinds.items():
+        if len(names) > _FILES_SHOWN:
+            size = sum(files[name].bytes for name in names)
+            shown[kind] = f"{size:>15,} bytes in {len(names):,} files"
+        else:
+            shown |= {name: f"{files[name].bytes:>15,} bytes" for name in names}
     return shown
 
 

@@ -40,6 +40,12 @@ class Counts:
     documents: int = 0
     bytes: int = 0
 
+    def gone(self, number: int) -> None:
+        """A document of which too little is left: it counts among the dropped, not the cut."""
+        self.dropped[REMNANT] += 1
+        for numbers in self.cut_documents.values():
+            numbers.discard(number)
+
     def kept(self, text: str) -> None:
         self.documents += 1
         self.bytes += len(text.encode("utf-8", "surrogatepass"))
@@ -50,7 +56,9 @@ class Counts:
             "dropped": dict(sorted(self.dropped.items())),
             "cuts": dict(sorted(self.cuts.items())),
             "cut_chars": dict(sorted(self.cut_chars.items())),
-            "cut_documents": {rule: len(of) for rule, of in sorted(self.cut_documents.items())},
+            "cut_documents": {
+                rule: len(of) for rule, of in sorted(self.cut_documents.items()) if of
+            },
             "sets": {name: dict(sorted(of.items())) for name, of in sorted(self.sets.items())},
             "train_chars": self.train_chars,
             "documents": self.documents,
@@ -89,7 +97,7 @@ class Cleaner:
             if not why or len(less) >= self._min_chars:
                 yield less, why
             else:
-                self._counts.dropped[REMNANT] += 1
+                self._counts.gone(one.number)
                 # One document, one fate: what was cut of it on the way is no cut any more.
                 yield None, [*why, self._gone(one, len(less))]
 

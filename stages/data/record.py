@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.shards import Done
-from configs.data import ArithmeticSource, DataConfig, Source
+from configs.data import ArithmeticSource, DataConfig, ProblemsSource, Source
 from configs.errors import DataError
 from stages.data.apart import PASSAGE, PROBLEM, TEXT, Found, found_in
 from stages.data.arithmetic import wrong_share
@@ -17,6 +17,9 @@ from stages.data.questions import Posed
 from stages.data.reading import Read
 from stages.data.rows_out import Mixed
 from stages.overlap import WINDOW_CHARS
+
+NOT_STATED = "not stated"
+"""The licence of documents that say none."""
 
 
 @dataclass
@@ -110,7 +113,7 @@ def statistics(
             **(
                 _of_text(texts[name], counted[name], mixed.epochs[name], mixed.encoders[name])
                 if name in texts
-                else _of_problems(posed[name])
+                else _of_problems(spec.sources[name], posed[name])
             ),
             "train_tokens": mixed.rows[name] * mixed.sequence_tokens,
             "train_documents_packed": mixed.documents[name],
@@ -155,7 +158,7 @@ def _of_text(read: Read, counted: Counted, epochs: float, encoder: str) -> dict[
         "unread_bytes": read.unread_bytes,
         "broken_bytes": read.total("broken_bytes"),
         "documents_normalised": read.total("normalised"),
-        "licences": {name or "not stated": n for name, n in sorted(licences.items())},
+        "licences": {name or NOT_STATED: n for name, n in sorted(licences.items())},
         "documents_dropped": dict(sorted(counted.dropped.items())),
         "documents_cut": dict(sorted(counted.cut_documents.items())),
         "train_documents": counted.documents,
@@ -166,10 +169,17 @@ def _of_text(read: Read, counted: Counted, epochs: float, encoder: str) -> dict[
     }
 
 
-def _of_problems(posed: Posed) -> dict[str, Any]:
+def _of_problems(source: Source, posed: Posed) -> dict[str, Any]:
     """What there is to say of a source of problems."""
+    documents = len(posed.train) + len(posed.held_out_documents)
+    licences = (
+        {"licences": {source.licence or NOT_STATED: documents}}
+        if isinstance(source, ProblemsSource)
+        else {}
+    )
     return {
-        "documents_read": len(posed.train) + len(posed.held_out_documents),
+        **licences,
+        "documents_read": documents,
         "bytes_read": posed.bytes,
         "truncated": False,
         "documents_dropped": {},

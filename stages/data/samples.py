@@ -43,12 +43,6 @@ def write_samples(out: Path, cleaned: Sequence[Done], shards: Shards) -> None:
                 file.write(json.dumps({"rule": rule, **facts}, ensure_ascii=False) + "\n")
 
 
-def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """What `write_samples` wrote."""
-    lines = (folder / SAMPLES).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def _found(done: Done) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Rule, rank and facts of every document of a shard."""
     for drop in read_drops(done.folder / DROPS):

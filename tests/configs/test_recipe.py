@@ -150,7 +150,7 @@ def test_a_fault_in_a_source_names_its_whole_path(recipe: str, name: str) -> Non
 def test_only_the_fields_of_the_sources_own_type_are_offered(recipe: str) -> None:
     said = message(recipe, "data.sources.stdlib.digits=3")
     assert "data.sources.stdlib.digits = 3: no such field" in said
-    assert "allowed: max_bytes, share, type" in said
+    assert "allowed: max_bytes, max_epochs, quality, share, type" in said
 
 
 FAMILIES: dict[str, dict[str, Any]] = {

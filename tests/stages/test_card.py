@@ -118,6 +118,18 @@ def test_the_funnel_on_the_page_is_that_of_the_files_beside_it(pages: Path) -> N
     assert sum(map(len, KEPT.values())) == len(kept)
 
 
+def test_what_is_lost_is_drawn_where_what_is_left_ends(pages: Path) -> None:
+    html = (pages / CARD).read_text(encoding="utf-8")
+    drawn = re.findall(r"margin-left: ([\d.]+)%; width: ([\d.]+)%", html)
+    read, *lost, left = [(float(start), float(width)) for start, width in drawn[:6]]
+    assert read == pytest.approx((0, 100))
+    end = 100.0
+    for start, width in lost:
+        assert start + width == pytest.approx(end)
+        end = start
+    assert left == pytest.approx((0, end))
+
+
 def test_what_is_held_out_is_told_before_and_after(pages: Path) -> None:
     page = Reader((pages / CARD).read_text(encoding="utf-8"))
     told = {name: page.row(name, "kept out") for name in ("held-out problems", "gsm: 30 items")}
@@ -259,11 +271,3 @@ def test_a_browser_shows_it_all_on_wide_and_narrow_screens(pages: Path, tmp_path
             wide = "filter(e => e.scrollWidth > e.clientWidth).length"
             assert browser.ask(f"[...document.querySelectorAll('.scroll')].{wide}") == 0
             assert browser.ask("document.scripts.length") == 0
-        # What is lost of a source stands where what is left ends.
-        ends = json.loads(
-            browser.ask(
-                "JSON.stringify([...document.querySelector('.bars').querySelectorAll('i')]"
-                ".map(e => [e.offsetLeft - e.parentElement.offsetLeft, e.offsetWidth]))"
-            )
-        )
-        assert ends[0][1] == pytest.approx(sum(width for _, width in ends[1:6]), abs=4)

@@ -151,6 +151,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("CRAWL/part-0007.jsonl#43210", "web/crawl/part-0007.jsonl#43210"),
         ("part-0007.jsonl#43210", "web/crawl/part-0007.jsonl#43210"),
         ("lots.txt", "web/lost.txt"),
+        ("LOST.TXT", "web/lost.txt"),
         ("id-9-49998-", "web/crawl/part-0009.jsonl#49998"),
     ],
 )
