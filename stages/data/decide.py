@@ -180,7 +180,7 @@ def clean_tasks(spec: DataConfig, shards: Shards, decided: Path, shop: Shop, *, 
             seed=seed,
         )
         key = {"revision": clean.REVISION, "at": at, "min_chars": quality.min_chars}
-        tasks.append(shop.task("clean", key, make, decided))
+        tasks.append(shop.task("clean", key, make, decided, reads=shards.folders))
     return tasks
 
 
@@ -202,6 +202,7 @@ def _linked(name: str, shards: Shards, fates: Fates, shop: Shop) -> tuple[Int64,
                 alive=alive,
             ),
             alive,
+            reads=shards.folders,
         )
         for bucket in range(buckets)
     ]
@@ -246,6 +247,7 @@ def _judge(shards: Shards, shop: Shop, pairs: Int64) -> Float64:
                 offsets=shards.begins,
             ),
             asked,
+            reads=shards.folders,
         )
         for first in parts
     ]
@@ -275,6 +277,7 @@ def _paragraphs(spec: DataConfig, shards: Shards, fates: Fates, shop: Shop) -> t
                 alive=alive,
             ),
             alive,
+            reads=shards.folders,
         )
         for bucket in range(buckets)
     ]

@@ -178,6 +178,7 @@ def _shards(
                 is_padded=spec.pack.method == "best-fit",
             ),
             order,
+            reads=used,
         )
         for first in range(0, total, rows_a_shard)
     ]

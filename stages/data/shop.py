@@ -35,12 +35,19 @@ class Shop:
     def _root(self) -> Path:
         return self.work.beside("resume", _FOLDER)
 
-    def task(self, step: str, key: Mapping[str, Any], make: Make, *needs: Path) -> Task:
+    def task(
+        self,
+        step: str,
+        key: Mapping[str, Any],
+        make: Make,
+        *needs: Path,
+        reads: Sequence[Path] = (),
+    ) -> Task:
         """A task whose folder is named by all that bears on what it makes: `key`, and the names of
-        the folders that it needs."""
+        the folders that it needs. It `reads` those too that these were made from."""
         said = json.dumps([step, key, [one.name for one in needs]], sort_keys=True)
         name = hashlib.sha256(said.encode()).hexdigest()[:32]
-        return Task(step, self._root / step / name, make, needs)
+        return Task(step, self._root / step / name, make, (*needs, *reads))
 
     def run(self, tasks: Sequence[Task], *, here: bool = False) -> list[Done]:
         """Do the tasks, those that are not done yet, and wait for all; `here` is in this process,

@@ -122,6 +122,7 @@ def judge(config: FakeConfig, work: Workspace, *, corpus: Corpus, checkpoint: Ch
         "after_greedy_accuracy": 1 - config.seed / 32,
     }
     work.path("report.json").write_text(json.dumps({"headline": headline}))
+    work.path("card.html").write_text("<!doctype html><title>Card</title>")
     bars = {side: Bar(value=headline[f"{side}_pass_at_1"]) for side in ("before", "after")}
     write_plots(
         work.path(), Plot(name="before_after", panels=(Bars(title="pass at 1", bars=bars),))

@@ -162,7 +162,8 @@ def test_plots_manifests_and_reports_are_artifacts_and_weights_are_not(
 
     assert files("train") == {"manifest.json", "metrics.jsonl", "plots"}
     assert files("train", "plots") >= {"plots/loss.png", "plots/expert_load.png"}
-    assert files("judge") == {"manifest.json", "report.json", "plots.json", "plots"}
+    told = {"report.json", "card.html", "plots.json", "plots"}
+    assert files("judge") == {"manifest.json", *told}
     assert files("judge", "plots") == {"plots/before_after.png"}
     uploaded = world.store.root / "mlflow-artifacts"
     assert not list(uploaded.rglob("*.bin"))
