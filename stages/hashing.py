@@ -113,11 +113,6 @@ class HashedReader:
         while chunk := self.read(_CHUNK_BYTES):
             yield chunk
 
-    def lines(self) -> Iterator[bytes]:
-        """The lines of the file, each with its end."""
-        for line in self._file:
-            yield self._take(line)
-
     @property
     def entry(self) -> FileEntry:
         """Size and hash of what was read so far."""

@@ -54,36 +54,6 @@ Span = tuple[int, int]
 """Where a passage begins and ends in a text, in characters."""
 
 
-def near_duplicates(texts: Sequence[str]) -> list[int]:
-    """For each text the first one of its group: texts linked by near-duplication.
-
-    Of the texts that hold a sampled window each is compared with the first and with the next, so
-    that many copies cost no more than their number.
-    """
-    samples = sketches(texts)
-    sizes = np.array([len(sample) for sample in samples], np.int64)
-    windows = np.concatenate([np.empty(0, np.uint64), *samples])
-    owners = np.repeat(np.arange(len(texts)), sizes)
-    order = np.lexsort((owners, windows))
-    windows, owners = windows[order], owners[order]
-    starts = np.flatnonzero(np.r_[True, windows[1:] != windows[:-1]][: len(windows)])
-    firsts = np.repeat(owners[starts], np.diff(np.r_[starts, len(windows)]))
-    nexts = np.r_[owners[1:], owners[-1:]]
-    nexts = np.where(np.r_[windows[1:] == windows[:-1], False][: len(windows)], nexts, owners)
-    # A window that stands in two texts alone links them by both rules, and counts once.
-    onward = (nexts != owners) & (firsts != owners)
-    links = [np.stack([firsts, owners], axis=1)[firsts != owners]]
-    links += [np.stack([owners, nexts], axis=1)[onward]]
-    shared = np.concatenate(links)
-    pairs, counts = np.unique(shared, axis=0, return_counts=True)
-    leader = list(range(len(texts)))
-    for (first, other), count in zip(pairs.tolist(), counts.tolist(), strict=True):
-        if count >= NEAR_DUPLICATE_SHARE * min(sizes[first], sizes[other]):
-            one, two = _leader(leader, first), _leader(leader, other)
-            leader[max(one, two)] = min(one, two)
-    return [_leader(leader, number) for number in range(len(texts))]
-
-
 def sketches(texts: Sequence[str]) -> list[Uint64]:
     """A sample of the windows of each text, ascending: the same ones of equal windows everywhere.
 
@@ -266,13 +236,6 @@ def merge(spans: Iterable[Span]) -> list[Span]:
         else:
             merged.append((first, last))
     return merged
-
-
-def _leader(leader: list[int], number: int) -> int:
-    while leader[number] != number:
-        leader[number] = leader[leader[number]]
-        number = leader[number]
-    return number
 
 
 def _sketches(texts: Sequence[str]) -> list[Uint64]:

@@ -5,7 +5,7 @@ Holds some 100 bytes a document in memory, and no text but what is held out.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -186,29 +186,24 @@ def clean_tasks(spec: DataConfig, shards: Shards, decided: Path, shop: Shop, *, 
 
 def _linked(name: str, shards: Shards, fates: Fates, shop: Shop) -> tuple[Int64, Int64]:
     """Pairs [P, 2] of documents that share keys of this name, and how many keys each."""
-    alive = _alive(shards, fates, shop)
-    buckets = buckets_for(shards.folders, f"{name}")
-    tasks = [
-        shop.task(
-            DEDUP,
-            {"revision": REVISION, "name": name, "bucket": [bucket, buckets]},
-            partial(
-                link_bucket,
-                folders=shards.folders,
-                offsets=shards.offsets[:-1],
-                name=name,
-                bucket=bucket,
-                buckets=buckets,
-                alive=alive,
-            ),
-            alive,
-            reads=shards.folders,
-        )
-        for bucket in range(buckets)
-    ]
-    found = [one.folder for one in shop.run(tasks)]
+    link = partial(link_bucket, name=name, offsets=shards.offsets[:-1])
+    found = _bucket_by_bucket(name, link, shards, fates, shop)
     pairs = np.concatenate([load(folder, "pairs") for folder in found])
     return tally(pairs, np.concatenate([load(folder, "counts") for folder in found]))
+
+
+def _bucket_by_bucket(
+    name: str, work: Callable[..., Mapping[str, Any]], shards: Shards, fates: Fates, shop: Shop
+) -> list[Path]:
+    """What `work` makes of each bucket of the keys of this name."""
+    alive = _alive(shards, fates, shop)
+    buckets = buckets_for(shards.folders, name)
+    tasks = []
+    for bucket in range(buckets):
+        key = {"revision": REVISION, "name": name, "bucket": [bucket, buckets]}
+        make = partial(work, folders=shards.folders, bucket=bucket, buckets=buckets, alive=alive)
+        tasks.append(shop.task(DEDUP, key, make, alive, reads=shards.folders))
+    return [one.folder for one in shop.run(tasks)]
 
 
 def _alive(shards: Shards, fates: Fates, shop: Shop) -> Path:
@@ -261,27 +256,9 @@ def _paragraphs(spec: DataConfig, shards: Shards, fates: Fates, shop: Shop) -> t
         return np.empty((0, 3), np.int64), np.zeros(len(shards.folders), np.int64)
     counts = [len(load(folder, "paragraph_spans")) for folder in shards.folders]
     begins = np.cumsum([0, *counts])[:-1]
-    alive = _alive(shards, fates, shop)
-    buckets = buckets_for(shards.folders, "paragraphs")
-    tasks = [
-        shop.task(
-            DEDUP,
-            {"revision": REVISION, "name": "paragraphs", "bucket": [bucket, buckets]},
-            partial(
-                dedup.cut_bucket,
-                folders=shards.folders,
-                offsets=shards.begins,
-                paragraphs=begins,
-                bucket=bucket,
-                buckets=buckets,
-                alive=alive,
-            ),
-            alive,
-            reads=shards.folders,
-        )
-        for bucket in range(buckets)
-    ]
-    found = [load(one.folder, "cuts") for one in shop.run(tasks)]
+    cut = partial(dedup.cut_bucket, offsets=shards.begins, paragraphs=begins)
+    folders = _bucket_by_bucket("paragraphs", cut, shards, fates, shop)
+    found = [load(folder, "cuts") for folder in folders]
     cuts = np.concatenate(found)
     return cuts[np.lexsort((cuts[:, 0], cuts[:, 1]))], begins
 

@@ -62,8 +62,7 @@ def part(
 ) -> Sides:
     """Each source's documents on two sides; those that share windows, as `pairs` [P, 2] and the
     `counts` [P] of them say, on the same one."""
-    sizes = np.minimum(*corpus.sketch_sizes_N[pairs.T]) if len(pairs) else np.empty(0)
-    leaders = components(pairs[counts >= NEAR_DUPLICATE_SHARE * sizes], len(corpus.alive_N))
+    leaders = near_duplicates(pairs, counts, corpus.sketch_sizes_N)
     members = np.bincount(leaders[corpus.alive_N], minlength=len(leaders))
     is_group = members > 1
     is_large = _larger(corpus, leaders, share) & is_group
@@ -87,6 +86,13 @@ def part(
             stays=stays,
         )
     return Sides(held_out, int(is_group.sum()), int(is_large.sum()), int(members[is_group].sum()))
+
+
+def near_duplicates(pairs: Int64, counts: Int64, sizes_N: Int64) -> Int64:
+    """For each document the first one of its group [N]: documents linked by pairs of which the one
+    has half of the smaller one's windows, as `counts` [P] and how many each has, `sizes_N`, say."""
+    smaller = sizes_N[pairs].min(axis=1, initial=np.iinfo(np.int64).max)
+    return components(pairs[counts >= NEAR_DUPLICATE_SHARE * smaller], len(sizes_N))
 
 
 def hold_out(

@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from configs.seed import derive
 
-Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Unsigned = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
@@ -42,19 +41,6 @@ def mixable_rows(shares: Mapping[str, float], available: Mapping[str, int], want
     `available` is what each source can give, repeats included: see `repeatable_rows`.
     """
     return min([wanted, *(math.floor(available[name] / shares[name] + _SLACK) for name in shares)])
-
-
-def interleave(rows: Mapping[str, Int32], *, seed: int) -> Int32:
-    """All rows [N, S], each once, in the order of `interleave_order`."""
-    names, source_N, row_N = interleave_order(
-        {name: len(block) for name, block in rows.items()}, seed=seed
-    )
-    length = max((block.shape[1] for block in rows.values()), default=0)
-    mixed = np.empty((len(source_N), length), dtype=np.int32)
-    for number, name in enumerate(names):
-        places = np.flatnonzero(source_N == number)
-        mixed[places] = rows[name][row_N[places]]
-    return mixed
 
 
 def interleave_order(

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from configs.seed import derive
 from stages.data.mixture import (
-    interleave,
     interleave_order,
     mixable_rows,
     repeatable_rows,
@@ -19,6 +18,13 @@ from stages.data.mixture import (
 )
 
 Int32 = npt.NDArray[np.int32]
+
+
+def interleave(rows: Mapping[str, Int32], *, seed: int) -> Int32:
+    """All rows, each once, in the order of the mixture."""
+    names, source_N, row_N = interleave_order({n: len(some) for n, some in rows.items()}, seed=seed)
+    mixed = [rows[names[source]][row] for source, row in zip(source_N, row_N, strict=True)]
+    return np.stack(mixed) if mixed else np.empty((0, 0), np.int32)
 
 
 def slow_interleave(rows: Mapping[str, Int32], seed: int) -> list[list[int]]:

@@ -1,19 +1,21 @@
 """Passages that stand in two texts, and documents that nearly repeat one another."""
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.data import held_out
+from stages.data.join import links
 from stages.overlap import (
     LEAST_CHARS,
     WINDOW_CHARS,
     Windows,
     cut,
     merge,
-    near_duplicates,
     sketches,
 )
 from stages.rolling import BLOCK
@@ -82,6 +84,16 @@ def test_no_passage_goes_from_one_text_into_the_next() -> None:
     assert windows.look_many([held[:30], held[30:]]) == [[], []]
     assert windows.found == 0
     assert windows.look_many([held, held]) == [windows.look(held)] * 2
+
+
+def near_duplicates(texts: Sequence[str]) -> list[int]:
+    """For each text the first one of its group."""
+    samples = sketches(texts)
+    sizes = np.array([len(one) for one in samples], np.int64)
+    keys = np.concatenate([np.empty(0, np.uint64), *samples])
+    owners = np.repeat(np.arange(len(texts)), sizes)
+    order = np.lexsort((owners, keys))
+    return [*map(int, held_out.near_duplicates(*links(keys[order], owners[order]), sizes))]
 
 
 @pytest.mark.parametrize("shift", [-99, -51, -50, -49, -25, -1, 0, 1])
