@@ -199,6 +199,10 @@ class PackConfig(Frozen):
     middle); needs `fim` among `data.tokenizer.special_tokens`, or a tokenizer that has them."""
 
 
+SPECIAL_TOKENS = {"chat": 2, "thinking": 2, "tools": 9, "fim": 3}
+"""How many control tokens there are of each kind."""
+
+
 class TokenizerConfig(Frozen):
     """A byte-level BPE with digits split singly, or one that exists."""
 
@@ -213,7 +217,10 @@ class TokenizerConfig(Frozen):
     pre_tokenizer: Literal["digits", "deepseek"] = "digits"
     """What merges cannot cross: single digits and GPT-2's words, or the words of DeepSeek-V3's
     tokenizer, with up to three digits."""
-    special_tokens: tuple[Literal["chat", "thinking", "tools", "fim"], ...] = ()
+    # Behind a validator of the whole table a list of TOML is one of Python, which is no tuple.
+    special_tokens: tuple[Literal["chat", "thinking", "tools", "fim"], ...] = Field(
+        default=(), strict=False
+    )
     """Kinds of control tokens to have besides those that begin and end a document, spelt as
     DeepSeek spells them."""
     encoder: Literal["tokenizers", "gigatoken"] = "tokenizers"
@@ -228,6 +235,22 @@ class TokenizerConfig(Frozen):
         # They would enter the identity of a corpus on which they have no bearing.
         unsaid = ("vocab_size", "training_bytes", "pre_tokenizer", "special_tokens")
         return {k: v for k, v in fields.items() if k not in unsaid}
+
+    @field_validator("special_tokens")
+    @classmethod
+    def _kinds_once(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        """In an order of their own, as the one in which they are named means nothing."""
+        return tuple(sorted(set(kinds)))
+
+    @model_validator(mode="after")
+    def _holds_its_special_tokens(self) -> Self:
+        least = 258 + sum(SPECIAL_TOKENS[kind] for kind in self.special_tokens)
+        if self.vocab_size < least:
+            raise ValueError(
+                f"vocab_size = {self.vocab_size} has no room for 256 bytes and "
+                f"{least - 256} special tokens; set it to {least} or more"
+            )
+        return self
 
 
 class DataConfig(Frozen):
@@ -262,6 +285,16 @@ class DataConfig(Frozen):
     @classmethod
     def _without_empty_shares(cls, sources: dict[str, Source]) -> dict[str, Source]:
         return {name: source for name, source in sources.items() if source.share}
+
+    @model_validator(mode="after")
+    def _can_ask_for_the_middle(self) -> Self:
+        has_tokens = self.tokenizer.file is not None or "fim" in self.tokenizer.special_tokens
+        if self.pack.fim_rate and not has_tokens:
+            raise ValueError(
+                f'pack.fim_rate = {self.pack.fim_rate:g} needs control tokens; add "fim" to '
+                "tokenizer.special_tokens, or set it to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shares_add_up(self) -> Self:

@@ -21,7 +21,7 @@ from stages.data.dedup import Fates, Float64
 from stages.data.faults import EVALUATIONS
 from stages.data.files import read_rows
 from stages.data.finding import matches
-from stages.data.join import Int64, buckets_for, link_bucket, tally
+from stages.data.join import Int64, buckets_for, link_bucket, shard_of, tally
 from stages.data.reading import Read
 from stages.data.reads import identify
 from stages.data.rows import Row, Wanted
@@ -74,11 +74,14 @@ class Shards:
         """An array of all shards."""
         return np.concatenate([load(folder, name) for folder in self.folders])
 
-    def text(self, number: int) -> tuple[str, str]:
-        """A document's source and text."""
-        shard = int(np.searchsorted(self.offsets, number, side="right")) - 1
-        texts = Texts(self.folders[shard] / DOCUMENTS)
-        return self.names[shard], texts[number - self.offsets[shard]]
+    def texts(self, numbers: Int64) -> Iterator[tuple[str, str]]:
+        """The source and the text of each of these documents."""
+        found: dict[int, Texts] = {}
+        for number, shard in zip(numbers, shard_of(numbers, self.begins), strict=True):
+            at = int(shard)
+            if at not in found:
+                found[at] = Texts(self.folders[at] / DOCUMENTS)
+            yield self.names[at], found[at][int(number) - self.offsets[at]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +150,17 @@ def decide(
     }
     done = shop.one(DECIDE, key, make, *shards.folders)
     return Decided(done.folder, fates, sides, {name: len(some) for name, some in items.items()})
+
+
+def repeated_ids(shards: Shards, name: str) -> int:
+    """How many documents of a source bear an id that an earlier one bears."""
+    keys = [
+        load(folder, "id_keys")
+        for folder, of in zip(shards.folders, shards.names, strict=True)
+        if of == name
+    ]
+    every = np.concatenate(keys)
+    return len(every) - len(np.unique(every))
 
 
 def repeats(shards: Shards, fates: Fates, name: str) -> Counter[str]:
@@ -265,8 +279,7 @@ def _paragraphs(spec: DataConfig, shards: Shards, fates: Fates, shop: Shop) -> t
 
 def _apart(shards: Shards, order: Int64, items: Mapping[str, Sequence[str]]) -> Iterator[Apart]:
     """Held-out text as it is packed, then the items of evaluations."""
-    for number in order.tolist():
-        source, text = shards.text(number)
+    for source, text in shards.texts(order):
         yield TEXT, source, text
     for name, texts in items.items():
         for text in texts:

@@ -31,8 +31,9 @@ REVISION = 1
 STREAM = "tokens.bin"
 _TOKEN = np.dtype("<i4")
 _OPEN_FILES = 64
-CHECKED_DOCUMENTS = 200
-"""On so many documents of a shard a faster encoder must agree with the one that defines."""
+CHECKED_DOCUMENTS, CHECKED_CHARS = 100, 2_000
+"""On the beginnings of so many documents of each shard a faster encoder must agree with the one
+that defines."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def _encoder(
 ) -> tuple[Callable[[Sequence[str]], list[Int32]], str]:
     """What encodes, and why it was chosen."""
     tokenizer, record = _loaded(folder / TOKENIZER)
-    return bulk_encoder(record, tokenizer, kind, texts[:CHECKED_DOCUMENTS])
+    check = [text[:CHECKED_CHARS] for text in texts[:CHECKED_DOCUMENTS]]
+    return bulk_encoder(record, tokenizer, kind, check)
 
 
 @lru_cache(maxsize=1)

@@ -4,6 +4,7 @@ A folder of this step holds the documents that passed (`documents.arrow`), a rec
 not (`drops.parquet`), and of the documents, numbered as they stand there:
 
     digests [N, 2] uint64       equal for equal documents
+    id_keys uint64              hashes of the documents' own ids, of those that have one
     chars [N] int64             how long each text is
     bands_keys, bands_rows      entries of MinHash (see `join.py`), where near-duplicates are sought
     sketch_keys, sketch_rows    entries of sampled windows (see `stages/overlap.py`)
@@ -12,6 +13,7 @@ not (`drops.parquet`), and of the documents, numbered as they stand there:
     paragraph_spans [P, 3]      of each paragraph its document, and where it begins and ends
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,6 +153,7 @@ class _Keeper:
     is_cut: bool = False
     count: int = 0
     digests: list[bytes] = field(default_factory=list)
+    ids: list[bytes] = field(default_factory=list)
     chars: list[int] = field(default_factory=list)
     bands: list[Uint64] = field(default_factory=list)
     sketched: list[Uint64] = field(default_factory=list)
@@ -191,6 +194,7 @@ class _Keeper:
                 )
         self._note(texts)
         self.licences.update(one.licence for one in kept)
+        self.ids += (_hash(one.key) for one in kept if one.key)
         writer.write(
             {
                 "id": [one.id for one in kept],
@@ -220,6 +224,7 @@ class _Keeper:
         """Write what was taken down."""
         digests = np.frombuffer(b"".join(self.digests), np.uint64).reshape(-1, 2)
         sizes = np.array([len(one) for one in self.sketched], np.int64)
+        save(out, id_keys=np.frombuffer(b"".join(self.ids), np.uint64))
         save(out, digests=digests, chars=np.array(self.chars, np.int64), sketch_sizes=sizes)
         save_entries(out, "sketch", _joined(self.sketched), np.repeat(np.arange(self.count), sizes))
         if self.dedup.near:
@@ -247,3 +252,7 @@ class _Keeper:
 
 def _joined(parts: Sequence[Uint64]) -> Uint64:
     return np.concatenate([np.empty(0, np.uint64), *parts])
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from stages.data.tables import load, save
 
-ENTRIES_A_BUCKET = 4_000_000
-"""Some 200 MB while they are sorted and linked."""
+ENTRIES_A_BUCKET = 1_000_000
+"""Some 100 MB while they are sorted and linked."""
 
 Int64 = npt.NDArray[np.int64]
 Uint64 = npt.NDArray[np.uint64]

@@ -4,6 +4,7 @@ read → dedup → decide → clean → tokenizer → encode → rows. Each step
 in folders named by what they were made from (`shop.py`); no step holds the corpus in memory.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -154,7 +155,8 @@ class _Line:
             write_tokenizer(out / TOKENIZER, adopted.record)
             return {}
 
-        self.encoder = self.shop.one("tokenizer", {"record": adopted.record}, make).folder
+        record = hashlib.sha256(json.dumps(adopted.record, sort_keys=True).encode()).hexdigest()
+        self.encoder = self.shop.one("tokenizer", {"record": record}, make).folder
         return adopted
 
     def _trained(self, shards: Shards, posed: Mapping[str, Posed]) -> Path:

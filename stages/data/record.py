@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.shards import Done
-from configs.data import ArithmeticSource, DataConfig, ProblemsSource, Source
+from configs.data import ArithmeticSource, DataConfig, FilesSource, ProblemsSource, Source
 from configs.errors import DataError
 from stages.data.apart import PASSAGE, PROBLEM, TEXT, Found, found_in
 from stages.data.arithmetic import wrong_share
-from stages.data.decide import Decided, Shards
+from stages.data.decide import Decided, Shards, repeated_ids
 from stages.data.held_out import share_of
 from stages.data.pack import Int32
 from stages.data.questions import Posed
@@ -99,6 +99,7 @@ def statistics(
     """`statistics.json`: what was read, dropped, kept and packed, by source and in all; and under
     `notes` what to tell, which is no part of the file."""
     counted = {name: Counted() for name in texts}
+    ids = {name: repeated_ids(shards, name) for name in texts}
     every = Counted()
     for name, done in zip(shards.names, cleaned, strict=True):
         counted[name].add(done)
@@ -111,7 +112,12 @@ def statistics(
             "share": mixed.rows[name] / mixed.total_rows,
             **_slips(spec.sources[name]),
             **(
-                _of_text(texts[name], counted[name], mixed.epochs[name], mixed.encoders[name])
+                {
+                    **_of_text(texts[name], counted[name]),
+                    "repeated_ids": ids[name],
+                    "epochs": mixed.epochs[name],
+                    "encoded_by": mixed.encoders[name],
+                }
                 if name in texts
                 else _of_problems(spec.sources[name], posed[name])
             ),
@@ -142,11 +148,11 @@ def statistics(
             if name != TEXT
         },
         "sources": sources,
-        "notes": list(_notes(every, overlap, sets, decided)),
+        "notes": [*_notes(every, overlap, sets, decided), *_of_ids(texts, ids)],
     }
 
 
-def _of_text(read: Read, counted: Counted, epochs: float, encoder: str) -> dict[str, Any]:
+def _of_text(read: Read, counted: Counted) -> dict[str, Any]:
     """What there is to say of a source of documents."""
     licences = read.counted("licences")
     return {
@@ -164,8 +170,6 @@ def _of_text(read: Read, counted: Counted, epochs: float, encoder: str) -> dict[
         "train_documents": counted.documents,
         "train_bytes": counted.bytes,
         "held_out_documents": counted.held_out,
-        "epochs": epochs,
-        "encoded_by": encoder,
     }
 
 
@@ -257,6 +261,17 @@ def _notes(
                 f"evaluation {name}: {share_of(found.before, found.total):.1%} of its items' text "
                 f"stood in training text; passages cut there: {every.sets[name]['cuts']:,}, which "
                 f"leaves {share_of(found.after, found.total):.1%}"
+            )
+
+
+def _of_ids(texts: Mapping[str, Read], ids: Mapping[str, int]) -> Iterator[str]:
+    """One line for each source whose documents' own ids are not unique."""
+    for name, count in ids.items():
+        source = texts[name].source
+        if count and isinstance(source, FilesSource):
+            yield (
+                f"data.sources.{name}.id_field = {source.id_field!r}: {count:,} documents bear an "
+                "id that an earlier one bears; `ingot why --document` shows all of an id"
             )
 
 

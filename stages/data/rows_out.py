@@ -33,9 +33,9 @@ REVISION = 1
 MIN_ROWS = 8
 """Fewer training rows than this are no corpus but a mistake in the sources."""
 ROWS = "rows.arrow"
-SHARD_TOKENS = 16_000_000
+SHARD_TOKENS = 8_000_000
 """A shard of the corpus holds about so many."""
-_DOCUMENTS_A_TIME = 64
+_DOCUMENTS_A_TIME, _TOKENS_A_TIME = 64, 1 << 20
 _DRAWS_A_TIME = 1 << 16
 
 
@@ -198,13 +198,17 @@ def _write_rows(
     """The task of one shard of rows; how many documents of each source begin in it."""
     source_N, row_N = (load(order, name)[first:last] for name in ("source", "row"))
     rows = np.empty((last - first, length), np.int32)
-    begun, padding = [], 0
+    begun, padding = list[int](), 0
+    rows_a_time = max(1, _TOKENS_A_TIME // length)
     for number, paths in enumerate(streams):
-        here = np.flatnonzero(source_N == number)
-        rows[here] = found = Stream(paths, length).take(row_N[here])
-        empty = filling(found).padding_tokens if is_padded else 0
-        begun.append(int(np.count_nonzero(found == BOS_ID)) - empty)
-        padding += empty
+        stream, here = Stream(paths, length), np.flatnonzero(source_N == number)
+        begun.append(0)
+        for at in range(0, len(here), rows_a_time):
+            some = here[at : at + rows_a_time]
+            rows[some] = found = stream.take(row_N[some])
+            empty = filling(found).padding_tokens if is_padded else 0
+            begun[-1] += int(np.count_nonzero(found == BOS_ID)) - empty
+            padding += empty
     write_shard(out / ROWS, rows)
     return {"rows": last - first, "begun": begun, "padding": padding}
 

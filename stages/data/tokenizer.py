@@ -49,7 +49,6 @@ DEEPSEEK_SPLITS = (
 """Words of DeepSeek-V3's `tokenizer.json`, each expression applied to what the one before left:
 numbers of up to three digits, runs of Han characters and kana, and the rest. Line ends stand for
 themselves, as there: what reads the file may compare it letter by letter."""
-_BYTES = 256
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
@@ -59,14 +58,8 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     stay aligned and encode(prompt + answer) = encode(prompt) + encode(answer) at any digit. Every
     byte is in the vocabulary: no text is out of reach, however small the sample. `encode` puts
     begin-of-text in front unless told otherwise, and text that spells a special token stays text.
-    DataError if the vocabulary has no room for bytes and special tokens.
     """
     special = special_tokens(config.special_tokens)
-    if config.vocab_size < (needed := len(special) + _BYTES):
-        raise DataError(
-            f"data.tokenizer.vocab_size = {config.vocab_size}: {_BYTES} bytes and {len(special)} "
-            f"special tokens need {needed}; raise it, or ask for fewer special_tokens"
-        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _pre_tokenizer(config)
     tokenizer.decoder = decoders.ByteLevel()

@@ -372,3 +372,14 @@ def test_a_recipe_says_what_comes_after_pretraining(recipe: str) -> None:
     Path(recipe).write_text(text[: text.index("[posttrain]")])
     assert load_recipe(recipe).posttraining == {}
     assert load_recipe(recipe, sets=["parity={}"]).posttrain is None
+
+
+def test_what_packing_and_the_tokenizer_need_of_each_other_is_said_at_once(recipe: str) -> None:
+    said = message(recipe, "data.pack.fim_rate=0.1")
+    assert 'pack.fim_rate = 0.1 needs control tokens; add "fim" to tokenizer.special_tokens' in said
+    kinds = 'data.tokenizer.special_tokens=["fim", "chat", "fim"]'
+    loaded = load_recipe(recipe, sets=["data.pack.fim_rate=0.1", kinds])
+    assert loaded.data.tokenizer.special_tokens == ("chat", "fim")
+    tools = 'data.tokenizer.special_tokens=["tools"]'
+    said = message(recipe, tools, "data.tokenizer.vocab_size=266")
+    assert "has no room for 256 bytes and 11 special tokens; set it to 267 or more" in said

@@ -182,3 +182,16 @@ def test_each_fate_is_counted_and_adds_up(folder: Path, workspace: Workspace) ->
     left = books["train_documents"] + books["held_out_documents"]
     gone = sum(count for rule, count in dropped.items() if rule != "broken_encoding")
     assert books["documents_read"] == left + gone
+
+
+def test_ids_that_are_not_unique_are_counted_and_told(
+    tmp_path: Path, workspace: Workspace, recorder: Recorder
+) -> None:
+    rows = [{"text": prose(n, 200), "url": f"page-{min(n, 30)}"} for n in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"type": "files", "glob": str(path), "id_field": "url", "share": 1.0}
+    corpus = data(spec(tmp_path, sources={"mine": files}, train_tokens=2_000), workspace)
+    facts = json.loads(corpus.path("statistics.json").read_text())["sources"]["mine"]
+    assert facts["repeated_ids"] == 9
+    assert any("sources.mine.id_field = 'url': 9 documents bear" in one for one in recorder.notes)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from configs.data import TokenizerConfig
+from configs.data import SPECIAL_TOKENS, TokenizerConfig
 from configs.errors import DataError
 from stages.data.reads import identify_tokenizer
 from stages.data.tokenizer import (
@@ -114,12 +114,9 @@ def test_control_tokens_have_the_ids_after_end_of_text_whatever_the_order_of_the
         fim_ids(TOKENIZER, 0.1)
 
 
-def test_a_vocabulary_without_room_for_its_control_tokens_is_an_error() -> None:
-    config = TokenizerConfig(vocab_size=273, special_tokens=("tools", "chat", "fim", "thinking"))
-    with pytest.raises(DataError, match=r"vocab_size = 273: 256 bytes and 18 .* need 274; raise"):
-        train_tokenizer(TEXTS, config)
-    enough = config.model_copy(update={"vocab_size": 274})
-    assert train_tokenizer(TEXTS, enough).get_vocab_size() == 274
+def test_the_smallest_vocabulary_has_bytes_and_control_tokens_and_no_merges() -> None:
+    config = TokenizerConfig(vocab_size=274, special_tokens=("tools", "chat", "fim", "thinking"))
+    assert train_tokenizer(TEXTS, config).get_vocab_size() == 274
 
 
 @given(st.lists(st.one_of(st.sampled_from(ALL_SPECIAL), st.text(max_size=5)), max_size=6))
@@ -242,3 +239,7 @@ def test_a_tokenizer_enters_identity_by_content(tmp_path: Path) -> None:
     assert identify_tokenizer(TokenizerConfig(file=str(path)), Hashes()) != first
     with pytest.raises(DataError, match=r"data\.tokenizer\.file = .*cannot be read"):
         identify_tokenizer(TokenizerConfig(file=str(tmp_path / "none.json")), Hashes())
+
+
+def test_the_recipe_knows_how_many_control_tokens_there_are() -> None:
+    assert {kind: len(tokens) for kind, tokens in CONTROL_TOKENS.items()} == SPECIAL_TOKENS
