@@ -217,10 +217,7 @@ class TokenizerConfig(Frozen):
     pre_tokenizer: Literal["digits", "deepseek"] = "digits"
     """What merges cannot cross: single digits and GPT-2's words, or the words of DeepSeek-V3's
     tokenizer, with up to three digits."""
-    # Behind a validator of the whole table a list of TOML is one of Python, which is no tuple.
-    special_tokens: tuple[Literal["chat", "thinking", "tools", "fim"], ...] = Field(
-        default=(), strict=False
-    )
+    special_tokens: tuple[Literal["chat", "thinking", "tools", "fim"], ...] = ()
     """Kinds of control tokens to have besides those that begin and end a document, spelt as
     DeepSeek spells them."""
     encoder: Literal["tokenizers", "gigatoken"] = "tokenizers"
@@ -230,7 +227,12 @@ class TokenizerConfig(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _file_says_it_all(cls, fields: Any) -> Any:
-        if not isinstance(fields, Mapping) or fields.get("file") is None:
+        if not isinstance(fields, Mapping):
+            return fields
+        if isinstance(kinds := fields.get("special_tokens"), list):
+            # What a validator of the whole table has seen counts as Python's, whose list is no tuple.
+            fields = {**fields, "special_tokens": tuple(kinds)}
+        if fields.get("file") is None:
             return fields
         # They would enter the identity of a corpus on which they have no bearing.
         unsaid = ("vocab_size", "training_bytes", "pre_tokenizer", "special_tokens")
