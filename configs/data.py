@@ -230,7 +230,7 @@ class TokenizerConfig(Frozen):
         if not isinstance(fields, Mapping):
             return fields
         if isinstance(kinds := fields.get("special_tokens"), list):
-            # What a validator of the whole table has seen counts as Python's, whose list is no tuple.
+            # What a validator has seen counts as of Python, where a list is no tuple.
             fields = {**fields, "special_tokens": tuple(kinds)}
         if fields.get("file") is None:
             return fields

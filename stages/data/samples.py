@@ -1,6 +1,7 @@
 """A few documents of each fate, for people to look at: kept, and dropped or cut by each rule."""
 
 import heapq
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,17 +20,19 @@ EACH = 5
 SHOWN_CHARS = 400
 _ROWS_A_TIME = 1024
 
-Ranked = tuple[int, str, dict[str, Any]]
+Ranked = tuple[int, str, int, dict[str, Any]]
+"""Least first: minus the rank, the document, a number that no other has, and what is said."""
 
 
 def write_samples(out: Path, cleaned: Sequence[Done], shards: Shards) -> None:
     """Write one line a sample: rule (`kept` for those that stayed), source, document, numbers, and
     the beginning of the text. Which they are is drawn by their names."""
     chosen: dict[str, list[Ranked]] = {}
+    number = itertools.count()
     for at, done in enumerate(cleaned):
         for rule, rank, facts in _found(done):
             facts["shard"] = at
-            ranked = (-rank, f"{facts['source']}/{facts['document']}", facts)
+            ranked = (-rank, f"{facts['source']}/{facts['document']}", next(number), facts)
             heap = chosen.setdefault(rule, [])
             if len(heap) < EACH:
                 heapq.heappush(heap, ranked)
@@ -38,7 +41,7 @@ def write_samples(out: Path, cleaned: Sequence[Done], shards: Shards) -> None:
     _add_texts(chosen.get("kept", []), cleaned)
     with (out / SAMPLES).open("w", encoding="utf-8") as file:
         for rule, heap in sorted(chosen.items()):
-            for _, _, facts in sorted(heap, key=lambda one: (-one[0], one[1])):
+            for *_, facts in sorted(heap, key=lambda one: (-one[0], *one[1:3])):
                 del facts["shard"]
                 file.write(json.dumps({"rule": rule, **facts}, ensure_ascii=False) + "\n")
 
@@ -68,8 +71,8 @@ def _rank(source: str, document: str) -> int:
 
 def _add_texts(heap: Sequence[Ranked], cleaned: Sequence[Done]) -> None:
     """Give samples of kept documents the beginning of their texts, as they are trained on."""
-    for at in {facts["shard"] for _, _, facts in heap}:
-        wanted = {f["document"]: f for _, _, f in heap if f["shard"] == at}
+    for at in {facts["shard"] for *_, facts in heap}:
+        wanted = {f["document"]: f for *_, f in heap if f["shard"] == at}
         for batch in batches(cleaned[at].folder / DOCUMENTS, "id", "text"):
             for name, text in zip(batch["id"], batch["text"], strict=True):
                 if name in wanted:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import s3fs
@@ -22,11 +23,16 @@ from tests.bench import (
     layouts,
     machine,
     on_gpu,
+    preparation,
+    preparation_line,
     store_calls,
+    test_preparation,
     test_sampling,
     test_training_step,
 )
 from tests.bench import test_against_transformers as training
+from tests.bench.preparation_corpus import write_corpus
+from tests.clients.environments import is_made, python_of
 from tests.objects import patched, serving
 from tests.pipeline.fakes import World
 
@@ -49,7 +55,8 @@ from tests.bench import on_gpu
 sys.exit(on_gpu.main(["--short", "--out", sys.argv[1]]))
 """
 NO_BENCHMARKS = {
-    *("machine", "test_gpu_parts", "test_gpu_products", "test_on_gpu", "test_short_rounds")
+    *("machine", "preparation_corpus", "preparation_exact"),
+    *("test_gpu_parts", "test_gpu_products", "test_on_gpu", "test_short_rounds"),
 }
 """Parts of benchmarks, and tests of those, which `make test` runs whole."""
 
@@ -143,11 +150,68 @@ def train_in_layouts(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     layouts.main(short=True)
 
 
+def prepare_text(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Ours alone, with all that is told of it."""
+    ours_here(patch)
+    facts = preparation.measure(folder, 1.0, 1)
+    assert facts["growth"][preparation.OURS]["seconds"] > 0
+    found = facts["found"][preparation.OURS]
+    assert found["pairs"]["0.9"] == found["items"]["recall"] == 1
+
+
+def ours_here(patch: pytest.MonkeyPatch) -> None:
+    """Our line in this process, as half of a short round is over when another has begun."""
+    apart = preparation.ask
+
+    def ask(line: str, *job: Any) -> dict[str, Any]:
+        return apart(line, *job) if line == preparation.THEIRS else preparation_line.do(job[1])
+
+    patch.setattr(preparation, "ask", ask)
+
+
+def prepare_text_once(line: str, python: Path | None, folder: Path) -> None:
+    """One line, and nothing else."""
+    planted = write_corpus(folder / "all", 0.5)
+    tokenizer = folder / "tokenizer.json"
+    preparation.make_tokenizer(planted, tokenizer)
+    core = max(os.sched_getaffinity(0))
+    answer = preparation.Bench(folder, core, tokenizer, python).run(line, planted)
+    assert answer["documents"] == planted.documents
+    assert all(preparation.seconds_of(line, answer["steps"], told) for told in preparation.STEPS)
+
+
+def prepare_text_by_ours(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    prepare_text_once(preparation.OURS, None, folder)
+
+
+def prepare_text_by_datatrove(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    prepare_text_once(preparation.THEIRS, datatrove(), folder)
+
+
+def prepare_text_beside_datatrove(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    datatrove()
+    ours_here(patch)
+    for name, value in (("MEGABYTES", 1.0), ("ROUNDS", 1)):
+        patch.setattr(test_preparation, name, value)
+    test_preparation.test_text_is_prepared_at_twice_datatroves_throughput_or_more(folder)
+
+
+def datatrove() -> Path:
+    """Its Python, where the environment is: to make it takes minutes."""
+    if not is_made("datatrove"):
+        pytest.skip("the environment of datatrove is not made; `make bench` makes it")
+    return python_of("datatrove")
+
+
 ROUNDS = {
     "attention_cost": draw_the_attention_curves,
+    "datatrove_line": prepare_text_by_datatrove,
     "layouts": train_in_layouts,
     "on_gpu": measure_what_a_gpu_would,
+    "preparation": prepare_text,
+    "preparation_line": prepare_text_by_ours,
     "store_calls": count_the_calls_of_a_store,
+    "test_preparation": prepare_text_beside_datatrove,
     "test_against_transformers": train_beside_transformers,
     "test_sampling": sample_beside_transformers,
     "test_training_step": train_in_each_precision,

