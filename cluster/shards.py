@@ -36,6 +36,8 @@ WORKER_BYTES = 1_000_000_000
 """What a worker is given of its machine's memory: Ray starts no more at a time than have room."""
 SHARD_SECONDS = 3600.0
 """How long a stream may go without any shard being finished."""
+_LAST_SECONDS = 10.0
+"""How long a stream that is not wanted any more may take to end."""
 _DRAFT = ".draft-"
 
 
@@ -51,6 +53,8 @@ class Task:
     """Writes files into a folder, and returns what is to be known of them, as JSON values."""
     needs: tuple[Path, ...] = ()
     """Completed folders that it reads."""
+    reads: Sequence[Path] = ()
+    """Further ones, the same for all tasks of a step."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ def run_tasks(
 
     What is completed already, in its place or in one of the `earlier` folders beside which the same
     name would stand, is not made again. With one worker the rest is made in this process, with more
-    on Ray. The first error of a task is raised when the tasks that run are over; what others made
-    stays. MachineError as of `ray_cpus`; DeadlineError if for `SHARD_SECONDS` none is finished.
+    on Ray. The first error of a task ends the stream; what others made stays. MachineError as of
+    `ray_cpus`; DeadlineError if for `SHARD_SECONDS` none is finished.
     """
     waiting = []
     for number, task in enumerate(tasks):
@@ -83,6 +87,7 @@ def run_tasks(
         if found is None:
             waiting.append(number)
         else:
+            supply.publish(found.folder, last=DONE)
             yield number, found
     if workers == 1:
         for number in waiting:
@@ -142,12 +147,6 @@ def complete(task: Task) -> Done:
     return Done(task.folder, facts)
 
 
-def clear_drafts(root: Path) -> None:
-    """Delete what workers that died left half made below a folder."""
-    for path in root.glob(f"*/{_DRAFT}*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _beside(task: Task, earlier: Sequence[Path]) -> Iterator[Path]:
     """Where builds before this one would have what the task makes."""
     names = task.folder.parts[-2:]
@@ -166,8 +165,8 @@ class _Crew:
         fault = ""
         try:
             self.supply.arrive()
-            for folder in task.needs:
-                if self.supply.is_far:
+            for folder in (*task.needs, *task.reads) if self.supply.is_far else ():
+                if completed(folder) is None:
                     self.supply.fetch(folder)
             complete(task)
             for path in sorted(task.folder.iterdir(), key=lambda path: path.name == DONE):
@@ -186,25 +185,24 @@ def _streamed(
     with ray_cpus(machines, home, cpus=workers):
         said: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         over = threading.Event()
-        threading.Thread(
+        drain = threading.Thread(
             target=_drain, args=(tasks, workers, supply, said, over), name="shards", daemon=True
-        ).start()
-        faults: list[IngotError] = []
+        )
+        drain.start()
         try:
             while (found := _hear(said, tasks[0].step)) is not None:
                 if isinstance(found, IngotError):
-                    faults.append(found)
-                elif isinstance(found, BaseException):
+                    raise found
+                if isinstance(found, BaseException):
                     raise MachineError(
                         f"{tasks[0].step}: Ray lost the work on shards: {_first_line(found)}; run "
                         "again, and it goes on from the shards that are done"
                     ) from found
-                else:
-                    yield found
+                yield found
         finally:
             over.set()
-        if faults:
-            raise faults[0]
+            # Who closes Ray behind a stream that is read still ends the process.
+            drain.join(_LAST_SECONDS)
 
 
 def _drain(
@@ -248,7 +246,7 @@ def _hear(
             continue
     raise DeadlineError(
         f"{step}: no worker has finished a shard for {SHARD_SECONDS:g} s; lower data.shard_bytes, "
-        "or see `ingot logs`"
+        "and divide files that are larger"
     )
 
 

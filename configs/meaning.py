@@ -8,7 +8,7 @@ same; so plans are made of settings that went through here. Values that mean the
 from typing import Any, TypeVar
 
 from configs.base import Frozen
-from configs.data import SLIP_STEPS, ArithmeticSource, DataConfig, Source
+from configs.data import SLIP_STEPS, ArithmeticSource, DataConfig, Source, TextSource
 from configs.delivery import VARIANTS, ExportConfig, Target
 from configs.model import ModelConfig
 from configs.rl import PosttrainConfig
@@ -28,7 +28,7 @@ def meant_data(data: DataConfig) -> DataConfig:
     """Without rules for text where there is none, and sums' settings as they are met."""
     sources = {name: _meant_source(source) for name, source in data.sources.items()}
     data = data.model_copy(update={"sources": sources})
-    if all(isinstance(source, ArithmeticSource) for source in sources.values()):
+    if not any(isinstance(source, TextSource) for source in sources.values()):
         data = reset(data, "quality", "held_out_share")
     return data
 

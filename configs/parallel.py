@@ -40,8 +40,9 @@ class ClusterConfig(Frozen):
     samplers: PositiveInt = 2
     """Generation workers of post-training."""
     data_workers: PositiveInt | None = None
-    """Processes that prepare data. None means one, the driver itself, where sources are small, and
-    otherwise as many as there are cores, on Ray; 1 is the driver alone. The corpus is the same."""
+    """Processes that prepare data. None means one, the driver itself, where sources are below
+    64 MB, and otherwise as many on Ray as the driver's machine has cores, or two for every 64 MB
+    where those are fewer; 1 is the driver alone. The corpus is the same."""
     device: Device = "auto"
     """What workers compute on. `auto` takes the accelerators that are there: on a named cluster
     those that Ray counts, otherwise those that torch sees; without any, CPUs. Every trainer takes

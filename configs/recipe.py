@@ -6,7 +6,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from configs.base import Frozen
-from configs.data import ArithmeticSource, DataConfig, DataSection
+from configs.data import CheckableSource, DataConfig, DataSection
 from configs.delivery import VARIANTS, EvaluateSection, ExportSection
 from configs.model import AnyModelConfig
 from configs.names import NodeName
@@ -166,10 +166,10 @@ class Recipe(Frozen):
             )
 
     def _require_problems(self, owner: str, corpus: DataConfig) -> None:
-        if not any(isinstance(source, ArithmeticSource) for source in corpus.sources.values()):
+        if not any(isinstance(source, CheckableSource) for source in corpus.sources.values()):
             raise ValueError(
                 f"{owner} needs checkable problems, and its corpus has no source of them; add one "
-                'of type = "arithmetic" to its sources'
+                'of type = "arithmetic" or "problems" to its sources'
             )
 
     def _check_posttraining(self) -> None:

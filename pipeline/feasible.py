@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.data import ArithmeticSource, DataConfig
+from configs.data import ArithmeticSource, CheckableSource, DataConfig
 from configs.delivery import EvaluateSection, EvaluateSpec
 from configs.errors import ConfigError
 from configs.model import ModelConfig
@@ -195,7 +195,7 @@ def check_gates(asked: EvaluateSection, spec: EvaluateSpec, *, has_problems: boo
 def has_problems(recipe: Recipe, corpus: str | None) -> bool:
     """Whether a corpus, by its name among `data.corpora`, has checkable problems."""
     found = recipe.data.corpora[corpus] if corpus else recipe.data
-    return any(isinstance(source, ArithmeticSource) for source in found.sources.values())
+    return any(isinstance(source, CheckableSource) for source in found.sources.values())
 
 
 def _answered(recipe: Recipe) -> Iterator[tuple[str, DataConfig, int]]:
@@ -218,15 +218,19 @@ def _shortest_of_longest(recipe: Recipe, corpus: DataConfig) -> int | None:
 
     Begin-of-text, two operands of so many digits, the sign between and the one after them. Where
     operands are not padded one of them may be short, and other tokenizers than ours may take
-    several digits for one token.
+    several digits for one token. How long problems of files are is not known before they are read:
+    they count like those.
     """
-    sources = [one for one in corpus.sources.values() if isinstance(one, ArithmeticSource)]
+    sources = [one for one in corpus.sources.values() if isinstance(one, CheckableSource)]
     if not sources:
         return None
     if recipe.base is not None or recipe.data.tokenizer.file is not None:
         return 3
     return max(
-        3 + source.digits + (source.digits if source.zero_padded else 1) for source in sources
+        3 + source.digits + (source.digits if source.zero_padded else 1)
+        if isinstance(source, ArithmeticSource)
+        else 3
+        for source in sources
     )
 
 

@@ -3,9 +3,11 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import unquote
 
-from configs.data import FilesSource, Source
+from configs.base import FrozenT
+from configs.data import DataConfig
 from configs.errors import ConfigError
 from configs.masking import MASK
 from configs.parallel import NO_SCHEME, TrackingConfig, is_tracking_address
@@ -15,23 +17,21 @@ SQLITE = "sqlite:///"
 _SPECIAL = str.maketrans({"%": "%25", "?": "%3F"})
 """What would mean something else in the address of a database than in a path."""
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
+_GLOBS = ("glob", "held_out_glob")
+"""Settings of sources and evaluations that say where their files lie."""
+
+DataT = TypeVar("DataT", bound=DataConfig)
 
 
 def absolute(recipe: Recipe, base: Path) -> Recipe:
     """The recipe with every path of the user's made absolute from the folder `base`."""
     store = recipe.store.model_copy(update={"url": _absolute(recipe.store.url, base)})
-    corpora = {
-        name: corpus.model_copy(update={"sources": _absolute_sources(corpus.sources, base)})
-        for name, corpus in recipe.data.corpora.items()
-    }
-    data = {
-        "sources": _absolute_sources(recipe.data.sources, base),
-        "tokenizer": recipe.data.tokenizer,
-        "corpora": corpora,
-    }
+    corpora = {name: _absolute_corpus(one, base) for name, one in recipe.data.corpora.items()}
+    data = _absolute_corpus(recipe.data, base).model_copy(update={"corpora": corpora})
     if (file := recipe.data.tokenizer.file) is not None:
         settled = {"file": _absolute(file, base)}
-        data["tokenizer"] = recipe.data.tokenizer.model_copy(update=settled)
+        tokenizer = recipe.data.tokenizer.model_copy(update=settled)
+        data = data.model_copy(update={"tokenizer": tokenizer})
     tracking = recipe.tracking
     if tracking.uri is not None and tracking.uri.startswith(SQLITE):
         tracking = tracking.model_copy(update={"uri": _absolute_sqlite(tracking.uri, base)})
@@ -40,7 +40,7 @@ def absolute(recipe: Recipe, base: Path) -> Recipe:
             "store": store,
             "tracking": tracking,
             "base": None if recipe.base is None else _absolute(recipe.base, base),
-            "data": recipe.data.model_copy(update=data),
+            "data": data,
         }
     )
 
@@ -89,10 +89,20 @@ def _absolute_sqlite(uri: str, base: Path) -> str:
     return sqlite_uri(Path(_absolute(str(path), base))) + mark + settings
 
 
-def _absolute_sources(sources: Mapping[str, Source], base: Path) -> dict[str, Source]:
-    return {
-        name: one.model_copy(update={"glob": _absolute(one.glob, base)})
-        if isinstance(one, FilesSource)
-        else one
-        for name, one in sources.items()
-    }
+def _absolute_corpus(corpus: DataT, base: Path) -> DataT:
+    """The corpus with the files of its sources and evaluations absolute."""
+    return corpus.model_copy(
+        update={
+            "sources": _absolute_globs(corpus.sources, base),
+            "evaluations": _absolute_globs(corpus.evaluations, base),
+        }
+    )
+
+
+def _absolute_globs(read: Mapping[str, FrozenT], base: Path) -> dict[str, FrozenT]:
+    settled = {}
+    for name, one in read.items():
+        globs = {field: getattr(one, field, None) for field in _GLOBS}
+        update = {field: _absolute(glob, base) for field, glob in globs.items() if glob is not None}
+        settled[name] = one.model_copy(update=update)
+    return settled

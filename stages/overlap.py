@@ -173,9 +173,10 @@ class Windows:
     def mark(self, marks: npt.NDArray[np.integer]) -> None:
         """Take those as found too that another, of the same texts, found: its `marks`, as 0 and
         1."""
-        ends = np.cumsum([len(one.found_K) for one in self._lengths])
-        for one, found in zip(self._lengths, np.split(marks, ends[:-1]), strict=True):
-            one.found_K[:] |= found.astype(np.bool_)
+        begin = 0
+        for one in self._lengths:
+            one.found_K[:] |= marks[begin : begin + len(one.found_K)].astype(np.bool_)
+            begin += len(one.found_K)
 
     def look(self, text: str) -> list[Span]:
         """Passages of `text` that stand in the held-out texts, the longest possible, in order."""

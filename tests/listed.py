@@ -143,7 +143,6 @@ def _source(*, share: float, **said: Any) -> dict[str, Any]:
         "documents_normalised": 0,
         "train_bytes": 2_000,
         "epochs": 1.5,
-        "encoded_by": "tokenizers",
         "train_tokens": round(32_000 * share),
         "train_documents_packed": 3,
         "held_out_tokens": 448,

@@ -157,7 +157,7 @@ def _source(one: Funnel, facts: Mapping[str, Any]) -> dict[str, Any]:
     begun = _some(facts["train_documents_packed"], "document")
     told = [f"{_some(one.tokens, 'token')} to train on", f"{begun} begun in the rows"]
     if "epochs" in facts:
-        told += [f"{_epochs(facts)} epochs", f"encoded by {facts['encoded_by']}"]
+        told.append(f"{_epochs(facts)} epochs")
     if slips := facts.get("slip_share"):
         told.append(f"about {slips:.1%} of the answers wrong on purpose")
     return {

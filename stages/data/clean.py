@@ -90,9 +90,9 @@ class Clean:
                         counts.kept(less)
                 writer.write(kept)
         write_drops(out / DROPS, drops)
-        self._write_kept(out, fates, held, gone)
+        told = self._write_kept(out, fates, held, gone)
         apart.save(out)
-        return counts.facts() | {"held_out": int((held & (fates == 0)).sum())}
+        return counts.facts() | told | {"held_out": int((held & (fates == 0)).sum())}
 
     def _training(self, fates: Any, held: Any, first: int) -> Iterator[Training]:
         """The documents to train on, shuffled."""
@@ -154,21 +154,24 @@ class Clean:
             found.setdefault(document, []).append(((start, end), name))
         return found
 
-    def _write_kept(self, out: Path, fates: Any, held: Any, gone: set[int]) -> None:
-        """One row for each document that is trained on or held out."""
+    def _write_kept(self, out: Path, fates: Any, held: Any, gone: set[int]) -> dict[str, Any]:
+        """One row for each document that is trained on or held out; what they say of themselves."""
         source = self.folders[self.at] / DOCUMENTS
         columns = ("id", "key", "licence", "timestamp", "measures")
         measures = open_table(source).schema.field("measures").type
         plain = [(name, pa.string()) for name in ("source", "document", *columns[1:4], "side")]
         schema = pa.schema([*plain, ("chars", pa.int64()), ("measures", measures)])
         chars = load(self.folders[self.at], "chars")
-        row = 0
+        row, licences, written = 0, Counter[str](), set[str]()
         with Writer(out / KEPT, schema) as writer:
             for batch in batches(source, *columns):
                 numbers = range(row, row + len(batch["id"]))
                 row += len(numbers)
                 some = [n - numbers[0] for n in numbers if not fates[n] and n not in gone]
                 kept = {name: [batch[name][at] for at in some] for name in columns}
+                licences.update(kept["licence"])
+                known = [*filter(None, kept["timestamp"]), *written]
+                written = {min(known), max(known)} if known else set()
                 writer.write(
                     {
                         **{name: kept[name] for name in columns[1:]},
@@ -178,6 +181,7 @@ class Clean:
                         "chars": [int(chars[numbers[0] + at]) for at in some],
                     }
                 )
+        return {"licences": dict(sorted(licences.items())), "written": sorted(written)}
 
 
 def _in_blocks(documents: Iterator[Training]) -> Iterator[list[Training]]:

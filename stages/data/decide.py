@@ -71,8 +71,9 @@ class Shards:
         return np.array(self.offsets[:-1], np.int64)
 
     def gather(self, name: str) -> Any:
-        """An array of all shards."""
-        return np.concatenate([load(folder, name) for folder in self.folders])
+        """An array of all shards; of none, one without rows."""
+        found = [load(folder, name) for folder in self.folders]
+        return np.concatenate(found) if found else np.empty((0, 2), np.int64)
 
     def texts(self, numbers: Int64) -> Iterator[tuple[str, str]]:
         """The source and the text of each of these documents."""
@@ -112,9 +113,9 @@ def decide(
     corpus = held_out.Corpus(
         names := list(dict.fromkeys(shards.names)),
         np.repeat([names.index(name) for name in shards.names], np.diff(shards.offsets)),
-        digests[:, 0],
-        shards.gather("chars"),
-        shards.gather("sketch_sizes"),
+        digests[:, 0].astype(np.uint64),
+        shards.gather("chars").reshape(-1),
+        shards.gather("sketch_sizes").reshape(-1),
         fates.fate_N == dedup.KEPT,
     )
     sides = held_out.part(

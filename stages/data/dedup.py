@@ -2,8 +2,7 @@
 
 Near-duplicates are found by MinHash with locality-sensitive hashing (Broder 1997; Leskovec et al.,
 Mining of Massive Datasets, ch. 3), and judged by the exact Jaccard similarity of their shingles.
-Who goes is always like somebody who stays: members of a cluster that are not like its first
-document are looked at again among themselves.
+Who goes is always like somebody who stays.
 
 Axes: N documents of all shards, numbered in order; P pairs.
 """
@@ -45,7 +44,7 @@ class Fates:
     value_N: Float64
     """How alike the two are; 1 for itself."""
     clusters: int = 0
-    """Groups of near-duplicates, of two documents or more."""
+    """Documents that stay and have near-duplicates that went."""
     candidates: int = 0
     """Pairs that were judged."""
 
@@ -53,6 +52,11 @@ class Fates:
     def of(cls, count: int) -> "Fates":
         """Of so many documents, all kept."""
         return cls(np.zeros(count, np.uint8), np.arange(count), np.ones(count))
+
+    def keep(self, fate: int) -> None:
+        """Have those of this fate back."""
+        back = np.flatnonzero(self.fate_N == fate)
+        self.fate_N[back], self.of_N[back], self.value_N[back] = KEPT, back, 1.0
 
     def drop(self, numbers: Int64, of: Int64, fate: int, values: Float64 | float) -> None:
         """Let these documents go."""
@@ -76,36 +80,53 @@ def drop_equal(fates: Fates, digests: npt.NDArray[np.uint64]) -> None:
 
 
 def drop_near(fates: Fates, candidates: Int64, judge: Judge, min_jaccard: float) -> None:
-    """Of documents that are alike the first stays, in every cluster that `candidates` [P, 2] show.
+    """Of documents that are alike the first stays, among the pairs that `candidates` [P, 2] show.
 
-    Each round settles the first document of every cluster, and those that are like it. What is
-    left of a cluster is clustered again without them, so that the last round leaves nobody who is
-    like another.
+    Whoever goes is like one that stays, and no two that stay are a pair that is alike. Who was a
+    pair only with documents that went is judged beside what those repeat, once: so no more pairs
+    are judged than twice the candidates, whatever chains they form.
     """
     values = judge(candidates)
     fates.candidates += len(candidates)
-    edges = candidates[values >= min_jaccard]
-    known = {(int(a), int(b)): float(v) for (a, b), v in zip(candidates, values, strict=True)}
-    while len(edges):
-        leaders = components(edges, len(fates.fate_N))
-        members = np.unique(edges)
-        members = members[leaders[members] != members]
-        pairs = np.stack([leaders[members], members], axis=1)
-        unknown = np.array([(int(a), int(b)) not in known for a, b in pairs])
-        found = np.array([known.get((int(a), int(b)), 0.0) for a, b in pairs])
-        if unknown.any():
-            found[unknown] = judge(pairs[unknown])
-            fates.candidates += int(unknown.sum())
-        alike = found >= min_jaccard
-        fates.drop(members[alike], pairs[alike, 0], NEAR, found[alike])
-        settled = np.zeros(len(fates.fate_N), np.bool_)
-        settled[members[alike]] = settled[pairs[:, 0]] = True
-        fates.clusters += len(np.unique(pairs[alike, 0]))
-        edges = edges[~settled[edges].any(axis=1)]
+    _drop_repeats(fates, candidates, values, min_jaccard)
+    further = _beside_those_that_stay(fates, candidates)
+    if len(further):
+        fates.candidates += len(further)
+        fates.keep(NEAR)
+        pairs = np.concatenate([candidates, further])
+        _drop_repeats(fates, pairs, np.concatenate([values, judge(further)]), min_jaccard)
+    fates.clusters = len(np.unique(fates.of_N[fates.fate_N == NEAR]))
+
+
+def _drop_repeats(fates: Fates, pairs: Int64, values: Float64, min_jaccard: float) -> None:
+    """In the order of the documents, let those go that are like an earlier one that stays: each
+    with the one that it is most like."""
+    alike = values >= min_jaccard
+    pairs, values = pairs[alike], values[alike]
+    order = np.lexsort((pairs[:, 0], -values, pairs[:, 1]))
+    for (first, other), value in zip(pairs[order].tolist(), values[order].tolist(), strict=True):
+        if fates.fate_N[other] == KEPT and fates.fate_N[first] == KEPT:
+            fates.fate_N[other], fates.of_N[other], fates.value_N[other] = NEAR, first, value
+
+
+def _beside_those_that_stay(fates: Fates, candidates: Int64) -> Int64:
+    """Pairs [P, 2], not among the candidates, of who stays and what a document repeats that went
+    and was a pair with it."""
+    first, other = candidates[:, 0], candidates[:, 1]
+    gone = fates.fate_N == NEAR
+    here = (gone[first] & ~gone[other]) | (gone[other] & ~gone[first])
+    one, two = fates.of_N[first[here]], fates.of_N[other[here]]
+    low, high = np.minimum(one, two), np.maximum(one, two)
+    count = len(fates.fate_N)
+    pairs = np.unique((low * count + high)[low < high])
+    new: Int64 = pairs[~np.isin(pairs, first * count + other)]
+    return np.stack([new // count, new % count], axis=1)
 
 
 def components(edges: Int64, count: int) -> Int64:
     """The first member of the component of each of `count` documents; its own number if alone."""
+    if not count:
+        return np.empty(0, np.int64)
     weights = np.ones(len(edges), np.uint8)
     graph = coo_array((weights, (edges[:, 0], edges[:, 1])), shape=(count, count))
     number, labels = connected_components(graph, directed=False)

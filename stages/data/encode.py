@@ -22,13 +22,16 @@ from tokenizers import Tokenizer
 from configs.data import PackConfig
 from configs.seed import derive
 from stages.data.bulk import bulk_encoder
+from stages.data.drops import SHOWN_CHARS, Drop
 from stages.data.pack import Int32, best_fit_rows, fill_in_middle, frame, is_fim
-from stages.data.tables import DOCUMENTS, batches
+from stages.data.tables import DOCUMENTS, DROPS, batches, write_drops
 from stages.names import TOKENIZER
 from stages.tokens import load_tokenizer, read_record
 
 REVISION = 1
 STREAM = "tokens.bin"
+SHORT = "min_document_tokens"
+"""Why a document is left out: it has fewer tokens than are asked for, framing included."""
 _TOKEN = np.dtype("<i4")
 _OPEN_FILES = 64
 CHECKED_DOCUMENTS, CHECKED_CHARS = 100, 2_000
@@ -66,28 +69,33 @@ class Encode:
         """Encode the shard into the folder `out`; what was counted."""
         counts = {"documents": 0, "bytes": 0, "tokens": 0, "short_documents": 0, "fim_documents": 0}
         chosen: list[str] = []
-        documents = self._framed(counts, chosen)
+        short: list[Drop] = []
+        documents = self._framed(counts, chosen, short)
         if self.pack.method == "best-fit":
             blocks: Iterable[Int32] = best_fit_rows(documents, sequence_tokens=self.sequence_tokens)
         else:
             blocks = documents
-        with (out / STREAM).open("wb") as file:
-            for block in blocks:
-                counts["tokens"] += block.size
-                file.write(block.astype(_TOKEN, copy=False).tobytes())
+        counts["tokens"] = write_stream(out / STREAM, blocks)
+        write_drops(out / DROPS, short)
         return counts | {"encoder": chosen[0] if chosen else "nothing to encode"}
 
-    def _framed(self, counts: dict[str, int], chosen: list[str]) -> Iterator[Int32]:
-        """The documents as they are packed."""
+    def _framed(
+        self, counts: dict[str, int], chosen: list[str], short: list[Drop]
+    ) -> Iterator[Int32]:
+        """The documents as they are packed; those that are too `short` for it are not."""
+        least = self.pack.min_document_tokens
         encode: Callable[[Sequence[str]], list[Int32]] | None = None
         for batch in batches(self.shard / DOCUMENTS, "id", "text"):
             if encode is None:
                 encode, told = _encoder(self.tokenizer, self.encoder, batch["text"])
                 chosen.append(told)
             counts["bytes"] += sum(len(text.encode()) for text in batch["text"])
-            for name, token_ids in zip(batch["id"], encode(batch["text"]), strict=True):
+            rows = zip(batch["id"], batch["text"], encode(batch["text"]), strict=True)
+            for name, text, token_ids in rows:
                 framed = frame(self._filled(name, token_ids, counts))
-                if len(framed) <= self.pack.min_document_tokens:
+                if len(framed) < least:
+                    start = text[:SHOWN_CHARS]
+                    short.append(Drop(self.source, name, SHORT, len(framed), least, start))
                     counts["short_documents"] += 1
                     continue
                 counts["documents"] += 1

@@ -36,11 +36,14 @@ from stages.data.paragraphs import paragraphs
 from stages.data.quality import judge_all, normalise, rules
 from stages.data.tables import DOCUMENTS, DROPS, Writer, save, write_drops
 from stages.overlap import sketches
+from stages.rolling import mixed
 
 REVISION = 1
 """Raised whenever this step makes something else of the same input."""
 _BLOCK_BYTES = 2_000_000
 """So much text is judged, compared and written at a time."""
+FIELDS = ("key", "licence", "timestamp")
+"""What documents may say of themselves; it is counted how many do."""
 _FIRST_BROKEN = 3
 """So many broken places are told in an error."""
 
@@ -148,7 +151,6 @@ class _Keeper:
     dedup: DedupConfig
     read: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
-    licences: Counter[str] = field(default_factory=Counter)
     firsts: list[dict[str, Any]] = field(default_factory=list)
     is_cut: bool = False
     count: int = 0
@@ -193,8 +195,9 @@ class _Keeper:
                     key=document.key,
                 )
         self._note(texts)
-        self.licences.update(one.licence for one in kept)
         self.ids += (_hash(one.key) for one in kept if one.key)
+        for name in FIELDS:
+            self.read[name] += sum(bool(getattr(one, name)) for one in block)
         writer.write(
             {
                 "id": [one.id for one in kept],
@@ -226,7 +229,9 @@ class _Keeper:
         sizes = np.array([len(one) for one in self.sketched], np.int64)
         save(out, id_keys=np.frombuffer(b"".join(self.ids), np.uint64))
         save(out, digests=digests, chars=np.array(self.chars, np.int64), sketch_sizes=sizes)
-        save_entries(out, "sketch", _joined(self.sketched), np.repeat(np.arange(self.count), sizes))
+        # Sampled are windows of small hashes; mixed once more they fill the range of keys evenly.
+        sketch = mixed(_joined(self.sketched))
+        save_entries(out, "sketch", sketch, np.repeat(np.arange(self.count), sizes))
         if self.dedup.near:
             bands = _joined([one.reshape(-1) for one in self.bands])
             rows = np.repeat(np.arange(self.count), len(bands) // max(1, self.count))
@@ -244,7 +249,7 @@ class _Keeper:
             "normalised": self.read["normalised"],
             "kept": self.count,
             "dropped": dict(sorted(self.dropped.items())),
-            "licences": dict(sorted(self.licences.items())),
+            "fields": {name: self.read[name] for name in FIELDS},
             "broken": self.firsts,
             "is_cut": self.is_cut,
         }

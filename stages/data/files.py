@@ -19,9 +19,9 @@ from configs.data import FilesSource
 from configs.errors import DataError
 from model.weights.reading import POINTER
 from stages.data.content import Content
-from stages.data.faults import Broken, Globbed, fault, reading, require_unchanged
+from stages.data.faults import EVALUATIONS, Broken, Globbed, fault, reading, require_unchanged
 from stages.data.formats import MAX_HELD_BYTES, START_BYTES, kind_of, suffix_of
-from stages.data.rows import Row, Wanted, json_rows, not_utf8, table_rows
+from stages.data.rows import Row, Wanted, json_rows, not_utf8, table_rows, written
 from stages.hashing import HashedReader
 
 PIECE_CHARS = 4_000
@@ -134,7 +134,15 @@ def read_rows(
 
 
 def worded(value: object) -> str:
-    """A value of a row in words; of several, each."""
+    """A value of a row in words that can be written; of several, each. None of what nests too deep
+    to be told."""
+    try:
+        return written(_worded(value))
+    except RecursionError:
+        return ""
+
+
+def _worded(value: object) -> str:
     match value:
         case None:
             return ""
@@ -143,7 +151,7 @@ def worded(value: object) -> str:
         case date():
             return value.isoformat()
         case list() | tuple():
-            return ", ".join(map(worded, value))
+            return ", ".join(map(_worded, value))
     return str(value)
 
 
@@ -211,9 +219,14 @@ def _texts(name: str, label: str, content: Content, *, splits: bool) -> Iterator
     for part in decoded:
         parts.append(part)
         if decoded.read_bytes > MAX_HELD_BYTES:
+            remedy = (
+                "divide it"
+                if name.startswith(EVALUATIONS)
+                else f"set data.sources.{name}.split_documents = true"
+            )
             said = (
-                f"{label} has more than {MAX_HELD_BYTES:,} bytes of text in one document; set "
-                f"data.sources.{name}.split_documents = true, or leave it out of the glob"
+                f"{label} has more than {MAX_HELD_BYTES:,} bytes of text in one document; "
+                f"{remedy}, or leave it out of the glob"
             )
             yield Broken(name, label, "broken_file", said, content.size_bytes)
             return
@@ -228,8 +241,8 @@ def _texts(name: str, label: str, content: Content, *, splits: bool) -> Iterator
 def _moment(value: object) -> str:
     """When something was: a number is seconds or milliseconds since 1970, in UTC."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = value / 1000 if abs(value) >= _MILLISECONDS_FROM else value
         try:
+            seconds = value / 1000 if abs(value) >= _MILLISECONDS_FROM else value
             return datetime.fromtimestamp(seconds, UTC).isoformat()
         except (ValueError, OverflowError, OSError):
             return str(value)

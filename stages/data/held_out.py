@@ -85,7 +85,20 @@ def part(
             seed=seed,
             stays=stays,
         )
+    _follow(held_out, corpus, leaders, is_group & ~is_large)
     return Sides(held_out, int(is_group.sum()), int(is_large.sum()), int(members[is_group].sum()))
+
+
+def _follow(held_out: Bools, corpus: Corpus, leaders: Int64, is_group: Bools) -> None:
+    """Hold out what is in a group with a document that another source holds out, unless nothing of
+    its own source would be left to train on."""
+    held = np.zeros(len(leaders), np.bool_)
+    held[leaders[held_out]] = True
+    for number in range(len(corpus.names)):
+        here = (corpus.source_N == number) & corpus.alive_N
+        more = here & (held & is_group)[leaders] & ~held_out
+        if (here & ~held_out & ~more).any():
+            held_out |= more
 
 
 def near_duplicates(pairs: Int64, counts: Int64, sizes_N: Int64) -> Int64:

@@ -13,6 +13,7 @@ import numpy as np
 
 from configs.data import FilesSource, StdlibSource, TextSource
 from configs.seed import derive
+from stages.data.faults import Globbed, reading, require_unchanged
 from stages.data.finding import matches
 from stages.data.reads import identify
 from stages.hashing import Hashes
@@ -70,11 +71,24 @@ def inputs_of(
             return Inputs(shards, {}, len(unread), sum(unread))
         case FilesSource():
             known = identify(name, source, hashes)
-            found = (
-                InputFile(label, path, known[label]["bytes"], known[label]["sha256"])
-                for path, label in matches(name, source, hashes.store)
-            )
-            return Inputs(tuple(divide(name, found, shard_bytes)), known)
+            files = known_files(name, source, hashes, known)
+            return Inputs(tuple(divide(name, files, shard_bytes)), known)
+
+
+def known_files(
+    name: str, source: Globbed, hashes: Hashes, known: Mapping[str, Any]
+) -> Sequence[InputFile]:
+    """Where the files lie that were identified. DataError if there are others by now."""
+    paths = {label: path for path, label in matches(name, source, hashes.store)}
+    now = {label: known[label] for label in paths if label in known}
+    for label in paths.keys() - known.keys():
+        with reading(name, source, paths[label]):
+            now[label] = hashes.of(paths[label]).model_dump()
+    require_unchanged(name, source, known, now)
+    return [
+        InputFile(label, path, known[label]["bytes"], known[label]["sha256"])
+        for label, path in paths.items()
+    ]
 
 
 def divide(name: str, files: Iterable[InputFile], shard_bytes: int) -> Iterator[InputShard]:

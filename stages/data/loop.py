@@ -27,8 +27,8 @@ from stages.data import face
 from stages.data.decide import Decided, Shards, clean_tasks, decide, repeats
 from stages.data.encode import Encode
 from stages.data.inputs import inputs_of
-from stages.data.publish import publish
-from stages.data.questions import Posed, pose
+from stages.data.publish import Made, publish
+from stages.data.questions import Posed, keep_apart, pose
 from stages.data.reading import Read, read_sources, require_documents
 from stages.data.record import require_training_text, shortfalls, statistics, unread
 from stages.data.rows_out import Mixed, held_out_rows, mix
@@ -40,6 +40,7 @@ from stages.tokens import Adopted, adopt_tokenizer, load_tokenizer, vocabulary_s
 
 PARALLEL_BYTES = 64_000_000
 """Sources of less text than this are prepared by the driver: starting workers would take longer."""
+TOKENIZER_REVISION = 1
 _PHASES = 6
 
 
@@ -81,6 +82,7 @@ def data(config: DataSpec, work: Workspace, *, tokenizer: Corpus | None = None) 
     line.tell(2, {"duplicates": int((decided.fates.fate_N > 0).sum())})
 
     line.cleaned = line.clean(shards, decided)
+    posed, line.posed_apart = keep_apart(posed, decided.folder, line.shop)
     line.tell(3, {"documents": sum(one.facts["documents"] for one in line.cleaned)})
 
     adopted = line.tokenizer(shards, posed, tokenizer)
@@ -90,6 +92,9 @@ def data(config: DataSpec, work: Workspace, *, tokenizer: Corpus | None = None) 
 
     encoded = line.encode(shards, adopted)
     mixed = mix(spec, line.shop, encoded, posed, line.encoder, seed=seed)
+    if spec.tokenizer.encoder != "tokenizers":
+        for told in mixed.encoders:
+            work.tracker.note(f"data.tokenizer.encoder = {spec.tokenizer.encoder!r}: {told}")
     line.tell(5, {"train_rows": mixed.total_rows, "train_tokens": mixed.total_tokens})
     apart = held_out_rows(spec, decided.folder, posed, load_tokenizer(line.encoder / TOKENIZER))
     return line.finish(shards, decided, posed, adopted, mixed, apart)
@@ -105,6 +110,8 @@ class _Line:
     shop: Shop
     texts: dict[str, Read] = field(default_factory=dict)
     cleaned: list[Done] = field(default_factory=list)
+    posed_apart: dict[str, Path] = field(default_factory=dict)
+    """For each source of problems the folder that says which of them stand in what is held out."""
     encoder: Path = Path()
     """The folder of the tokenizer."""
 
@@ -166,8 +173,14 @@ class _Line:
 
         def learned() -> Iterator[str]:
             for name, source in sorted(self.spec.sources.items()):
-                some = posed[name].train if name in posed else _texts(texts[name])
-                yield from sample(some, round(source.share * config.training_bytes))
+                left = round(source.share * config.training_bytes)
+                if name in posed:
+                    yield from sample(posed[name].train, left)
+                # As much of each shard, for files of one kind often stand together.
+                for number, shard in enumerate(texts.get(name, ())):
+                    size = left // (len(texts[name]) - number)
+                    left -= min(size, int(shard.facts["bytes"]))
+                    yield from sample(_texts(shard), size)
 
         def make(out: Path) -> Mapping[str, Any]:
             made = train_tokenizer(learned(), config)
@@ -175,6 +188,7 @@ class _Line:
             return {}
 
         key = {
+            "revision": TOKENIZER_REVISION,
             "config": config.model_dump(mode="json", exclude={"encoder"}),
             "shares": {name: one.share for name, one in sorted(self.spec.sources.items())},
             "posed": {name: one.digest for name, one in sorted(posed.items())},
@@ -228,12 +242,16 @@ class _Line:
     ) -> Corpus:
         """Write the artifact."""
         spec, work = self.spec, self.work
-        facts = statistics(spec, self.texts, shards, decided, self.cleaned, posed, mixed, apart)
+        searched = [*(done.folder for done in self.cleaned), *self.posed_apart.values()]
+        facts = statistics(
+            spec, self.texts, shards, decided, self.cleaned, searched, posed, mixed, apart
+        )
         facts["vocab_size"] = vocabulary_size(adopted.tokenizer)
         for note in (*facts.pop("notes"), *shortfalls(spec, mixed.total_tokens)):
             work.tracker.note(note)
         work.lease.check()
-        publish(Path(work.out), shards, self.cleaned, posed, mixed, apart, adopted.record, facts)
+        made = Made(shards, self.cleaned, posed, self.posed_apart, mixed, apart, adopted.record)
+        publish(Path(work.out), made, facts)
         held_out = {name: len(block) for name, block in apart.items()}
         self.tell(_PHASES, {"held_out_rows": sum(held_out.values())})
         return Corpus(
@@ -247,11 +265,10 @@ class _Line:
         )
 
 
-def _texts(shards: Sequence[Done]) -> Iterator[str]:
-    """The training texts of a source, in the order in which they are packed."""
-    for one in shards:
-        for batch in batches(one.folder / DOCUMENTS, "text"):
-            yield from batch["text"]
+def _texts(shard: Done) -> Iterator[str]:
+    """The training texts of a shard, in the order in which they are packed."""
+    for batch in batches(shard.folder / DOCUMENTS, "text"):
+        yield from batch["text"]
 
 
 def _wave(waiting: Sequence[Done], wanted: int, done: Sequence[Done]) -> Iterator[Done]:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,22 @@ _CLUSTERS = pa.schema(
 _ROWS_A_TIME = 1024
 
 
-def publish(
-    out: Path,
-    shards: Shards,
-    cleaned: Sequence[Done],
-    posed: Mapping[str, Posed],
-    mixed: Mixed,
-    held_out: Mapping[str, Int32],
-    tokenizer: Mapping[str, Any],
-    facts: Mapping[str, Any],
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What the steps left."""
+
+    shards: Shards
+    cleaned: Sequence[Done]
+    posed: Mapping[str, Posed]
+    posed_apart: Mapping[str, Path]
+    mixed: Mixed
+    held_out: Mapping[str, Int32]
+    tokenizer: Mapping[str, Any]
+
+
+def publish(out: Path, made: Made, facts: Mapping[str, Any]) -> None:
     """Write the corpus into the folder `out`; its files are those of `stages.artifacts.Corpus`."""
+    mixed, posed = made.mixed, made.posed
     (out / "train").mkdir()
     index = []
     for number, done in enumerate(mixed.shards):
@@ -56,7 +62,7 @@ def publish(
         index.append({"file": name, "rows": done.facts["rows"]})
     record = {"sequence_tokens": mixed.sequence_tokens, "shards": index}
     (out / "train" / INDEX).write_text(json.dumps(record, indent=2) + "\n")
-    for name, block in held_out.items():
+    for name, block in made.held_out.items():
         write_rows(out / "held_out" / name, block)
     write_problems(
         out / "problems" / "train.parquet",
@@ -66,14 +72,21 @@ def publish(
         out / "problems" / "held_out.parquet",
         [one for some in posed.values() for one in some.held_out],
     )
-    write_tokenizer(out / TOKENIZER, tokenizer)
-    for kind, name in (("drops", DROPS), ("documents", KEPT)):
-        (out / kind).mkdir()
-        for done, source, number in zip(cleaned, shards.names, shards.numbers, strict=True):
-            put(done.folder / name, out / kind / f"{source}-{number:05}.parquet")
-    _write_duplicates(out / DUPLICATES, cleaned)
+    write_tokenizer(out / TOKENIZER, made.tokenizer)
+    (out / "drops").mkdir()
+    (out / "documents").mkdir()
+    shards = made.shards
+    for done, source, number in zip(made.cleaned, shards.names, shards.numbers, strict=True):
+        name = f"{source}-{number:05}.parquet"
+        put(done.folder / DROPS, out / "drops" / name)
+        put(done.folder / KEPT, out / "documents" / name)
+    for source, folder in made.posed_apart.items():
+        put(folder / DROPS, out / "drops" / f"{source}-{0:05}.parquet")
+    for number, folder in enumerate(mixed.short):
+        put(folder / DROPS, out / "drops" / f"too-short-{number:05}.parquet")
+    _write_duplicates(out / DUPLICATES, made.cleaned)
     (out / "statistics.json").write_text(json.dumps(facts, indent=2) + "\n")
-    write_samples(out, cleaned, shards)
+    write_samples(out, made.cleaned, shards)
     write_card(out, facts)
 
 

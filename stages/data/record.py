@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cluster.shards import Done
@@ -39,10 +40,15 @@ class Counted:
     """To train on."""
     bytes: int = 0
     held_out: int = 0
+    licences: Counter[str] = field(default_factory=Counter)
+    """Of documents that stayed, on either side."""
+    written: set[str] = field(default_factory=set)
+    """When they were written: among others the first and the last."""
 
     def add(self, done: Done) -> None:
         """Count a cleaned shard."""
-        for name in ("dropped", "cuts", "cut_chars", "cut_documents"):
+        self.written.update(done.facts["written"])
+        for name in ("dropped", "cuts", "cut_chars", "cut_documents", "licences"):
             getattr(self, name).update(done.facts[name])
         for name in ("train_chars", "documents", "bytes", "held_out"):
             setattr(self, name, getattr(self, name) + done.facts[name])
@@ -68,11 +74,32 @@ def unread(spec: DataConfig, texts: Mapping[str, Read]) -> Iterator[str]:
                 f"{read.unread_files:,} files of {read.unread_bytes:,} bytes are left out, or not "
                 "read to their end. Raise it to have more of them"
             )
+        yield from _unnamed(name, read)
         if lost := read.total("broken_bytes"):
             first = next(one for done in read.shards for one in done.facts["broken"])
             yield (
                 f"data.sources.{name}: {lost:,} bytes could not be read and are set aside, the "
                 f"first in {first['place']}: {first['reason']}"
+            )
+
+
+def _unnamed(name: str, read: Read) -> Iterator[str]:
+    """One line for each field that no document of a source has."""
+    found = sum((Counter(done.facts["fields"]) for done in read.shards), Counter[str]())
+    if not isinstance(read.source, FilesSource) or not read.total("documents"):
+        return
+    source = read.source
+    asked = {
+        "key": ("id_field", source.id_field),
+        "timestamp": ("timestamp_field", source.timestamp_field),
+    }
+    if source.licence is None:
+        asked["licence"] = ("licence_field", source.licence_field)
+    for meaning, (setting, value) in asked.items():
+        if value is not None and not found[meaning]:
+            yield (
+                f"data.sources.{name}.{setting} = {value!r}: no document has anything there; "
+                "correct it, or leave it out"
             )
 
 
@@ -92,6 +119,7 @@ def statistics(
     shards: Shards,
     decided: Decided,
     cleaned: Sequence[Done],
+    searched: Sequence[Path],
     posed: Mapping[str, Posed],
     mixed: Mixed,
     held_out: Mapping[str, Int32],
@@ -104,7 +132,7 @@ def statistics(
     for name, done in zip(shards.names, cleaned, strict=True):
         counted[name].add(done)
         every.add(done)
-    sets, problems = found_in(decided.folder, [one.folder for one in cleaned])
+    sets, problems = found_in(decided.folder, searched)
     sources = {
         name: {
             "type": spec.sources[name].type,
@@ -116,7 +144,7 @@ def statistics(
                     **_of_text(texts[name], counted[name]),
                     "repeated_ids": ids[name],
                     "epochs": mixed.epochs[name],
-                    "encoded_by": mixed.encoders[name],
+                    "fim_documents": mixed.fim_documents[name],
                 }
                 if name in texts
                 else _of_problems(spec.sources[name], posed[name])
@@ -154,7 +182,6 @@ def statistics(
 
 def _of_text(read: Read, counted: Counted) -> dict[str, Any]:
     """What there is to say of a source of documents."""
-    licences = read.counted("licences")
     return {
         "documents_read": read.total("documents"),
         "bytes_read": read.total("bytes"),
@@ -164,7 +191,8 @@ def _of_text(read: Read, counted: Counted) -> dict[str, Any]:
         "unread_bytes": read.unread_bytes,
         "broken_bytes": read.total("broken_bytes"),
         "documents_normalised": read.total("normalised"),
-        "licences": {name or NOT_STATED: n for name, n in sorted(licences.items())},
+        "licences": {name or NOT_STATED: n for name, n in sorted(counted.licences.items())},
+        "written": [min(counted.written), max(counted.written)] if counted.written else None,
         "documents_dropped": dict(sorted(counted.dropped.items())),
         "documents_cut": dict(sorted(counted.cut_documents.items())),
         "train_documents": counted.documents,
@@ -175,7 +203,7 @@ def _of_text(read: Read, counted: Counted) -> dict[str, Any]:
 
 def _of_problems(source: Source, posed: Posed) -> dict[str, Any]:
     """What there is to say of a source of problems."""
-    documents = len(posed.train) + len(posed.held_out_documents)
+    documents = len(posed.train) + posed.dropped.total() + len(posed.held_out_documents)
     licences = (
         {"licences": {source.licence or NOT_STATED: documents}}
         if isinstance(source, ProblemsSource)
@@ -186,7 +214,7 @@ def _of_problems(source: Source, posed: Posed) -> dict[str, Any]:
         "documents_read": documents,
         "bytes_read": posed.bytes,
         "truncated": False,
-        "documents_dropped": {},
+        "documents_dropped": dict(sorted(posed.dropped.items())),
         "documents_cut": {},
         "train_documents": len(posed.train),
         "train_bytes": sum(len(text.encode()) for text in posed.train),

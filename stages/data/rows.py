@@ -43,7 +43,8 @@ class Wanted:
 
     setting: str
     """The field of the recipe that names the text: `data.sources.mine.text_field`."""
-    text: str
+    text: str | None
+    """None where rows need no text of their own: theirs is empty, and nothing of them broken."""
     also: tuple[str, ...] = ()
     """What else, of any type; a row may lack it."""
 
@@ -115,8 +116,8 @@ def table_rows(
             file, page_checksum_verification=True, pre_buffer=False, buffer_size=_BUFFER_BYTES
         )
         total, schema = table.metadata.num_rows, table.schema_arrow
-        path = _path(schema, wanted.text)
-        if path is None:
+        path = None if wanted.text is None else _path(schema, wanted.text)
+        if path is None and wanted.text is not None:
             columns = [f"{column.name} ({column.type})" for column in schema]
             said = _no_text(f"{label} has no text column", columns, "column", wanted)
             yield Broken(name, label, "broken_file", said, size_bytes)
@@ -126,8 +127,14 @@ def table_rows(
         for group in range(table.num_row_groups):
             rows = _batch_rows(table.metadata.row_group(group), names)
             for batch in table.iter_batches(rows, row_groups=[group], columns=names):
-                texts = _values(batch, path)
-                text_bytes += sum(len(text) for text in texts if text)
+                texts = _at(batch, path).to_pylist()
+                also = [_values(_at(batch, one)) for one in others]
+                text_bytes += sum(
+                    len(value)
+                    for column in (texts, *also)
+                    for value in column
+                    if isinstance(value, str)
+                )
                 if text_bytes > max(MAX_HELD_BYTES, MAX_RATIO * size_bytes):
                     said = (
                         f"{label} unpacks to more than {MAX_RATIO} times its {size_bytes:,} bytes"
@@ -137,7 +144,6 @@ def table_rows(
                         _left_bytes(size_bytes, read, total),
                     )  # fmt: skip
                     return
-                also = [_values(batch, one) if one else [None] * len(texts) for one in others]
                 read += len(texts)
                 yield from (
                     Row(text or "", (*more,)) for text, *more in zip(texts, *also, strict=True)
@@ -148,6 +154,11 @@ def table_rows(
             raise
         said = f"{label} is not readable Parquet: {' '.join(str(error).split())}; write it again"
         yield Broken(name, label, "broken_file", said, _left_bytes(size_bytes, read, total))
+
+
+def written(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON can spell and no encoding write."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def not_utf8(label: str, byte: int, offset: int) -> str:
@@ -173,7 +184,8 @@ def _json_row(raw: bytes | bytearray, where: str, wanted: Wanted, *, is_first: b
         raise _Unfit(f"{where} nests deeper than can be read; take the line out") from None
     except ValueError as error:
         raise _Unfit(f"{where} is not JSON: {error}; correct the line") from None
-    text = "" if (found := _value(record, wanted.text)) is None else found
+    found = None if wanted.text is None else _value(record, wanted.text)
+    text = "" if found is None else found
     if not isinstance(text, str):
         fields = list(record) if isinstance(record, dict) else [type(record).__name__]
         raise _Unfit(_no_text(f"{where} has no text in", fields, "key", wanted))
@@ -183,12 +195,7 @@ def _json_row(raw: bytes | bytearray, where: str, wanted: Wanted, *, is_first: b
         values = tuple(None if one is _MISSING else one for one in also)
     if b"\\u" not in raw:
         return Row(text, values)
-    # JSON can spell half a surrogate pair, which no encoding can write.
-    return Row(_written(text), tuple(_written(v) if isinstance(v, str) else v for v in values))
-
-
-def _written(text: str) -> str:
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return Row(written(text), tuple(written(v) if isinstance(v, str) else v for v in values))
 
 
 def _batch_rows(group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
@@ -200,10 +207,32 @@ def _batch_rows(group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
     return max(1, min(int(rows), _BATCH_ROWS))
 
 
-def _values(batch: pa.RecordBatch, path: Sequence[str]) -> list[Any]:
+def _at(batch: pa.RecordBatch, path: Sequence[str] | None) -> pa.Array:
+    """What stands at a path; nulls without one."""
+    if path is None:
+        return pa.nulls(len(batch))
     column = batch.column(path[0])
-    values: list[Any] = (pc.struct_field(column, path[1:]) if path[1:] else column).to_pylist()
+    return pc.struct_field(column, path[1:]) if path[1:] else column
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """The values of a column, none for one that Python cannot hold: a date of the year 10000."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        raise
+    except (OverflowError, ValueError):
+        values = [_value_or_none(one) for one in column]
     return values
+
+
+def _value_or_none(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        raise
+    except (OverflowError, ValueError):
+        return None
 
 
 def _left_bytes(size_bytes: int, read: int, total: int) -> int:

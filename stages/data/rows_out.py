@@ -19,7 +19,7 @@ from configs.seed import derive
 from stages.data.apart import TEXT, held_out_texts
 from stages.data.encode import STREAM, Stream, write_stream
 from stages.data.mixture import interleave_order, mixable_rows, repeatable_rows, row_budget
-from stages.data.pack import Int32, filling, frame, pack, take_until
+from stages.data.pack import Int32, best_fit_rows, concat_rows, filling, frame, pack, take_until
 from stages.data.questions import Posed
 from stages.data.shop import Shop
 from stages.data.tables import load, save
@@ -36,7 +36,7 @@ ROWS = "rows.arrow"
 SHARD_TOKENS = 8_000_000
 """A shard of the corpus holds about so many."""
 _DOCUMENTS_A_TIME, _TOKENS_A_TIME = 64, 1 << 20
-_DRAWS_A_TIME = 1 << 16
+_DRAWS_A_TIME = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,12 @@ class Mixed:
     epochs: Mapping[str, float]
     """How often each text source's rows come, on the whole."""
     sequence_tokens: int
-    encoders: Mapping[str, str]
-    """What encoded each text source, and why."""
+    encoders: Sequence[str]
+    """What encoded text, and why."""
+    fim_documents: Mapping[str, int]
+    """Documents of each text source that are asked to be filled in the middle."""
+    short: Sequence[Path]
+    """Folders that say which documents were too short to be packed."""
     padding_tokens: int
     short_documents: int
     """Documents left out for being shorter than `data.pack.min_document_tokens`."""
@@ -88,8 +92,7 @@ def mix(
     distinct = {name: len(Stream(paths, length)) for name, paths in streams.items()}
     epochs = {n: s.max_epochs for n, s in spec.sources.items() if isinstance(s, TextSource)}
     available = dict.fromkeys(shares, wanted) | repeatable_rows(distinct, epochs)
-    total = _total_rows(spec, shares, available, wanted)
-    budget = row_budget(shares, total)
+    budget = _budget(spec, shares, available, wanted)
     for name, one in posed.items():
         done = shop.one(
             "draw",
@@ -100,11 +103,15 @@ def mix(
                 "seed": seed,
                 "name": name,
                 "length": length,
+                "method": spec.pack.method,
             },
-            partial(_draw, one.train, tokenizer, budget[name] * length, seed, name),
+            partial(
+                _draw, one.train, tokenizer, budget[name], length, spec.pack.method, seed, name
+            ),
             tokenizer,
         )
         streams[name] = [done.folder / STREAM]
+    every = [one for done in encoded.values() for one in done]
     shards = _shards(spec, shop, budget, budget | distinct, streams, seed=seed)
     names = sorted(budget)
     begun = np.sum([one.facts["begun"] for one in shards], axis=0)
@@ -114,21 +121,28 @@ def mix(
         dict(zip(names, map(int, begun), strict=True)),
         {name: budget[name] / max(1, rows) for name, rows in distinct.items()},
         length,
-        {name: done[0].facts["encoder"] for name, done in encoded.items() if done},
+        sorted({one.facts["encoder"] for done in encoded.values() for one in done}),
+        {n: sum(one.facts["fim_documents"] for one in done) for n, done in encoded.items()},
+        [one.folder for one in every if one.facts["short_documents"]],
         sum(int(one.facts["padding"]) for one in shards),
-        sum(int(one.facts["short_documents"]) for done in encoded.values() for one in done),
+        sum(int(one.facts["short_documents"]) for one in every),
     )
 
 
-def _total_rows(
+def _budget(
     spec: DataConfig, shares: Mapping[str, float], available: Mapping[str, int], wanted: int
-) -> int:
-    """Rows in all. DataError if they are too few."""
+) -> dict[str, int]:
+    """Rows of each source. DataError if they are too few."""
     budget, length = row_budget(shares, wanted), spec.sequence_tokens
     short = {name for name in shares if available[name] < budget[name]}
     total = mixable_rows({name: shares[name] for name in short}, available, wanted)
+    budget = row_budget(shares, total)
+    # Rounding may give one source a row more than the shares of fewer rows would.
+    while total >= MIN_ROWS and any(budget[name] > available[name] for name in shares):
+        total -= 1
+        budget = row_budget(shares, total)
     if total >= MIN_ROWS:
-        return total
+        return budget
     lacking = min(short, key=lambda name: available[name] / shares[name], default="")
     cause = (
         f"data.sources.{lacking} has text for {available[lacking]} rows of its share of "
@@ -214,34 +228,51 @@ def _write_rows(
 
 
 def _draw(
-    texts: Sequence[str], tokenizer: Path, tokens: int, seed: int, name: str, out: Path
+    texts: Sequence[str],
+    tokenizer: Path,
+    rows: int,
+    length: int,
+    method: str,
+    seed: int,
+    name: str,
+    out: Path,
 ) -> Mapping[str, Any]:
-    """The task of texts drawn with replacement until they fill so many tokens."""
+    """The task of texts drawn with replacement until they fill so many rows."""
     encoder = load_tokenizer(tokenizer / TOKENIZER)
     framed = [frame(token_ids) for token_ids in encode(encoder, texts)]
 
     def drawn() -> Iterator[Int32]:
         rng = np.random.default_rng(derive(seed, "data", name, "draws"))
-        left = tokens
-        while left > 0:
-            picks = rng.integers(len(framed), size=min(_DRAWS_A_TIME, left)).tolist()
-            block = np.concatenate([framed[pick] for pick in picks])[:left]
-            left -= len(block)
-            yield block
+        while True:
+            for pick in rng.integers(len(framed), size=_DRAWS_A_TIME).tolist():
+                yield framed[pick]
 
-    return {"tokens": write_stream(out / STREAM, drawn())}
+    def filled() -> Iterator[Int32]:
+        pack_rows = best_fit_rows if method == "best-fit" else concat_rows
+        left = rows
+        for block in pack_rows(drawn(), sequence_tokens=length):
+            yield block[:left]
+            left -= len(block)
+            if left <= 0:
+                return
+
+    return {"tokens": write_stream(out / STREAM, filled() if rows else ())}
 
 
 def held_out_rows(
     spec: DataConfig, decided: Path, posed: Mapping[str, Posed], tokenizer: Tokenizer
 ) -> dict[str, Int32]:
     """Packed held-out rows of each source: at least one, the last filled up with padding."""
-    texts: dict[str, list[str]] = {
-        name: list(one.held_out_documents) for name, one in posed.items()
-    }
+    texts: dict[str, list[str]] = {name: [] for name in spec.sources}
+    texts |= {name: list(one.held_out_documents) for name, one in posed.items()}
     for kind, name, text in held_out_texts(decided):
         if kind == TEXT:
-            texts.setdefault(name, []).append(text)
+            texts[name].append(text)
+    if bare := [name for name, some in sorted(texts.items()) if not some]:
+        raise DataError(
+            f"data.sources.{bare[0]}: none of its documents could be held out, as all of them say "
+            "the same; give others, or leave data.dedup.exact on"
+        )
     max_rows = max(1, spec.max_held_out_tokens // spec.sequence_tokens)
     return {
         name: pack(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.shards import Done, Task, clear_drafts, completed, in_order, run_tasks
+from cluster.shards import Done, Task, in_order, run_tasks
 from stages.contract import Workspace
 
 _FOLDER = "data"
@@ -24,12 +24,6 @@ class Shop:
     workers: int
     seconds: dict[str, float] = field(default_factory=dict)
     """By step; of what was done already, next to nothing."""
-    reused: dict[str, int] = field(default_factory=dict)
-    """How many tasks of each step were done already."""
-
-    def __post_init__(self) -> None:
-        """What workers that died left half made goes."""
-        clear_drafts(self._root)
 
     @property
     def _root(self) -> Path:
@@ -47,7 +41,7 @@ class Shop:
         the folders that it needs. It `reads` those too that these were made from."""
         said = json.dumps([step, key, [one.name for one in needs]], sort_keys=True)
         name = hashlib.sha256(said.encode()).hexdigest()[:32]
-        return Task(step, self._root / step / name, make, (*needs, *reads))
+        return Task(step, self._root / step / name, make, needs, reads)
 
     def run(self, tasks: Sequence[Task], *, here: bool = False) -> list[Done]:
         """Do the tasks, those that are not done yet, and wait for all; `here` is in this process,
@@ -56,7 +50,6 @@ class Shop:
             return []
         begun, step = time.monotonic(), tasks[0].step
         self.work.lease.check()
-        there = sum(completed(task.folder) is not None for task in tasks)
         done = run_tasks(
             tasks,
             workers=1 if here or len(tasks) == 1 else self.workers,
@@ -66,7 +59,6 @@ class Shop:
             earlier=self.work.resumable(_FOLDER)[1:],
         )
         found = in_order(done, len(tasks))
-        self.reused[step] = self.reused.get(step, 0) + there
         self.seconds[step] = self.seconds.get(step, 0.0) + time.monotonic() - begun
         return found
 

@@ -149,8 +149,9 @@ def _speaking(corpus: Corpus, source: Checkpoint, conventions: Conventions) -> s
         one = read_problems(corpus.path("problems", "held_out.parquet"))[0]
         shown = code(one.prompt, chars=_EXAMPLE_CHARS)
         lines.append(
-            f"- Its corpus asks problems in one form alone, such as {shown}, whose "
-            f"right answer is {code(one.answer)}. Other forms get answers that mean nothing."
+            f"- Its corpus asks problems such as {shown}, whose right answer is "
+            f"{code(one.answer)}."
+            + (" Other forms get answers that mean nothing." * (one.source == "arithmetic"))
         )
     brought = conventions.brought
     if brought is None:

@@ -79,7 +79,7 @@ def prepare(config: PosttrainSpec, work: Workspace, corpus: Corpus, base: Checkp
     if not corpus.train_problems:
         raise DataError(
             f"{corpus.uri}: train_problems = 0, and reinforcement learning needs problems with "
-            'checkable answers; add a source of type = "arithmetic" to data.sources'
+            'checkable answers; add a source of type = "arithmetic" or "problems" to data.sources'
         )
     check_fp8("posttrain", rl, base.model)
     end_tokens = read_end_tokens(base.path())

@@ -96,6 +96,9 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
         "steps": steps,
         "tokens": corpus.train_rows * corpus.sequence_tokens,
         **_told(corpus),
+        "encoded_by": next(
+            (one for one in recorder.notes if "tokenizer.encoder" in one), "tokenizers"
+        ),
     }
 
 
@@ -168,7 +171,6 @@ def _told(corpus: Corpus) -> dict[str, Any]:
         "other_drops": other,
         "documents": source["documents_read"],
         "kept": source["train_documents"],
-        "encoded_by": source["encoded_by"],
         "evaluations": facts["evaluations"],
         "pairs_compared": facts["duplicates"]["pairs_compared"],
     }

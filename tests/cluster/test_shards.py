@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from cluster import shards
-from cluster.shards import DONE, Done, Task, clear_drafts, complete, completed, run_tasks
+from cluster.shards import DONE, Done, Task, complete, completed, run_tasks
 from configs.errors import DataError, DeadlineError
 from configs.parallel import ClusterConfig
 from tests.supplies import local
@@ -132,16 +132,6 @@ def test_the_record_is_written_before_the_folder_has_its_name(
     monkeypatch.setattr("cluster.shards.os.rename", look)
     complete(task)
     assert seen == [{"text.txt": 3}]
-
-
-def test_drafts_of_the_dead_are_cleared(tmp_path: Path) -> None:
-    (task,) = tasks(tmp_path, "one")
-    run([task])
-    (task.folder.parent / ".draft-0").mkdir()
-    (task.folder.parent / ".draft-0" / "half").write_text("x")
-    clear_drafts(task.folder.parents[1])
-    assert os.listdir(task.folder.parent) == ["one"]
-    assert completed(task.folder) is not None
 
 
 def test_how_many_workers_prepare() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from configs.data import ArithmeticSource, FilesSource, TokenizerConfig
+from configs.data import ArithmeticSource, FilesSource, ProblemsSource, TokenizerConfig
 from configs.errors import ConfigError
 from configs.model import V4Config, V32Config
 from configs.reading import load_recipe, shipped_recipes
@@ -275,6 +275,12 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
             'fp8.engram = "fp8", but this model has no such part',
         ),
         ("model=3", "model = 3: should be a table"),
+        (
+            "data.dedup.exact=false",
+            "data.dedup: exact = false, but near = true drops equal documents too; set near = "
+            "false as well, or leave exact",
+        ),
+        ("data.dedup.min_jaccard=0.59", "min_jaccard = 0.59: should be greater than or equal to"),
         ('data.sources."a/b"={type="stdlib", share=0.1}', "string should match pattern"),
         ("nodes.extra.use=nonsense", "string should match pattern"),
         ('nodes."my/other"={use="mine:made"}', "as posttrain.math; rename"),
@@ -309,9 +315,21 @@ def test_averages_may_be_slow_in_float32(recipe: str) -> None:
 
 def test_a_line_without_checkable_problems_is_refused(recipe: str) -> None:
     sets = ['data.sources.sums={type="files", share=0.5, glob="*.txt"}']
-    assert "needs checkable problems, and its corpus has no source of them" in message(
-        recipe, *sets
-    )
+    said = message(recipe, *sets)
+    assert "needs checkable problems, and its corpus has no source of them" in said
+    assert 'add one of type = "arithmetic" or "problems" to its sources' in said
+
+
+def test_problems_of_files_are_checkable(recipe: str) -> None:
+    sums = 'data.sources.sums={type="problems", share=0.5, glob="*.jsonl"}'
+    loaded = load_recipe(recipe, sets=[sums])
+    assert loaded.posttraining["posttrain"].steps == 10
+    assert loaded.data.sources["sums"] == ProblemsSource(share=0.5, glob="*.jsonl")
+
+
+def test_equal_documents_may_stay_where_near_duplicates_do(recipe: str) -> None:
+    sets = ["data.dedup.exact=false", "data.dedup.near=false", "data.dedup.min_jaccard=0.6"]
+    assert not load_recipe(recipe, sets=sets).data.dedup.exact
 
 
 def test_a_set_without_an_equals_sign_is_refused(recipe: str) -> None:
@@ -376,10 +394,28 @@ def test_a_recipe_says_what_comes_after_pretraining(recipe: str) -> None:
 
 def test_what_packing_and_the_tokenizer_need_of_each_other_is_said_at_once(recipe: str) -> None:
     said = message(recipe, "data.pack.fim_rate=0.1")
-    assert 'pack.fim_rate = 0.1 needs control tokens; add "fim" to tokenizer.special_tokens' in said
+    assert (
+        'data.pack.fim_rate = 0.1 needs control tokens; add "fim" to data.tokenizer.special_tokens'
+        in said
+    )
     kinds = 'data.tokenizer.special_tokens=["fim", "chat", "fim"]'
     loaded = load_recipe(recipe, sets=["data.pack.fim_rate=0.1", kinds])
     assert loaded.data.tokenizer.special_tokens == ("chat", "fim")
+    loaded = load_recipe(recipe, sets=["data.pack.fim_rate=0.1", "data.tokenizer.file='tok.json'"])
+    assert loaded.data.pack.fim_rate == 0.1
     tools = 'data.tokenizer.special_tokens=["tools"]'
     said = message(recipe, tools, "data.tokenizer.vocab_size=266")
     assert "has no room for 256 bytes and 11 special tokens; set it to 267 or more" in said
+
+
+@pytest.mark.parametrize("table", ["data", "data.corpora.more"])
+def test_any_corpus_may_ask_for_the_middle_if_the_tokenizer_of_all_has_its_tokens(
+    recipe: str, table: str
+) -> None:
+    source = 'sources.own={type="stdlib", share=1.0}'
+    sets = [f"data.corpora.more={{train_tokens=5000, {source}}}", f"{table}.pack.fim_rate=0.1"]
+    for tokens in ('special_tokens=["fim"]', "file='tok.json'"):
+        loaded = load_recipe(recipe, sets=[*sets, f"data.tokenizer.{tokens}"]).data
+        assert loaded.corpora["more"].pack.fim_rate == 0.1
+        assert loaded.pack.fim_rate == (0.1 if table == "data" else 0)
+    assert f"{table}.pack.fim_rate = 0.1 needs control tokens" in message(recipe, *sets)

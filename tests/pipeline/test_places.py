@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy.engine import make_url
 
-from configs.data import FilesSource
+from configs.data import EvaluationSet, FilesSource, ProblemsSource
 from configs.parallel import TrackingConfig
 from configs.reading import load_recipe
 from pipeline.places import absolute, sqlite_path, tracking_uri
@@ -41,6 +41,41 @@ def test_the_files_of_every_corpus_become_absolute() -> None:
     source = absolute(recipe, BASE).data.corpora["more"].sources["own"]
     assert isinstance(source, FilesSource)
     assert source.glob == "/home/user/more/*.txt"
+
+
+@pytest.mark.parametrize(
+    ("corpus", "own"), [("data", ("stdlib", "arithmetic")), ("data.corpora.more", ("one",))]
+)
+def test_the_files_of_problems_and_evaluations_become_absolute(
+    corpus: str, own: tuple[str, ...]
+) -> None:
+    asked = "{type='problems', share=1.0, glob='p/*.jsonl', held_out_glob='h/*.jsonl'}"
+    sets = [
+        "data.corpora.more={train_tokens=5000, sources.one={type='stdlib', share=1.0}}",
+        *(f"{corpus}.sources.{name}.share=0" for name in own),
+        f"{corpus}.sources.asked={asked}",
+        f"{corpus}.evaluations.exam={{glob='exam/*.jsonl'}}",
+        f"{corpus}.evaluations.far={{glob='s3://bucket/*.jsonl'}}",
+    ]
+    settled = absolute(load_recipe("smoke", sets=sets), BASE)
+    found = settled.data if corpus == "data" else settled.data.corpora["more"]
+    problems = ProblemsSource(
+        share=1.0, glob="/home/user/p/*.jsonl", held_out_glob="/home/user/h/*.jsonl"
+    )
+    assert found.sources == {"asked": problems}
+    assert found.evaluations == {
+        "exam": EvaluationSet(glob="/home/user/exam/*.jsonl"),
+        "far": EvaluationSet(glob="s3://bucket/*.jsonl"),
+    }
+    assert absolute(settled, Path("/elsewhere")) == settled
+
+
+def test_problems_without_held_out_files_stay_without() -> None:
+    asked = "{type='problems', share=1.0, glob='p/*.jsonl'}"
+    corpus = f"{{train_tokens=5000, sources.own={asked}}}"
+    recipe = load_recipe("smoke", sets=[f"data.corpora.more={corpus}"])
+    sources = absolute(recipe, BASE).data.corpora["more"].sources
+    assert sources == {"own": ProblemsSource(share=1.0, glob="/home/user/p/*.jsonl")}
 
 
 @pytest.mark.parametrize("name", ["~nobody-of-this-name", "a[1]", "x::y", "w?", "n#1", "größe"])

@@ -321,6 +321,21 @@ def test_what_is_sure_to_fail_later_fails_when_it_is_planned(sets: list[str], me
     assert message in str(caught.value)
 
 
+def test_problems_of_files_are_asked_and_counted_as_those_of_a_generator(tmp_path: Path) -> None:
+    """Of unknown length: begin-of-text and two tokens are the least that a prompt has."""
+    rows = tmp_path / "asked.jsonl"
+    rows.write_text('{"question": "What is 1 and 1?", "answer": "#### 2"}\n')
+    sums = f"data.sources.arithmetic={{type='problems', share=0.5, glob='{rows}'}}"
+    sets = [sums, "evaluate.gates.after_pass_at_1={at_least=0.5}"]
+    assert "posttrain" in plan(None, "", *sets, "evaluate.max_new_tokens=125").nodes
+    with pytest.raises(ConfigError, match=r"evaluate\.max_new_tokens = 126 and prompts of 3 token"):
+        plan(None, "", *sets, "evaluate.max_new_tokens=126")
+    longer = "data.sources.sums={type='arithmetic', share=0.25, digits=2}"
+    shares = ["data.sources.stdlib.share=0.25", longer]
+    with pytest.raises(ConfigError, match=r"evaluate\.max_new_tokens = 122 and prompts of 7 token"):
+        plan(None, "", *sets, *shares, "evaluate.max_new_tokens=122")
+
+
 def test_answers_that_just_fit_are_planned() -> None:
     assert "evaluate" in plan(None, "", "evaluate.max_new_tokens=123").nodes
 

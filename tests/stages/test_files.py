@@ -11,6 +11,8 @@ import pytest
 
 from configs.data import FilesSource
 from configs.errors import DataError
+from stages.data.finding import matches
+from stages.data.inputs import inputs_of
 from stages.hashing import Hashes
 from stages.manifest import FileEntry
 from tests.stages.reading import read_files
@@ -209,3 +211,29 @@ def test_what_spark_writes_beside_its_tables_is_left_out(tmp_path: Path) -> None
 
 def texts_of(glob: Path) -> list[str]:
     return [one.text for one in read_files("mine", source(glob), Hashes()).documents]
+
+
+@pytest.mark.parametrize("change", ["appears", "vanishes"])
+def test_files_that_come_and_go_while_they_are_listed_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("some text")
+    other = tmp_path / ("zz.txt" if change == "appears" else "b.txt")
+
+    def later(*asked: object) -> object:
+        if change == "appears":
+            other.write_text("late")
+        else:
+            other.unlink()
+        return matches(*asked)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("stages.data.inputs.matches", later)
+    with pytest.raises(DataError) as caught:
+        inputs_of("mine", source(tmp_path / "*.txt"), Hashes(), shard_bytes=100, seed=0)
+    said = str(caught.value)
+    assert said.startswith("data.sources.mine.glob = ")
+    assert f"{other.name} changed while the source was read: " in said
+    assert ("no file before, 4 bytes of" in said) == (change == "appears")
+    assert ("no file after" in said) == (change == "vanishes")
+    assert said.endswith("; run again when nothing writes to it")

@@ -395,7 +395,8 @@ def test_fewer_held_out_problems_than_asked_for_are_all_asked_and_told(
 
 def test_a_corpus_without_problems_is_refused(lab: Lab, workspace: Workspace) -> None:
     lab.corpus = lab.corpus.model_copy(update={"train_problems": 0})
-    with pytest.raises(DataError, match="train_problems = 0"):
+    told = 'train_problems = 0, .*; add a source of type = "arithmetic" or "problems" to data'
+    with pytest.raises(DataError, match=told):
         lab.run(workspace)
 
 

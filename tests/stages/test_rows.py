@@ -13,6 +13,7 @@ import pytest
 from configs.data import DataSpec, FilesSource
 from configs.errors import DataError
 from stages.contract import Workspace
+from stages.data.files import worded
 from stages.data.loop import data
 from stages.data.tables import read_drops
 from stages.hashing import Hashes
@@ -160,6 +161,76 @@ def test_the_fields_of_a_line_can_be_printed(tmp_path: Path) -> None:
     said = complaint(path)
     assert r"only: half \ud800 pair, field0, " in said
     assert ", and 991 more; " in said
+
+
+@pytest.mark.parametrize("half", ["\ud800", "\udc00 x"])
+def test_what_a_row_says_of_itself_can_be_written(tmp_path: Path, half: str) -> None:
+    path = tmp_path / "a.jsonl"
+    more = {"id": [half, {"a": half}], "lic": ["MIT", [half]], "when": [half]}
+    path.write_text(json.dumps({"text": "fine", **more}) + "\n")
+    fields = {"id_field": "id", "licence_field": "lic", "timestamp_field": "when"}
+    (document,) = read_files("mine", source(path, **fields), Hashes()).documents
+    shown = half.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    assert document.licence == f"MIT, {shown}"
+    assert document.timestamp == shown
+    assert document.key.startswith(f"{shown}, {{'a': ")
+
+
+def test_what_nests_too_deep_to_be_told_is_not_told(tmp_path: Path) -> None:
+    deep: Any = "x"
+    for _ in range(5000):
+        deep = [deep]
+    assert worded(deep) == ""
+    assert worded([["a"], "b", None, 3]) == "a, b, , 3"
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "-1" + "0" * 400, "NaN", "1e400"])
+def test_a_number_that_is_no_time_is_told_as_it_is(tmp_path: Path, number: str) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "fine", "t": {number}}}\n')
+    found = read_files("mine", source(tmp_path / "a.jsonl", timestamp_field="t"), Hashes())
+    assert [one.timestamp for one in found.documents] == [str(json.loads(number))]
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+@pytest.mark.parametrize("field", ["id_field", "licence_field", "timestamp_field"])
+@pytest.mark.parametrize(
+    ("kind", "odd"),
+    [
+        (pa.date32(), 2**31 - 1),
+        (pa.date32(), -(2**31)),
+        (pa.timestamp("ms"), 2**62),
+        (pa.timestamp("us", "UTC"), 2**62),
+        (pa.duration("s"), 2**62),
+        (pa.timestamp("us", "No/Where"), 1),
+    ],
+)
+def test_a_time_that_python_cannot_hold_is_left_out_and_its_row_kept(
+    tmp_path: Path, kind: pa.DataType, odd: int, field: str, is_inside: bool
+) -> None:
+    stored = pa.int32() if pa.types.is_date32(kind) else pa.int64()
+    column = pa.array([0, odd, None], stored).cast(kind)
+    if is_inside:
+        column = pa.StructArray.from_arrays([column], ["t"])
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "m": column}), path)
+    asked = source(path, **{field: "m.t" if is_inside else "m"})
+    found = read_files("mine", asked, Hashes())
+    assert (texts(path), found.broken) == (["a", "b", "c"], [])
+    kept = {"id_field": "key", "licence_field": "licence", "timestamp_field": "timestamp"}[field]
+    said = [getattr(one, kept) for one in found.documents]
+    assert said[1:] == ["", ""]
+    assert said[0].startswith(("1970-01-01", "0:00:00")) or kind.equals(
+        pa.timestamp("us", "No/Where")
+    )
+
+
+def test_a_name_that_is_no_utf8_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    bad = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]
+    )
+    pq.write_table(pa.table({"text": ["a"], "id": bad}), path)
+    assert "is not readable Parquet" in complaint(path, id_field="id")
 
 
 def test_a_packed_table_is_an_error_that_says_so(tmp_path: Path) -> None:
