@@ -13,21 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from configs.data import DataConfig, EvaluationSet
-from configs.errors import DataError
+from configs.data import DataConfig
 from stages.data import clean, dedup, held_out
 from stages.data.apart import TEXT, Apart, write_apart
 from stages.data.dedup import Fates, Float64
-from stages.data.faults import EVALUATIONS
-from stages.data.files import read_rows
-from stages.data.finding import matches
+from stages.data.evaluations import read_items
 from stages.data.join import Int64, buckets_for, link_bucket, shard_of, tally
 from stages.data.reading import Read
-from stages.data.reads import identify
-from stages.data.rows import Row, Wanted
 from stages.data.shop import Shop
 from stages.data.tables import DOCUMENTS, Texts, load, save
-from stages.hashing import Hashes
 from stages.verifiers import Problem
 
 REVISION = 1
@@ -73,7 +67,7 @@ class Shards:
     def gather(self, name: str) -> Any:
         """An array of all shards; of none, one without rows."""
         found = [load(folder, name) for folder in self.folders]
-        return np.concatenate(found) if found else np.empty((0, 2), np.int64)
+        return np.concatenate(found) if found else np.empty((0, 2), np.uint64)
 
     def texts(self, numbers: Int64) -> Iterator[tuple[str, str]]:
         """The source and the text of each of these documents."""
@@ -92,8 +86,8 @@ class Decided:
     folder: Path
     fates: Fates
     sides: held_out.Sides
-    evaluations: Mapping[str, int]
-    """Items of each set."""
+    evaluations: Mapping[str, tuple[int, int]]
+    """Items of each set, and how many are too short to be searched for."""
 
 
 def decide(
@@ -113,9 +107,9 @@ def decide(
     corpus = held_out.Corpus(
         names := list(dict.fromkeys(shards.names)),
         np.repeat([names.index(name) for name in shards.names], np.diff(shards.offsets)),
-        digests[:, 0].astype(np.uint64),
-        shards.gather("chars").reshape(-1),
-        shards.gather("sketch_sizes").reshape(-1),
+        digests[:, 0],
+        shards.gather("chars").reshape(-1).astype(np.int64),
+        shards.gather("sketch_sizes").reshape(-1).astype(np.int64),
         fates.fate_N == dedup.KEPT,
     )
     sides = held_out.part(
@@ -127,7 +121,8 @@ def decide(
         seed=seed,
     )
     order = held_out.by_place(np.flatnonzero(sides.held_out_N), digests[:, 0], seed)
-    items = dict(_items(spec, shop.work.hashes))
+    read = {n: read_items(n, one, shop.work.hashes) for n, one in spec.evaluations.items()}
+    items = {name: some for name, (some, _) in sorted(read.items())}
 
     def make(out: Path) -> Mapping[str, Any]:
         save(
@@ -150,7 +145,8 @@ def decide(
         "problems": _digest(repr(problems)),
     }
     done = shop.one(DECIDE, key, make, *shards.folders)
-    return Decided(done.folder, fates, sides, {name: len(some) for name, some in items.items()})
+    evaluations = {name: (len(some), short) for name, (some, short) in read.items()}
+    return Decided(done.folder, fates, sides, evaluations)
 
 
 def repeated_ids(shards: Shards, name: str) -> int:
@@ -285,29 +281,6 @@ def _apart(shards: Shards, order: Int64, items: Mapping[str, Sequence[str]]) -> 
     for name, texts in items.items():
         for text in texts:
             yield name, "", text
-
-
-def _items(spec: DataConfig, hashes: Hashes) -> Iterator[tuple[str, list[str]]]:
-    """The texts of each evaluation set. DataError if a set has none."""
-    for name, one in sorted(spec.evaluations.items()):
-        texts = [text for field in one.text_fields for text in _fields(name, one, field, hashes)]
-        if not texts:
-            raise DataError(
-                f"data.evaluations.{name}.text_fields = {list(one.text_fields)}: no row of "
-                f"{one.glob!r} has text there; name the columns or keys that hold the items"
-            )
-        yield name, texts
-
-
-def _fields(name: str, one: EvaluationSet, field: str, hashes: Hashes) -> Iterator[str]:
-    """What stands in one field of a set's files; rows without it are passed over."""
-    told = f"{EVALUATIONS}{name}"
-    known = identify(told, one, hashes)
-    wanted = Wanted(f"data.evaluations.{name}.text_fields", field)
-    for path, label in matches(told, one, hashes.store):
-        for found in read_rows(told, one, path, label, known[label], wanted, splits=False):
-            if isinstance(found, Row) and found.text.strip():
-                yield found.text
 
 
 def _digest(data: bytes | str) -> str:

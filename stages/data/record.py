@@ -17,7 +17,7 @@ from stages.data.pack import Int32
 from stages.data.questions import Posed
 from stages.data.reading import Read
 from stages.data.rows_out import Mixed
-from stages.overlap import WINDOW_CHARS
+from stages.overlap import LEAST_CHARS, WINDOW_CHARS
 
 NOT_STATED = "not stated"
 """The licence of documents that say none."""
@@ -171,7 +171,7 @@ def statistics(
         },
         "held_out_in_training": overlap,
         "evaluations": {
-            name: _evaluation(decided.evaluations[name], every, found, name)
+            name: _evaluation(*decided.evaluations[name], every, found, name)
             for name, found in sets.items()
             if name != TEXT
         },
@@ -244,11 +244,12 @@ def _overlap(decided: Decided, every: Counted, text: Found, problems: Found) -> 
     }
 
 
-def _evaluation(items: int, every: Counted, found: Found, name: str) -> dict[str, Any]:
+def _evaluation(items: int, short: int, every: Counted, found: Found, name: str) -> dict[str, Any]:
     """The report of one evaluation set."""
     counts = every.sets.get(name, Counter())
     return {
         "items": items,
+        "items_too_short_to_be_searched_for": short,
         "windows": found.total,
         "windows_in_training_before": found.before,
         "windows_in_training_after": found.after,
@@ -283,12 +284,19 @@ def _notes(
             f"{overlap['problems_in_training_after']:,}; statistics.json counts them, drops/ names "
             "them"
         )
+    for name, (items, short) in sorted(decided.evaluations.items()):
+        if short:
+            yield (
+                f"evaluation {name}: {short:,} of its {items:,} items have fewer than "
+                f"{LEAST_CHARS} characters and are not searched for, as others say the same"
+            )
     for name, found in sets.items():
         if name != TEXT and found.before:
+            before, after = (share_of(count, found.total) for count in (found.before, found.after))
+            cuts = every.sets.get(name, Counter())["cuts"]
             yield (
-                f"evaluation {name}: {share_of(found.before, found.total):.1%} of its items' text "
-                f"stood in training text; passages cut there: {every.sets[name]['cuts']:,}, which "
-                f"leaves {share_of(found.after, found.total):.1%}"
+                f"evaluation {name}: {before:.1%} of its items' text stood in training text; "
+                f"passages cut there: {cuts:,}, which leaves {after:.1%}"
             )
 
 

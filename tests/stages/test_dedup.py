@@ -22,6 +22,9 @@ from stages.data.dedup import (
 )
 from stages.data.join import Int64, bucket_entries, link_bucket, links, save_entries, tally
 from stages.data.tables import load, save
+from stages.overlap import sketches
+from stages.rolling import mixed
+from tests.stages.prose import prose
 
 Alike = dict[tuple[int, int], float]
 
@@ -175,3 +178,37 @@ def test_a_bucket_holds_no_more_than_it_may(
     monkeypatch.setattr(join, "ENTRIES_A_BUCKET", 10)
     save_entries(tmp_path, "bands", np.arange(25, dtype=np.uint64), np.arange(25))
     assert join.buckets_for([tmp_path], "bands") == 3
+
+
+def test_a_long_chain_costs_no_more_than_twice_its_pairs() -> None:
+    chain = {(n, n + 1): 0.9 for n in range(2_000)}
+    asked: list[int] = []
+
+    def count(pairs: Int64) -> np.ndarray:
+        asked.append(len(pairs))
+        return judge(chain)(pairs)
+
+    fates = Fates.of(2_001)
+    drop_near(fates, np.array(sorted(chain), np.int64), count, 0.8)
+    assert sum(asked) <= 4_000
+    assert [*fates.fate_N] == [KEPT, NEAR] * 1_000 + [KEPT]
+
+
+def test_who_met_only_one_that_went_is_judged_beside_the_one_that_stays() -> None:
+    """0 and 2 share no key, but both are like 1."""
+    known = {(0, 1): 0.9, (1, 2): 0.9, (0, 2): 0.9}
+    fates = Fates.of(3)
+    drop_near(fates, np.array([(0, 1), (1, 2)]), judge(known), 0.8)
+    assert [*fates.fate_N] == [KEPT, NEAR, NEAR]
+    assert [*fates.of_N] == [0, 0, 0]
+    assert (fates.clusters, fates.candidates) == (1, 3)
+
+
+def test_no_bucket_of_sketches_holds_much_more_than_its_part(tmp_path: Path) -> None:
+    texts = [prose(n, 400) for n in range(200)]
+    found = sketches(texts)
+    rows = np.repeat(np.arange(len(texts)), [len(one) for one in found])
+    save_entries(tmp_path, "sketch", mixed(np.concatenate(found)), rows)
+    sizes = [len(bucket_entries([tmp_path], [0], "sketch", n, 16, None)[0]) for n in range(16)]
+    assert sum(sizes) == len(rows)
+    assert max(sizes) < 2 * len(rows) / 16

@@ -28,7 +28,11 @@ def alone(texts: Sequence[str], share: float, *, seed: int = 0, max_chars: int =
 
 
 def parted(
-    *sources: Sequence[str], share: float, seed: int = 0, alive: Bools | None = None
+    *sources: Sequence[str],
+    share: float,
+    seed: int = 0,
+    alive: Bools | None = None,
+    max_tokens: int = LOTS,
 ) -> Sides:
     """The documents of some sources, grouped by the windows that they share."""
     every = [text for some in sources for text in some]
@@ -46,7 +50,7 @@ def parted(
         sizes,
         np.ones(len(every), np.bool_) if alive is None else alive,
     )
-    return part(corpus, pairs, counts, share, max_tokens=LOTS, seed=seed)
+    return part(corpus, pairs, counts, share, max_tokens=max_tokens, seed=seed)
 
 
 @given(st.sets(st.integers(0, 99), min_size=2, max_size=20).map(sorted), st.floats(0.001, 0.499))
@@ -121,3 +125,13 @@ def test_what_was_dropped_is_on_neither_side_and_in_no_group() -> None:
     assert sides.groups == 0
     assert sides.held_out_N[:20].any()
     assert not sides.held_out_N[20:].any()
+
+
+def test_near_duplicates_stay_together_when_no_more_can_be_held_out() -> None:
+    pages = [prose(n) for n in range(60)]
+    others = [f"{one} {prose(100 + n, 20)}" for n, one in enumerate(pages)][::-1]
+    more = [prose(500 + n) for n in range(200)]
+    sides = parted(pages, [*more, *others], share=0.3, max_tokens=800)
+    held = sides.held_out_N
+    assert 0 < held[:60].sum() < 30
+    assert (held[:60] == held[260:][::-1]).all()
