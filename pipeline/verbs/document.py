@@ -1,13 +1,14 @@
 """`ingot why CORPUS --document ID`: what became of one document, and for which reason."""
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from configs.errors import ArtifactError, PlanError
 from pipeline.verbs.asked import find_store, locate
 from stages.artifacts import Corpus
-from stages.corpus import CUTS, explained, number, visible
+from stages.corpus import CUTS, STATISTICS, explained, number, visible
 from stages.documents import (
     DOCUMENTS,
     DROPS,
@@ -43,8 +44,9 @@ def why_document(args: argparse.Namespace) -> int:
     found = find_documents(files, args.document)
     if not found:
         raise PlanError(_unknown(files, args.document))
+    facts = json.loads((files / STATISTICS).read_text(encoding="utf-8"))
     for one in found:
-        for line in _lines(one):
+        for line in _lines(one, facts["sources"].get(one.source, {}).get("epochs", 1)):
             print(line)
     return 0
 
@@ -56,7 +58,7 @@ def _unknown(files: Path, name: str) -> str:
     return f"--document {visible(name)}: {searched}; {hint}"
 
 
-def _lines(one: Known) -> Iterator[str]:
+def _lines(one: Known, epochs: float) -> Iterator[str]:
     key = f" (key {visible(one.key)})" if one.key else ""
     yield f"{visible(one.name)}{key} {_fate(one)}"
     # Of a document that went, what was cut of it before comes after why it went.
@@ -68,19 +70,22 @@ def _lines(one: Known) -> Iterator[str]:
             alike = "" if repeat.jaccard is None else f" {number(repeat.jaccard)}"
             yield f"    {visible(repeat.document)} ({repeat.rule}{alike})"
     if one.stayed is not None:
+        if epochs < 1 and not one.stayed.is_held_out:
+            yield (
+                f"  of what is kept of {visible(one.source)}, {epochs:.0%} is packed: "
+                "data.train_tokens asks for no more"
+            )
         yield from _measured(one.stayed)
 
 
 def _fate(one: Known) -> str:
-    match one.stayed:
-        case None:
-            gone = [reason.rule for reason in one.reasons if reason.cut_chars is None]
-            return f"was dropped by {' and '.join(gone)}"
-        case Stayed(is_held_out=True):
-            return "is held out: kept to measure by, and not trained on"
-        case Stayed():
-            cut = sum(reason.cut_chars or 0 for reason in one.reasons)
-            return "is kept, to be trained on" + (f", without {cut:,} characters" if cut else "")
+    gone = [reason.rule for reason in one.reasons if reason.cut_chars is None]
+    if gone or one.stayed is None:
+        return f"was dropped by {' and '.join(gone)}"
+    if one.stayed.is_held_out:
+        return "is held out: kept to measure by, and not trained on"
+    cut = sum(reason.cut_chars or 0 for reason in one.reasons)
+    return "is kept, to be trained on" + (f", without {cut:,} characters" if cut else "")
 
 
 def _reason(one: Reason) -> Iterator[str]:

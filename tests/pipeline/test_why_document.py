@@ -1,5 +1,6 @@
 """`why --document` and `show` of a corpus: what became of documents, from its files alone."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import cli
+from stages.data.drops import Drop
+from stages.data.tables import write_drops
 from stages.manifest import MANIFEST
 from tests.listed import DROPS, HOSTILE, write_artifact, write_corpus
 
@@ -190,3 +193,29 @@ def test_very_many_shards_are_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert re.search(r"^  train/index\.json +2 bytes$", told, re.M)
     assert re.search(r"^  drops/web-00001\.parquet +[\d,]+ bytes$", told, re.M)
     assert "train/00000.arrow" not in told
+
+
+def test_it_is_said_where_no_more_was_packed_than_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_artifact(tmp_path / "g1")
+    (path,) = corpus.rglob("statistics.json")
+    facts = json.loads(path.read_text())
+    facts["sources"]["books"]["epochs"] = 0.25
+    path.write_text(json.dumps(facts))
+    assert "  of what is kept of books, 25% is packed: data.train_tokens" in why(
+        corpus, "books/a.txt", capsys
+    )
+    assert "is packed" not in why(corpus, "books/b.txt", capsys)
+
+
+def test_a_document_that_is_too_short_to_be_packed_was_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_artifact(tmp_path / "g1")
+    (folder,) = corpus.rglob("drops")
+    short = Drop("books", "a.txt", "min_document_tokens", 90.0, 150.0, "It was")
+    write_drops(folder / "too-short-00000.parquet", [short])
+    assert "books/a.txt (key B-1) was dropped by min_document_tokens\n" in why(
+        corpus, "books/a.txt", capsys
+    )
