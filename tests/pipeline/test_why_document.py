@@ -216,6 +216,4 @@ def test_a_document_that_is_too_short_to_be_packed_was_dropped(
     (folder,) = corpus.rglob("drops")
     short = Drop("books", "a.txt", "min_document_tokens", 90.0, 150.0, "It was")
     write_drops(folder / "too-short-00000.parquet", [short])
-    assert "books/a.txt (key B-1) was dropped by min_document_tokens\n" in why(
-        corpus, "books/a.txt", capsys
-    )
+    assert "books/a.txt was dropped by min_document_tokens\n" in why(corpus, "books/a.txt", capsys)
