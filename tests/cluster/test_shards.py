@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import ray
 
 from cluster import shards
 from cluster.shards import DONE, Done, Task, complete, completed, run_tasks
+from cluster.supply import Supply
 from configs.errors import DataError, DeadlineError
 from configs.parallel import ClusterConfig
 from tests.supplies import local
@@ -70,6 +72,29 @@ def test_an_earlier_builders_folder_is_taken_where_it_lies(tmp_path: Path) -> No
     found = run(tasks(tmp_path, "one", "two"), tmp_path / "none", tmp_path / "old")
     assert logged(tmp_path) == ["one", "two"]
     assert found[0].folder == tmp_path / "old" / "step" / "one"
+
+
+@dataclass(frozen=True)
+class Told(Supply):
+    """Remembers which folders were to be in the store."""
+
+    published: list[Path] = field(default_factory=list)
+
+    def publish(self, folder: Path, *, last: str) -> None:
+        assert last == DONE
+        self.published.append(folder)
+
+
+def test_what_an_earlier_builder_completed_is_in_the_store_too(tmp_path: Path) -> None:
+    """It may have died between the two; workers elsewhere have it from there."""
+    run(tasks(tmp_path, "one", builder="old"))
+    some = tasks(tmp_path, "one", "two")
+    plain = local(some[0].folder.parents[1])
+    told = Told(**{one.name: getattr(plain, one.name) for one in fields(plain)})
+    earlier = [tmp_path / "old"]
+    machines = ClusterConfig()
+    dict(run_tasks(some, workers=1, machines=machines, home="/", supply=told, earlier=earlier))
+    assert told.published == [tmp_path / "old" / "step" / "one", some[1].folder]
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone", "no record", "other record"])
