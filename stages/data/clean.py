@@ -37,11 +37,11 @@ from stages.data.tables import (
 )
 from stages.overlap import Span
 
-REVISION = 1
+REVISION = 2
 RULES = {EXACT: "exact_duplicate", NEAR: "near_duplicate"}
 _BLOCK_CHARS = 1_000_000
 """So much text is searched and written at a time."""
-_SCHEMA = pa.schema([("id", pa.string()), ("text", pa.large_string())])
+_SCHEMA = pa.schema([("id", pa.string()), ("key", pa.string()), ("text", pa.large_string())])
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,14 @@ class Clean:
         gone: set[int] = set()
         with Writer(out / DOCUMENTS, _SCHEMA) as writer:
             for block in _in_blocks(self._training(fates, held, first)):
-                kept: dict[str, list[str]] = {"id": [], "text": []}
+                kept: dict[str, list[str]] = {"id": [], "key": [], "text": []}
                 for one, (less, why) in zip(block, cleaner.clean(block), strict=True):
                     drops += why
                     if less is None:
                         gone.add(one.number - first)
                     else:
                         kept["id"].append(one.id)
+                        kept["key"].append(one.key)
                         kept["text"].append(less)
                         counts.kept(less)
                 writer.write(kept)

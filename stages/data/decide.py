@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from stages.data.apart import TEXT, Apart, write_apart
 from stages.data.dedup import Fates, Float64
 from stages.data.evaluations import read_items
 from stages.data.join import Int64, buckets_for, link_bucket, shard_of, tally
+from stages.data.questions import Posed
 from stages.data.reading import Read
 from stages.data.shop import Shop
 from stages.data.tables import DOCUMENTS, Texts, load, save
-from stages.verifiers import Problem
 
-REVISION = 1
+REVISION = 2
 DEDUP, DECIDE = "dedup", "decide"
 _FEW_PAIRS = 2_000
 """So many are judged by this process: to travel would take longer."""
@@ -91,9 +92,12 @@ class Decided:
 
 
 def decide(
-    spec: DataConfig, shards: Shards, problems: Sequence[Problem], shop: Shop, *, seed: int
+    spec: DataConfig, shards: Shards, posed: Mapping[str, Posed], shop: Shop, *, seed: int
 ) -> Decided:
     """What becomes of each document, in a folder that every worker of the next step reads."""
+    problems = [problem for one in posed.values() for problem in one.held_out]
+    # Of problems that were read the answers are texts as well.
+    told = [(n, text) for n, one in posed.items() if one.is_read for text in one.held_out_documents]
     digests = shards.gather("digests")
     fates = Fates.of(shards.count)
     if spec.dedup.exact:
@@ -134,7 +138,7 @@ def decide(
             cuts=cuts,
             paragraphs=paragraphs,
         )
-        write_apart(out, _apart(shards, order, items), problems)
+        write_apart(out, _apart(shards, order, told, items), problems)
         return {}
 
     key = {
@@ -142,7 +146,7 @@ def decide(
         "held_out": [spec.held_out_share, spec.max_held_out_tokens, seed],
         "dedup": spec.dedup.model_dump(mode="json"),
         "evaluations": _digest(repr(sorted(items.items()))),
-        "problems": _digest(repr(problems)),
+        "problems": _digest(repr((problems, told))),
     }
     done = shop.one(DECIDE, key, make, *shards.folders)
     evaluations = {name: (len(some), short) for name, (some, short) in read.items()}
@@ -274,9 +278,14 @@ def _paragraphs(spec: DataConfig, shards: Shards, fates: Fates, shop: Shop) -> t
     return cuts[np.lexsort((cuts[:, 0], cuts[:, 1]))], begins
 
 
-def _apart(shards: Shards, order: Int64, items: Mapping[str, Sequence[str]]) -> Iterator[Apart]:
+def _apart(
+    shards: Shards,
+    order: Int64,
+    told: Sequence[tuple[str, str]],
+    items: Mapping[str, Sequence[str]],
+) -> Iterator[Apart]:
     """Held-out text as it is packed, then the items of evaluations."""
-    for source, text in shards.texts(order):
+    for source, text in chain(shards.texts(order), told):
         yield TEXT, source, text
     for name, texts in items.items():
         for text in texts:

@@ -85,17 +85,17 @@ class Encode:
         """The documents as they are packed; those that are too `short` for it are not."""
         least = self.pack.min_document_tokens
         encode: Callable[[Sequence[str]], list[Int32]] | None = None
-        for batch in batches(self.shard / DOCUMENTS, "id", "text"):
+        for batch in batches(self.shard / DOCUMENTS, "id", "key", "text"):
             if encode is None:
                 encode, told = _encoder(self.tokenizer, self.encoder, batch["text"])
                 chosen.append(told)
             counts["bytes"] += sum(len(text.encode()) for text in batch["text"])
-            rows = zip(batch["id"], batch["text"], encode(batch["text"]), strict=True)
-            for name, text, token_ids in rows:
+            columns = (batch["id"], batch["key"], batch["text"], encode(batch["text"]))
+            for name, key, text, token_ids in zip(*columns, strict=True):
                 framed = frame(self._filled(name, token_ids, counts))
                 if len(framed) < least:
                     start = text[:SHOWN_CHARS]
-                    short.append(Drop(self.source, name, SHORT, len(framed), least, start))
+                    short.append(Drop(self.source, name, SHORT, len(framed), least, start, key=key))
                     counts["short_documents"] += 1
                     continue
                 counts["documents"] += 1

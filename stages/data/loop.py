@@ -75,8 +75,7 @@ def data(config: DataSpec, work: Workspace, *, tokenizer: Corpus | None = None) 
         work.tracker.note(note)
 
     shards = Shards.of(line.texts)
-    held_out = [problem for one in posed.values() for problem in one.held_out]
-    decided = decide(spec, shards, held_out, line.shop, seed=seed)
+    decided = decide(spec, shards, posed, line.shop, seed=seed)
     for name, read in line.texts.items():
         require_documents(name, read, repeats(shards, decided.fates, name))
     line.tell(2, {"duplicates": int((decided.fates.fate_N > 0).sum())})
@@ -247,7 +246,7 @@ class _Line:
             spec, self.texts, shards, decided, self.cleaned, searched, posed, mixed, apart
         )
         facts["vocab_size"] = vocabulary_size(adopted.tokenizer)
-        for note in (*facts.pop("notes"), *shortfalls(spec, mixed.total_tokens)):
+        for note in (*facts.pop("notes"), *shortfalls(spec, mixed)):
             work.tracker.note(note)
         work.lease.check()
         made = Made(shards, self.cleaned, posed, self.posed_apart, mixed, apart, adopted.record)

@@ -86,7 +86,7 @@ def publish(out: Path, made: Made, facts: Mapping[str, Any]) -> None:
         put(folder / DROPS, out / "drops" / f"too-short-{number:05}.parquet")
     _write_duplicates(out / DUPLICATES, made.cleaned)
     (out / "statistics.json").write_text(json.dumps(facts, indent=2) + "\n")
-    write_samples(out, made.cleaned, shards)
+    write_samples(out, made.cleaned, [*made.posed_apart.values(), *mixed.short])
     write_card(out, facts)
 
 

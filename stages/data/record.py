@@ -12,6 +12,7 @@ from configs.errors import DataError
 from stages.data.apart import PASSAGE, PROBLEM, TEXT, Found, found_in
 from stages.data.arithmetic import wrong_share
 from stages.data.decide import Decided, Shards, repeated_ids
+from stages.data.encode import SHORT
 from stages.data.held_out import share_of
 from stages.data.pack import Int32
 from stages.data.questions import Posed
@@ -103,13 +104,14 @@ def _unnamed(name: str, read: Read) -> Iterator[str]:
             )
 
 
-def shortfalls(spec: DataConfig, total_tokens: int) -> Iterator[str]:
+def shortfalls(spec: DataConfig, mixed: Mixed) -> Iterator[str]:
     """One line when the corpus is smaller than asked."""
-    asked = spec.train_tokens
+    asked, total_tokens = spec.train_tokens, mixed.total_tokens
     if total_tokens < asked // spec.sequence_tokens * spec.sequence_tokens:
         yield (
             f"data.train_tokens = {asked:,}: the text sources fill only {total_tokens:,} tokens in "
-            "the proportions asked; training will repeat them. Give more text to change that"
+            f"the proportions asked, for want of {', '.join(mixed.lacking)}; give more text there, "
+            "or raise max_epochs. Training that asks for more passes over all of them again"
         )
 
 
@@ -141,7 +143,7 @@ def statistics(
             **_slips(spec.sources[name]),
             **(
                 {
-                    **_of_text(texts[name], counted[name]),
+                    **_of_text(texts[name], counted[name], mixed.short_documents[name]),
                     "repeated_ids": ids[name],
                     "epochs": mixed.epochs[name],
                     "fim_documents": mixed.fim_documents[name],
@@ -162,7 +164,7 @@ def statistics(
         "train_tokens": mixed.total_tokens,
         "train_tokens_missing": max(0, spec.train_tokens - mixed.total_tokens),
         "padding_tokens": mixed.padding_tokens,
-        "documents_too_short_to_pack": mixed.short_documents,
+        "documents_too_short_to_pack": sum(mixed.short_documents.values()),
         "held_out_tokens": sum(block.size for block in held_out.values()),
         "duplicates": {
             "near_duplicate_clusters": decided.fates.clusters,
@@ -176,12 +178,17 @@ def statistics(
             if name != TEXT
         },
         "sources": sources,
-        "notes": [*_notes(every, overlap, sets, decided), *_of_ids(texts, ids)],
+        "notes": [
+            *_notes(every, overlap, sets, decided),
+            *_of_ids(texts, ids),
+            *_of_problems_left_out(posed),
+        ],
     }
 
 
-def _of_text(read: Read, counted: Counted) -> dict[str, Any]:
-    """What there is to say of a source of documents."""
+def _of_text(read: Read, counted: Counted, short: int) -> dict[str, Any]:
+    """What there is to say of a source of documents, `short` of which are not packed."""
+    dropped = counted.dropped + Counter({SHORT: short})
     return {
         "documents_read": read.total("documents"),
         "bytes_read": read.total("bytes"),
@@ -193,9 +200,9 @@ def _of_text(read: Read, counted: Counted) -> dict[str, Any]:
         "documents_normalised": read.total("normalised"),
         "licences": {name or NOT_STATED: n for name, n in sorted(counted.licences.items())},
         "written": [min(counted.written), max(counted.written)] if counted.written else None,
-        "documents_dropped": dict(sorted(counted.dropped.items())),
+        "documents_dropped": dict(sorted(dropped.items())),
         "documents_cut": dict(sorted(counted.cut_documents.items())),
-        "train_documents": counted.documents,
+        "train_documents": counted.documents - short,
         "train_bytes": counted.bytes,
         "held_out_documents": counted.held_out,
     }
@@ -203,9 +210,10 @@ def _of_text(read: Read, counted: Counted) -> dict[str, Any]:
 
 def _of_problems(source: Source, posed: Posed) -> dict[str, Any]:
     """What there is to say of a source of problems."""
-    documents = len(posed.train) + posed.dropped.total() + len(posed.held_out_documents)
+    kept = len(posed.train) + len(posed.held_out_documents)
+    documents = kept + posed.dropped.total()
     licences = (
-        {"licences": {source.licence or NOT_STATED: documents}}
+        {"licences": {source.licence or NOT_STATED: kept}}
         if isinstance(source, ProblemsSource)
         else {}
     )
@@ -297,6 +305,16 @@ def _notes(
             yield (
                 f"evaluation {name}: {before:.1%} of its items' text stood in training text; "
                 f"passages cut there: {cuts:,}, which leaves {after:.1%}"
+            )
+
+
+def _of_problems_left_out(posed: Mapping[str, Posed]) -> Iterator[str]:
+    """One line for each source of problems of which some stand in what is held out."""
+    for name, one in posed.items():
+        if count := one.dropped.total():
+            yield (
+                f"data.sources.{name}: {count:,} of its problems to train on stand in what is held "
+                "out, in part or whole, and are left out; drops/ names them"
             )
 
 

@@ -58,8 +58,10 @@ class Mixed:
     short: Sequence[Path]
     """Folders that say which documents were too short to be packed."""
     padding_tokens: int
-    short_documents: int
-    """Documents left out for being shorter than `data.pack.min_document_tokens`."""
+    short_documents: Mapping[str, int]
+    """Documents of each text source that have fewer tokens than `data.pack.min_document_tokens`."""
+    lacking: Sequence[str]
+    """Text sources that are too short for their share."""
 
     @property
     def total_rows(self) -> int:
@@ -125,7 +127,8 @@ def mix(
         {n: sum(one.facts["fim_documents"] for one in done) for n, done in encoded.items()},
         [one.folder for one in every if one.facts["short_documents"]],
         sum(int(one.facts["padding"]) for one in shards),
-        sum(int(one.facts["short_documents"]) for one in every),
+        {n: sum(one.facts["short_documents"] for one in done) for n, done in encoded.items()},
+        [name for name, rows in row_budget(shares, wanted).items() if available[name] < rows],
     )
 
 
@@ -144,8 +147,11 @@ def _budget(
     if total >= MIN_ROWS:
         return budget
     lacking = min(short, key=lambda name: available[name] / shares[name], default="")
+    least = spec.pack.min_document_tokens
     cause = (
-        f"data.sources.{lacking} has text for {available[lacking]} rows of its share of "
+        f"data.pack.min_document_tokens = {least} leaves data.sources.{lacking} nothing; lower it"
+        if lacking and least and not available[lacking]
+        else f"data.sources.{lacking} has text for {available[lacking]} rows of its share of "
         f"{shares[lacking]}; give it more text or a smaller share"
         if lacking
         else f"data.train_tokens = {spec.train_tokens} is too small; raise it"
@@ -266,7 +272,7 @@ def held_out_rows(
     texts: dict[str, list[str]] = {name: [] for name in spec.sources}
     texts |= {name: list(one.held_out_documents) for name, one in posed.items()}
     for kind, name, text in held_out_texts(decided):
-        if kind == TEXT:
+        if kind == TEXT and name not in posed:
             texts[name].append(text)
     if bare := [name for name, some in sorted(texts.items()) if not some]:
         raise DataError(

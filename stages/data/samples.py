@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 
 from cluster.shards import Done
 from configs.seed import derive
-from stages.data.decide import Shards
 from stages.data.tables import DOCUMENTS, DROPS, KEPT, batches, read_drops
 
 SAMPLES = "samples.jsonl"
@@ -24,13 +23,14 @@ Ranked = tuple[int, str, int, dict[str, Any]]
 """Least first: minus the rank, the document, a number that no other has, and what is said."""
 
 
-def write_samples(out: Path, cleaned: Sequence[Done], shards: Shards) -> None:
+def write_samples(out: Path, cleaned: Sequence[Done], others: Sequence[Path]) -> None:
     """Write one line a sample: rule (`kept` for those that stayed), source, document, numbers, and
-    the beginning of the text. Which they are is drawn by their names."""
+    the beginning of the text; of the cleaned shards, and of folders of further drops. Which they
+    are is drawn by their names."""
     chosen: dict[str, list[Ranked]] = {}
     number = itertools.count()
-    for at, done in enumerate(cleaned):
-        for rule, rank, facts in _found(done):
+    for at, folder in enumerate([*(done.folder for done in cleaned), *others]):
+        for rule, rank, facts in _found(folder):
             facts["shard"] = at
             ranked = (-rank, f"{facts['source']}/{facts['document']}", next(number), facts)
             heap = chosen.setdefault(rule, [])
@@ -46,9 +46,9 @@ def write_samples(out: Path, cleaned: Sequence[Done], shards: Shards) -> None:
                 file.write(json.dumps({"rule": rule, **facts}, ensure_ascii=False) + "\n")
 
 
-def _found(done: Done) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def _found(folder: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Rule, rank and facts of every document of a shard."""
-    for drop in read_drops(done.folder / DROPS):
+    for drop in read_drops(folder / DROPS):
         facts = {
             "source": drop.source,
             "document": drop.document,
@@ -58,8 +58,10 @@ def _found(done: Done) -> Iterator[tuple[str, int, dict[str, Any]]]:
             "text": drop.start or drop.reason,
         }
         yield drop.rule, _rank(drop.source, drop.document), facts
+    if not (folder / KEPT).exists():
+        return
     columns = ["source", "document", "side", "chars"]
-    for batch in pq.ParquetFile(done.folder / KEPT).iter_batches(_ROWS_A_TIME, columns=columns):
+    for batch in pq.ParquetFile(folder / KEPT).iter_batches(_ROWS_A_TIME, columns=columns):
         for row in batch.to_pylist():
             if row["side"] == "train":
                 yield "kept", _rank(row["source"], row["document"]), row

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from cluster.shards import Done, Task, in_order, run_tasks
 from stages.contract import Workspace
 
+_TELL_SECONDS = 30.0
 _FOLDER = "data"
 """Of the resume state of a build."""
 Make = Callable[[Path], Mapping[str, Any]]
@@ -58,9 +59,20 @@ class Shop:
             supply=self.work.supply,
             earlier=self.work.resumable(_FOLDER)[1:],
         )
-        found = in_order(done, len(tasks))
+        found = in_order(self._told(done, step, len(tasks)), len(tasks))
         self.seconds[step] = self.seconds.get(step, 0.0) + time.monotonic() - begun
         return found
+
+    def _told(
+        self, done: Iterable[tuple[int, Done]], step: str, total: int
+    ) -> Iterator[tuple[int, Done]]:
+        """The same, saying now and then how far a long step is."""
+        said = time.monotonic()
+        for count, one in enumerate(done, start=1):
+            yield one
+            if time.monotonic() - said > _TELL_SECONDS:
+                said = time.monotonic()
+                self.work.tracker.note(f"data, {step}: {count:,} of {total:,} shards")
 
     def one(self, step: str, key: Mapping[str, Any], make: Make, *needs: Path) -> Done:
         """Do a single task, in this process."""

@@ -200,6 +200,7 @@ def test_text_that_runs_out_shrinks_the_corpus_and_says_so(
     assert statistics["sources"]["books"]["share"] == pytest.approx(TEXT_SHARE, abs=0.01)
     assert len(recorder.notes) == 1
     assert "data.train_tokens = 1,000,000" in recorder.notes[0]
+    assert "for want of books; give more text there" in recorder.notes[0]
 
 
 def test_a_source_cut_by_its_budget_says_so(

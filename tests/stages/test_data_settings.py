@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def questions(count: int) -> list[dict[str, Any]]:
     return [
         {
             "question": f"{prose(1000 + n, 14)} takes {n} and {n + 3} more. How many?",
-            "answer": f"It adds {n} and {n + 3}.\n#### {2 * n + 3}",
+            "answer": f"{prose(2000 + n, 20)}, so it is {n} and {n + 3}.\n#### {2 * n + 3}",
         }
         for n in range(count)
     ]
@@ -127,6 +128,10 @@ def test_short_documents_are_left_out_with_their_tokens(
     left = [drop for drop in drops(corpus) if drop.rule == "min_document_tokens"]
     assert len(left) == facts(corpus)["documents_too_short_to_pack"] > 20
     assert all((drop.value or 0) < 150 == drop.threshold for drop in left)
+    source_facts = facts(corpus)["sources"]["mine"]
+    assert source_facts["documents_dropped"] == {"min_document_tokens": len(left)}
+    stays = source_facts["train_documents"] + source_facts["held_out_documents"]
+    assert stays + len(left) == source_facts["documents_read"] == 60
     stream = train(corpus).reshape(-1)
     lengths = np.diff(np.flatnonzero(stream[: 20 * ROW] == BOS_ID))
     assert lengths.max() >= 150
@@ -170,6 +175,26 @@ def test_problems_of_files_are_trained_on_and_asked_but_not_those_of_an_evaluati
     prompts = {one.prompt for one in problems}
     assert not any(one["question"] + "\n" in prompts for one in asked[:30])
     assert facts(corpus)["sources"]["school"]["documents_dropped"]["evaluation_item"] == len(gone)
+
+
+def test_answers_of_held_out_problems_are_cut_out_of_text(
+    tmp_path: Path, make_workspace: Callable[..., Workspace]
+) -> None:
+    school = {"type": "problems", "share": 0.5, "held_out_share": 0.2}
+    school["glob"] = rows_file(tmp_path, questions(40), "q.jsonl")
+    plain = files(rows_file(tmp_path, texts()), 0.5)
+    first = data(spec({"school": school, "mine": plain}), make_workspace("first"))
+    held = {one.prompt for one in read_problems(first.path("problems", "held_out.parquet"))}
+    answers = [one["answer"][:120] for one in questions(40) if one["question"] + "\n" in held]
+    told = [{"text": f"{prose(n, 40)}\n{answers[n % len(answers)]}\n"} for n in range(60)]
+    plain = files(rows_file(tmp_path, told, "told.jsonl"), 0.5)
+    corpus = data(spec({"school": school, "mine": plain}), make_workspace("second"))
+    tokenizer = Tokenizer.from_file(str(corpus.path("tokenizer.json")))
+    shown = tokenizer.decode(train(corpus).reshape(-1).tolist(), skip_special_tokens=False)
+    assert len(answers) > 3
+    assert not any(answer in shown for answer in answers)
+    assert facts(corpus)["sources"]["mine"]["documents_cut"]["held_out_passage"] > 40
+    assert set(corpus.held_out_rows) == {"school", "mine"}
 
 
 def test_a_corpus_may_be_of_problems_alone(workspace: Workspace) -> None:
