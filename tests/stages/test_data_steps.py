@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -195,3 +196,13 @@ def test_ids_that_are_not_unique_are_counted_and_told(
     facts = json.loads(corpus.path("statistics.json").read_text())["sources"]["mine"]
     assert facts["repeated_ids"] == 9
     assert any("sources.mine.id_field = 'url': 9 documents bear" in one for one in recorder.notes)
+
+
+def test_keys_fill_the_range_that_buckets_divide(folder: Path, workspace: Workspace) -> None:
+    """Windows are sampled by their hashes, of which the smallest are taken."""
+    data(spec(folder), workspace)
+    for name in ("sketch", "bands", "paragraphs"):
+        found = workspace.beside().glob(f"resume/data/read/*/{name}_keys.npy")
+        keys = np.concatenate([np.load(path) for path in found])
+        assert len(keys) > 20
+        assert np.median(keys) == pytest.approx(2.0**63, rel=0.3)

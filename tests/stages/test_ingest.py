@@ -24,7 +24,7 @@ from stages.data.files import split_text
 from stages.data.reads import identify
 from stages.hashing import Hashes
 from stages.manifest import FileEntry
-from tests.stages.reading import read_files, read_stdlib
+from tests.stages.reading import read_files, read_source, read_stdlib
 
 
 def source(glob: object, **settings: object) -> FilesSource:
@@ -328,3 +328,17 @@ def test_files_enter_identity_by_name_and_content_not_by_place(tmp_path: Path) -
 def test_the_library_enters_identity_by_version_and_arithmetic_not_at_all() -> None:
     assert identify("a", StdlibSource(share=1), Hashes()) == {"python": platform.python_version()}
     assert identify("a", ArithmeticSource(share=1), Hashes()) == {}
+
+
+@pytest.mark.parametrize("max_bytes", [0, 99, 250, 300, 350, 1_000])
+def test_what_is_read_does_not_depend_on_how_files_are_divided(
+    tmp_path: Path, max_bytes: int
+) -> None:
+    for name in "abcdef":
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name}{n:08}\n" for n in range(10)))
+    given = source(tmp_path / "*.txt", max_bytes=max(1, max_bytes))
+    one, many = (read_source("mine", given, Hashes(), shard_bytes=size) for size in (10**6, 250))
+    assert one == many
+    assert sum(len(one.text) for one in many.documents) <= max(1, max_bytes)
+    assert len(many.documents) == min(6, max_bytes // 100)
+    assert many.unread_files == 6 - len(many.documents)
