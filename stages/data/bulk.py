@@ -72,7 +72,8 @@ def bulk_encoder(
         fast = _Gigatoken(record, tokenizer)
     except Exception as error:
         # The library raises plain errors for what it cannot load, of several lines.
-        return plain, f"{instead} it refuses the tokenizer ({str(error).splitlines()[0]})"
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        return plain, f"{instead} it refuses the tokenizer ({said})"
     if difference := _difference(fast, tokenizer, [*_PROBES, *check]):
         return plain, f"{instead} {difference}"
     asked = [text for text in check if not fast.is_risky(text)]

@@ -1,6 +1,7 @@
 """The bytes of a file, unpacked in parts, up to where it is damaged."""
 
 import gzip
+import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, cast
 
@@ -57,7 +58,7 @@ class Content:
             before = self._reader.entry.bytes
             try:
                 chunk = unpack(_CHUNK_BYTES)
-            except Exception as error:
+            except _DAMAGE as error:
                 # What the place of the file says is not what the packing says.
                 if source.error is not None:
                     raise source.error from error
@@ -77,6 +78,10 @@ class Content:
         self.damage = damage
         # Where the packing ends wrong, nobody knows how much of what came before is right.
         self.lost_bytes = self.size_bytes - read_bytes or self.size_bytes
+
+
+_DAMAGE = (OSError, EOFError, ValueError, zlib.error)
+"""What gzip and zstd raise of bytes that they cannot unpack; all else is no fault of the file."""
 
 
 class _Watched:

@@ -11,7 +11,8 @@ import pytest
 
 from configs.data import FilesSource
 from configs.errors import DataError
-from stages.data.finding import matches
+from stages.data.faults import Globbed
+from stages.data.finding import Match, matches
 from stages.data.inputs import inputs_of
 from stages.hashing import Hashes
 from stages.manifest import FileEntry
@@ -221,12 +222,12 @@ def test_files_that_come_and_go_while_they_are_listed_are_an_error(
         (tmp_path / name).write_text("some text")
     other = tmp_path / ("zz.txt" if change == "appears" else "b.txt")
 
-    def later(*asked: object) -> object:
+    def later(name: str, asked: Globbed, store: Path | None) -> list[Match]:
         if change == "appears":
             other.write_text("late")
         else:
             other.unlink()
-        return matches(*asked)  # type: ignore[arg-type]
+        return matches(name, asked, store)
 
     monkeypatch.setattr("stages.data.inputs.matches", later)
     with pytest.raises(DataError) as caught:
